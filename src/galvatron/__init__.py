@@ -1,0 +1,1 @@
+"""Automatic distributed training for Transformers."""

@@ -1,0 +1,51 @@
+"""The exception tree: one class per kind of mistake a user can make.
+
+    GalvatronError
+    ├── ConfigError        a job file, option or model configuration is wrong
+    ├── ProfileError       a profile is missing, malformed or lacks a measurement
+    ├── InfeasibleError    no plan fits; carries the tightest constraint
+    ├── PlanError          a plan breaks a rule of its model, its batch or its world
+    ├── CheckpointError    a checkpoint is missing, truncated or of another model
+    └── DataError          a dataset is empty, unreadable or too short
+
+A message is rule + values + remedy: ``tp=3 must divide num_heads=32; choose 1, 2, 4, 8, 16 or 32``.
+The command line prints the message alone and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class GalvatronError(Exception):
+    """A mistake that the user can mend; the message is one sentence of rule, values and remedy."""
+
+
+class ConfigError(GalvatronError):
+    """A job file, option or model configuration is wrong."""
+
+
+class ProfileError(GalvatronError):
+    """A profile is missing, malformed or lacks a measurement."""
+
+
+class InfeasibleError(GalvatronError):
+    """No plan fits.
+
+    Attributes:
+        constraint: the tightest constraint, in words (``"memory of stage 0"``).
+    """
+
+    def __init__(self, message: str, constraint: str = "") -> None:
+        super().__init__(message)
+        self.constraint = constraint
+
+
+class PlanError(GalvatronError):
+    """A plan breaks a rule of its model, its batch or its world."""
+
+
+class CheckpointError(GalvatronError):
+    """A checkpoint is missing, truncated or of another model."""
+
+
+class DataError(GalvatronError):
+    """A dataset is empty, unreadable or too short."""

@@ -1,0 +1,125 @@
+"""``job.toml``: everything one run needs, in one file; every section maps to one verb's options.
+
+Paths in a job file are relative to the file itself.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+
+from .errors import ConfigError
+from .model import Precision
+from .records import Record, read_text, validate
+from .units import parse_bytes
+
+
+class ModelSection(Record):
+    """Which model: a Hugging Face ``config.json``, a local directory or a hub name.
+
+    ``weights`` loads the checkpoint found there; otherwise weights are initialised from ``train.seed``.
+    """
+
+    path: str
+    weights: bool = False
+
+
+class DataSection(Record):
+    """Which text: ``.txt``/``.jsonl`` files, a Hugging Face dataset name, or ``python-docs``.
+
+    ``tokenizer`` is a local directory, a hub name or ``bytes`` (256 byte tokens and an end-of-text token).
+    """
+
+    source: str
+    tokenizer: str = "bytes"
+    text_field: str = "text"
+    split: str = "train"
+    eval_fraction: float = Field(default=0.02, ge=0, lt=1)
+
+
+class ClusterSection(Record):
+    """Where it runs: local processes to start, and the device type."""
+
+    num_processes: PositiveInt = 1
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+
+
+class SearchSection(Record):
+    """What the search may choose: the memory limit per device and, if given, fixed dimensions."""
+
+    memory: str | None = None
+    pp: PositiveInt | None = None
+    num_microbatches: PositiveInt | None = None
+    max_tp: PositiveInt | None = None
+
+    @field_validator("memory")
+    @classmethod
+    def _memory_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_bytes(value)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The limit in bytes; None means the device's own memory."""
+        return None if self.memory is None else parse_bytes(self.memory)
+
+
+class TrainSection(Record):
+    """How to train: batch, optimiser, learning-rate schedule, and how often to evaluate, log and save."""
+
+    global_batch_size: PositiveInt
+    seq_len: PositiveInt
+    num_steps: PositiveInt
+    precision: Precision = "fp32"
+    grad_reduce_dtype: Precision = "fp32"
+    seed: NonNegativeInt = 0
+    lr: PositiveFloat = 3e-4
+    min_lr: NonNegativeFloat = 0.0
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    decay_steps: NonNegativeInt = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    max_grad_norm: PositiveFloat | None = 1.0
+    eval_every: NonNegativeInt = 0
+    eval_batches: PositiveInt = 4
+    save_every: NonNegativeInt = 0
+    keep_checkpoints: PositiveInt = 3
+    tensorboard: bool = False
+
+
+class Job(Record):
+    """A job file."""
+
+    model: ModelSection
+    data: DataSection
+    cluster: ClusterSection = ClusterSection()
+    search: SearchSection = SearchSection()
+    train: TrainSection
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a TOML job; relative paths become relative to the file.  Raises ConfigError."""
+        try:
+            data = tomllib.loads(read_text(path, ConfigError))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not TOML: {error}; mend that line") from None
+        job = validate(cls, data, str(path), ConfigError)
+        base = Path(path).resolve().parent
+        model = job.model.model_copy(update={"path": _relative(job.model.path, base)})
+        sections = {"source": _relative(job.data.source, base), "tokenizer": _relative(job.data.tokenizer, base)}
+        return job.model_copy(update={"model": model, "data": job.data.model_copy(update=sections)})
+
+
+def _relative(text: str, base: Path) -> str:
+    """``text`` as a path under ``base`` where such a file exists, else unchanged (a hub name, a keyword)."""
+    candidate = base / text
+    return str(candidate) if candidate.exists() else text

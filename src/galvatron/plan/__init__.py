@@ -1,0 +1,11 @@
+"""The plan: how one model is cut over one world, layer by layer.
+
+Takes nothing but records; gives Plan, its validation and the rank arithmetic that follows from it.
+Knows nothing of costs, of torch or of how a plan was found.
+"""
+
+from .axes import StageAxes
+from .plan import LayerStrategy, Plan, Prediction, Proof, StagePrediction
+from .rules import check_strategy
+
+__all__ = ["LayerStrategy", "Plan", "Prediction", "Proof", "StageAxes", "StagePrediction", "check_strategy"]

@@ -1,0 +1,231 @@
+"""Plan, LayerStrategy and the prediction a plan carries (``plan.json``).
+
+In the file, runs of equal layers are one entry: ``{"layers": "0-11", "tp": 2, "dp_shard": 4, "zero": 3}``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveInt, field_serializer, field_validator, model_validator
+
+from galvatron.core.errors import GalvatronError, PlanError
+from galvatron.core.model import ModelSpec, Precision, Recompute
+from galvatron.core.records import FileRecord, Record
+
+from .axes import StageAxes
+
+Schedule = Literal["gpipe", "1f1b"]
+
+
+class LayerStrategy(Record):
+    """How one layer uses the devices of its stage; the degrees' product is the stage's size.
+
+    tp has Megatron sequence parallelism; ``zero`` says what ``dp_shard`` shards: optimizer (1),
+    + gradients (2), + parameters (3); 0 with ``dp_shard`` 1.  Hashable, canonical: equal meaning is equal value.
+    """
+
+    tp: PositiveInt = 1
+    ulysses: PositiveInt = 1
+    cp: PositiveInt = 1
+    ep: PositiveInt = 1
+    dp_shard: PositiveInt = 1
+    dp_replicate: PositiveInt = 1
+    zero: Literal[0, 1, 2, 3] = 0
+    recompute: Recompute = "none"
+
+    @model_validator(mode="after")
+    def _zero_matches_shard(self) -> Self:
+        if (self.zero == 0) != (self.dp_shard == 1):
+            raise ValueError(
+                f"zero={self.zero} goes with dp_shard={self.dp_shard} only if both or neither shard; "
+                "use zero 1, 2 or 3 with dp_shard > 1, and zero 0 with dp_shard 1"
+            )
+        return self
+
+    @property
+    def sequence_degree(self) -> int:
+        """In how many chunks hidden states are cut along the sequence between layers."""
+        return self.tp * self.ulysses * self.cp
+
+    @property
+    def dp(self) -> int:
+        """In how many chunks hidden states are cut along the batch between layers."""
+        return self.dp_shard * self.dp_replicate
+
+    @property
+    def num_devices(self) -> int:
+        """The devices of a stage that this strategy fills."""
+        return self.sequence_degree * self.dp
+
+    def __str__(self) -> str:
+        parts = [f"{name} {getattr(self, name)}" for name in ("tp", "ulysses", "cp", "ep") if getattr(self, name) > 1]
+        if self.zero:
+            replicas = f" x {self.dp_replicate} replicas" if self.dp_replicate > 1 else ""
+            parts.append(f"dp {self.dp_shard}{replicas}, zero {self.zero}")
+        elif self.dp > 1:
+            parts.append(f"dp {self.dp}")
+        if self.recompute != "none":
+            parts.append(f"recompute {self.recompute}")
+        return ", ".join(parts) or "one device"
+
+
+class StagePrediction(Record):
+    """Predicted peak bytes of the fullest rank of a stage, by part, with the interval's lower end.
+
+    ``peak_memory_bytes`` is the upper end, the one held against the limit.
+    """
+
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    unsharded_bytes: int
+    activation_bytes: int
+    workspace_bytes: int
+    runtime_bytes: int
+    low_memory_bytes: int
+    peak_memory_bytes: int
+    microbatch_forward_s: float
+    microbatch_backward_s: float
+
+
+class Proof(Record):
+    """What the search can prove: its additive objective, a bound no plan of the space beats, and the gap."""
+
+    objective_s: float
+    lower_bound_s: float
+    gap: float
+    num_candidates: int
+    cpu_s: float
+
+
+class Prediction(Record):
+    """What a plan promises.  ``parts_s`` splits the step: compute, tensor_parallel, data_parallel, recompute,
+    redistribution, pipeline_p2p, pipeline_bubble, optimizer."""
+
+    step_time_s: float
+    parts_s: dict[str, float]
+    stages: tuple[StagePrediction, ...]
+    memory_limit_bytes: int | None = None
+    proof: Proof | None = None
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The fullest stage's upper end."""
+        return max(stage.peak_memory_bytes for stage in self.stages)
+
+
+class Plan(FileRecord):
+    """A whole run: the pipeline, the batch and every layer's strategy."""
+
+    FORMAT: ClassVar[str] = "galvatron.plan"
+    ERROR: ClassVar[type[GalvatronError]] = PlanError
+
+    model: str
+    world_size: PositiveInt
+    layers_per_stage: tuple[PositiveInt, ...] = Field(min_length=1)
+    schedule: Schedule = "1f1b"
+    num_microbatches: PositiveInt = 1
+    global_batch_size: PositiveInt
+    seq_len: PositiveInt
+    precision: Precision = "fp32"
+    grad_reduce_dtype: Precision = "fp32"
+    embedding: LayerStrategy
+    layers: tuple[LayerStrategy, ...]
+    head: LayerStrategy
+    prediction: Prediction | None = None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _expand_runs(cls, value: Any) -> Any:
+        if not (isinstance(value, (list, tuple)) and value and isinstance(value[0], dict)):
+            return value
+        layers: list[Any] = []
+        for run in value:
+            fields = dict(run)
+            first, last = _parse_range(fields.pop("layers", None))
+            if first != len(layers):
+                raise ValueError(
+                    f"runs of layers must follow each other; expected one from layer {len(layers)}, got {first}"
+                )
+            layers += [fields] * (last - first + 1)
+        return layers
+
+    @field_serializer("layers", mode="plain")
+    def _collapse_runs(self, value: tuple[LayerStrategy, ...]) -> list[dict[str, Any]]:
+        return [
+            {"layers": f"{first}-{last}" if last > first else str(first), **strategy.model_dump(exclude_defaults=True)}
+            for first, last, strategy in runs(value)
+        ]
+
+    @property
+    def pp(self) -> int:
+        """Number of pipeline stages."""
+        return len(self.layers_per_stage)
+
+    @property
+    def stage_size(self) -> int:
+        """Devices per stage."""
+        return self.world_size // self.pp
+
+    @property
+    def axes(self) -> StageAxes:
+        """The rank arithmetic of one stage."""
+        return StageAxes(self.stage_size)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one microbatch, over all data-parallel ranks."""
+        return self.global_batch_size // self.num_microbatches
+
+    def stage_layers(self, stage: int) -> range:
+        """Global indices of the layers of ``stage``."""
+        start = sum(self.layers_per_stage[:stage])
+        return range(start, start + self.layers_per_stage[stage])
+
+    def strategies(self) -> tuple[LayerStrategy, ...]:
+        """Embedding, every layer, head: in the order of the forward pass."""
+        return (self.embedding, *self.layers, self.head)
+
+    def microbatches_in_flight(self, stage: int) -> int:
+        """Microbatches whose activations ``stage`` holds at its peak."""
+        if self.schedule == "gpipe":
+            return self.num_microbatches
+        return min(self.num_microbatches, self.pp - stage)
+
+    def validate(self, spec: ModelSpec | None = None, world_size: int | None = None) -> None:  # type: ignore[override]
+        """Raise PlanError at the first rule that the plan breaks (see ``plan.rules``)."""
+        from .rules import check_plan
+
+        check_plan(self, spec, world_size)
+
+    def describe(self) -> str:
+        """The plan for people, one line a run of equal layers."""
+        stages = "+".join(map(str, self.layers_per_stage))
+        lines = [
+            f"{self.world_size} devices, {self.pp} stage{'s' * (self.pp > 1)} of {stages} layers, {self.schedule}, "
+            f"{self.num_microbatches} microbatch{'es' * (self.num_microbatches > 1)} of {self.micro_batch_size} "
+            f"sequences x {self.seq_len} tokens, {self.precision}",
+            f"embedding: {self.embedding}",
+        ]
+        for first, last, strategy in runs(self.layers):
+            lines.append(f"layers {first}-{last}: {strategy}" if last > first else f"layer {first}: {strategy}")
+        return "\n".join([*lines, f"head: {self.head}"])
+
+
+def runs(layers: tuple[LayerStrategy, ...]) -> list[tuple[int, int, LayerStrategy]]:
+    """Runs of equal neighbours as (first index, last index, strategy)."""
+    result, start = [], 0
+    for strategy, members in itertools.groupby(layers):
+        count = len(list(members))
+        result.append((start, start + count - 1, strategy))
+        start += count
+    return result
+
+
+def _parse_range(text: object) -> tuple[int, int]:
+    first, _, last = str(text).partition("-")
+    if not (first.isdigit() and (last or first).isdigit() and int(last or first) >= int(first)):
+        raise ValueError(f'a run needs "layers": "first-last" such as "0-11", got {text!r}')
+    return int(first), int(last or first)
