@@ -1,1 +1,12 @@
-"""(package docstring to be written: what it takes, gives, and does not know)"""
+"""Which modules of a Hugging Face model are embedding, layers and head, and how each may be cut.
+
+Takes Hugging Face configs and models; gives Family records, ModelSpec and models whose parameters live on
+the meta device.  Knows nothing of processes, plans or costs.  To add a model, add a record (see llama.py).
+"""
+
+from .family import Family, Region, family_of
+from .initialize import InitialWeights
+from .load import load_config, meta_model
+from .spec import build_spec
+
+__all__ = ["Family", "InitialWeights", "Region", "build_spec", "family_of", "load_config", "meta_model"]

@@ -93,6 +93,11 @@ def _cut_problem(strategy: LayerStrategy, unit: UnitName, spec: ModelSpec, axes:
         if cut is not None and cut.uneven == "refuse" and cut.blocks % strategy.tp:
             choices = _choices(cut.blocks, axes)
             return f"tp={strategy.tp} must divide the {cut.blocks} blocks of {parameter.name}; choose {choices}"
+        if cut is not None and cut.uneven == "whole" and cut.blocks % strategy.tp and strategy.tp % cut.blocks:
+            return (
+                f"tp={strategy.tp} must divide or be a multiple of the {cut.blocks} blocks of {parameter.name}; "
+                f"choose {_choices(cut.blocks, axes)}"
+            )
         if cut is not None and cut.uneven == "ceil" and cut.blocks < strategy.tp:
             return f"tp={strategy.tp} must not exceed the {cut.blocks} rows of {parameter.name}; lower tp"
     return None

@@ -1,0 +1,79 @@
+"""Initial weights that depend on the seed and the parameter's name alone, never on the plan.
+
+Hugging Face's own initialisation runs once on meta tensors while a dispatch mode writes down what it does
+to every parameter (``normal_(0, 0.02)``, then ``zero_`` of the padding row, ...).  Any one parameter can
+then be made on its own, whole, with its own generator.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One in-place operation on a (view of a) parameter."""
+
+    op: Any  # torch._ops.OpOverload
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.steps: dict[str, list[_Step]] = {name: [] for name in names.values()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.endswith("_") and isinstance(args[0], torch.Tensor):
+            target = args[0]
+            name = self.names.get(id(target)) or self.names.get(id(target._base))
+            if name is not None:
+                size, stride, offset = tuple(target.shape), tuple(target.stride()), int(target.storage_offset())
+                self.steps[name].append(_Step(func, size, stride, offset, tuple(args[1:]), dict(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+class InitialWeights:
+    """The initial value of any parameter of a meta model, made when asked for."""
+
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        """Record how ``model`` (parameters on meta) initialises itself."""
+        parameters = dict(model.named_parameters())
+        for module in model.modules():
+            module._is_hf_initialized = False  # type: ignore[assignment]
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with _Recorder({id(p): name for name, p in parameters.items()}) as recorder:
+            model.initialize_weights()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        self._steps = recorder.steps
+        self._seed = seed
+
+    def read(self, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+        """The box of parameter ``name`` at ``offset`` of ``size``, float32 on the CPU."""
+        value = self._whole(name)
+        for dim, (start, length) in enumerate(zip(offset, size, strict=True)):
+            value = value.narrow(dim, start, length)
+        return value
+
+    def _whole(self, name: str) -> torch.Tensor:
+        # crc32 is stable across processes and runs, unlike hash()
+        generator = torch.Generator().manual_seed((self._seed << 32) ^ zlib.crc32(name.encode()))
+        value = torch.zeros(self._shapes[name])
+        for step in self._steps[name]:
+            random = any(argument.name == "generator" for argument in step.op._schema.arguments)
+            kwargs = {**step.kwargs, "generator": generator} if random else step.kwargs
+            step.op(value.as_strided(step.size, step.stride, step.offset), *step.args, **kwargs)
+        return value

@@ -1,0 +1,68 @@
+"""Configs by file, directory or hub name, and models whose parameters take no memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from galvatron.core.errors import ConfigError
+
+from .family import family_of
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """The Hugging Face config at a ``config.json``, a local directory or a hub name.
+
+    Raises:
+        ConfigError: it cannot be read, or its family is not supported.
+    """
+    try:
+        config = _config_from_file(Path(path)) if Path(path).is_file() else AutoConfig.from_pretrained(str(path))
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and hub errors here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"model {str(path)!r} has no readable config ({reason}); give a config.json") from None
+    family_of(config)
+    return config
+
+
+def _config_from_file(path: Path) -> PretrainedConfig:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        model_type = data.pop("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); give a Hugging Face config.json") from None
+    except KeyError:
+        raise ConfigError(f"{path} lacks model_type; give a Hugging Face config.json") from None
+    return AutoConfig.for_model(model_type, **data)
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of ``config``: float32 parameters on meta, buffers real (rotary tables)."""
+    with _parameters_on_meta():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within, every new parameter moves to meta as it is registered; buffers stay where they are made."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(module, name, param)
+        if param is not None and not param.is_meta:  # a tied parameter is on meta already and stays shared
+            module._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

@@ -1,0 +1,103 @@
+"""ModelSpec of a Hugging Face config: sizes, and every parameter with its tensor-parallel cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from galvatron.core.model import Cut, ModelSpec, ParameterSpec, UnitSpec
+
+from .family import Blocks, Family, family_of
+from .load import meta_model
+
+
+def build_spec(config: PretrainedConfig, name: str | None = None) -> ModelSpec:
+    """Describe the model of ``config`` without allocating it; ``name`` defaults to its family and size."""
+    family = family_of(config)
+    model = meta_model(config)
+    decoder = model.get_submodule(family.decoder)
+    counts = block_counts(config, model, family)
+    layers: nn.ModuleList = decoder.get_submodule(family.layers)  # type: ignore[assignment]
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    return ModelSpec(
+        name=name or f"{config.model_type}-{millions:.3g}M",
+        family=config.model_type,
+        num_layers=len(layers),
+        hidden_size=config.hidden_size,
+        ffn_size=counts["ffn"],
+        num_heads=counts["heads"],
+        num_kv_heads=counts["kv_heads"],
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // counts["heads"],
+        vocab_size=config.vocab_size,
+        max_seq_len=config.max_position_embeddings,
+        tied_embeddings=bool(config.tie_word_embeddings),
+        embedding=UnitSpec(parameters=tuple(_embedding_parameters(model, family))),
+        layer=UnitSpec(parameters=layer_parameters(layers[0], family, counts)),
+        head=UnitSpec(parameters=tuple(_head_parameters(model, family))),
+    )
+
+
+def block_counts(config: PretrainedConfig, model: PreTrainedModel, family: Family) -> dict[Blocks, int]:
+    """How many blocks of each kind a layer has."""
+    layer = model.get_submodule(f"{family.decoder}.{family.layers}.0")
+    mlp = family.regions[-1]
+    down = layer.get_submodule(f"{mlp.module}.{next(iter(mlp.rows))}")
+    heads: int = config.num_attention_heads
+    return {
+        "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "ffn": weight_sizes(down)[0],
+    }
+
+
+def weight_sizes(linear: nn.Module) -> tuple[int, int]:
+    """(input size, output size) of an nn.Linear or of the transposed Conv1D that GPT-2 uses."""
+    rows, columns = linear.weight.shape  # type: ignore[misc]
+    return (int(rows), int(columns)) if isinstance(linear, Conv1D) else (int(columns), int(rows))
+
+
+def layer_parameters(layer: nn.Module, family: Family, counts: dict[Blocks, int]) -> tuple[ParameterSpec, ...]:
+    """Every parameter of an uncut ``layer`` with its cut, in the module's own order."""
+    cuts = dict(_layer_cuts(layer, family, counts))
+    return tuple(
+        ParameterSpec(name=name, shape=tuple(p.shape), cut=cuts.get(name)) for name, p in layer.named_parameters()
+    )
+
+
+def _layer_cuts(layer: nn.Module, family: Family, counts: dict[Blocks, int]) -> Iterator[tuple[str, Cut]]:
+    for region in family.regions:
+        for linear, blocks in region.columns.items():
+            name = f"{region.module}.{linear}"
+            output_dim = 1 if isinstance(layer.get_submodule(name), Conv1D) else 0
+            segments = region.segments.get(linear, 1)
+            uneven = "whole" if blocks == "kv_heads" else "refuse"
+            cut = Cut(dim=output_dim, blocks=counts[blocks], segments=segments, uneven=uneven)
+            yield f"{name}.weight", cut
+            yield f"{name}.bias", cut.model_copy(update={"dim": 0})
+        for linear, blocks in region.rows.items():
+            name = f"{region.module}.{linear}"
+            input_dim = 0 if isinstance(layer.get_submodule(name), Conv1D) else 1
+            yield f"{name}.weight", Cut(dim=input_dim, blocks=counts[blocks])
+
+
+def _embedding_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
+    embedding = model.get_submodule(f"{family.decoder}.{family.embedding}")
+    yield _vocabulary_cut(f"{family.decoder}.{family.embedding}.weight", embedding)
+    if family.position_embedding:
+        name = f"{family.decoder}.{family.position_embedding}.weight"
+        yield ParameterSpec(name=name, shape=tuple(model.get_parameter(name).shape))
+
+
+def _head_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
+    norm = f"{family.decoder}.{family.norm}"
+    for name, parameter in model.get_submodule(norm).named_parameters():
+        yield ParameterSpec(name=f"{norm}.{name}", shape=tuple(parameter.shape))
+    yield _vocabulary_cut(f"{family.head}.weight", model.get_submodule(family.head))
+
+
+def _vocabulary_cut(name: str, module: nn.Module) -> ParameterSpec:
+    shape: tuple[int, ...] = tuple(module.weight.shape)  # type: ignore[arg-type]
+    return ParameterSpec(name=name, shape=shape, cut=Cut(dim=0, blocks=shape[0], uneven="ceil"))
