@@ -149,7 +149,10 @@ class ActivationSample(Record):
 
 
 class ModelProfile(FileRecord):
-    """``model.json``: a model's shapes with its measured compute and counted activations."""
+    """``model.json``: a model's shapes with its measured compute and counted activations.
+
+    ``optimizer_s_per_parameter`` is the time of one AdamW step divided by the local elements it updates.
+    """
 
     FORMAT: ClassVar[str] = "galvatron.model"
     ERROR: ClassVar[type[GalvatronError]] = ProfileError
@@ -160,6 +163,7 @@ class ModelProfile(FileRecord):
     seq_len: int
     compute: tuple[ComputeSample, ...]
     activations: tuple[ActivationSample, ...]
+    optimizer_s_per_parameter: float = 0.0
 
     def tp_degrees(self) -> tuple[int, ...]:
         """The tp degrees at which layers were measured, ascending."""
