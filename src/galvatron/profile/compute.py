@@ -1,0 +1,82 @@
+"""What one device is: its name, its memory, and how fast it multiplies matrices while its neighbours do too.
+
+Takes an initialised world; gives a ``Device``, equal on all ranks.  Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from galvatron.core.hardware import Device
+from galvatron.core.model import Precision
+
+from .timing import Budget, agree, seconds_of, slowest_median
+
+if TYPE_CHECKING:
+    from galvatron.parallelize.world import World
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MATMUL_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
+REPEATS = 5
+
+
+def measure_device(world: World, *, budget_s: float) -> Device:
+    """Collective: name, memory and best matrix-multiply rate in fp32 and bf16 of the slowest rank.
+
+    All ranks multiply at once, because ranks of one machine share its cores.  A CPU too slow for bf16 to
+    finish one small product in its share of ``budget_s`` has no bf16 rate.
+    """
+    (negative_memory,) = agree([-memory_bytes(world.device)], world.device)
+    budget = Budget(budget_s, len(DTYPES))
+    rates = {precision: matmul_flops_per_s(precision, world, budget.next_share()) for precision in DTYPES}
+    return Device(
+        name=device_name(world.device),
+        type="cuda" if world.device.type == "cuda" else "cpu",
+        memory_bytes=int(-negative_memory),
+        matmul_flops_per_s={precision: rate for precision, rate in rates.items() if rate > 0},
+    )
+
+
+def matmul_flops_per_s(precision: Precision, world: World, budget_s: float) -> float:
+    """Collective: the best median rate over growing square products; 0 if even the smallest overruns ``budget_s``."""
+    best = 0.0
+    for size in MATMUL_SIZES[world.device.type]:
+        a = torch.randn(size, size, device=world.device).to(DTYPES[precision])
+        multiply = lambda a=a: a @ a  # noqa: E731
+        multiply()
+        (once_s, share_s) = agree([seconds_of(multiply, world.device), budget_s], world.device)
+        if once_s * (REPEATS + 2) > share_s:
+            break
+        best = max(best, 2 * size**3 / slowest_median(multiply, world.device, REPEATS))
+        budget_s -= once_s * (REPEATS + 2)
+    return best
+
+
+def device_name(device: torch.device) -> str:
+    """The product name that the driver or the operating system gives."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Bytes one rank may use: the GPU's memory, or an equal share of the machine's (or its control group's) RAM."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # cgroup v2: "max" or bytes
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(total, int(text) if text.isdigit() else total) // local_ranks()
+
+
+def local_ranks() -> int:
+    """Ranks on this machine, as torchrun says in LOCAL_WORLD_SIZE; without it, all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
