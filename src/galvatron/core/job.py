@@ -9,7 +9,15 @@ import tomllib
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from .errors import ConfigError
 from .model import Precision
@@ -96,6 +104,23 @@ class TrainSection(Record):
     tensorboard: bool = False
 
 
+class ResumeSection(Record):
+    """A rehearsed restart: stop and save after ``at_step``, then train on in new processes under another plan.
+
+    ``plan`` is ``runner-up`` (the search's best plan with another pipeline or other layer strategies) or a plan file.
+    """
+
+    at_step: PositiveInt
+    plan: str = "runner-up"
+
+
+class GenerateSection(Record):
+    """Text to continue greedily with the trained model, exported to Hugging Face's format."""
+
+    prompt: str
+    max_new_tokens: PositiveInt = 64
+
+
 class Job(Record):
     """A job file."""
 
@@ -104,6 +129,16 @@ class Job(Record):
     cluster: ClusterSection = ClusterSection()
     search: SearchSection = SearchSection()
     train: TrainSection
+    resume: ResumeSection | None = None
+    generate: GenerateSection | None = None
+
+    @model_validator(mode="after")
+    def _resume_is_within(self) -> Self:
+        if self.resume is not None and self.resume.at_step >= self.train.num_steps:
+            raise ValueError(
+                f"resume.at_step={self.resume.at_step} must be below train.num_steps={self.train.num_steps}; lower it"
+            )
+        return self
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -116,7 +151,10 @@ class Job(Record):
         base = Path(path).resolve().parent
         model = job.model.model_copy(update={"path": _relative(job.model.path, base)})
         sections = {"source": _relative(job.data.source, base), "tokenizer": _relative(job.data.tokenizer, base)}
-        return job.model_copy(update={"model": model, "data": job.data.model_copy(update=sections)})
+        updates: dict[str, Record] = {"model": model, "data": job.data.model_copy(update=sections)}
+        if job.resume is not None:
+            updates["resume"] = job.resume.model_copy(update={"plan": _relative(job.resume.plan, base)})
+        return job.model_copy(update=updates)
 
 
 def _relative(text: str, base: Path) -> str:
