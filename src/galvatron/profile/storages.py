@@ -1,0 +1,67 @@
+"""A log of every storage that is born and dies while PyTorch runs, on real or fake tensors.
+
+Takes the operations run inside it; gives bytes alive now and at the peak.  Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class StorageLog(TorchDispatchMode):
+    """Within, every storage that an operation makes is logged with its bytes when it appears and disappears.
+
+    A storage counts once, however many tensors view it.  Storages that existed before are logged as soon as
+    an operation returns a view of them, unless ``ignore`` was told of them.  Buffers that a kernel allocates
+    and frees inside itself are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: list[tuple[int, int]] = []  # (serial of the storage, bytes born > 0 or dead < 0)
+        self._serials: dict[int, int] = {}  # address of a living storage → its serial
+        self._ignored: set[int] = set()
+        self._num_seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._serial(leaf)
+        return result
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count the storages of ``tensors`` at no time, past or future."""
+        self._ignored |= {self._serial(tensor) for tensor in tensors}
+
+    def live_bytes(self) -> int:
+        """Bytes of the storages alive now."""
+        return sum(num_bytes for serial, num_bytes in self._events if serial not in self._ignored)
+
+    def peak_bytes(self) -> int:
+        """Most bytes that were alive at once."""
+        live = peak = 0
+        for serial, num_bytes in self._events:
+            if serial not in self._ignored:
+                live += num_bytes
+                peak = max(peak, live)
+        return peak
+
+    def _serial(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._serials:
+            self._serials[address] = self._num_seen
+            self._num_seen += 1
+            self._events.append((self._serials[address], storage.nbytes()))
+            weakref.finalize(storage, self._forget, address, storage.nbytes()).atexit = False
+        return self._serials[address]
+
+    def _forget(self, address: int, num_bytes: int) -> None:
+        self._events.append((self._serials.pop(address), -num_bytes))
