@@ -1,1 +1,38 @@
-"""(package docstring to be written: what it takes, gives, and does not know)"""
+"""Training: data, optimizer, loop, metrics, checkpoints and export.
+
+Takes a model that ``parallelize`` cut, its plan and a job; gives a run directory.  Knows nothing of how
+plans are found, and prints nothing.
+"""
+
+from .checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from .data import Dataset, load_dataset, prepare_tokens
+from .export import checkpoint_to_hf, save_hf
+from .interface import Reporter
+from .metrics import PeakMemory, StepMetrics, read_metrics
+from .optimizer import build_optimizer, check_train_section, lr_at
+from .tokenizer import ByteTokenizer, load_tokenizer
+from .trainer import Trainer, TrainResult, train
+
+__all__ = [
+    "ByteTokenizer",
+    "Dataset",
+    "PeakMemory",
+    "Reporter",
+    "StepMetrics",
+    "TrainResult",
+    "TrainState",
+    "Trainer",
+    "build_optimizer",
+    "check_train_section",
+    "checkpoint_to_hf",
+    "find_checkpoint",
+    "load_checkpoint",
+    "load_dataset",
+    "load_tokenizer",
+    "lr_at",
+    "prepare_tokens",
+    "read_metrics",
+    "save_checkpoint",
+    "save_hf",
+    "train",
+]

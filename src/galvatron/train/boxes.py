@@ -1,0 +1,171 @@
+"""What one rank holds of global tensors, and how torch.distributed.checkpoint plans to save and load it.
+
+A part of a tensor may be several boxes (a fused qkv, cut by tensor parallelism, then sharded).  Saved boxes
+tile the tensor; any other boxes load from where they intersect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from galvatron.core.errors import CheckpointError
+
+from .interface import BoxPair
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A view of a local tensor and its offset in the global tensor."""
+
+    offset: tuple[int, ...]
+    values: torch.Tensor
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """The box in PyTorch's terms."""
+        return ChunkStorageMetadata(torch.Size(self.offset), self.values.size())
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """All that this rank holds of one global tensor of ``shape``; no box is empty."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: tuple[Box, ...]
+
+
+def held(shape: Sequence[int], local: torch.Tensor, pieces: Sequence[BoxPair]) -> Held:
+    """The boxes of ``local`` (a plain tensor, not copied) in a global tensor of ``shape``."""
+    boxes = tuple(
+        Box(tuple(piece.global_offset), _view(local.detach(), piece.local_offset, piece.size))
+        for piece in pieces
+        if math.prod(piece.size) > 0
+    )
+    return Held(tuple(shape), local.dtype, boxes)
+
+
+def whole(tensor: torch.Tensor) -> Held:
+    """A tensor that one rank holds entirely."""
+    return Held(tuple(tensor.shape), tensor.dtype, (Box((0,) * tensor.dim(), tensor),))
+
+
+def _view(tensor: torch.Tensor, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+    return tensor[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
+
+
+def place(target: torch.Tensor, boxes: Sequence[tuple[Sequence[int], Sequence[int]]], flat: torch.Tensor) -> None:
+    """Copy the concatenated values ``flat`` of ``boxes`` (offset, size) to where they belong in ``target``."""
+    sizes = [math.prod(size) for _, size in boxes]
+    for (offset, size), values in zip(boxes, flat.split(sizes), strict=True):
+        _view(target, offset, size).copy_(values.view(tuple(size)))
+
+
+class BoxSavePlanner(SavePlanner):
+    """Plans a state dict of ``Held`` values; what several ranks hold must be given by one of them only."""
+
+    def set_up_planner(  # noqa: D102
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state: dict[str, Held] = state_dict
+
+    def create_local_plan(self) -> SavePlan:
+        """One item a box."""
+        return SavePlan(
+            [_write_item(name, value, box.chunk) for name, value in self.state.items() for box in value.boxes]
+        )
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Collect every rank's boxes; they must add up to whole tensors."""
+        plans, metadata = create_default_global_save_plan(all_plans)
+        for name, stored in metadata.state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            saved, needed = sum(math.prod(chunk.sizes) for chunk in stored.chunks), math.prod(stored.size)
+            assert saved == needed, f"primary parts of {name} hold {saved} of {needed} elements"
+        return plans, metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:  # noqa: D102
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """The values of a box."""
+        boxes = self.state[write_item.index.fqn].boxes
+        return next(box.values for box in boxes if torch.Size(box.offset) == write_item.index.offset)
+
+
+def _write_item(name: str, value: Held, chunk: ChunkStorageMetadata) -> WriteItem:
+    properties = TensorProperties(dtype=value.dtype)
+    data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(value.shape))
+    return WriteItem(index=MetadataIndex(name, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)
+
+
+class BoxLoadPlanner(LoadPlanner):
+    """Fills the boxes of a state dict of ``Held`` values from wherever saved chunks intersect them."""
+
+    def set_up_planner(  # noqa: D102
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        assert metadata is not None
+        self.state: dict[str, Held] = state_dict
+        self.metadata = metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        """Every non-empty intersection of a box held with a chunk saved."""
+        items = []
+        for name, value in self.state.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            reads = create_read_items_for_chunk_list(name, stored, [box.chunk for box in value.boxes])
+            found = sum(math.prod(item.lengths) for item in reads)
+            needed = sum(box.values.numel() for box in value.boxes)
+            if found != needed:
+                raise CheckpointError(
+                    f"the checkpoint holds {found} of the {needed} elements that this rank needs of {name}; "
+                    "its metadata.json is damaged, resume from another checkpoint"
+                )
+            items += reads
+        return LoadPlan(items)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:  # noqa: D102
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:  # noqa: D102
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        """Never called: checkpoints hold tensors only."""
+        raise AssertionError(f"{read_item.dest_index.fqn} is not a tensor")
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        """The view to fill."""
+        index = read_item.dest_index
+        box = next(box for box in self.state[index.fqn].boxes if torch.Size(box.offset) == index.offset)
+        return _view(box.values, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing to do: views were filled in place."""

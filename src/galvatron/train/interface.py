@@ -1,0 +1,82 @@
+"""What training asks of a parallel model, as protocols: ``galvatron.parallelize`` gives it, tests may fake it.
+
+Knows nothing of how a model is cut beyond pieces: boxes of a local tensor and the boxes of the global
+tensor they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from galvatron.core.model import ModelSpec
+
+if TYPE_CHECKING:
+    from .metrics import StepMetrics
+
+
+class BoxPair(Protocol):
+    """A box of a local tensor (``local_offset``, ``size``) and the box of the global tensor that it is."""
+
+    @property
+    def local_offset(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def global_offset(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def size(self) -> tuple[int, ...]: ...  # noqa: D102
+
+
+class LocalPart(Protocol):
+    """The part of one global parameter that this rank holds and its optimizer steps.
+
+    ``tensor`` is a plain fp32 parameter; exactly one rank of the world is primary for each distinct part.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def tensor(self) -> torch.nn.Parameter: ...  # noqa: D102
+    @property
+    def global_shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def pieces(self) -> Sequence[BoxPair]: ...  # noqa: D102
+    @property
+    def is_primary(self) -> bool: ...  # noqa: D102
+
+
+class TrainableModel(Protocol):
+    """A model cut by a plan.  Batches are int64 [global_batch_size, seq_len], equal on all ranks.
+
+    Labels are shifted by one already; -100 is ignored.  ``train_step`` leaves the gradients of the global
+    mean loss on the parameters; losses and norms are equal on all ranks.
+    """
+
+    @property
+    def spec(self) -> ModelSpec: ...  # noqa: D102
+    @property
+    def config(self) -> Any: ...  # noqa: D102
+    @property
+    def parameters(self) -> Sequence[LocalPart]: ...  # noqa: D102
+    def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float: ...  # noqa: D102
+    def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float: ...  # noqa: D102
+    def zero_grad(self) -> None: ...  # noqa: D102
+    def clip_grad_norm_(self, max_norm: float | None) -> float: ...  # noqa: D102
+
+
+class Reporter:
+    """What training tells whoever watches, on rank 0 only; this one stays silent."""
+
+    def started(self, first_step: int, num_steps: int) -> None:
+        """Steps ``first_step`` (1-based) to ``num_steps`` are about to run."""
+
+    def stepped(self, metrics: StepMetrics) -> None:
+        """A step is done."""
+
+    def evaluated(self, step: int, eval_loss: float) -> None:
+        """An evaluation after ``step`` is done."""
+
+    def saved(self, step: int, path: Path) -> None:
+        """The checkpoint of ``step`` is complete at ``path``."""

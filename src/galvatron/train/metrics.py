@@ -1,0 +1,137 @@
+"""What a run measures: one JSON object a step in ``metrics.jsonl``, TensorBoard if asked, and peak memory.
+
+Knows nothing of models; rank 0 writes, all ranks measure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from galvatron.core.errors import DataError
+from galvatron.core.records import Record, read_text, write_atomic
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class StepMetrics(Record):
+    """One step.  ``step`` counts from 1; rates are of the whole world; predictions are None without one.
+
+    ``tokens_per_s`` = tokens of the batch / ``step_time_s``; ``model_flops_per_s`` counts forward + backward
+    without recompute (``ModelSpec.flops_per_token``); ``mfu`` = ``model_flops_per_s`` / (world size × measured
+    matrix-multiply rate of a device); ``peak_memory_bytes`` is the fullest rank's, since the run began.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens_per_s: float
+    step_time_s: float
+    predicted_step_time_s: float | None
+    peak_memory_bytes: int
+    predicted_peak_memory_bytes: int | None
+    mfu: float | None
+    model_flops_per_s: float
+
+
+class MetricsLog:
+    """Appends rows to ``directory/metrics.jsonl``, each in one write; TensorBoard beside it if asked.
+
+    Rows after ``resumed_step`` (of a run that was cut off after its last save) are dropped first, so that no
+    step appears twice.
+    """
+
+    def __init__(self, directory: Path, resumed_step: int, *, tensorboard: bool = False) -> None:
+        path = directory / METRICS_FILE
+        directory.mkdir(parents=True, exist_ok=True)
+        rows = [] if not path.exists() else read_metrics(path)
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= resumed_step]
+        write_atomic(path, "".join(kept))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._board = _summary_writer(directory / "tensorboard", resumed_step) if tensorboard else None
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Append a step's row."""
+        self._write(metrics.model_dump())
+
+    def evaluation(self, step: int, eval_loss: float) -> None:
+        """Append an evaluation's row: ``step`` and ``eval_loss``."""
+        self._write({"step": step, "eval_loss": eval_loss})
+
+    def close(self) -> None:
+        """Flush and release the files."""
+        os.close(self._file)
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        os.write(self._file, (json.dumps(row) + "\n").encode())
+        if self._board is not None:
+            for key, value in row.items():
+                if key != "step" and value is not None:
+                    self._board.add_scalar(key, value, row["step"])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; a last line that a kill cut short is left out.  Raises DataError."""
+    rows = []
+    lines = read_text(path, DataError).split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except ValueError:
+            raise DataError(f"{path}:{number} is not a JSON object; remove that line") from None
+    return rows
+
+
+def _summary_writer(directory: Path, resumed_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory), purge_step=resumed_step + 1)
+
+
+class PeakMemory:
+    """Peak memory of this process since this object was made; make it before the model.
+
+    CUDA: the caching allocator's peak (``torch.cuda.max_memory_allocated``).  CPU: the growth of the
+    process's resident set from now to its peak; it counts everything the process touches (model, gradients,
+    optimizer, activations, communication buffers, allocator slack), and pages freed before do not count again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            _reset_peak_resident()
+            self._baseline = _resident_bytes("VmRSS")
+
+    def bytes(self) -> int:
+        """The peak so far, in bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return max(_resident_bytes("VmHWM") - self._baseline, 0)
+
+
+def _reset_peak_resident() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): 5 resets the peak resident set size
+    except OSError:
+        return  # not Linux or not allowed: the peak then reaches back to the process's start
+
+
+def _resident_bytes(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process, in bytes; elsewhere than on Linux always the peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,92 @@
+"""AdamW over local parts and the learning rate as a closed formula of the step.
+
+Takes parts and a TrainSection; knows nothing of plans, worlds or data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.job import TrainSection
+
+from .interface import LocalPart
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_train_section(train: TrainSection) -> None:
+    """Raise ConfigError at the first setting that contradicts another."""
+    steps, warmup, decay = train.num_steps, train.warmup_steps, train.decay_steps
+    if warmup > steps:
+        raise ConfigError(f"warmup_steps={warmup} must not exceed num_steps={steps}; lower warmup_steps")
+    if train.min_lr > train.lr:
+        raise ConfigError(f"min_lr={train.min_lr} must not exceed lr={train.lr}; lower min_lr")
+    if train.min_lr > 0 and train.lr_schedule == "constant":
+        raise ConfigError(f"min_lr={train.min_lr} has no meaning for a constant schedule; remove it or choose cosine")
+    if train.lr_schedule == "wsd" and not 0 < decay <= steps - warmup:
+        raise ConfigError(
+            f"a wsd schedule needs decay_steps from 1 to num_steps - warmup_steps = {steps - warmup}, got {decay}; "
+            "a tenth of num_steps is usual"
+        )
+    if train.lr_schedule != "wsd" and decay > 0:
+        raise ConfigError(f"decay_steps={decay} belongs to the wsd schedule, not to {train.lr_schedule}; remove it")
+    for beta in train.betas:
+        if not 0 <= beta < 1:
+            raise ConfigError(f"betas={list(train.betas)} must lie in [0, 1); 0.9 and 0.95 are usual")
+
+
+def lr_at(step: int, train: TrainSection) -> float:
+    """The learning rate of update ``step`` (0-based).
+
+    Rises linearly to ``lr`` over ``warmup_steps`` updates; then, with t from 0 to 1 over the rest:
+    constant: lr; linear: lr − t·(lr − min_lr); cosine: min_lr + (lr − min_lr)·(1 + cos πt) / 2;
+    wsd: lr, then linearly to min_lr over the last ``decay_steps`` updates.
+    """
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    start = train.num_steps - train.decay_steps if train.lr_schedule == "wsd" else train.warmup_steps
+    t = min(max(step - start, 0) / max(train.num_steps - start, 1), 1.0)
+    if train.lr_schedule == "constant":
+        return train.lr
+    if train.lr_schedule == "cosine":
+        return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * t)) / 2
+    return train.lr - t * (train.lr - train.min_lr)
+
+
+def build_optimizer(parameters: Sequence[LocalPart], train: TrainSection) -> torch.optim.AdamW:
+    """AdamW whose moments exist from the start; globally one-dimensional parameters (norms, biases) do not decay.
+
+    The fused kernel serves CPU and CUDA alike: 60 fp32 matrices of 256×256 took 6 ms a step on one CPU
+    thread, against 16 ms in a loop and 35 ms with foreach.  [Empirical: torch 2.13]
+    """
+    matrices = [part.tensor for part in parameters if len(part.global_shape) > 1]
+    vectors = [part.tensor for part in parameters if len(part.global_shape) <= 1]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((matrices, train.weight_decay), (vectors, 0.0))
+        if params
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    for part in parameters:
+        tensor = part.tensor
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+            **{moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS},
+        }
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the learning rate ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def set_update_count(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Tell AdamW's bias correction that ``count`` updates are done."""
+    for state in optimizer.state.values():
+        state["step"].fill_(float(count))

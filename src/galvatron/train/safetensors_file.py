@@ -1,0 +1,79 @@
+"""Reading and writing safetensors files one tensor at a time, so that memory stays bounded by one tensor.
+
+The format (github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header
+``{name: {"dtype", "shape", "data_offsets"}}``, then the tensors' row-major little-endian bytes, no holes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Write ``tensors`` (any device, in the order and of the shapes of ``entries``) to ``path`` and fsync it.
+
+    Returns:
+        the absolute byte offset of every tensor's data in the file.
+    """
+    header = _header(entries)
+    offsets = []
+    with path.open("wb") as file:
+        file.write(header)
+        for entry, tensor in zip(entries, tensors, strict=True):
+            assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} is not {entry.shape}"
+            offsets.append(file.tell())
+            flat = tensor.detach().to(device="cpu", dtype=entry.dtype).contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    return offsets
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for entry in entries:
+        stop = start + entry.num_bytes
+        table[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in ``path`` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,128 @@
+"""Where text comes from: files, Hugging Face datasets, or the language reference that Python carries.
+
+Gives documents as blocks of text; knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from galvatron.core.errors import DataError
+from galvatron.core.job import DataSection
+
+PYTHON_DOCS = "python-docs"
+# A long document is tokenised in blocks of about this many characters, cut at line ends, so memory stays bounded.
+BLOCK_CHARACTERS = 1 << 20
+
+Block = tuple[str, bool]
+
+
+def read_blocks(data: DataSection) -> Iterator[Block]:
+    """Blocks (text, whether it ends a document) of every non-empty document of ``data.source``, in fixed order.
+
+    Raises:
+        DataError: the source does not exist or cannot be read, or a record lacks ``data.text_field``.
+    """
+    path = Path(data.source)
+    if data.source == PYTHON_DOCS:
+        from pydoc_data.topics import topics
+
+        yield from ((topics[key], True) for key in sorted(topics) if topics[key])
+    elif path.exists() and (files := text_files(path)):
+        for file in files:
+            yield from _file_blocks(file, data.text_field)
+    elif path.suffix in (".txt", ".jsonl"):
+        raise DataError(f"{path} does not exist; check data.source")
+    else:
+        yield from _dataset_blocks(data)
+
+
+def text_files(path: Path) -> list[Path]:
+    """``path`` itself, or the ``.txt`` and ``.jsonl`` files below it, sorted; none for a Hugging Face dataset."""
+    if path.is_file():
+        if path.suffix not in (".txt", ".jsonl"):
+            raise DataError(f"{path} must end in .txt or .jsonl; rename or convert it")
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
+
+
+def source_key(data: DataSection) -> str:
+    """A digest of what the tokens depend on: settings and, for files, their names, sizes and change times."""
+    parts: list[Any] = [data.source, data.tokenizer, data.text_field, data.split, sys.version_info[:3]]
+    for name in (data.source, data.tokenizer):
+        path = Path(name)
+        files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+        parts += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _file_blocks(path: Path, text_field: str) -> Iterator[Block]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(lines, start=1):
+                    if line.strip() and (text := _json_text(line, text_field, f"{path}:{number}")):
+                        yield text, True
+            else:
+                yield from _line_blocks(lines)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}; mend or remove it") from None
+
+
+def _line_blocks(lines: Iterator[str]) -> Iterator[Block]:
+    block: list[str] = []
+    size = 0
+    for line in lines:
+        if size >= BLOCK_CHARACTERS:
+            yield "".join(block), False
+            block, size = [], 0
+        block.append(line)
+        size += len(line)
+    if block:
+        yield "".join(block), True
+
+
+def _json_text(line: str, text_field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error}; mend that line") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where} must be a JSON object with the field {text_field!r}; mend that line")
+    return _text(record, text_field, where)
+
+
+def _text(record: dict[str, Any], text_field: str, where: str) -> str:
+    if not isinstance(record.get(text_field), str):
+        known = ", ".join(sorted(key for key, value in record.items() if isinstance(value, str))) or "none"
+        raise DataError(f"{where} has no text in field {text_field!r}; its text fields: {known}; set data.text_field")
+    return str(record[text_field])
+
+
+def _dataset_blocks(data: DataSection) -> Iterator[Block]:
+    for number, record in enumerate(_load_dataset(data)):
+        if text := _text(record, data.text_field, f"{data.source}, row {number},"):
+            yield text, True
+
+
+def _load_dataset(data: DataSection) -> Any:
+    import datasets
+
+    try:
+        if (Path(data.source) / "dataset_dict.json").exists():
+            return datasets.load_from_disk(data.source)[data.split]
+        if (Path(data.source) / "dataset_info.json").exists():
+            return datasets.load_from_disk(data.source)
+        return datasets.load_dataset(data.source, split=data.split)
+    except Exception as error:  # the library raises dozens of kinds; each means that there is no such data
+        reason = str(error).split("\n", 1)[0]
+        raise DataError(
+            f"data.source={data.source!r}, split {data.split!r}, is neither a file nor a Hugging Face dataset that "
+            f"loads ({type(error).__name__}: {reason}); give a .txt or .jsonl file, a directory of them, a dataset "
+            f"or {PYTHON_DOCS!r}"
+        ) from None

@@ -1,0 +1,84 @@
+"""Text to token ids: a Hugging Face tokenizer, or bytes with an end-of-text token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from galvatron.core.errors import DataError
+
+BYTES = "bytes"
+
+
+class Tokenizer(Protocol):
+    """Ids are below ``vocab_size``; ``end_of_text`` closes every document."""
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def end_of_text(self) -> int: ...  # noqa: D102
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
+        ...
+    def decode(self, ids: Sequence[int]) -> str: ...  # noqa: D102
+
+
+class ByteTokenizer:
+    """UTF-8 bytes are ids 0 to 255; 256 is end-of-text."""
+
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of ``text``: uint8 [number of UTF-8 bytes]."""
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """``encode`` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``: end-of-text vanishes, bytes that are no UTF-8 become U+FFFD."""
+        values = np.asarray(ids, dtype=np.int64).reshape(-1)
+        return values[values < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of ``transformers``, without its own special tokens around each text."""
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        ends = [i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None]
+        if not ends:
+            raise DataError(f"tokenizer {name} has neither an eos nor a sep token to close documents; add one to it")
+        self.end_of_text = int(ends[0])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text: int64 [number of tokens]."""
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids`` without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """``bytes``, or the Hugging Face tokenizer of a local directory or hub name.  Raises DataError."""
+    if name == BYTES:
+        return ByteTokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises many kinds; each means that there is no such tokenizer
+        kind = "directory" if Path(name).exists() else "hub name"
+        reason = str(error).split("\n", 1)[0]
+        raise DataError(
+            f"data.tokenizer={name!r} is no {kind} of a Hugging Face tokenizer ({type(error).__name__}: {reason}); "
+            f"give one that loads, or {BYTES!r}"
+        ) from None
+    return HuggingFaceTokenizer(tokenizer, name)

@@ -1,0 +1,296 @@
+"""The training loop: batch → gradients → clip → learning rate → update → metrics, with evaluation and saves.
+
+Takes a model that a plan has cut, a TrainSection and a Dataset; gives a run directory.  Prints nothing:
+whoever wants to see progress passes a Reporter.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from galvatron.core.errors import CheckpointError, ConfigError, DataError, GalvatronError, PlanError
+from galvatron.core.job import TrainSection
+from galvatron.plan import Plan
+
+from .checkpoint import POINTER, TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from .data import IGNORED_LABEL, Dataset
+from .interface import Reporter, TrainableModel
+from .metrics import METRICS_FILE, MetricsLog, PeakMemory, StepMetrics
+from .optimizer import build_optimizer, check_train_section, lr_at, set_lr
+from .ranks import all_max, communication_device, on_rank_zero, rank, world_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How a run ended: ``steps`` updates are done and saved in ``checkpoint``.
+
+    ``final_loss`` is the last update's training loss, ``eval_loss`` the last evaluation's (None without one);
+    ``interrupted`` says that a signal ended the run before ``num_steps``.
+    """
+
+    steps: int
+    final_loss: float
+    eval_loss: float | None
+    checkpoint: Path
+    interrupted: bool
+
+
+def train(
+    model: TrainableModel,
+    section: TrainSection,
+    dataset: Dataset,
+    *,
+    plan: Plan,
+    run_dir: Path,
+    resume: str | Path | None = None,
+    reporter: Reporter | None = None,
+    device_flops_per_s: float | None = None,
+    peak_memory: PeakMemory | None = None,
+) -> TrainResult:
+    """Train ``model`` for ``section.num_steps`` updates in all.  A collective call.
+
+    Args:
+        model: see ``TrainableModel``.
+        section: the job's ``train`` section.
+        dataset: equal on all ranks.
+        plan: the plan that cut the model; its prediction goes into the metrics.
+        run_dir: gets ``metrics.jsonl`` and ``checkpoints/``; on a disk that all ranks share.
+        resume: ``"latest"`` of this run directory, a checkpoint or another run directory; None starts anew.
+        reporter: told of every step on rank 0.
+        device_flops_per_s: one device's matrix-multiply rate, for ``mfu``; None leaves it out.
+        peak_memory: made before the model, so that peaks count the model; None counts from now.
+
+    SIGTERM and SIGINT end the run after the current step, with a save.
+
+    Raises:
+        ConfigError, PlanError, DataError, CheckpointError: settings that contradict each other or the files.
+        GalvatronError: the loss or the gradient norm is not finite.
+    """
+    check_train_section(section)
+    _check_agreement(model, section, dataset, plan)
+    optimizer = build_optimizer(model.parameters, section)
+    done = 0
+    if resume is None:
+        on_rank_zero(lambda: _check_unused(run_dir))
+    else:
+        done = _resume(run_dir, resume, model, optimizer, section, dataset)
+    trainer = Trainer(model, optimizer, section, dataset, plan=plan, run_dir=run_dir, step=done)
+    trainer.reporter = reporter or Reporter()
+    trainer.device_flops_per_s = device_flops_per_s
+    if peak_memory is not None:
+        trainer.peak_memory = peak_memory
+    return trainer.run()
+
+
+class Trainer:
+    """The state of a run between two steps; ``step`` updates are done."""
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        optimizer: torch.optim.Optimizer,
+        section: TrainSection,
+        dataset: Dataset,
+        *,
+        plan: Plan,
+        run_dir: Path,
+        step: int = 0,
+    ) -> None:
+        self.model, self.optimizer, self.section, self.dataset = model, optimizer, section, dataset
+        self.plan, self.run_dir, self.step = plan, run_dir, step
+        self.device = model.parameters[0].tensor.device if model.parameters else communication_device()
+        self.reporter = Reporter()
+        self.device_flops_per_s: float | None = None
+        self.peak_memory = PeakMemory(self.device)
+        self.loss = math.nan
+        self.eval_loss: float | None = None
+        self.saved: tuple[int, Path] | None = None
+
+    def run(self) -> TrainResult:
+        """Step until ``num_steps`` or a signal; evaluate and save as the section says, and at the end."""
+        is_writer = rank() == 0
+        log = MetricsLog(self.run_dir, self.step, tensorboard=self.section.tensorboard) if is_writer else None
+        reporter = self.reporter if is_writer else Reporter()
+        reporter.started(self.step + 1, self.section.num_steps)
+        try:
+            with _stop_requests() as stop_requested:
+                stopped = False
+                while self.step < self.section.num_steps and not stopped:
+                    metrics, stopped = self._train_step(stop_requested)
+                    if log is not None:
+                        log.step(metrics)
+                    reporter.stepped(metrics)
+                    is_last = self.step == self.section.num_steps
+                    if not stopped and (is_last or _is_due(self.step, self.section.eval_every)):
+                        self._evaluate(log, reporter)
+                    if is_last or stopped or _is_due(self.step, self.section.save_every):
+                        self._save(reporter)
+        finally:
+            if log is not None:
+                log.close()
+        assert self.saved is not None
+        return TrainResult(
+            steps=self.step,
+            final_loss=self.loss,
+            eval_loss=self.eval_loss,
+            checkpoint=self.saved[1],
+            interrupted=self.step < self.section.num_steps,
+        )
+
+    def _train_step(self, stop_requested: threading.Event) -> tuple[StepMetrics, bool]:
+        """One update; its metrics, and whether any rank was asked to stop."""
+        start = time.perf_counter()
+        inputs, labels = self.dataset.batch(self.step)
+        self.model.zero_grad()
+        self.loss = self.model.train_step(inputs, labels)
+        grad_norm = self.model.clip_grad_norm_(self.section.max_grad_norm)
+        self._check_finite(grad_norm)
+        lr = lr_at(self.step, self.section)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        self.step += 1
+        peak_bytes, stop = all_max([float(self.peak_memory.bytes()), float(stop_requested.is_set())])
+        return self._metrics(grad_norm, lr, seconds, int(peak_bytes)), stop > 0
+
+    def _check_finite(self, grad_norm: float) -> None:
+        for name, value in (("loss", self.loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                raise GalvatronError(
+                    f"the {name} is {value} at step {self.step + 1}, training cannot go on; "
+                    f"resume from the latest checkpoint with a lower lr than {self.section.lr} or a longer warm-up"
+                )
+
+    def _metrics(self, grad_norm: float, lr: float, seconds: float, peak_bytes: int) -> StepMetrics:
+        tokens_per_s = self.section.global_batch_size * self.section.seq_len / seconds
+        flops_per_s = tokens_per_s * self.model.spec.flops_per_token(self.section.seq_len)
+        peak_flops_per_s = None if self.device_flops_per_s is None else self.device_flops_per_s * world_size()
+        prediction = self.plan.prediction
+        return StepMetrics(
+            step=self.step,
+            loss=self.loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens_per_s=tokens_per_s,
+            step_time_s=seconds,
+            predicted_step_time_s=None if prediction is None else prediction.step_time_s,
+            peak_memory_bytes=peak_bytes,
+            predicted_peak_memory_bytes=None if prediction is None else prediction.peak_memory_bytes,
+            mfu=None if peak_flops_per_s is None else flops_per_s / peak_flops_per_s,
+            model_flops_per_s=flops_per_s,
+        )
+
+    def _evaluate(self, log: MetricsLog | None, reporter: Reporter) -> None:
+        """Mean loss over the counted tokens of the first ``eval_batches`` evaluation batches."""
+        total, count = 0.0, 0
+        for index in range(min(self.section.eval_batches, self.dataset.num_eval_batches)):
+            inputs, labels = self.dataset.eval_batch(index)
+            counted = int((labels != IGNORED_LABEL).sum())
+            total += self.model.evaluate(inputs, labels) * counted
+            count += counted
+        if count == 0:
+            return
+        self.eval_loss = total / count
+        if log is not None:
+            log.evaluation(self.step, self.eval_loss)
+        reporter.evaluated(self.step, self.eval_loss)
+
+    def _save(self, reporter: Reporter) -> None:
+        state = TrainState(
+            step=self.step,
+            world_size=world_size(),
+            data_fingerprint=self.dataset.fingerprint,
+            train=self.section,
+        )
+        root = self.run_dir / "checkpoints"
+        keep = self.section.keep_checkpoints
+        path = save_checkpoint(root, self.model, self.optimizer, state, plan=self.plan, keep=keep)
+        self.saved = (self.step, path)
+        reporter.saved(self.step, path)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _check_agreement(model: TrainableModel, section: TrainSection, dataset: Dataset, plan: Plan) -> None:
+    for name in ("global_batch_size", "seq_len", "precision", "grad_reduce_dtype"):
+        planned, wanted = getattr(plan, name), getattr(section, name)
+        if planned != wanted:
+            raise PlanError(f"the plan has {name}={planned} but the job has {name}={wanted}; search a plan for the job")
+    for name in ("global_batch_size", "seq_len"):
+        assert getattr(dataset, name) == getattr(section, name)
+    if dataset.vocab_size > model.spec.vocab_size:
+        raise DataError(
+            f"the data has token ids up to {dataset.vocab_size - 1} but the model's vocab_size is "
+            f"{model.spec.vocab_size}; use the model's own tokenizer or a larger vocab_size"
+        )
+
+
+def _check_unused(run_dir: Path) -> None:
+    metrics = run_dir / METRICS_FILE
+    if (run_dir / "checkpoints" / POINTER).exists() or (metrics.exists() and metrics.stat().st_size > 0):
+        raise ConfigError(
+            f"{run_dir} already holds a run; resume it, or give another run directory (or delete {METRICS_FILE} and "
+            "checkpoints/ there)"
+        )
+
+
+def _resume(
+    run_dir: Path,
+    resume: str | Path,
+    model: TrainableModel,
+    optimizer: torch.optim.Optimizer,
+    section: TrainSection,
+    dataset: Dataset,
+) -> int:
+    """Load the checkpoint that ``resume`` means and check that the samples go on from there; its step."""
+    directory = Path(on_rank_zero(lambda: str(find_checkpoint(run_dir / "checkpoints", resume))))
+    state = load_checkpoint(directory, model, optimizer)
+    for name in ("seed", "global_batch_size", "seq_len"):
+        before, now = getattr(state.train, name), getattr(section, name)
+        if before != now:
+            raise CheckpointError(
+                f"{directory} was trained with {name}={before} but the job has {name}={now}, so its data order "
+                f"would not go on; set {name}={before}"
+            )
+    if state.data_fingerprint != dataset.fingerprint:
+        raise CheckpointError(
+            f"{directory} was trained on other tokens (SHA-256 {state.data_fingerprint[:12]}, "
+            f"now {dataset.fingerprint[:12]}); give the same data and tokenizer"
+        )
+    if state.step >= section.num_steps:
+        raise CheckpointError(
+            f"{directory} has done {state.step} of num_steps={section.num_steps}; raise num_steps to train on"
+        )
+    return state.step
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT sets instead of ending the process."""
+    requested = threading.Event()
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        requested.set()
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
