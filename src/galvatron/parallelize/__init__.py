@@ -1,1 +1,25 @@
-"""(package docstring to be written: what it takes, gives, and does not know)"""
+"""Run any plan on an unmodified Hugging Face model.
+
+Takes a model and a Plan inside an initialised world; gives a ParallelModel whose train_step leaves exact
+gradients on this rank's shards.  Knows nothing of why a plan was chosen, of data or of optimisers.
+"""
+
+from .apply import parallelize
+from .grid import Grid
+from .model import ParallelModel
+from .pieces import LocalParameter, Piece
+from .weights import SafetensorsWeights, StateDictWeights
+from .world import World, destroy_world, init_world
+
+__all__ = [
+    "Grid",
+    "LocalParameter",
+    "ParallelModel",
+    "Piece",
+    "SafetensorsWeights",
+    "StateDictWeights",
+    "World",
+    "destroy_world",
+    "init_world",
+    "parallelize",
+]

@@ -1,0 +1,244 @@
+"""``parallelize``: every technique applied to a model, in one fixed order.
+
+tensor cuts → redistribution and recompute → data parallel (FSDP2) → weights.  Until the last step all
+parameters are on meta, so no rank ever holds more than its own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.model import ModelSpec, ParameterSpec
+from galvatron.models import Family, InitialWeights, build_spec, family_of
+from galvatron.plan import LayerStrategy, Plan
+
+from .attention import use_attention
+from .fsdp import ShardedUnit, mixed_precision, shard_unit
+from .grid import Grid
+from .model import ParallelModel, Replicated
+from .pieces import LocalParameter, pieces_of
+from .stage import Stage, enter_with_layout, recompute_in_backward
+from .tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, vocabulary_range
+from .weights import StateDictWeights, Weights, fill
+from .world import World, init_world
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A parameter of this stage: its global name, spec, owner and strategy."""
+
+    name: str
+    spec: ParameterSpec
+    module: nn.Module
+    attribute: str
+    strategy: LayerStrategy
+
+
+def parallelize(
+    model: PreTrainedModel, plan: Plan, *, world: World | None = None, weights: Weights | None = None, seed: int = 0
+) -> ParallelModel:
+    """Run ``model`` under ``plan`` on this process's part of the world.  Collective over the world.
+
+    Args:
+        model: an unmodified Hugging Face causal language model.  It is consumed: its modules become this rank's
+            stage.  Parameters may be real or on meta (``galvatron.models.meta_model``).
+        plan: which must fit the model and the world.
+        world: from ``init_world``; made if absent.
+        weights: where values come from; by default the model's own if it has any, else ``seed``.
+        seed: for initial weights of a meta model; they depend on it and on names, never on the plan.
+
+    Raises:
+        PlanError: the plan breaks a rule of the model or of the world.
+        ConfigError: the model's family has no record.
+        CheckpointError: ``weights`` lacks a parameter.
+    """
+    world = world or init_world()
+    family, spec = family_of(model.config), build_spec(model.config)
+    plan.validate(spec, world.world_size)
+    weights = weights or _own_weights(model, seed)
+    grid = Grid(plan, world, tied=spec.tied_embeddings)
+    use_attention(model)
+    _to_meta(model)
+    stage = Stage(model, family, plan.stage_layers(grid.stage), is_first=grid.is_first, is_last=grid.is_last)
+    _cut(stage, family, spec, grid)
+    parts = _parts(stage, family, spec, grid)
+    units = _shard(stage, family, spec, grid)
+    _materialise(stage, world.device)
+    sharded = {part.name: getattr(part.module, part.attribute) for part in parts}
+    parameters = [_local_parameter(part, sharded[part.name], spec, grid) for part in parts]
+    fill(parameters, weights)
+    stage.train()
+    return ParallelModel(
+        grid, spec, model.config, stage, units, sharded, parameters, _replicated(parts, parameters, spec, grid)
+    )
+
+
+def _own_weights(model: PreTrainedModel, seed: int) -> Weights:
+    on_meta = {parameter.is_meta for parameter in model.parameters()}
+    if on_meta == {True, False}:
+        raise ConfigError("a model's parameters must be all real or all on meta; load it without a device_map")
+    if on_meta == {True}:
+        if any(buffer.is_meta for buffer in model.buffers()):
+            raise ConfigError("a meta model needs real buffers; build it with galvatron.models.meta_model")
+        return InitialWeights(model, seed)
+    return StateDictWeights(dict(model.named_parameters()))
+
+
+def _to_meta(model: PreTrainedModel) -> None:
+    """Let go of parameter values (a weights source may still hold them); ties stay ties."""
+    metas: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in metas:
+                value = parameter.detach().to(device="meta", dtype=torch.float32)
+                metas[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            setattr(module, name, metas[parameter])
+
+
+def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
+    """Tensor cuts, changes of layout on entry, and recompute, for every module this stage owns."""
+    plan = grid.plan
+    degrees = [strategy.sequence_degree for strategy in plan.strategies()]
+    chain = stage.decoder.get_submodule(family.layers)
+    assert isinstance(chain, nn.ModuleList)
+    if grid.is_first:
+        _cut_embedding(stage, family, spec, grid)
+    for index in plan.stage_layers(grid.stage):
+        strategy = plan.layers[index]
+        cut_layer(chain[index], family, spec.layer, grid.axis_group(1, strategy.tp))
+        if strategy.recompute == "full":
+            recompute_in_backward(chain[index])
+        _enter(chain[index], grid, degrees[index], degrees[index + 1])
+    if grid.is_last:
+        _enter(stage.decoder.get_submodule(family.norm), grid, degrees[-2], degrees[-1])
+        _cut_head(stage, family, spec, grid)
+
+
+def _enter(module: nn.Module, grid: Grid, previous: int, degree: int) -> None:
+    axes = grid.axis_group(min(previous, degree), max(previous, degree))
+    enter_with_layout(module, axes, previous, degree)
+
+
+def _cut_embedding(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
+    strategy = grid.plan.embedding
+    tp = grid.axis_group(1, strategy.tp)
+    cut_embedding(stage.decoder.get_submodule(family.embedding), spec.embedding.parameters[0], tp)
+    if family.position_embedding:
+        chunk = grid.axes.sequence_chunk(grid.stage_rank, strategy.sequence_degree)
+        positions = stage.decoder.get_submodule(family.position_embedding)
+        cut_positions(positions, chunk, strategy.sequence_degree)
+
+
+def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
+    tp, projection = grid.axis_group(1, grid.plan.head.tp), spec.head.parameters[-1]
+    if spec.tied_embeddings and grid.is_first:
+        embedding = stage.decoder.get_submodule(family.embedding)
+        stage.model.get_submodule(family.head).weight = embedding.weight
+    else:
+        shrink(stage.model, (projection,), tp)
+    stage.head_tp = tp
+    stage.vocabulary_start = vocabulary_range(projection, tp)[0]
+
+
+def _shard(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> tuple[ShardedUnit, ...]:
+    """Hand every unit to FSDP2, the whole stage last (it has no parameters of its own left)."""
+    units = tuple(_units(stage, family, spec, grid))
+    policy = mixed_precision(grid.plan.precision, grid.plan.grad_reduce_dtype)
+    for unit in units:
+        shard_unit(unit, grid.mesh(unit.strategy), policy)
+    alone = grid.mesh(LayerStrategy(tp=grid.plan.stage_size))
+    fully_shard(stage, mesh=alone, reshard_after_forward=False)
+    return units
+
+
+def _units(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> Iterator[ShardedUnit]:
+    plan = grid.plan
+    names = [family.embedding, *([family.position_embedding] if family.position_embedding else [])]
+    embedding = tuple(stage.decoder.get_submodule(name) for name in names) if grid.is_first else ()
+    head: tuple[nn.Module, ...] = ()
+    if grid.is_last:
+        head = (stage.decoder.get_submodule(family.norm), stage.model.get_submodule(family.head))
+    if embedding and head and spec.tied_embeddings:
+        yield ShardedUnit(embedding + head, plan.embedding)
+    else:
+        if embedding:
+            yield ShardedUnit(embedding, plan.embedding)
+        if head:
+            yield ShardedUnit(head, plan.head)
+    for index in plan.stage_layers(grid.stage):
+        yield ShardedUnit((stage.decoder.get_submodule(f"{family.layers}.{index}"),), plan.layers[index])
+
+
+def _parts(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> list[_Part]:
+    """Every parameter this stage owns, once; a tied head on the embedding's stage is the embedding."""
+    plan = grid.plan
+    named: list[tuple[str, str, ParameterSpec, LayerStrategy]] = []
+    if grid.is_first:
+        named += [(p.name, p.name, p, plan.embedding) for p in spec.embedding.parameters]
+    for index in plan.stage_layers(grid.stage):
+        prefix = f"{family.decoder}.{family.layers}.{index}."
+        named += [(prefix + p.name, prefix + p.name, p, plan.layers[index]) for p in spec.layer.parameters]
+    if grid.is_last:
+        *norm, projection = spec.head.parameters
+        named += [(p.name, p.name, p, plan.head) for p in norm]
+        if not spec.tied_embeddings:
+            named.append((projection.name, projection.name, projection, plan.head))
+        elif not grid.is_first:
+            named.append((spec.embedding.parameters[0].name, projection.name, projection, plan.head))
+    parts = []
+    for name, path, parameter, strategy in named:
+        owner, _, attribute = path.rpartition(".")
+        parts.append(_Part(name, parameter, stage.model.get_submodule(owner), attribute, strategy))
+    return parts
+
+
+def _materialise(stage: Stage, device: torch.device) -> None:
+    """Give the meta parameters memory on ``device``; buffers keep their values and move there."""
+    buffers = [(module, name, b) for module in stage.modules() for name, b in module._buffers.items() if b is not None]
+    stage.to_empty(device=device)
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer.to(device)
+
+
+def _local_parameter(part: _Part, sharded: nn.Parameter, spec: ModelSpec, grid: Grid) -> LocalParameter:
+    strategy, tp_rank = part.strategy, grid.stage_rank % part.strategy.tp
+    whole = part.spec.cut is None or part.spec.cut.is_whole(strategy.tp)
+    twice = _is_tied_copy(part, spec, grid)
+    assert isinstance(sharded, DTensor)
+    return LocalParameter(
+        name=part.name,
+        tensor=nn.Parameter(sharded.to_local().detach()),
+        global_shape=part.spec.shape,
+        pieces=pieces_of(part.spec, strategy.tp, tp_rank, strategy.dp_shard, grid.shard_rank(strategy)),
+        replicas=strategy.dp_replicate * (strategy.tp if whole else 1) * (2 if twice else 1),
+        is_primary=grid.replica_rank(strategy) == 0 and not (whole and tp_rank) and not (twice and grid.is_last),
+    )
+
+
+def _is_tied_copy(part: _Part, spec: ModelSpec, grid: Grid) -> bool:
+    """Whether first and last stage both hold this parameter."""
+    return spec.tied_embeddings and grid.plan.pp > 1 and part.name == spec.embedding.parameters[0].name
+
+
+def _replicated(
+    parts: list[_Part], parameters: list[LocalParameter], spec: ModelSpec, grid: Grid
+) -> tuple[Replicated, ...]:
+    """Parameters whole on several tp ranks, by tp degree, then the tied embedding's two copies."""
+    by_tp: dict[int, list[LocalParameter]] = {}
+    for part, parameter in zip(parts, parameters, strict=True):
+        tp = part.strategy.tp
+        if tp > 1 and (part.spec.cut is None or part.spec.cut.is_whole(tp)):
+            by_tp.setdefault(tp, []).append(parameter)
+    result = [Replicated(grid.group(1, tp), tuple(by_tp[tp])) for tp in sorted(by_tp)]
+    tied = tuple(p for part, p in zip(parts, parameters, strict=True) if _is_tied_copy(part, spec, grid))
+    if tied and grid.tied_group is not None:
+        result.append(Replicated(grid.tied_group, tied))
+    return tuple(result)

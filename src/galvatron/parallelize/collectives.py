@@ -1,0 +1,151 @@
+"""Collectives with exact adjoints on sequence- and batch-cut hidden states.
+
+Shapes: B batch rows, S sequence positions, k ranks of an axis group, ... any trailing dims.  Every function
+is a linear map over all ranks of the group; its backward is that map's transpose, so gradients are plain
+sums over ranks (the one gradient rule).  Chunk order is that of plan.axes: the innermost axis cuts the
+sequence coarsest, while group ranks count it fastest; ``_fold`` and ``_unfold`` translate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+# torch 2.13 renamed both; 2.11 has the old names alone
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class AxisGroup:
+    """The ranks along a product of axes.
+
+    Attributes:
+        group: their process group.  None with ``size`` > 1 is a stand-in that moves nothing: gathering repeats
+            this rank's chunk and scattering keeps one, which is what measuring compute alone needs.
+        sizes: axis sizes, innermost first.
+        rank: this rank's index in the group.
+    """
+
+    group: dist.ProcessGroup | None
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.sizes)
+
+
+def gather_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
+    """[B, S/k, ...] → [B, S, ...]: all-gather of the sequence; backward reduce-scatters."""
+    return x_BS if axes.size == 1 else _GatherSequence.apply(x_BS, axes)
+
+
+def reduce_scatter_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
+    """[B, S, ...] partial sums → [B, S/k, ...] their sum, cut; backward all-gathers."""
+    return x_BS if axes.size == 1 else _ReduceScatterSequence.apply(x_BS, axes)
+
+
+def batch_to_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
+    """[B, S, ...] → [k·B, S/k, ...]: the axes stop cutting the batch and cut the sequence; one all-to-all."""
+    return x_BS if axes.size == 1 else _BatchToSequence.apply(x_BS, axes)
+
+
+def sequence_to_batch(x_BS: Tensor, axes: AxisGroup) -> Tensor:
+    """[k·B, S/k, ...] → [B, S, ...]: the inverse, and the adjoint, of ``batch_to_sequence``."""
+    return x_BS if axes.size == 1 else _SequenceToBatch.apply(x_BS, axes)
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
+        ctx.axes = axes
+        return _unfold(_all_gather(x, axes), axes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter(_fold(grad, ctx.axes), ctx.axes), None
+
+
+class _ReduceScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
+        ctx.axes = axes
+        return _reduce_scatter(_fold(x, axes), axes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _unfold(_all_gather(grad, ctx.axes), ctx.axes), None
+
+
+class _BatchToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
+        ctx.axes = axes
+        return _exchange(_fold(x, axes), axes).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _unfold(_exchange(grad.unflatten(0, (ctx.axes.size, -1)), ctx.axes), ctx.axes), None
+
+
+class _SequenceToBatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
+        ctx.axes = axes
+        return _unfold(_exchange(x.unflatten(0, (axes.size, -1)), axes), axes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _exchange(_fold(grad, ctx.axes), ctx.axes).flatten(0, 1), None
+
+
+def _fold(x_BS: Tensor, axes: AxisGroup) -> Tensor:
+    """[B, S, ...] → contiguous [k, B, S/k, ...]: entry g is the sequence chunk of group rank g."""
+    n = len(axes.sizes)
+    chunks = x_BS.unflatten(1, (*axes.sizes, x_BS.shape[1] // axes.size))
+    order = (*range(n, 0, -1), 0, *range(n + 1, chunks.dim()))
+    return chunks.permute(order).flatten(0, n - 1).contiguous()
+
+
+def _unfold(x_kBS: Tensor, axes: AxisGroup) -> Tensor:
+    """[k, B, S/k, ...] → [B, S, ...]: the inverse of ``_fold``."""
+    n = len(axes.sizes)
+    chunks = x_kBS.unflatten(0, axes.sizes[::-1])
+    order = (n, *range(n - 1, -1, -1), *range(n + 1, chunks.dim()))
+    return chunks.permute(order).flatten(1, n + 1).contiguous()
+
+
+def _all_gather(x: Tensor, axes: AxisGroup) -> Tensor:
+    """[...] → [k, ...]."""
+    if axes.group is None:
+        return x.expand(axes.size, *x.shape).contiguous()
+    out = x.new_empty(axes.size, *x.shape)
+    _all_gather_into(out.view(-1), x.contiguous().view(-1), group=axes.group)
+    return out
+
+
+def _reduce_scatter(x_k: Tensor, axes: AxisGroup) -> Tensor:
+    """[k, ...] → [...]: entry ``rank`` summed over the ranks."""
+    if axes.group is None:
+        return x_k[axes.rank].clone()
+    out = x_k.new_empty(x_k.shape[1:])
+    _reduce_scatter_into(out.view(-1), x_k.view(-1), group=axes.group)
+    return out
+
+
+def _exchange(x_k: Tensor, axes: AxisGroup) -> Tensor:
+    """[k, ...] → [k, ...]: entry g goes to rank g; entry g comes from rank g."""
+    x_k = x_k.contiguous()
+    if axes.group is None:
+        return x_k.clone()
+    out = torch.empty_like(x_k)
+    dist.all_to_all_single(out.view(-1), x_k.view(-1), group=axes.group)
+    return out

@@ -1,0 +1,70 @@
+"""Data parallelism and ZeRO by FSDP2, one group a unit, each on its own strategy's mesh.
+
+ZeRO 3 frees parameters after use; 0, 1 and 2 keep them gathered from the first forward to the last backward.
+ZeRO 2 and 3 reduce-scatter gradients every microbatch; 0 and 1 accumulate and reduce after the last.  Losses
+are shares of the global loss, so every reduction is a plain sum (divide factor 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from galvatron.core.model import Precision
+from galvatron.plan import LayerStrategy
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ShardedUnit:
+    """Modules that FSDP2 gathers and reduces together."""
+
+    modules: tuple[nn.Module, ...]
+    strategy: LayerStrategy
+
+
+def mixed_precision(precision: Precision, grad_reduce_dtype: Precision) -> MixedPrecisionPolicy:
+    """Compute in ``precision``, reduce gradients in ``grad_reduce_dtype``; parameters stay float32."""
+    compute = None if precision == "fp32" else DTYPES[precision]
+    reduce = None if grad_reduce_dtype == precision else DTYPES[grad_reduce_dtype]
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+
+
+def shard_unit(unit: ShardedUnit, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Hand the parameters of ``unit`` to FSDP2 on ``mesh``."""
+    modules = unit.modules[0] if len(unit.modules) == 1 else list(unit.modules)
+    fully_shard(modules, mesh=mesh, reshard_after_forward=unit.strategy.zero == 3, mp_policy=policy)
+    face = _face(unit)
+    # gloo has no pre-multiplied sum; with factor 1 a sum is what is meant anyway
+    face.set_force_sum_reduction_for_comms(True)
+    face.set_gradient_divide_factor(1.0)
+
+
+def prepare_backward(root: nn.Module, units: Iterable[ShardedUnit], *, is_last: bool) -> None:
+    """Say what the coming backward pass of a microbatch reduces and frees; ``is_last``: of this step's last one."""
+    assert isinstance(root, FSDPModule)
+    root.set_is_last_backward(is_last)
+    for unit in units:
+        zero, face = unit.strategy.zero, _face(unit)
+        face.set_requires_gradient_sync(is_last or zero >= 2, recurse=False)
+        face.set_requires_all_reduce(is_last, recurse=False)
+        face.set_reshard_after_backward(is_last or zero == 3, recurse=False)
+
+
+def free_gathered(units: Iterable[ShardedUnit]) -> None:
+    """Drop gathered parameters, as after a forward pass that no backward follows."""
+    for unit in units:
+        _face(unit).reshard()
+
+
+def _face(unit: ShardedUnit) -> FSDPModule:
+    """The unit as FSDP2 knows it; grouped modules share one state, so the first speaks for all."""
+    first = unit.modules[0]
+    assert isinstance(first, FSDPModule)
+    return first

@@ -1,0 +1,104 @@
+"""A plan laid over a world: this rank's stage, its place there, and the groups of axis products.
+
+All groups that any layer of the plan needs are made up front, in one order on all ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from galvatron.plan import LayerStrategy, Plan
+
+from .collectives import AxisGroup
+from .world import World
+
+
+class Grid:
+    """Where this rank stands in a plan, and whom it talks to."""
+
+    def __init__(self, plan: Plan, world: World, *, tied: bool = False) -> None:
+        """Make every process group of ``plan``; collective over the world.  ``tied``: the embeddings are."""
+        self.plan, self.world, self.axes = plan, world, plan.axes
+        self.stage, self.stage_rank = divmod(world.rank, plan.stage_size)
+        self._meshes: dict[tuple[int, int, int], DeviceMesh] = {}
+        for inner, outer in sorted(_group_shapes(plan)):
+            world.group(self._ranks(inner, outer))
+        for strategy in sorted(set(plan.strategies()), key=str):
+            self.mesh(strategy)
+        column, ends = self.column, (self.column[0], self.column[-1])
+        # one group a direction: forward and backward messages never queue behind each other
+        self.forward_group = world.group(column, "forward") if plan.pp > 1 else None
+        self.backward_group = world.group(column, "backward") if plan.pp > 1 else None
+        # first and last stage's rank of this column: the two copies of a tied embedding
+        self.tied_group = world.group(ends, "tied") if tied and plan.pp > 1 and world.rank in ends else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank holds the head."""
+        return self.stage == self.plan.pp - 1
+
+    @property
+    def column(self) -> tuple[int, ...]:
+        """Global ranks with this rank's place, one in each stage."""
+        return tuple(stage * self.plan.stage_size + self.stage_rank for stage in range(self.plan.pp))
+
+    def group(self, inner: int, outer: int) -> dist.ProcessGroup:
+        """The process group of the axes that multiply stacked degree ``inner`` up to ``outer``."""
+        return self.world.group(self._ranks(inner, outer))
+
+    def axis_group(self, inner: int, outer: int) -> AxisGroup:
+        """The same axes as ``group``, with their sizes and this rank's place, for the sequence collectives."""
+        ranks = self._ranks(inner, outer)
+        group = self.world.group(ranks) if len(ranks) > 1 else None
+        return AxisGroup(group, self.axes.axes_between(inner, outer), ranks.index(self.world.rank))
+
+    def mesh(self, strategy: LayerStrategy) -> DeviceMesh:
+        """The (dp_replicate, dp_shard) mesh of a strategy; one-dimensional where nothing is replicated."""
+        inner, middle = strategy.sequence_degree, strategy.sequence_degree * strategy.dp_shard
+        key = (inner, middle, strategy.num_devices)
+        if key not in self._meshes:
+            self._meshes[key] = self._make_mesh(*key)
+        return self._meshes[key]
+
+    def shard_rank(self, strategy: LayerStrategy) -> int:
+        """This rank's index among the ``dp_shard`` ranks of a strategy."""
+        return self.stage_rank // strategy.sequence_degree % strategy.dp_shard
+
+    def replica_rank(self, strategy: LayerStrategy) -> int:
+        """This rank's index among the ``dp_replicate`` ranks of a strategy."""
+        return self.stage_rank // (strategy.sequence_degree * strategy.dp_shard)
+
+    def _make_mesh(self, inner: int, middle: int, outer: int) -> DeviceMesh:
+        device_type = self.world.device.type
+        shard = self.world.group(self._ranks(inner, middle))
+        if middle == outer:
+            return DeviceMesh.from_group(shard, device_type, mesh_dim_names=("dp_shard",))
+        replicas = self.world.group(self._ranks(middle, outer))
+        offsets = torch.tensor(self._ranks(middle, outer)) - self.world.rank
+        ranks = offsets[:, None] + torch.tensor(self._ranks(inner, middle))[None, :]
+        names = ("dp_replicate", "dp_shard")
+        return DeviceMesh.from_group([replicas, shard], device_type, mesh=ranks, mesh_dim_names=names)
+
+    def _ranks(self, inner: int, outer: int) -> tuple[int, ...]:
+        base = self.stage * self.plan.stage_size
+        return tuple(base + rank for rank in self.axes.group(self.stage_rank, inner, outer))
+
+
+def _group_shapes(plan: Plan) -> set[tuple[int, int]]:
+    """(inner, outer) of every group some layer needs: tp, dp_shard, dp_replicate and changes of layout."""
+    shapes: set[tuple[int, int]] = {(1, 1)}
+    previous = plan.embedding.sequence_degree
+    for strategy in plan.strategies():
+        degree = strategy.sequence_degree
+        shapes |= {(1, strategy.tp), (degree, degree * strategy.dp_shard)}
+        shapes |= {(degree * strategy.dp_shard, strategy.num_devices)}
+        shapes |= {(min(previous, degree), max(previous, degree))}
+        previous = degree
+    return shapes

@@ -1,0 +1,96 @@
+"""Which boxes of which global tensor this rank holds.
+
+A parameter is cut twice: by tensor parallelism (a run of blocks from every segment, along the cut's dim)
+and by FSDP2 (a chunk of dim 0 of what is left).  The result is a few boxes; loading, checkpoints, export
+and the parity check all speak of these boxes and need no knowledge of strategies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from galvatron.core.model import ParameterSpec
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a local tensor and the box of the global tensor that it is; offsets and size per dim."""
+
+    local_offset: tuple[int, ...]
+    global_offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class LocalParameter:
+    """What this rank holds of one parameter.
+
+    Attributes:
+        name: the parameter's Hugging Face name; a tied head goes by the embedding's.
+        tensor: float32 on the run's device, of this rank's shape; shares memory with the FSDP2 shard.
+            ``tensor.grad`` is this rank's part of the exact gradient after ``ParallelModel.train_step``.
+        global_shape: the shape of the whole parameter.
+        pieces: the boxes of ``tensor``; together they cover it.  Empty where FSDP2 left this rank nothing.
+        replicas: how many ranks of the world hold this same part.
+        is_primary: True on exactly one of them: the one that writes checkpoints.
+    """
+
+    name: str
+    tensor: nn.Parameter
+    global_shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    replicas: int
+    is_primary: bool
+
+
+def shard_rows(num_rows: int, num_shards: int, shard: int) -> tuple[int, int]:
+    """The (start, stop) rows of dim 0 that FSDP2 gives to ``shard``: torch.chunk's, some of them empty."""
+    chunk = math.ceil(num_rows / num_shards)
+    return min(shard * chunk, num_rows), min((shard + 1) * chunk, num_rows)
+
+
+def pieces_of(parameter: ParameterSpec, tp: int, tp_rank: int, num_shards: int, shard: int) -> tuple[Piece, ...]:
+    """The boxes that tensor-parallel rank ``tp_rank`` and FSDP2 shard ``shard`` hold of ``parameter``."""
+    local_shape = parameter.local_shape(tp, tp_rank)
+    rows = shard_rows(local_shape[0], num_shards, shard)
+    return tuple(piece for box in _tp_boxes(parameter, tp, tp_rank) if (piece := _clip_rows(box, *rows)) is not None)
+
+
+def _tp_boxes(parameter: ParameterSpec, tp: int, tp_rank: int) -> Iterator[Piece]:
+    """The boxes of the tensor-parallel cut alone."""
+    shape, cut = parameter.shape, parameter.cut
+    zeros = (0,) * len(shape)
+    if cut is None:
+        yield Piece(zeros, zeros, shape)
+        return
+    position = 0
+    for start, stop in cut.ranges(shape[cut.dim], tp, tp_rank):
+        yield Piece(_at(zeros, cut.dim, position), _at(zeros, cut.dim, start), _at(shape, cut.dim, stop - start))
+        position += stop - start
+
+
+def _clip_rows(piece: Piece, start: int, stop: int) -> Piece | None:
+    """The part of ``piece`` within local rows ``start`` ... ``stop``, whose local offsets count from ``start``."""
+    low = max(piece.local_offset[0], start)
+    high = min(piece.local_offset[0] + piece.size[0], stop)
+    if low >= high or 0 in piece.size:
+        return None
+    return Piece(
+        _at(piece.local_offset, 0, low - start),
+        _at(piece.global_offset, 0, piece.global_offset[0] + low - piece.local_offset[0]),
+        _at(piece.size, 0, high - low),
+    )
+
+
+def _at(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
+    return (*values[:dim], value, *values[dim + 1 :])
+
+
+def box(tensor: torch.Tensor, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+    """The view of ``tensor`` at ``offset`` of ``size``."""
+    return tensor[tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))]

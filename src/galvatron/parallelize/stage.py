@@ -1,0 +1,125 @@
+"""One pipeline stage of a Hugging Face model, driven by the model's own forward.
+
+The decoder runs as it is, fed with ``inputs_embeds``; layers of other stages are stand-ins that pass hidden
+states on, and the one before the first own layer hands out what was received, so whatever the family's
+forward does before its layers is undone there.  Hidden states are [B/dp, S/sp, H] chunks throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from galvatron.models import Family
+
+from .collectives import AxisGroup, batch_to_sequence, gather_sequence, sequence_to_batch
+from .loss import cross_entropy_share
+
+
+class PassedLayer(nn.Module):
+    """Stands where another stage's module is: returns its first argument."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return ``hidden_states`` unchanged."""
+        return hidden_states
+
+
+class Received(nn.Module):
+    """Stands before the first own layer: ignores its input and returns ``hidden``, set before every forward."""
+
+    hidden: Tensor | None = None
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """Return what the previous stage sent."""
+        assert self.hidden is not None
+        return self.hidden
+
+
+class NoPositions(nn.Module):
+    """Stands where the first stage has learnt positions: a zero that broadcasts."""
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Return a scalar zero."""
+        return torch.zeros((), device=ids_BS.device)
+
+
+class Stage(nn.Module):
+    """The part of ``model`` that one stage owns, from token ids or hidden states to hidden states or loss."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, layers: range, *, is_first: bool, is_last: bool) -> None:
+        """Replace what other stages own by stand-ins, in place."""
+        super().__init__()
+        self.model, self.family = model, family
+        self.is_first, self.is_last = is_first, is_last
+        self.received = Received()
+        self.head_tp: AxisGroup = AxisGroup(None, (), 0)
+        self.vocabulary_start = 0
+        chain = self.decoder.get_submodule(family.layers)
+        assert isinstance(chain, nn.ModuleList)
+        for index in range(len(chain)):
+            if index not in layers:
+                chain[index] = PassedLayer()
+        if not is_first:
+            chain[layers.start - 1] = self.received
+            self.decoder.set_submodule(family.embedding, PassedLayer())
+            if family.position_embedding:
+                self.decoder.set_submodule(family.position_embedding, NoPositions())
+        if not is_last:
+            self.decoder.set_submodule(family.norm, PassedLayer())
+            model.set_submodule(family.head, PassedLayer())
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.get_submodule(self.family.decoder)
+
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, labels: Tensor | None = None, weight: float = 1.0
+    ) -> Tensor:
+        """Run the stage.
+
+        Args:
+            tokens: on the first stage ids [B/dp, S] of the embedding's layout, else hidden states as received.
+            position_ids: [1, S].
+            labels: on the last stage ids [B/dp, S] of the head's layout.
+            weight: what a token's loss counts for in the global loss.
+
+        Returns:
+            The hidden chunk for the next stage, or this rank's share of the loss (float32 scalar).
+        """
+        if self.is_first:
+            hidden = self.decoder.get_submodule(self.family.embedding)(tokens)
+        else:
+            self.received.hidden = hidden = tokens
+        output = self.decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False)
+        self.received.hidden = None
+        hidden = output.last_hidden_state
+        if not self.is_last:
+            return hidden.clone() if hidden._is_view() else hidden  # FSDP2 hooks want no views
+        assert labels is not None
+        logits = self.model.get_submodule(self.family.head)(gather_sequence(hidden, self.head_tp))
+        return cross_entropy_share(logits.flatten(0, 1), labels.flatten(), self.vocabulary_start, weight, self.head_tp)
+
+
+def enter_with_layout(module: nn.Module, axes: AxisGroup, previous: int, degree: int) -> None:
+    """Let ``module`` take hidden states cut ``previous`` ways along the sequence and see them cut ``degree`` ways."""
+    if previous == degree:
+        return
+    change = partial(batch_to_sequence if degree > previous else sequence_to_batch, axes=axes)
+    _wrap_forward(module, lambda forward, hidden, *args, **kwargs: forward(change(hidden), *args, **kwargs))
+
+
+def recompute_in_backward(layer: nn.Module) -> None:
+    """Save the layer's input alone and run its forward again in backward."""
+    _wrap_forward(layer, lambda forward, *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs))
+
+
+def _wrap_forward(module: nn.Module, call: Callable[..., Any]) -> None:
+    # on the instance's forward, so that FSDP2's hooks stay outside
+    module.forward = partial(call, module.forward)

@@ -1,0 +1,136 @@
+"""Tensor parallelism with Megatron sequence parallelism, at the seams of unmodified modules.
+
+Between regions hidden states are cut along the sequence, [B, S/tp, H].  A region (attention, MLP) gathers
+its input once; column-cut linears just have fewer outputs; a row-cut linear reduce-scatters its product and
+then adds its bias (Shoeybi et al. 2019; Korthikanti et al. 2022).  Module classes stay Hugging Face's:
+parameters are replaced by shards and ``forward`` is replaced on the instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from galvatron.core.model import ParameterSpec, UnitSpec
+from galvatron.models import Family
+
+from .collectives import AxisGroup, gather_sequence, reduce_scatter_sequence
+
+
+def cut_layer(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -> None:
+    """Cut ``layer`` (parameters on any device; their values are not kept) for one rank of ``tp``."""
+    if tp.size == 1:
+        return
+    shrink(layer, unit.parameters, tp)
+    for region in family.regions:
+        module = layer.get_submodule(region.module)
+        module.forward = _gathered(module.forward, tp)
+        for attribute in region.local_sizes:
+            setattr(module, attribute, getattr(module, attribute) // tp.size)
+        for name in region.columns:
+            _keep_own_outputs(module.get_submodule(name), _weight(unit, f"{region.module}.{name}"), tp)
+        for name in region.rows:
+            linear = module.get_submodule(name)
+            linear.forward = _row_forward(linear, tp)
+
+
+def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> None:
+    """Cut an embedding along the vocabulary: ids [B, S] → hidden [B, S/tp, H]."""
+    if tp.size == 1:
+        return
+    embedding.weight = _shrunk(embedding.weight, parameter, tp)
+    start, stop = vocabulary_range(parameter, tp)
+
+    def forward(ids_BS: Tensor) -> Tensor:
+        own = (ids_BS >= start) & (ids_BS < stop)
+        partial = F.embedding(torch.where(own, ids_BS - start, 0), embedding.weight)  # type: ignore[arg-type]
+        return reduce_scatter_sequence(partial * own.unsqueeze(-1), tp)
+
+    embedding.forward = forward
+
+
+def cut_positions(embedding: nn.Module, chunk: int, num_chunks: int) -> None:
+    """Let a position embedding look up this rank's sequence chunk of the ids [1, S] that it is given."""
+    whole = embedding.forward
+
+    def forward(ids_BS: Tensor) -> Tensor:
+        return whole(ids_BS.chunk(num_chunks, dim=1)[chunk])
+
+    if num_chunks > 1:
+        embedding.forward = forward
+
+
+def shrink(module: nn.Module, parameters: tuple[ParameterSpec, ...], tp: AxisGroup) -> None:
+    """Replace every cut parameter of ``module`` by an uninitialised one of this rank's shape."""
+    for parameter in parameters:
+        owner, _, name = parameter.name.rpartition(".")
+        target = module.get_submodule(owner)
+        setattr(target, name, _shrunk(getattr(target, name), parameter, tp))
+
+
+def vocabulary_range(parameter: ParameterSpec, tp: AxisGroup) -> tuple[int, int]:
+    """The (start, stop) vocabulary rows of this rank."""
+    if parameter.cut is None:
+        return 0, parameter.shape[0]
+    return parameter.cut.ranges(parameter.shape[0], tp.size, tp.rank)[0]
+
+
+def _shrunk(value: Any, parameter: ParameterSpec, tp: AxisGroup) -> nn.Parameter:
+    shape = parameter.local_shape(tp.size, tp.rank)
+    if shape == tuple(value.shape):
+        return value
+    return nn.Parameter(value.detach().new_empty(shape), requires_grad=value.requires_grad)
+
+
+def _weight(unit: UnitSpec, linear: str) -> ParameterSpec:
+    return next(p for p in unit.parameters if p.name == f"{linear}.weight")
+
+
+def _gathered(forward: Callable[..., Any], tp: AxisGroup) -> Callable[..., Any]:
+    """``forward`` with its hidden states (first argument, or ``hidden_states``) gathered along the sequence."""
+
+    def gathered(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            return forward(gather_sequence(args[0], tp), *args[1:], **kwargs)
+        return forward(**{**kwargs, "hidden_states": gather_sequence(kwargs["hidden_states"], tp)})
+
+    return gathered
+
+
+def _keep_own_outputs(linear: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> None:
+    """Make a column-cut ``linear`` produce this rank's outputs."""
+    assert parameter.cut is not None
+    if parameter.cut.is_whole(tp.size):
+        linear.forward = _block_forward(linear, parameter, tp)
+    elif isinstance(linear, Conv1D):
+        linear.nf = linear.weight.shape[1]  # Conv1D views its output by this size
+
+
+def _block_forward(linear: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> Callable[[Tensor], Tensor]:
+    """Forward of a linear kept whole whose rank needs one block alone (kv heads fewer than tp)."""
+    assert parameter.cut is not None
+    width = parameter.shape[0] // parameter.cut.blocks
+    start = tp.rank * parameter.cut.blocks // tp.size * width
+
+    def forward(x: Tensor) -> Tensor:
+        bias = None if linear.bias is None else linear.bias.narrow(0, start, width)  # type: ignore[operator]
+        return F.linear(x, linear.weight.narrow(0, start, width), bias)  # type: ignore[operator]
+
+    return forward
+
+
+def _row_forward(linear: nn.Module, tp: AxisGroup) -> Callable[[Tensor], Tensor]:
+    """Forward of a row-cut linear: partial product, reduce-scatter along the sequence, then the bias."""
+
+    def forward(x: Tensor) -> Tensor:
+        weight = linear.weight
+        partial = x @ weight if isinstance(linear, Conv1D) else F.linear(x, weight)  # type: ignore[arg-type,operator]
+        out = reduce_scatter_sequence(partial, tp)
+        return out if linear.bias is None else out + linear.bias  # type: ignore[operator]
+
+    return forward
