@@ -1,1 +1,12 @@
-"""(package docstring to be written: what it takes, gives, and does not know)"""
+"""What a plan will take: seconds and bytes, from measured profiles.
+
+Takes a Plan (or one unit's strategy), a ModelProfile and a HardwareProfile; gives step times with their parts
+and memory per stage with its parts.  Knows nothing of torch, of how a plan is searched or of how it is run.
+"""
+
+from .memory import UnitMemory, unit_memory
+from .setting import Setting
+from .step import Replay, predict, replay
+from .unit import UnitTimes, unit_times
+
+__all__ = ["Replay", "Setting", "UnitMemory", "UnitTimes", "predict", "replay", "unit_memory", "unit_times"]
