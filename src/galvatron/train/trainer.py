@@ -35,7 +35,7 @@ class TrainResult:
     """How a run ended: ``steps`` updates are done and saved in ``checkpoint``.
 
     ``final_loss`` is the last update's training loss, ``eval_loss`` the last evaluation's (None without one);
-    ``interrupted`` says that a signal ended the run before ``num_steps``.
+    ``interrupted`` says that a signal ended the run early.
     """
 
     steps: int
@@ -53,6 +53,7 @@ def train(
     plan: Plan,
     run_dir: Path,
     resume: str | Path | None = None,
+    stop_after: int | None = None,
     reporter: Reporter | None = None,
     device_flops_per_s: float | None = None,
     peak_memory: PeakMemory | None = None,
@@ -66,6 +67,7 @@ def train(
         plan: the plan that cut the model; its prediction goes into the metrics.
         run_dir: gets ``metrics.jsonl`` and ``checkpoints/``; on a disk that all ranks share.
         resume: ``"latest"`` of this run directory, a checkpoint or another run directory; None starts anew.
+        stop_after: end, with a save, once this many updates are done; the learning rate still follows ``num_steps``.
         reporter: told of every step on rank 0.
         device_flops_per_s: one device's matrix-multiply rate, for ``mfu``; None leaves it out.
         peak_memory: made before the model, so that peaks count the model; None counts from now.
@@ -84,7 +86,11 @@ def train(
         on_rank_zero(lambda: _check_unused(run_dir))
     else:
         done = _resume(run_dir, resume, model, optimizer, section, dataset)
+    last_step = section.num_steps if stop_after is None else min(stop_after, section.num_steps)
+    if done >= last_step:
+        raise ConfigError(f"{resume} has done {done} of {last_step} steps already; raise num_steps to train on")
     trainer = Trainer(model, optimizer, section, dataset, plan=plan, run_dir=run_dir, step=done)
+    trainer.last_step = last_step
     trainer.reporter = reporter or Reporter()
     trainer.device_flops_per_s = device_flops_per_s
     if peak_memory is not None:
@@ -109,28 +115,29 @@ class Trainer:
         self.model, self.optimizer, self.section, self.dataset = model, optimizer, section, dataset
         self.plan, self.run_dir, self.step = plan, run_dir, step
         self.device = model.parameters[0].tensor.device if model.parameters else communication_device()
+        self.last_step = section.num_steps
         self.reporter = Reporter()
         self.device_flops_per_s: float | None = None
         self.peak_memory = PeakMemory(self.device)
         self.loss = math.nan
         self.eval_loss: float | None = None
-        self.saved: tuple[int, Path] | None = None
+        self.checkpoint: Path | None = None
 
     def run(self) -> TrainResult:
-        """Step until ``num_steps`` or a signal; evaluate and save as the section says, and at the end."""
+        """Step until ``last_step`` or a signal; evaluate and save as the section says, and at the end."""
         is_writer = rank() == 0
         log = MetricsLog(self.run_dir, self.step, tensorboard=self.section.tensorboard) if is_writer else None
         reporter = self.reporter if is_writer else Reporter()
-        reporter.started(self.step + 1, self.section.num_steps)
+        reporter.started(self.step + 1, self.last_step)
         try:
             with _stop_requests() as stop_requested:
                 stopped = False
-                while self.step < self.section.num_steps and not stopped:
+                while self.step < self.last_step and not stopped:
                     metrics, stopped = self._train_step(stop_requested)
                     if log is not None:
                         log.step(metrics)
                     reporter.stepped(metrics)
-                    is_last = self.step == self.section.num_steps
+                    is_last = self.step == self.last_step
                     if not stopped and (is_last or _is_due(self.step, self.section.eval_every)):
                         self._evaluate(log, reporter)
                     if is_last or stopped or _is_due(self.step, self.section.save_every):
@@ -138,13 +145,13 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
-        assert self.saved is not None
+        assert self.checkpoint is not None
         return TrainResult(
             steps=self.step,
             final_loss=self.loss,
             eval_loss=self.eval_loss,
-            checkpoint=self.saved[1],
-            interrupted=self.step < self.section.num_steps,
+            checkpoint=self.checkpoint,
+            interrupted=self.step < self.last_step,
         )
 
     def _train_step(self, stop_requested: threading.Event) -> tuple[StepMetrics, bool]:
@@ -216,9 +223,8 @@ class Trainer:
         )
         root = self.run_dir / "checkpoints"
         keep = self.section.keep_checkpoints
-        path = save_checkpoint(root, self.model, self.optimizer, state, plan=self.plan, keep=keep)
-        self.saved = (self.step, path)
-        reporter.saved(self.step, path)
+        self.checkpoint = save_checkpoint(root, self.model, self.optimizer, state, plan=self.plan, keep=keep)
+        reporter.saved(self.step, self.checkpoint)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -270,10 +276,6 @@ def _resume(
         raise CheckpointError(
             f"{directory} was trained on other tokens (SHA-256 {state.data_fingerprint[:12]}, "
             f"now {dataset.fingerprint[:12]}); give the same data and tokenizer"
-        )
-    if state.step >= section.num_steps:
-        raise CheckpointError(
-            f"{directory} has done {state.step} of num_steps={section.num_steps}; raise num_steps to train on"
         )
     return state.step
 
