@@ -69,8 +69,8 @@ class InitialWeights:
         return value
 
     def _whole(self, name: str) -> torch.Tensor:
-        # crc32 is stable across processes and runs, unlike hash()
-        generator = torch.Generator().manual_seed((self._seed << 32) ^ zlib.crc32(name.encode()))
+        # the CPU generator keeps 32 bits of a seed; crc32 is stable across processes and runs, unlike hash()
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
         value = torch.zeros(self._shapes[name])
         for step in self._steps[name]:
             random = any(argument.name == "generator" for argument in step.op._schema.arguments)

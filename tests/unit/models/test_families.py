@@ -1,0 +1,85 @@
+"""Families: configs are described without being built, and initial weights depend on nothing but the seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from galvatron.core.errors import ConfigError
+from galvatron.models import InitialWeights, build_spec, load_config, meta_model
+from galvatron.testing.models import FAMILIES, tiny_config, tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_spec_counts_what_the_model_has(family: str) -> None:
+    config = tiny_config(family)
+    spec, model = build_spec(config), tiny_model(family)
+    assert spec.num_parameters == sum(p.numel() for p in model.parameters())
+    assert spec.num_layers == config.num_hidden_layers
+    assert {p.name for p in spec.layer.parameters} == {
+        n.split(".", 3)[3] for n, _ in model.named_parameters() if ".0." in n
+    }
+
+
+def test_gpt2_fuses_three_segments_and_llama_keeps_few_kv_heads_whole() -> None:
+    fused = next(p for p in build_spec(tiny_config("gpt2")).layer.parameters if p.name == "attn.c_attn.weight")
+    assert fused.cut is not None
+    assert fused.cut.ranges(96, 2, 1) == [(16, 32), (48, 64), (80, 96)]
+    key = next(p for p in build_spec(tiny_config("llama")).layer.parameters if p.name == "self_attn.k_proj.weight")
+    assert key.local_shape(4) == key.shape
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_meta_models_take_no_memory_and_keep_ties_and_buffers(family: str) -> None:
+    model = meta_model(tiny_config(family))
+    assert all(p.is_meta for p in model.parameters())
+    assert not any(b.is_meta for b in model.buffers())
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
+
+
+def test_initial_weights_follow_hugging_face_and_the_name_alone() -> None:
+    config = tiny_config("gpt2", n_embd=64, n_layer=2)
+    weights = InitialWeights(meta_model(config), seed=3)
+    name, shape = "transformer.h.1.mlp.c_proj.weight", (256, 64)
+    whole = weights.read(name, (0, 0), shape)
+    # GPT-2 scales residual projections by 1/sqrt(2 · layers)
+    assert float(whole.std()) == pytest.approx(0.02 / 2, rel=0.05)
+    assert torch.equal(weights.read(name, (8, 16), (4, 5)), whole[8:12, 16:21])
+    assert torch.equal(InitialWeights(meta_model(config), seed=3).read(name, (0, 0), shape), whole)
+    assert not torch.equal(InitialWeights(meta_model(config), seed=4).read(name, (0, 0), shape), whole)
+    assert not torch.equal(weights.read("transformer.h.0.mlp.c_proj.weight", (0, 0), shape), whole)
+    assert torch.equal(weights.read("transformer.h.0.ln_1.weight", (0,), (64,)), torch.ones(64))
+
+
+def test_a_padding_row_starts_at_zero() -> None:
+    weights = InitialWeights(meta_model(tiny_config("llama", pad_token_id=3)), seed=0)
+    row = weights.read("model.embed_tokens.weight", (2, 0), (2, 32))
+    assert row[0].abs().sum() > 0
+    assert row[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": "t5"}', "model_type='t5' is not supported; choose one of gpt2, llama"),
+        ('{"hidden_size": 3}', "lacks model_type"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_what_is_no_supported_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match="has no readable config"):
+        load_config(tmp_path / "absent")
+
+
+def test_a_config_loads_from_a_file_and_from_a_directory(tmp_path: Path) -> None:
+    tiny_config("qwen3").save_pretrained(tmp_path)
+    assert load_config(tmp_path).hidden_size == 32
+    assert load_config(tmp_path / "config.json").model_type == "qwen3"
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3"

@@ -1,0 +1,131 @@
+"""plan.json, the rules a plan obeys, and the order of a stage's passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from galvatron.core.errors import PlanError
+from galvatron.core.model import Cut, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.plan import LayerStrategy, Plan
+from galvatron.plan.schedules import Action, actions
+
+ZERO3 = LayerStrategy(tp=2, dp_shard=2, zero=3)
+SPEC = ModelSpec(
+    name="toy",
+    family="llama",
+    num_layers=4,
+    hidden_size=8,
+    ffn_size=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=2,
+    vocab_size=11,
+    max_seq_len=64,
+    tied_embeddings=False,
+    embedding=UnitSpec(parameters=(ParameterSpec(name="e", shape=(11, 8), cut=Cut(dim=0, blocks=11, uneven="ceil")),)),
+    layer=UnitSpec(
+        parameters=(
+            ParameterSpec(name="q", shape=(8, 8), cut=Cut(dim=0, blocks=4)),
+            ParameterSpec(name="k", shape=(4, 8), cut=Cut(dim=0, blocks=2, uneven="whole")),
+            ParameterSpec(name="norm", shape=(8,)),
+        )
+    ),
+    head=UnitSpec(parameters=(ParameterSpec(name="h", shape=(11, 8), cut=Cut(dim=0, blocks=11, uneven="ceil")),)),
+)
+
+
+def make(**changes: Any) -> Plan:
+    fields: dict[str, Any] = {
+        "model": "toy",
+        "world_size": 8,
+        "layers_per_stage": (3, 1),
+        "global_batch_size": 8,
+        "seq_len": 64,
+        "num_microbatches": 2,
+        "embedding": LayerStrategy(tp=4),
+        "head": ZERO3,
+        "layers": (ZERO3, ZERO3, LayerStrategy(tp=4, recompute="full"), LayerStrategy(dp_replicate=4)),
+    }
+    return Plan(**{**fields, **changes})
+
+
+def test_a_plan_survives_its_file_and_collapses_equal_layers() -> None:
+    plan = make()
+    assert Plan.from_json(plan.to_json()) == plan
+    assert '"layers": "0-1"' in plan.to_json()
+    assert "layers 0-1: tp 2, dp 2, zero 3" in plan.describe()
+    plan.validate(SPEC, 8)
+
+
+def test_runs_of_layers_must_follow_each_other() -> None:
+    with pytest.raises(PlanError, match="expected one from layer 2, got 3"):
+        Plan.from_json(make().to_json().replace('"layers": "2"', '"layers": "3"'))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 6}, r"degrees of \(tp 4\) multiply to 4 but a stage has 3"),
+        ({"layers_per_stage": (2, 2, 2)}, "pp=3 must divide world_size=8; choose 1, 2, 4, 8"),
+        ({"layers_per_stage": (2, 1)}, "must sum to the 4 layers"),
+        ({"num_microbatches": 3}, "num_microbatches=3 must divide global_batch_size=8"),
+        ({"num_microbatches": 8}, "dp=2 must divide the microbatch of 1"),
+        ({"seq_len": 66}, "tp=4 must divide seq_len=66; choose 1, 2"),
+        ({"embedding": LayerStrategy(tp=4, recompute="full")}, "recompute=full is for layers"),
+        ({"head": LayerStrategy(ulysses=4)}, "ulysses=4 is not supported yet"),
+        ({"layers": (ZERO3,) * 3, "layers_per_stage": (2, 1)}, "the plan has 3 layers but model toy has 4"),
+    ],
+)
+def test_every_rule_is_named_with_values_and_a_remedy(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        make(**changes).validate(SPEC)
+
+
+def test_a_plan_for_another_world_is_refused() -> None:
+    with pytest.raises(PlanError, match="world_size=8 but 4 processes run"):
+        make().validate(SPEC, 4)
+
+
+def test_heads_bound_tp_and_few_kv_heads_are_kept_whole() -> None:
+    eight = LayerStrategy(tp=8)
+    with pytest.raises(PlanError, match="tp=8 must divide the 4 blocks of q; choose 1, 2, 4"):
+        make(layers_per_stage=(4,), embedding=eight, head=eight, layers=(eight,) * 4).validate(SPEC)
+    k = SPEC.layer.parameters[1]
+    assert k.local_shape(2) == (2, 8)
+    assert k.local_shape(4) == (4, 8)
+    assert SPEC.embedding.parameters[0].local_shape(4, 3) == (2, 8)
+
+
+def test_zero_and_dp_shard_go_together() -> None:
+    with pytest.raises(ValueError, match="zero=0 goes with dp_shard=2"):
+        LayerStrategy(dp_shard=2)
+
+
+def test_tied_embeddings_need_equal_cuts() -> None:
+    with pytest.raises(PlanError, match="tied embeddings need equal cuts"):
+        make().validate(SPEC.model_copy(update={"tied_embeddings": True}))
+
+
+def test_1f1b_warms_up_alternates_and_drains() -> None:
+    text = "".join(f"{a.kind[0]}{a.microbatch}" for a in actions("1f1b", 3, 0, 4))
+    assert text == "f0f1f2b0f3b1b2b3"
+    assert "".join(f"{a.kind[0]}{a.microbatch}" for a in actions("1f1b", 3, 2, 2)) == "f0b0f1b1"
+    assert actions("gpipe", 2, 1, 1) == [Action("forward", 0), Action("backward", 0)]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("pp", [1, 2, 4])
+@pytest.mark.parametrize("m", [1, 2, 3, 8])
+def test_every_microbatch_goes_forward_once_then_backward_once(schedule: Any, pp: int, m: int) -> None:
+    plan = make(schedule=schedule, num_microbatches=m, layers_per_stage=(1,) * pp, global_batch_size=m)
+    for stage in range(pp):
+        order = actions(schedule, pp, stage, m)
+        assert sorted(order) == sorted(Action(k, i) for k in ("forward", "backward") for i in range(m))  # type: ignore[arg-type]
+        alive = peak = 0
+        for action in order:
+            alive += 1 if action.kind == "forward" else -1
+            peak = max(peak, alive)
+            assert alive >= 0
+        assert peak == plan.microbatches_in_flight(stage)
