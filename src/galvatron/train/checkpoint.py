@@ -101,7 +101,7 @@ def load_checkpoint(directory: Path, model: TrainableModel, optimizer: torch.opt
             no_dist=not dist.is_initialized(),
         )
     set_update_count(optimizer, state.step)
-    _restore_random_states(randoms, state)
+    together(lambda: _restore_random_states(randoms, state))
     return state
 
 
@@ -157,7 +157,10 @@ def _restore_random_states(states: dict[str, Held], saved: TrainState) -> None:
         torch.manual_seed(int(seeds.generate_state(1)[0]))
     for name, state in states.items():
         restore = torch.set_rng_state if name.startswith(f"{RNG_PREFIX}cpu") else torch.cuda.set_rng_state
-        restore(state.boxes[0].values)
+        try:
+            restore(state.boxes[0].values)
+        except RuntimeError as error:
+            raise CheckpointError(f"{name} is no random state ({error}); resume from another checkpoint") from None
 
 
 def _check_model(directory: Path, index: CheckpointIndex, model: TrainableModel) -> None:

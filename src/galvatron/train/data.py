@@ -187,14 +187,14 @@ def _write_tokens(
     path: Path, tokenizer: Tokenizer, arrays: Iterator[np.ndarray], progress: Progress | None
 ) -> TokenInfo:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    count, highest, digest = 0, -1, hashlib.sha256()
+    count, highest, digest = 0, 0, hashlib.sha256()
     with path.open("wb") as file:
         file.write(_npy_header(dtype, 0))
         for array in arrays:
             file.write(array.astype(dtype).data)
             digest.update(array.astype("<u4").data)
             count += len(array)
-            highest = max(highest, int(array.max(initial=-1)))
+            highest = max(highest, int(array.max(initial=0)))
             if progress is not None:
                 progress(count)
         file.seek(0)

@@ -103,7 +103,9 @@ def _check_tensor(name: str, tensor: StoredTensor, files: dict[str, int]) -> Non
             raise ValueError(f"{name} of shape {tensor.shape} has a chunk outside: {chunk.offset} + {chunk.shape}")
         if chunk.byte_offset + _num_bytes(chunk.shape, tensor.torch_dtype) > files.get(chunk.file, -1):
             raise ValueError(f"{name} has a chunk beyond the end of {chunk.file}")
-    if sum(math.prod(chunk.shape) for chunk in tensor.chunks) != math.prod(tensor.shape):
+    offsets = {chunk.offset for chunk in tensor.chunks}
+    volume = sum(math.prod(chunk.shape) for chunk in tensor.chunks)
+    if len(offsets) != len(tensor.chunks) or volume != math.prod(tensor.shape):
         raise ValueError(f"the chunks of {name} do not tile its shape {tensor.shape}")
 
 

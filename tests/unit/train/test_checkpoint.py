@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from train_fakes import FakeModel, global_values, plan_for, section
+
+from galvatron.core.errors import CheckpointError
+from galvatron.train.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from galvatron.train.optimizer import build_optimizer
+
+
+def save(root: Path, model: FakeModel, step: int, keep: int = 3) -> tuple[Path, torch.optim.Optimizer]:
+    train = section()
+    optimizer = build_optimizer(model.parameters, train)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        for part in model.parameters:
+            torch.nn.init.normal_(optimizer.state[part.tensor][moment])
+    state = TrainState(step=step, world_size=1, data_fingerprint="abc", train=train)
+    return save_checkpoint(root, model, optimizer, state, plan=plan_for(train), keep=keep), optimizer
+
+
+def load(directory: Path, model: FakeModel) -> tuple[TrainState, torch.optim.Optimizer]:
+    optimizer = build_optimizer(model.parameters, section())
+    return load_checkpoint(directory, model, optimizer), optimizer
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+class Bomb:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.trace,)
+
+
+def test_another_layout_loads_weights_moments_and_update_count(tmp_path: Path) -> None:
+    model, twin = FakeModel.make(seed=1), FakeModel.make(swapped=True, seed=2)
+    directory, saved = save(tmp_path, model, step=20)
+    state, loaded = load(directory, twin)
+    assert state.step == 20
+    for ours, theirs in zip(twin.parameters, model.parameters, strict=True):
+        assert torch.equal(global_values(ours), theirs.tensor)
+        assert float(loaded.state[ours.tensor]["step"]) == 20
+    half = 257 // 2
+    for moment in ("exp_avg", "exp_avg_sq"):
+        whole = saved.state[model.table.tensor][moment]
+        swapped = loaded.state[twin.table.tensor][moment]
+        assert torch.equal(swapped, torch.cat([whole[half:], whole[:half]]))
+
+
+def test_random_states_continue_under_the_same_world_and_start_anew_under_another(tmp_path: Path) -> None:
+    directory, _ = save(tmp_path, FakeModel.make(), step=1)
+    expected = torch.rand(4)
+    load(directory, FakeModel.make())
+    assert torch.equal(torch.rand(4), expected)
+    state = directory / "state.json"
+    text = state.read_text()
+    state.write_text(text.replace('"world_size": 1', '"world_size": 2'))
+    draws = []
+    for _ in range(2):
+        load(directory, FakeModel.make())
+        draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], expected)
+
+
+def test_old_checkpoints_go_and_the_pointer_moves(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, FakeModel.make(), step, keep=2)
+    assert names(tmp_path) == ["latest", "step-000020", "step-000030"]
+    assert find_checkpoint(tmp_path, "latest").name == "step-000030"
+    save(tmp_path, FakeModel.make(), 5, keep=2)  # after going back: the newest, not the highest, is kept
+    assert names(tmp_path) == ["latest", "step-000005", "step-000030"]
+    assert find_checkpoint(tmp_path.parent, tmp_path).name == "step-000005"
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, FakeModel.make(seed=1), 10)
+    model = FakeModel.make(seed=2)
+    save(tmp_path, model, 10)
+    twin = FakeModel.make()
+    load(find_checkpoint(tmp_path, "latest"), twin)
+    assert torch.equal(twin.table.tensor, model.table.tensor)
+    assert names(tmp_path) == ["latest", "step-000010"]
+
+
+def test_a_replacement_killed_half_way_is_undone(tmp_path: Path) -> None:
+    save(tmp_path, FakeModel.make(), 10)
+    (tmp_path / "step-000010").rename(tmp_path / ".step-000010.old")
+    load(find_checkpoint(tmp_path, "latest"), FakeModel.make())
+    (tmp_path / ".step-000020.tmp").mkdir()
+    (tmp_path / ".latest.abc").touch()
+    save(tmp_path, FakeModel.make(), 30)
+    assert names(tmp_path) == ["latest", "step-000010", "step-000030"]
+
+
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "state.json", "config.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_file_is_named_and_nothing_is_loaded(tmp_path: Path, file: str, damage: str) -> None:
+    directory, _ = save(tmp_path, FakeModel.make(seed=1), 10)
+    path = directory / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:-1])
+    twin = FakeModel.make(seed=2)
+    before = twin.table.tensor.clone()
+    with pytest.raises(CheckpointError, match=file):
+        load(directory, twin)
+    assert torch.equal(twin.table.tensor, before)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    directory, _ = save(tmp_path, FakeModel.make(), 10)
+    other = FakeModel.make()
+    other.bias.name = "biases"
+    with pytest.raises(CheckpointError, match=r"bias has shape \[257\] there and none in the model"):
+        load(directory, other)
+    other.bias.name, other.bias.global_shape = "bias", (258,)
+    with pytest.raises(CheckpointError, match=r"bias has shape \[257\] there and \[258\] in the model"):
+        load(directory, other)
+
+
+def test_no_pickle_is_ever_read(tmp_path: Path) -> None:
+    directory, _ = save(tmp_path, FakeModel.make(), 10)
+    trace = tmp_path / "exploded"
+    bomb = pickle.dumps(Bomb(trace))
+    pickle.loads(bomb)
+    assert trace.exists()  # the bomb works
+    trace.unlink()
+    (directory / ".metadata").write_bytes(bomb)
+    data = directory / "rank-00000.safetensors"
+    data.write_bytes(bomb.ljust(data.stat().st_size, b"."))
+    with pytest.raises(CheckpointError, match=r"rng\.cpu\.00000 is no random state"):
+        load(directory, FakeModel.make())
+    for file in ("metadata.json", "state.json"):
+        content = (directory / file).read_bytes()
+        (directory / file).write_bytes(bomb.ljust(len(content), b"."))
+        with pytest.raises(CheckpointError, match=file):
+            load(directory, FakeModel.make())
+        (directory / file).write_bytes(content)
+    assert not trace.exists()
+
+
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
+        find_checkpoint(tmp_path, "latest")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path, tmp_path / "nowhere")
+    (tmp_path / "latest").write_text("../../etc")
+    with pytest.raises(CheckpointError, match="must name a checkpoint"):
+        find_checkpoint(tmp_path, "latest")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("a file where the directory should be")
+    with pytest.raises(CheckpointError, match="could not save"):
+        save(tmp_path / "root", FakeModel.make(), 10)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from train_fakes import section, whole_part
+
+from galvatron.core.errors import ConfigError
+from galvatron.train.optimizer import build_optimizer, check_train_section, lr_at, set_lr, set_update_count
+
+
+def test_warmup_rises_to_lr_and_never_from_zero() -> None:
+    train = section(num_steps=20, warmup_steps=4, lr=1.0)
+    assert [lr_at(step, train) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_cosine_is_half_way_in_the_middle_and_ends_at_min_lr() -> None:
+    train = section(num_steps=20, lr=1.0, min_lr=0.2, lr_schedule="cosine")
+    assert lr_at(0, train) == 1.0
+    assert lr_at(10, train) == pytest.approx(0.6)
+    assert lr_at(5, train) == pytest.approx(0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2)
+    assert lr_at(20, train) == pytest.approx(0.2)
+    assert lr_at(99, train) == pytest.approx(0.2)
+
+
+def test_linear_falls_evenly_after_warmup() -> None:
+    train = section(num_steps=12, warmup_steps=2, lr=1.0, lr_schedule="linear")
+    assert [lr_at(step, train) for step in (2, 7, 12)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_constant_stays() -> None:
+    train = section(num_steps=12, lr=0.5, lr_schedule="constant")
+    assert {lr_at(step, train) for step in range(12)} == {0.5}
+
+
+def test_wsd_is_stable_then_decays() -> None:
+    train = section(num_steps=20, warmup_steps=2, decay_steps=4, lr=1.0, min_lr=0.1, lr_schedule="wsd")
+    assert {lr_at(step, train) for step in range(2, 17)} == {1.0}
+    assert lr_at(18, train) == pytest.approx(0.55)
+    assert lr_at(20, train) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"warmup_steps": 7}, "warmup_steps=7 must not exceed num_steps=6"),
+        ({"min_lr": 1.0}, r"min_lr=1\.0 must not exceed lr=0\.05"),
+        ({"min_lr": 0.01, "lr_schedule": "constant"}, "no meaning for a constant schedule"),
+        ({"lr_schedule": "wsd"}, "wsd schedule needs decay_steps from 1 to"),
+        ({"lr_schedule": "wsd", "decay_steps": 5, "warmup_steps": 2}, "= 4, got 5"),
+        ({"decay_steps": 2}, "belongs to the wsd schedule"),
+        ({"betas": (0.9, 1.0)}, r"must lie in \[0, 1\)"),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_train_section(section(**changes))
+
+
+def test_only_globally_one_dimensional_parameters_escape_decay() -> None:
+    matrix, norm = whole_part("w", torch.ones(3, 2)), whole_part("norm", torch.ones(3))
+    optimizer = build_optimizer([matrix, norm], section(weight_decay=0.5))
+    set_lr(optimizer, 0.1)
+    matrix.tensor.grad, norm.tensor.grad = torch.zeros(3, 2), torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(norm.tensor, torch.ones(3))
+    assert torch.allclose(matrix.tensor, torch.full((3, 2), 0.95))
+
+
+def test_it_is_adamw_and_its_update_count_can_be_set() -> None:
+    ours, theirs = whole_part("w", torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = build_optimizer([ours], section())
+    reference = torch.optim.AdamW([theirs], lr=0.05, betas=(0.9, 0.95), weight_decay=0.1)
+    for gradient in (torch.full((2, 2), 0.3), torch.full((2, 2), -0.7)):
+        ours.tensor.grad, theirs.grad = gradient, gradient.clone()
+        optimizer.step()
+        reference.step()
+    assert torch.allclose(ours.tensor, theirs, rtol=1e-6, atol=0)
+    set_update_count(optimizer, 7)
+    assert float(optimizer.state[ours.tensor]["step"]) == 7
+
+
+def test_an_empty_shard_can_step() -> None:
+    part = whole_part("w", torch.empty(0, 2))
+    optimizer = build_optimizer([part], section())
+    part.tensor.grad = torch.empty(0, 2)
+    optimizer.step()

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from train_fakes import FakeModel, global_values, plan_for, section
+
+from galvatron.core.errors import CheckpointError, ConfigError, DataError, GalvatronError, PlanError
+from galvatron.core.job import TrainSection
+from galvatron.train import Dataset, Reporter, StepMetrics, TrainResult, read_metrics, train
+
+TOKENS = np.random.RandomState(0).randint(0, 40, size=2100)
+
+
+def run(model: FakeModel, run_dir: Path, settings: TrainSection, **options: object) -> TrainResult:
+    fingerprint = str(options.pop("fingerprint", "abc"))
+    dataset = Dataset(
+        TOKENS, seq_len=settings.seq_len, global_batch_size=settings.global_batch_size, seed=settings.seed,
+        eval_fraction=0.05, fingerprint=fingerprint,
+    )  # fmt: skip
+    return train(model, settings, dataset, plan=plan_for(settings), run_dir=run_dir, **options)
+
+
+class Recorder(Reporter):
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+
+    def started(self, first_step: int, num_steps: int) -> None:
+        self.events.append(("started", first_step))
+
+    def stepped(self, metrics: StepMetrics) -> None:
+        self.events.append(("stepped", metrics.step))
+
+    def evaluated(self, step: int, eval_loss: float) -> None:
+        self.events.append(("evaluated", step))
+
+    def saved(self, step: int, path: Path) -> None:
+        assert (path / "metadata.json").exists()
+        self.events.append(("saved", step))
+
+
+class StopsAt(Reporter):
+    """Sends this process ``number`` after ``step``."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def stepped(self, metrics: StepMetrics) -> None:
+        if metrics.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+def test_loss_falls_and_everything_is_reported_in_order(tmp_path: Path) -> None:
+    recorder = Recorder()
+    settings = section(num_steps=5, eval_every=2, save_every=3)
+    result = run(FakeModel.make(), tmp_path, settings, reporter=recorder, device_flops_per_s=1e12)
+    assert recorder.events == [
+        ("started", 1), ("stepped", 1), ("stepped", 2), ("evaluated", 2), ("stepped", 3), ("saved", 3),
+        ("stepped", 4), ("evaluated", 4), ("stepped", 5), ("evaluated", 5), ("saved", 5),
+    ]  # fmt: skip
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["tokens_per_s"] == pytest.approx(32 / rows[0]["step_time_s"])
+    assert rows[0]["mfu"] == pytest.approx(rows[0]["model_flops_per_s"] / 1e12)
+    assert result.steps == 5
+    assert result.final_loss == rows[-1]["loss"]
+    assert result.eval_loss is not None
+    assert not result.interrupted
+
+
+def test_evaluation_is_the_mean_over_counted_tokens(tmp_path: Path) -> None:
+    model = FakeModel.make()
+    result = run(model, tmp_path, section(num_steps=1, eval_batches=99))
+    dataset = Dataset(TOKENS, seq_len=8, global_batch_size=1, eval_fraction=0.05)
+    single = [model.evaluate(*dataset.eval_batch(i)) for i in range(dataset.num_eval_batches)]
+    assert len(single) % 4 != 0  # so that the last batch of four was padded
+    assert result.eval_loss == pytest.approx(sum(single) / len(single), rel=1e-6)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_resume_continues_as_if_never_stopped(tmp_path: Path, swapped: bool) -> None:
+    settings = section(num_steps=9, warmup_steps=2, save_every=2)
+    straight = FakeModel.make()
+    run(straight, tmp_path / "straight", settings)
+    run(FakeModel.make(), tmp_path / "cut", settings, stop_after=4)
+    resumed = FakeModel.make(swapped=swapped, seed=9)
+    run(resumed, tmp_path / "cut", settings, resume="latest")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
+    for ours, theirs in zip(resumed.parameters, straight.parameters, strict=True):
+        assert torch.equal(global_values(ours), global_values(theirs))
+
+
+def test_a_run_may_resume_from_another_run_directory(tmp_path: Path) -> None:
+    settings = section(num_steps=6)
+    run(FakeModel.make(), tmp_path / "first", settings, stop_after=4)
+    run(FakeModel.make(), tmp_path / "second", settings, resume=tmp_path / "first")
+    assert len(losses(tmp_path / "second")) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_step_with_a_save(tmp_path: Path, number: int) -> None:
+    before = signal.getsignal(number)
+    result = run(FakeModel.make(), tmp_path, section(num_steps=9), reporter=StopsAt(3, number))
+    assert (result.steps, result.interrupted, result.checkpoint.name) == (4, True, "step-000004")
+    assert signal.getsignal(number) is before
+    run(FakeModel.make(), tmp_path, section(num_steps=9), resume="latest")
+    assert len(losses(tmp_path)) == 9
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: Path) -> None:
+    model = FakeModel.make()
+    original = model.train_step
+    calls: list[float] = []
+
+    def poisoned(input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+        calls.append(original(input_ids, labels))
+        return math.nan if len(calls) == 3 else calls[-1]
+
+    model.train_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(GalvatronError, match="the loss is nan at step 3, training cannot go on"):
+        run(model, tmp_path, section(save_every=2))
+    assert len(losses(tmp_path)) == 2
+    twin = FakeModel.make(seed=5)
+    run(twin, tmp_path, section(), resume="latest")
+
+
+def test_a_used_run_directory_is_not_overwritten(tmp_path: Path) -> None:
+    run(FakeModel.make(), tmp_path, section())
+    with pytest.raises(ConfigError, match="already holds a run; resume it"):
+        run(FakeModel.make(), tmp_path, section())
+    assert len(losses(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 4}, "trained with seed=3 but the job has seed=4"),
+        ({"global_batch_size": 8}, "global_batch_size=4 but the job has global_batch_size=8"),
+        ({"seq_len": 16}, "seq_len=8 but the job has seq_len=16"),
+    ],
+)
+def test_resume_refuses_another_sample_order(tmp_path: Path, changes: dict[str, int], words: str) -> None:
+    run(FakeModel.make(), tmp_path, section(), stop_after=2)
+    with pytest.raises(CheckpointError, match=words):
+        run(FakeModel.make(), tmp_path, section(**changes), resume="latest")
+    assert len(losses(tmp_path)) == 2
+
+
+def test_resume_refuses_other_data_and_a_finished_run(tmp_path: Path) -> None:
+    run(FakeModel.make(), tmp_path, section())
+    with pytest.raises(CheckpointError, match="was trained on other tokens"):
+        run(FakeModel.make(), tmp_path, section(), resume="latest", fingerprint="other")
+    with pytest.raises(ConfigError, match="has done 6 of 6 steps already; raise num_steps"):
+        run(FakeModel.make(), tmp_path, section(), resume="latest")
+
+
+def test_plan_vocabulary_and_settings_must_agree(tmp_path: Path) -> None:
+    dataset = Dataset(TOKENS, seq_len=8, global_batch_size=4, seed=3)
+    with pytest.raises(PlanError, match="the plan has seq_len=16 but the job has seq_len=8"):
+        train(FakeModel.make(), section(), dataset, plan=plan_for(section(seq_len=16)), run_dir=tmp_path)
+    big = Dataset(TOKENS, seq_len=8, global_batch_size=4, vocab_size=999)
+    with pytest.raises(DataError, match="token ids up to 998 but the model's vocab_size is 257"):
+        train(FakeModel.make(), section(), big, plan=plan_for(section()), run_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
