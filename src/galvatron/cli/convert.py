@@ -1,0 +1,64 @@
+"""``galvatron convert``: weights out to and in from Hugging Face directories.
+
+Takes a checkpoint, or a model's name; gives a directory of safetensors with its config.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from galvatron.core.errors import ConfigError
+
+from .console import say
+from .options import Precision, examples
+
+app = typer.Typer(name="convert", help="Move weights to and from Hugging Face directories.", no_args_is_help=True)
+
+
+@app.command("to-hf", epilog=examples("galvatron convert to-hf runs/quickstart exported"))
+def to_hf(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    precision: Precision = "fp32",
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="A Hugging Face tokenizer to put beside the weights.")
+    ] = None,
+) -> None:
+    """Export a checkpoint, whatever plan saved it, to a directory that from_pretrained loads."""
+    import torch
+
+    from galvatron.train import checkpoint_to_hf, find_checkpoint, load_tokenizer
+
+    source = find_checkpoint(checkpoint, checkpoint)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    beside = None if tokenizer is None else getattr(load_tokenizer(tokenizer), "tokenizer", None)
+    checkpoint_to_hf(source, out, dtype=dtype, tokenizer=beside)
+    say(f"wrote {out} from {source}")
+
+
+@app.command("from-hf", epilog=examples("galvatron convert from-hf openai-community/gpt2 models/gpt2"))
+def from_hf(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory or hub name, in any format.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+) -> None:
+    """Bring a model into the form that jobs read by slices ([model] weights = true): safetensors by current names.
+
+    A directory or hub model that has such files already needs no conversion.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from galvatron.models import load_config
+
+    load_config(model)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} must be a new or empty directory to write into; give another one")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{model} has no weights that load ({reason}); give a directory or hub name") from None
+    loaded.save_pretrained(out)
+    say(f"wrote {out} from {model}")

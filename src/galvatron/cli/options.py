@@ -1,0 +1,22 @@
+"""Options that several verbs share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Nproc = Annotated[
+    int | None,
+    typer.Option("--nproc", min=1, help="Local processes to start; leave out under torchrun or srun."),
+]
+Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option("--device", help="Where to run.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="The precision layers compute in.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run directory; runs/<job file stem> if left out.")]
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")]
+
+
+def examples(*lines: str) -> str:
+    """An epilog of example commands; ``\\b`` keeps their line breaks."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

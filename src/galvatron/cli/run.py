@@ -1,0 +1,129 @@
+"""``galvatron run``: all of it from one job file: profile, search, train, restart, generate.
+
+Takes a job file; fills a run directory.  What the directory already holds and what still fits the job is kept,
+so a run that was cut off goes on with the same command.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from galvatron.core.errors import PlanError
+from galvatron.core.hardware import HardwareProfile
+from galvatron.core.job import Job
+from galvatron.core.model import ModelProfile
+from galvatron.plan import Plan
+
+from .console import heading, rank, say
+from .generate import generate
+from .launch import Processes, processes
+from .options import JobFile, Nproc, RunDir, examples
+from .profile import Measurement, ModelRequest, measure
+from .rundir import RunDirectory
+from .search import runner_up, search_for_job, show
+from .train import Leg, check_job, run_leg, show_summary
+
+if TYPE_CHECKING:
+    from galvatron.core.model import ModelSpec
+    from galvatron.search import SearchResult
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(
+        epilog=examples(
+            "galvatron run examples/quickstart.toml",
+            "torchrun --nproc-per-node 8 --no-python galvatron run job.toml --run-dir runs/first",
+        )
+    )(run)
+
+
+def run(job: JobFile, run_dir: RunDir = None, nproc: Nproc = None) -> None:
+    """Profile, search, train, and what else the job file asks for.
+
+    Continues where an earlier run of the same directory ended.
+    """
+    loaded = Job.load(job)
+    directory = RunDirectory.of_job(job, run_dir)
+    with processes(nproc or loaded.cluster.num_processes, loaded.cluster.device) as ranks:
+        spec = check_job(ranks, loaded, directory)
+        profile_missing(ranks, loaded, directory, spec)
+        legs = ranks.on_main(lambda: plan_legs(loaded, directory))
+        for leg in legs:
+            _train_what_is_left(ranks, leg)
+        if loaded.generate is not None:
+            ranks.on_main(lambda: generate(loaded, directory))
+        if rank() == 0:
+            show_summary(directory, legs)
+
+
+def profile_missing(ranks: Processes, job: Job, run: RunDirectory, spec: ModelSpec) -> None:
+    """Measure what the run directory lacks or holds for another world, model, length or precision."""
+    heading("Profile")
+    kept_hardware = run.hardware.exists() and _hardware_fits(run, ranks.world_size, job.cluster.device)
+    kept_model = kept_hardware and run.model.exists() and _model_fits(run, job, spec)
+    request = ModelRequest(job.model.path, job.train.seq_len, job.train.precision)
+    measurement = Measurement(
+        hardware_out=None if kept_hardware else run.hardware, model_out=None if kept_model else run.model, model=request
+    )
+    for path, kept in ((run.hardware, kept_hardware), (run.model, kept_model)):
+        if kept:
+            say(f"{path} is kept")
+    if not (kept_hardware and kept_model):
+        measure(ranks, measurement)
+
+
+def _hardware_fits(run: RunDirectory, world_size: int, device: str) -> bool:
+    profile = HardwareProfile.load(run.hardware)
+    return profile.world_size == world_size and device in ("auto", profile.device.type)
+
+
+def _model_fits(run: RunDirectory, job: Job, spec: ModelSpec) -> bool:
+    profile = ModelProfile.load(run.model)
+    return (profile.spec, profile.seq_len, profile.precision) == (spec, job.train.seq_len, job.train.precision)
+
+
+def plan_legs(job: Job, run: RunDirectory) -> list[Leg]:
+    """Search, save and show the plan; the stretches of training that the job asks for."""
+    heading("Search")
+    result = search_for_job(job, ModelProfile.load(run.model), HardwareProfile.load(run.hardware))
+    result.plan.save(run.plan)
+    show(result)
+    if job.resume is None:
+        return [Leg(job, result.plan, run)]
+    other = _second_plan(job.resume.plan, result)
+    other.save(run.resumed_plan)
+    at_step = job.resume.at_step
+    return [
+        Leg(job, result.plan, run, stop_after=at_step),
+        Leg(job, other, run, name="another plan", first_step=at_step + 1),
+    ]
+
+
+def _second_plan(name: str, result: SearchResult) -> Plan:
+    if name != "runner-up":
+        return Plan.load(name)
+    other = runner_up(result)
+    if other is None:
+        raise PlanError(
+            "resume.plan is runner-up but the search found no second plan; name a plan file or remove [resume]"
+        )
+    return other
+
+
+def _train_what_is_left(ranks: Processes, leg: Leg) -> None:
+    """Train ``leg`` from the last checkpoint on, if that is not past it already."""
+    from galvatron.train import TrainState, find_checkpoint
+    from galvatron.train.checkpoint import POINTER, STATE_FILE
+
+    done = 0
+    if (leg.run.checkpoints / POINTER).exists():
+        done = TrainState.load(find_checkpoint(leg.run.checkpoints, POINTER) / STATE_FILE).step
+    heading("Train" if leg.first_step == 1 else "Resume under another plan")
+    if done >= leg.end:
+        say(f"{leg.run.path} has done {done} steps already")
+        return
+    say(leg.plan.describe())
+    run_leg(ranks, leg.from_step(done))

@@ -1,0 +1,63 @@
+"""Which world a verb joins: torchrun's, Slurm's, or none."""
+
+from __future__ import annotations
+
+import pytest
+
+from galvatron.cli.launch import Processes, first_host, slurm_world
+from galvatron.core.errors import ConfigError
+
+STEP = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_JOB_ID": "1234567",
+}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("gpu[003-007,9],login1", "gpu003"),
+        ("gpu7", "gpu7"),
+        ("a1,a2", "a1"),
+        ("rack-2-node[11,12]", "rack-2-node11"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def test_a_job_step_is_a_world() -> None:
+    assert slurm_world(STEP) == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu003",
+        "MASTER_PORT": "34567",
+    }
+
+
+def test_a_batch_script_is_no_world() -> None:
+    assert slurm_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == {}
+
+
+def test_torchrun_inside_a_job_step_comes_first() -> None:
+    assert slurm_world({**STEP, "RANK": "0", "WORLD_SIZE": "2"}) == {}
+
+
+def test_a_joined_world_has_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert Processes(None).world_size == 8
+    with pytest.raises(ConfigError, match="4 processes are asked for but the launcher started 8"):
+        Processes(4)
+
+
+def test_without_a_world_processes_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    group = Processes(3)
+    assert (group.joined, group.world_size, group.on_main(lambda: 7)) == (False, 3, 7)
