@@ -36,13 +36,12 @@ def transfer_s(setting: Setting) -> float:
 def tied_reduction_s(setting: Setting, num_bytes: float) -> float:
     """The all-reduce of the tied weight's gradient between first and last stage.
 
-    Their distance is no axis of the world beyond two stages; the widest measured pair then stands for it.
+    Two stages are an axis of the world.  More are not, and their all-reduce is not measured: it is taken as one
+    message each way between neighbouring stages.
     """
-    distance = setting.stage_size * (setting.pp - 1)
-    pairs = [link for link in setting.hardware.links if link.op == "all_reduce" and link.size == 2]
-    if any(link.stride == distance for link in pairs) or not pairs:
-        return setting.link("all_reduce", 2, distance).time_s(num_bytes)
-    return max(pairs, key=lambda link: link.stride).time_s(num_bytes)
+    if setting.pp == 2:
+        return collective_s(setting, "all_reduce", 2, setting.stage_size, num_bytes)
+    return 2 * setting.link("p2p", 2, setting.stage_size).time_s(num_bytes)
 
 
 def overlapped_s(compute_s: float, communication_s: float, overlap: Overlap) -> float:

@@ -188,14 +188,13 @@ def _stage_parts(plan: Plan, setting: Setting, replayed: Replay, index: int) -> 
 
 
 def objective_s(plan: Plan, setting: Setting) -> float:
-    """The additive form: Σ w + (m - 1) max w over stages, w = one microbatch + once-a-step seconds / m.
+    """The additive form: Σ w + (m - 1) max w over stages, w = the stage's ``UnitTimes.work_s``.
 
-    A stage's microbatch counts its redistributions both ways and what it receives from its neighbours.
+    A stage's microbatch counts its redistributions both ways and what it receives from its neighbours too.
     """
-    m, receive_s = plan.num_microbatches, transfer_s(setting)
     works = []
     for index, stage in enumerate(stages_of(plan, setting)):
-        once_s = sum(unit.once_s for unit in stage.times)
         receives = (index > 0) + (index < plan.pp - 1)
-        works.append(stage.forward_s + stage.backward_s + receives * receive_s + once_s / m)
-    return sum(works) + (m - 1) * max(works)
+        moved_s = 2 * stage.redistribution_s + receives * transfer_s(setting)
+        works.append(sum(unit.work_s(setting) for unit in stage.times) + moved_s)
+    return sum(works) + (plan.num_microbatches - 1) * max(works)

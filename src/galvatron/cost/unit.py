@@ -54,10 +54,17 @@ class UnitTimes:
         exposed = self.tensor_parallel_backward_s + self.data_parallel_backward_s
         return self.compute_backward_s + self.recompute_s + exposed
 
-    @property
-    def once_s(self) -> float:
-        """What every step adds once."""
-        return self.first_s + self.last_s + self.replicated_s + self.tied_s + self.optimizer_s
+    def work_s(self, setting: Setting) -> float:
+        """One microbatch's seconds with its share of what comes once a step: the additive objective's currency.
+
+        A pipeline of equal stages takes m + pp - 1 times one stage's microbatch.  Gathers with the first forward
+        and reductions with the last backward delay every stage after them, so a step waits for those of all pp
+        stages; what follows the pipeline runs on all stages at once, so it waits for one stage's.
+        """
+        slots = setting.num_microbatches + setting.pp - 1
+        in_series_s = setting.pp * (self.first_s + self.last_s)
+        at_once_s = self.replicated_s + self.tied_s + self.optimizer_s
+        return self.forward_s + self.backward_s + (in_series_s + at_once_s) / slots
 
 
 def unit_times(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> UnitTimes:

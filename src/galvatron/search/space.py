@@ -65,7 +65,7 @@ def strategies(stage_size: int) -> Iterator[LayerStrategy]:
 
 @dataclass(frozen=True)
 class Options:
-    """The strategies of one unit as arrays: seconds a microbatch (once-a-step time / m added), bytes, layout index."""
+    """The strategies of one unit as arrays: seconds a microbatch (``UnitTimes.work_s``), bytes, layout index."""
 
     strategies: tuple[LayerStrategy, ...]
     work_s: Floats
@@ -176,10 +176,9 @@ def _options(
     ]
     times = [unit_times(setting, unit, strategy) for strategy in accepted]
     memories = [unit_memory(setting, unit, strategy) for strategy in accepted]
-    m = setting.num_microbatches
     return Options(
         tuple(accepted),
-        np.array([t.forward_s + t.backward_s + t.once_s / m for t in times], dtype=np.float64),
+        np.array([unit.work_s(setting) for unit in times], dtype=np.float64),
         np.array([memory.resident_bytes for memory in memories], dtype=np.int64),
         np.array([memory.activation_bytes for memory in memories], dtype=np.int64),
         np.array([memory.transient_bytes for memory in memories], dtype=np.int64),
