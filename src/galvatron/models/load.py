@@ -23,6 +23,8 @@ def load_config(path: str | Path) -> PretrainedConfig:
     Raises:
         ConfigError: it cannot be read, or its family is not supported.
     """
+    if Path(path).suffix == ".json" and not Path(path).is_file():
+        raise ConfigError(f"{path} does not exist; check the path")  # and not a hub name to ask the network for
     try:
         config = _config_from_file(Path(path)) if Path(path).is_file() else AutoConfig.from_pretrained(str(path))
     except ConfigError:
