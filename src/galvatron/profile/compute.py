@@ -9,19 +9,16 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from galvatron.core.hardware import Device
 from galvatron.core.model import Precision
+from galvatron.parallelize.fsdp import DTYPES
+from galvatron.parallelize.world import World
 
 from .timing import Budget, agree, seconds_of, slowest_median
 
-if TYPE_CHECKING:
-    from galvatron.parallelize.world import World
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATMUL_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
 REPEATS = 5
 

@@ -6,24 +6,20 @@ models.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.distributed as dist
 
 from galvatron.core.hardware import HardwareProfile
+from galvatron.parallelize.world import World
 
 from .compute import local_ranks, measure_device
 from .links import measure_links
 from .overlap import measure_overlap
 from .timing import Progress, agree
 
-if TYPE_CHECKING:
-    from galvatron.parallelize.world import World
-
 SHARES = {"device": 0.15, "overlap": 0.1, "links": 0.75}  # of the budget; links are many and decide plans
 
 
-def profile_hardware(world: World, *, budget_s: float = 30.0, progress: Progress | None = None) -> HardwareProfile:
+def profile_hardware(world: World, *, budget_s: float = 20.0, progress: Progress | None = None) -> HardwareProfile:
     """Collective: measure devices, links and overlap of ``world`` within about ``budget_s`` seconds.
 
     Every link that a plan for this world can ask for is measured, however small the budget: the budget sets

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from galvatron.core.hardware import OPS, Link, Op
 from galvatron.core.units import format_bytes, format_seconds
+from galvatron.parallelize.world import World
 
 from .fit import Sample, fit_line, residual
 from .shapes import group_shapes, groups_of, p2p_strides
 from .timing import Budget, Progress, agree, seconds_of, slowest_median
-
-if TYPE_CHECKING:
-    from galvatron.parallelize.world import World
 
 FIRST_BYTES = 4 * 1024
 GROWTH = 4

@@ -6,32 +6,38 @@ Takes a ModelSpec and a world; gives seconds per element, equal on all ranks.  K
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator
 
 import torch
 
 from galvatron.core.model import ModelSpec
+from galvatron.parallelize.world import World
 
 from .timing import slowest_median
 
-if TYPE_CHECKING:
-    from galvatron.parallelize.world import World
-
-MAX_ELEMENTS = 2**24  # with gradients and moments 256 MiB: far beyond caches, little beside a model
+ENOUGH_ELEMENTS = 2**24  # with gradients and moments 256 MiB: far beyond caches
 REPEATS = 5
 
 
 def measure_optimizer(spec: ModelSpec, world: World) -> float:
     """Collective: median seconds of one fused AdamW step on the slowest rank, divided by the elements it updates.
 
-    Steps the parameters of as many whole layers as fit in 2²⁴ elements (one at least), because the time of
-    small models is dispatch and that of large ones memory traffic.  All ranks step at once.
+    Steps the parameters of the model's layers until 2²⁴ elements are reached, because the time of small models
+    is dispatch and that of large ones memory traffic.  All ranks step at once.
     """
-    layers = max(1, min(spec.num_layers, MAX_ELEMENTS // spec.layer.num_parameters))
-    shapes = list(itertools.chain.from_iterable([[p.shape for p in spec.layer.parameters]] * layers))
-    parameters = [torch.nn.Parameter(torch.zeros(shape, device=world.device)) for shape in shapes]
+    parameters = [torch.nn.Parameter(torch.zeros(shape, device=world.device)) for shape in _shapes(spec)]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(parameters, fused=True)
     optimizer.step()  # makes the moments
     return slowest_median(optimizer.step, world.device, REPEATS) / sum(p.numel() for p in parameters)
+
+
+def _shapes(spec: ModelSpec) -> Iterator[tuple[int, ...]]:
+    elements = 0
+    for _, parameter in itertools.product(range(spec.num_layers), spec.layer.parameters):
+        if elements >= ENOUGH_ELEMENTS:
+            return
+        elements += math.prod(parameter.shape)
+        yield parameter.shape

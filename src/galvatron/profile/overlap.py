@@ -11,17 +11,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from galvatron.core.hardware import Overlap
+from galvatron.parallelize.world import World
 
 from .timing import agree, seconds_of
-
-if TYPE_CHECKING:
-    from galvatron.parallelize.world import World
 
 MATMUL_SIZE = {"cpu": 256, "cuda": 4096}
 MESSAGE_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # fp32: 1 MiB and 64 MiB, large enough that bandwidth dominates

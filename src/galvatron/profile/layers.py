@@ -1,0 +1,132 @@
+"""How long one unit's forward and backward take at one tensor-parallel shape and growing batches.
+
+Takes a unit's shape and a world; gives ComputeSamples, equal on all ranks.  Knows nothing of communication.
+
+What a sample includes: the unit run by the runtime's own code on one rank's shapes, hidden states entering and
+leaving cut [B, S/tp, H]; the local copies that gathering and scattering make; the hooks of FSDP2, and its
+accumulation of whole gradients from microbatch to microbatch.  What it leaves out: everything that other ranks
+take part in, FSDP2's gathering and reducing of parameters, and recompute.  All ranks of the world run at once,
+because ranks of one machine share its cores and memory.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from galvatron.core.model import ComputeSample, Precision
+from galvatron.parallelize.fsdp import ShardedUnit, mixed_precision, prepare_backward, shard_unit
+from galvatron.parallelize.world import World
+from galvatron.plan import LayerStrategy
+
+from .timing import agree, synchronize
+from .units import LocalUnit, UnitShape
+
+ALWAYS_MEASURED = 2  # batches 1 and 2, so that a slope is known however small the budget
+MIN_REPEATS, MAX_REPEATS = 3, 5
+# Short passes run several times between two looks at the clock: on CPU long enough to span the scheduler's time
+# slices where ranks outnumber cores, on CUDA so few that their activations fit.
+BURST_S = {"cpu": 40e-3, "cuda": 10e-3}
+MAX_BURST = {"cpu": 16, "cuda": 4}
+
+
+def measure_unit(
+    shape: UnitShape, precision: Precision, world: World, max_batch: int, share_s: float
+) -> list[ComputeSample]:
+    """Collective: medians of the slowest rank at batches 1, 2, 4 … ``max_batch``.
+
+    Stops early where the next batch would overrun ``share_s`` seconds or does not fit in the device's memory;
+    batches 1 and 2 are measured whatever they take.
+    """
+    start, samples = time.perf_counter(), list[ComputeSample]()
+    unit = _runnable(shape, precision, world)
+    for batch in _batches(max_batch):
+        spent_s, share_s = agree([time.perf_counter() - start, share_s], world.device)
+        expected_s = 2 * (samples[-1].forward_s + samples[-1].backward_s) if samples else 0.0
+        room = (share_s - spent_s) / expected_s if expected_s else MAX_REPEATS
+        if batch > ALWAYS_MEASURED and room < MIN_REPEATS + 2:
+            break
+        seconds = _seconds(unit, shape, batch, world, int(room) - 2)
+        if seconds is None:
+            break
+        forward_s, backward_s = seconds
+        samples.append(
+            ComputeSample(
+                unit=shape.name,
+                tp=shape.tp,
+                batch=batch,
+                seq_len=shape.seq_len,
+                forward_s=forward_s,
+                backward_s=backward_s,
+            )
+        )
+    return samples
+
+
+def _batches(max_batch: int) -> Iterator[int]:
+    """1, 2, 4 … and at last ``max_batch`` itself."""
+    batch = 1
+    while batch < max_batch:
+        yield batch
+        batch *= 2
+    yield max_batch
+
+
+def _runnable(shape: UnitShape, precision: Precision, world: World) -> LocalUnit:
+    """The unit in memory, in FSDP2's hands as in training, on a mesh of this rank alone."""
+    unit = shape.build()
+    unit.allocate(torch.float32, world.device, lambda tensor: tensor.to(world.device))
+    own = world.group((world.rank,))
+    mesh = DeviceMesh.from_group(own, world.device.type, mesh_dim_names=("dp_shard",))
+    sharded = ShardedUnit(unit.owners, LayerStrategy())
+    shard_unit(sharded, mesh, mixed_precision(precision, "fp32"))
+    fully_shard(unit, mesh=mesh, reshard_after_forward=False)
+    # never the last microbatch: nothing is reduced, parameters stay gathered
+    prepare_backward(unit, [sharded], is_last=False)
+    return unit
+
+
+def _seconds(unit: LocalUnit, shape: UnitShape, batch: int, world: World, repeats: int) -> tuple[float, float] | None:
+    """Collective: seconds of (forward, backward); None where some rank's memory is too small."""
+    device = world.device
+    try:
+        tokens, labels = shape.inputs(batch, device)
+        _passes(unit, tokens, labels, 1, device)  # warm-up; without collectives, so a rank may fail alone
+        once_s = sum(_passes(unit, tokens, labels, 1, device))
+    except torch.OutOfMemoryError:
+        once_s = float("inf")
+    (once_s,) = agree([once_s], device)
+    if once_s == float("inf"):
+        return None
+    burst = min(max(int(BURST_S[device.type] / once_s), 1), MAX_BURST[device.type])
+    seconds: list[float] = []
+    for _ in range(min(max(repeats, MIN_REPEATS), MAX_REPEATS)):
+        dist.barrier()
+        seconds += _passes(unit, tokens, labels, burst, device)
+    slowest = agree(seconds, device)
+    return statistics.median(slowest[::2]), statistics.median(slowest[1::2])
+
+
+def _passes(
+    unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor], burst: int, device: torch.device
+) -> tuple[float, float]:
+    """Seconds of one forward and of one backward of this rank, over ``burst`` forwards, then as many backwards."""
+    synchronize(device)
+    start = time.perf_counter()
+    outputs = [unit(tokens, **labels) for _ in range(burst)]
+    synchronize(device)
+    middle = time.perf_counter()
+    while outputs:
+        output = outputs.pop()
+        tokens.grad = None
+        output.backward(torch.ones_like(output))
+    synchronize(device)
+    end = time.perf_counter()
+    return (middle - start) / burst, (end - middle) / burst

@@ -1,0 +1,140 @@
+"""All that the search needs to know of a model on this cluster: ``model.json``.
+
+Takes a Hugging Face config and an initialised world; gives a ModelProfile, equal on all ranks.  Weights are
+never loaded: units are measured one at a time with random ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.model import (
+    UNITS,
+    ActivationSample,
+    ComputeSample,
+    ModelProfile,
+    ModelSpec,
+    Precision,
+    Recompute,
+)
+from galvatron.core.units import format_seconds
+from galvatron.models import build_spec
+from galvatron.parallelize.fsdp import DTYPES
+from galvatron.parallelize.world import World
+from galvatron.plan import LayerStrategy, StageAxes, check_strategy
+from galvatron.plan.axes import divisors
+
+from .activations import count_activations
+from .compute import device_name
+from .layers import measure_unit
+from .optimizer import measure_optimizer
+from .timing import Budget, Progress
+from .units import UnitShape
+
+RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
+
+
+def profile_model(
+    config: PretrainedConfig,
+    world: World,
+    *,
+    seq_len: int,
+    precision: Precision = "fp32",
+    max_batch: int = 8,
+    tp_degrees: Iterable[int] | None = None,
+    budget_s: float = 20.0,
+    progress: Progress | None = None,
+) -> ModelProfile:
+    """Collective: measure and count every unit of the model at every tensor cut.
+
+    Args:
+        config: of a supported family.
+        world: whose ranks measure at once.
+        seq_len: tokens of a sequence in training.
+        precision: compute dtype; parameters stay fp32.
+        max_batch: most sequences a rank will compute at once (its part of a microbatch).
+        tp_degrees: to measure; by default all that a stage of this world can use.  Degrees that a unit cannot
+            be cut by are left out, by the rules that plans obey.
+        budget_s: about how many seconds the timing may take; it limits batches and repeats, never cuts.
+        progress: told of every unit measured, on every rank.
+
+    Raises:
+        ConfigError: the family has no record, or ``seq_len`` is longer than the model's positions.
+    """
+    spec = build_spec(config)
+    if seq_len > spec.max_seq_len:
+        raise ConfigError(
+            f"seq_len={seq_len} must not exceed max_position_embeddings={spec.max_seq_len} of {spec.name}; "
+            "shorten the sequences"
+        )
+    shapes = _shapes(config, spec, tp_degrees or _stacked_degrees(world.world_size), seq_len, precision)
+    profile = ModelProfile(
+        spec=spec,
+        device=device_name(world.device),
+        precision=precision,
+        seq_len=seq_len,
+        compute=_measure(shapes, precision, world, max_batch, budget_s, progress),
+        activations=_count(shapes, world),
+        optimizer_s_per_parameter=measure_optimizer(spec, world),
+    )
+    shared = [profile]
+    dist.broadcast_object_list(shared, src=0, device=world.device)
+    return shared[0]
+
+
+def _stacked_degrees(world_size: int) -> tuple[int, ...]:
+    """Every tp degree that some stage size of the world can stack."""
+    return tuple(sorted({degree for n in divisors(world_size) for degree in StageAxes(n).degrees}))
+
+
+def _shapes(
+    config: PretrainedConfig, spec: ModelSpec, degrees: Iterable[int], seq_len: int, precision: Precision
+) -> list[UnitShape]:
+    """What to measure; layers last, so that time left over by the others goes to them."""
+    names = sorted(UNITS, key=lambda name: name == "layer")
+    return [
+        UnitShape(config, spec, name, tp, seq_len, DTYPES[precision])
+        for name, tp in itertools.product(names, sorted(set(degrees)))
+        if check_strategy(LayerStrategy(tp=tp), name, spec, stage_size=tp, micro_batch_size=1, seq_len=seq_len) is None
+    ]
+
+
+def _measure(
+    shapes: list[UnitShape],
+    precision: Precision,
+    world: World,
+    max_batch: int,
+    budget_s: float,
+    progress: Progress | None,
+) -> tuple[ComputeSample, ...]:
+    budget, samples = Budget(budget_s, len(shapes)), list[ComputeSample]()
+    for shape in shapes:
+        measured = measure_unit(shape, precision, world, max_batch, budget.next_share())
+        gc.collect()  # FSDP2's modules refer to themselves
+        samples += measured
+        if progress is not None and measured:
+            last = measured[-1]
+            forward, backward = format_seconds(last.forward_s), format_seconds(last.backward_s)
+            progress(f"{shape.name}, tp {shape.tp}, batch {last.batch}: forward {forward}, backward {backward}")
+    return tuple(samples)
+
+
+def _count(shapes: list[UnitShape], world: World) -> tuple[ActivationSample, ...]:
+    """Every rank counts its share of the cases."""
+    cases = [
+        (shape, recompute)
+        for shape in shapes
+        for recompute in RECOMPUTES
+        if shape.name == "layer" or recompute == "none"
+    ]
+    own = [count_activations(*case) for case in cases[world.rank :: world.world_size]]
+    gathered: list[Any] = [None] * world.world_size
+    dist.all_gather_object(gathered, own)
+    return tuple(gathered[i % world.world_size][i // world.world_size] for i in range(len(cases)))

@@ -1,0 +1,141 @@
+"""One unit of a model alone, cut as one tensor-parallel rank holds it.
+
+Takes a Hugging Face config; gives the embedding, one layer or the head as a module that runs as it does in
+the runtime, by the runtime's own code, with collectives that move nothing.  Knows nothing of time or memory.
+
+B sequences of S tokens, hidden size H; between units hidden states are [B, S/tp, H].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import PretrainedConfig, PreTrainedModel
+
+from galvatron.core.model import ModelSpec, UnitName
+from galvatron.models import Family, family_of, meta_model
+from galvatron.parallelize.attention import use_attention
+from galvatron.parallelize.collectives import AxisGroup
+from galvatron.parallelize.stage import PassedLayer, Stage, recompute_in_backward
+from galvatron.parallelize.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
+from galvatron.plan.axes import prime_factors
+
+INITIAL_STD = 0.02  # as transformers initialises: activations keep ordinary magnitudes
+
+
+class LocalUnit(nn.Module):
+    """A unit with the inputs that do not change from one microbatch to the next.
+
+    Attributes:
+        owners: the modules that hold its parameters, which FSDP2 gathers together.
+    """
+
+    def __init__(self, inner: nn.Module, owners: tuple[nn.Module, ...], args: tuple[Any, ...], **kwargs: Any) -> None:
+        super().__init__()
+        self.inner, self.owners = inner, owners
+        self.args, self.kwargs = args, kwargs
+
+    def forward(self, tokens: Tensor, **labels: Tensor) -> Tensor:
+        """Ids [B, S] or hidden states [B, S/tp, H] → hidden states [B, S/tp, H] or a scalar loss."""
+        output: Tensor = self.inner(tokens, *self.args, **self.kwargs, **labels)
+        return output
+
+    def side_inputs(self) -> list[Tensor]:
+        """The tensors among the unchanging inputs: shared by all layers of a stage (rotary tables)."""
+        found: list[Tensor] = []
+        tree_map_only(Tensor, found.append, (self.args, self.kwargs))
+        return found
+
+    def allocate(self, dtype: torch.dtype, device: torch.device, place: Callable[[Tensor], Tensor]) -> None:
+        """Give the parameters memory and values; ``place`` takes buffers and side inputs where they are needed."""
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, INITIAL_STD)
+                    module._parameters[name] = nn.Parameter(value)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else place(buffer)
+        self.args, self.kwargs = tree_map_only(Tensor, place, (self.args, self.kwargs))
+
+
+@dataclass(frozen=True)
+class UnitShape:
+    """Which unit, at which cut: what is measured and counted."""
+
+    config: PretrainedConfig
+    spec: ModelSpec
+    name: UnitName
+    tp: int
+    seq_len: int
+    dtype: torch.dtype
+
+    def build(self, *, recompute: bool = False) -> LocalUnit:
+        """The unit with parameters on meta; its collectives are stand-ins of ``tp`` ranks, of which it is the first."""
+        model, family = meta_model(self.config), family_of(self.config)
+        use_attention(model)
+        # first in the world means tp rank 0, which holds the most of what does not divide
+        tp = AxisGroup(None, prime_factors(self.tp)[::-1], 0)
+        if self.name == "layer":
+            return self._layer(model, family, tp, recompute=recompute).train()
+        build = self._embedding if self.name == "embedding" else self._head
+        return build(model, family, tp).train()
+
+    def inputs(self, batch: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """(what the unit is called with, its labels): ids [batch, S] or hidden states that ask for their gradient."""
+        ids = torch.randint(self.spec.vocab_size, (batch, self.seq_len), device=device)
+        if self.name == "embedding":
+            return ids, {}
+        shape = (batch, self.seq_len // self.tp, self.spec.hidden_size)
+        hidden = torch.empty(shape, dtype=self.dtype, device=device).normal_().requires_grad_()
+        return hidden, {"labels": ids} if self.name == "head" else {}
+
+    def _embedding(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
+        stage = Stage(model, family, range(0), is_first=True, is_last=False)
+        owners = [stage.decoder.get_submodule(family.embedding)]
+        cut_embedding(owners[0], self.spec.embedding.parameters[0], tp)
+        if family.position_embedding:
+            owners.append(stage.decoder.get_submodule(family.position_embedding))
+            cut_positions(owners[1], 0, tp.size)
+        return LocalUnit(stage, tuple(owners), (), position_ids=self._position_ids())
+
+    def _head(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
+        end = self.spec.num_layers
+        stage = Stage(model, family, range(end, end), is_first=False, is_last=True)
+        shrink(model, self.spec.head.parameters[-1:], tp)
+        stage.head_tp = tp
+        owners = (stage.decoder.get_submodule(family.norm), model.get_submodule(family.head))
+        return LocalUnit(stage, owners, (), position_ids=self._position_ids())
+
+    def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup, *, recompute: bool) -> LocalUnit:
+        layer = model.get_submodule(f"{family.decoder}.{family.layers}.0")
+        cut_layer(layer, family, self.spec.layer, tp)
+        args, kwargs = self._call_of_a_layer(model, family)
+        if recompute:
+            recompute_in_backward(layer)
+        return LocalUnit(layer, (layer,), args, **kwargs)
+
+    def _call_of_a_layer(self, model: PreTrainedModel, family: Family) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the decoder gives its layers beside the hidden states; a dry run finds out, without parameters."""
+        stage, recorder = Stage(model, family, range(1, 1), is_first=False, is_last=False), _Recorder()
+        stage.decoder.get_submodule(family.layers)[0] = recorder  # type: ignore[operator]
+        hidden = torch.zeros(1, self.seq_len // self.tp, self.spec.hidden_size, dtype=self.dtype)
+        with torch.no_grad():
+            stage.decoder(inputs_embeds=hidden, position_ids=self._position_ids(), use_cache=False)
+        return recorder.args, recorder.kwargs
+
+    def _position_ids(self) -> Tensor:
+        return torch.arange(self.seq_len).unsqueeze(0)
+
+
+class _Recorder(PassedLayer):
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012 (replaced, never changed)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.args, self.kwargs = args, kwargs
+        return hidden_states

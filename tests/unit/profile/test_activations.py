@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from galvatron.models import build_spec
+from galvatron.profile.activations import count, count_activations
+from galvatron.profile.units import UnitShape
+
+S, H, F, N, K, V = 32, 64, 96, 4, 2, 131
+
+LLAMA = LlamaConfig(
+    hidden_size=H,
+    intermediate_size=F,
+    num_hidden_layers=2,
+    num_attention_heads=N,
+    num_key_value_heads=K,
+    vocab_size=V,
+    max_position_embeddings=S,
+)
+QWEN3 = Qwen3Config(**{**LLAMA.to_diff_dict(), "head_dim": H // N, "tie_word_embeddings": True, "model_type": "qwen3"})
+GPT2 = GPT2Config(n_embd=H, n_layer=2, n_head=N, vocab_size=V, n_positions=S, bos_token_id=0, eos_token_id=0)
+
+
+def _shape(config: PretrainedConfig, unit: str, tp: int = 1, dtype: torch.dtype = torch.float32) -> UnitShape:
+    return UnitShape(config, build_spec(config), unit, tp, S, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unit", ["embedding", "layer", "head"])
+@pytest.mark.parametrize("config", [LLAMA, QWEN3, GPT2], ids=["llama", "qwen3", "gpt2"])
+def test_fake_counts_equal_what_a_real_run_allocates(config, unit, dtype):
+    for tp, recompute in ((1, "none"), (2, "none"), (2, "full")):
+        if unit == "layer" or recompute == "none":
+            shape = _shape(config, unit, tp, dtype)
+            assert count(shape, recompute, 2) == count(shape, recompute, 2, fake=False)
+
+
+@pytest.mark.parametrize("unit", ["embedding", "layer", "head"])
+def test_the_line_gives_the_count_of_any_batch(unit):
+    shape = _shape(LLAMA, unit, 2)
+    sample = count_activations(shape, "none")
+    shared = sample.fixed_bytes
+    # the rotary cosines and sines, and the int64 positions they come from
+    assert shared == (2 * S * (H // N) * 4 + S * 8 if unit == "embedding" else 0)
+    for batch in (1, 4, 7):
+        counted = count(shape, "none", batch)
+        assert counted.saved_bytes == batch * sample.bytes_per_sequence
+        assert counted.peak_bytes - counted.saved_bytes <= batch * sample.workspace_bytes_per_sequence
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_full_recompute_keeps_the_cut_input_alone(tp):
+    sample = count_activations(_shape(LLAMA, "layer", tp), "full")
+    assert (sample.fixed_bytes, sample.bytes_per_sequence) == (0, S // tp * H * 4)
+    kept = count_activations(_shape(LLAMA, "layer", tp), "none")
+    total = sample.bytes_per_sequence + sample.workspace_bytes_per_sequence
+    assert total >= kept.bytes_per_sequence  # while it runs again everything is there
+
+
+def test_llama_layer_equals_its_closed_form():
+    """The tensors that autograd keeps of an uncut fp32 layer, in elements per token."""
+    norms = 2 * (2 * H + 1)  # of either: the input, the normalised input and the reciprocal root
+    gathered = 2 * H  # what the column-cut linears multiply
+    attention = 2 * H + 2 * (H // N) * K + N  # rotated q, output; rotated k, v; log-sum-exp
+    mlp = 4 * F  # gate, its activation, up, their product
+    sample = count_activations(_shape(LLAMA, "layer"), "none")
+    assert sample.bytes_per_sequence == 4 * S * (norms + gathered + attention + mlp)
+
+
+def test_bfloat16_halves_what_is_not_upcast():
+    single = count_activations(_shape(LLAMA, "layer"), "none").bytes_per_sequence
+    half = count_activations(replace(_shape(LLAMA, "layer"), dtype=torch.bfloat16), "none").bytes_per_sequence
+    assert single / 2 < half < single
+
+
+def test_parameters_are_not_counted():
+    wide = LlamaConfig(**{**LLAMA.to_diff_dict(), "vocab_size": 8 * V})
+    assert count_activations(_shape(wide, "embedding"), "none") == count_activations(_shape(LLAMA, "embedding"), "none")

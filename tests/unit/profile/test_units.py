@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+
+from galvatron.core.model import UNITS
+from galvatron.models import build_spec
+from galvatron.profile.units import UnitShape
+
+CONFIGS = {
+    "llama": LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=67,
+        max_position_embeddings=16,
+    ),
+    "gpt2": GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=67, n_positions=16, bos_token_id=0, eos_token_id=0),
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_units_hold_the_shapes_of_the_first_tp_rank_and_run(family, tp):
+    config = CONFIGS[family]
+    spec = build_spec(config)
+    for name in UNITS:
+        shape = UnitShape(config, spec, name, tp, 16, torch.float32)
+        unit = shape.build()
+        expected = sorted(math.prod(p.local_shape(tp)) for p in spec.unit(name).parameters)
+        assert sorted(p.numel() for owner in unit.owners for p in owner.parameters()) == expected
+        unit.allocate(torch.float32, torch.device("cpu"), torch.clone)
+        tokens, labels = shape.inputs(3, torch.device("cpu"))
+        output = unit(tokens, **labels)
+        assert tuple(output.shape) == (() if name == "head" else (3, 16 // tp, 32))
+        output.backward(torch.ones_like(output))
+        assert all(p.grad is not None for owner in unit.owners for p in owner.parameters())
