@@ -26,7 +26,7 @@ def test_storages_count_once_and_only_while_they_live():
         assert log.live_bytes() == 8 * KIB  # the view keeps it
         del view, b
         assert log.live_bytes() == 0
-        a = torch.ones(2 * KIB)
+        torch.ones(2 * KIB)
         assert log.peak_bytes() == 8 * KIB
 
 
