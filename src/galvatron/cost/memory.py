@@ -91,7 +91,9 @@ def unit_memory(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> Un
     stays = stays_gathered(setting, unit, strategy)
     gradient = size.held * MASTER_BYTES
     passing = 0 if stays else gathered
-    new_gradients = size.whole * setting.compute_bytes
+    # autograd adds to whole gradients in place; only where they change dtype or are reduced are there new ones
+    in_place = _accumulates(setting, strategy) and setting.compute_bytes == setting.reduce_bytes
+    new_gradients = 0 if in_place else size.whole * setting.compute_bytes
     flat_buffers = gathered * (strategy.dp_shard > 1) + reduced
     return UnitMemory(
         parameter_bytes=size.held * MASTER_BYTES,
@@ -112,11 +114,27 @@ def stays_gathered(setting: Setting, unit: UnitName, strategy: LayerStrategy) ->
     return strategy.zero != 3 or (unit == "embedding" and setting.shares_tied_weight)
 
 
+def _accumulates(setting: Setting, strategy: LayerStrategy) -> bool:
+    """Whether whole gradients wait for the last microbatch."""
+    return strategy.zero < 2 and setting.num_microbatches > 1
+
+
 def _accumulated_bytes(setting: Setting, strategy: LayerStrategy, size: ShardSize, gradient_bytes: int) -> int:
     """Whole gradients kept between microbatches, beyond the reduced gradient that takes their place at the end."""
-    if strategy.zero >= 2 or setting.num_microbatches == 1:
-        return 0
-    return max(size.whole * setting.reduce_bytes - gradient_bytes, 0)
+    return max(size.whole * setting.reduce_bytes - gradient_bytes, 0) if _accumulates(setting, strategy) else 0
+
+
+def stage_bytes(setting: Setting, stage: int) -> int:
+    """What one microbatch in flight keeps on ``stage`` beyond its units' activations.
+
+    A stage keeps its output until the backward (the next stage's profile does not count it here), and every
+    stage but the first makes its own of what layers share, which the profile counts with the embedding.
+    """
+    output = setting.boundary_bytes if stage < setting.pp - 1 else 0
+    shared = (
+        setting.activation_sample("embedding", setting.model.tp_degrees()[0], "none").fixed_bytes if stage > 0 else 0
+    )
+    return output + shared
 
 
 CUDA_CONTEXT_BYTES = 2**30

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from galvatron.plan.plan import Schedule
+from galvatron.plan.schedules import actions
 
 Kind = Literal["forward", "backward"]
-Action = tuple[Kind, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +25,6 @@ class Event:
     microbatch: int
     start_s: float
     end_s: float
-
-
-def actions(schedule: Schedule, stage: int, pp: int, num_microbatches: int) -> tuple[Action, ...]:
-    """What ``stage`` does, in order.
-
-    GPipe: all forwards, then all backwards, both from microbatch 0 up.  1F1B: min(m, pp - 1 - stage) forwards to
-    warm up, then one forward and one backward in turn, then the backwards that are left.
-    """
-    m = num_microbatches
-    warm_up = m if schedule == "gpipe" else min(m, pp - 1 - stage)
-    order: list[Action] = [("forward", i) for i in range(warm_up)]
-    for i in range(m - warm_up):
-        order += [("forward", warm_up + i), ("backward", i)]
-    return (*order, *(("backward", i) for i in range(m - warm_up, m)))
 
 
 def timeline(
@@ -55,7 +41,7 @@ def timeline(
     it was computed; with ``receiving_blocks`` the receiver is busy for that time and computes nothing.
     """
     pp, m = len(forward_s), len(forward_s[0])
-    orders = [actions(schedule, stage, pp, m) for stage in range(pp)]
+    orders = [actions(schedule, pp, stage, m) for stage in range(pp)]
     next_action, free_at = [0] * pp, [0.0] * pp
     ends: dict[tuple[int, Kind, int], float] = {}
     events: list[list[Event]] = [[] for _ in range(pp)]

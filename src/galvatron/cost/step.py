@@ -13,7 +13,7 @@ from galvatron.core.model import ModelProfile, UnitName
 from galvatron.plan.plan import LayerStrategy, Plan, Prediction, StagePrediction
 
 from .communication import redistribution_s, transfer_s
-from .memory import UnitMemory, runtime_bytes, unit_memory
+from .memory import UnitMemory, runtime_bytes, stage_bytes, unit_memory
 from .pipeline import Event, timeline
 from .setting import Setting
 from .unit import UnitTimes, unit_times
@@ -128,7 +128,8 @@ def stage_prediction(plan: Plan, setting: Setting, index: int, stage: Stage) -> 
     """Memory of one stage: what stays, the microbatches in flight, and the largest transient of its units."""
     units = stage.memories
     resident = sum(unit.resident_bytes for unit in units)
-    activations = plan.microbatches_in_flight(index) * sum(unit.activation_bytes for unit in units)
+    microbatch = sum(unit.activation_bytes for unit in units) + stage_bytes(setting, index)
+    activations = plan.microbatches_in_flight(index) * microbatch
     workspace = max(unit.transient_bytes for unit in units)
     tensors = resident + activations + workspace
     runtime = runtime_bytes(setting, tensors)

@@ -18,7 +18,7 @@ from .memory import MASTER_BYTES, shard_size
 from .setting import Setting
 
 REGIONS = 2  # a layer gathers its sequence for attention and for the MLP, and scatters it after each
-VOCABULARY_REDUCTIONS = 3  # cross entropy over a cut vocabulary: maximum, sum of exponentials, the target's logit
+VOCABULARY_REDUCTIONS = (1, 2)  # floats a token in each: the maximum; the sum of exponentials with the target's logit
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,9 @@ def _tensor_parallel_s(setting: Setting, unit: UnitName, tp: int, batch: int) ->
         return REGIONS * (gather_s + scatter_s), REGIONS * (gather_s + scatter_s)
     if unit == "embedding":
         return scatter_s, gather_s
-    loss_s = collective_s(setting, "all_reduce", tp, 1, tokens * DTYPE_BYTES["fp32"])
-    return gather_s + VOCABULARY_REDUCTIONS * loss_s, scatter_s
+    token_bytes = tokens * DTYPE_BYTES["fp32"]
+    loss_s = sum(collective_s(setting, "all_reduce", tp, 1, n * token_bytes) for n in VOCABULARY_REDUCTIONS)
+    return gather_s + loss_s, scatter_s
 
 
 def _data_parallel_s(

@@ -144,7 +144,7 @@ def _solve_group(
 
 @dataclass(frozen=True)
 class _EndCosts:
-    """The ends of one stage, those that are never better left out; layouts are -1 where there is no such end."""
+    """The undominated ends of one stage, with what it holds beside units; layouts are -1 where there is no such end."""
 
     pairs: list[tuple[int, int]]
     work_s: Floats
@@ -154,14 +154,15 @@ class _EndCosts:
     exit: Ints
 
 
-def _end_costs(space: Space, in_flight: int, pairs: Iterable[tuple[int, int]]) -> _EndCosts:
+def _end_costs(space: Space, stage: int, pairs: Iterable[tuple[int, int]]) -> _EndCosts:
+    in_flight, beside = space.task.in_flight(stage), space.stage_bytes(stage)
     rows = []
     for i, j in pairs:
         parts = [(options, at) for options, at in ((space.embedding, i), (space.head, j)) if at >= 0]
         rows.append(
             (
                 sum(float(options.work_s[at]) for options, at in parts),
-                sum(int(options.held_bytes(in_flight)[at]) for options, at in parts),
+                beside + sum(int(options.held_bytes(in_flight)[at]) for options, at in parts),
                 max((int(options.transient_bytes[at]) for options, at in parts), default=0),
                 int(space.embedding.layout[i]) if i >= 0 else -1,
                 int(space.head.layout[j]) if j >= 0 else -1,
@@ -180,7 +181,7 @@ def _end_costs(space: Space, in_flight: int, pairs: Iterable[tuple[int, int]]) -
 def _table(space: Space, stage: int, chains: dict[int, Chains], pairs: Ends, aim: Aim) -> _Table:
     """For every k, entry and last layout: the least work (or peak) of ``stage``, over labels and ends."""
     in_flight = space.task.in_flight(stage)
-    chain, ends = chains[in_flight], _end_costs(space, in_flight, pairs)
+    chain, ends = chains[in_flight], _end_costs(space, stage, pairs)
     size = len(space.layouts)
     shape = (len(chain.fronts), size, size)
     work, label, chosen = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from galvatron.core.model import UnitName
 from galvatron.cost.communication import redistribution_s, transfer_s
-from galvatron.cost.memory import unit_memory, usable_bytes
+from galvatron.cost.memory import stage_bytes, unit_memory, usable_bytes
 from galvatron.cost.setting import Setting
 from galvatron.cost.unit import unit_times
 from galvatron.plan.axes import StageAxes, divisors
@@ -126,6 +126,10 @@ class Space:
     def receives_s(self, stage: int) -> float:
         """Transfers that ``stage`` receives for one microbatch: from before in forward, from behind in backward."""
         return self.receive_s * ((stage > 0) + (stage < self.task.pp - 1))
+
+    def stage_bytes(self, stage: int) -> int:
+        """What ``stage`` holds beside its units: outputs and shared tensors of the microbatches in flight."""
+        return self.task.in_flight(stage) * stage_bytes(self.setting, stage)
 
     @property
     def is_empty(self) -> bool:

@@ -1,7 +1,7 @@
 """Search equals brute force: every plan of a small random space is enumerated from the definitions.
 
-The enumerator shares with the search only the cost of one unit, one redistribution and one transfer, and the
-rules of ``plan``; how they add up, what fits and what is allowed is written here a second time.
+The enumerator shares with the search only the cost of one unit, one redistribution, one transfer and one stage's
+output, and the rules of ``plan``; how they add up, what fits and what is allowed is written here a second time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model import ModelProfile, UnitName
 from galvatron.cost import Setting, unit_memory, unit_times
 from galvatron.cost.communication import redistribution_s, transfer_s
+from galvatron.cost.memory import stage_bytes
 from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.rules import check_strategy
 from galvatron.search import search
@@ -104,6 +105,7 @@ class Costs:
         degrees = {s.tp for s, *_ in self.embedding + self.layer + self.head}
         self.move = {(a, b): redistribution_s(self.setting, a, b) for a in degrees for b in degrees}
         self.transfer = transfer_s(self.setting)
+        self.beside = [stage_bytes(self.setting, stage) for stage in range(pp)]
 
     def choices(self, unit: UnitName) -> list[tuple[LayerStrategy, float, int, int, int]]:
         found, size = [], self.setting.stage_size
@@ -148,7 +150,9 @@ def plans_of(costs: Costs) -> Iterator[tuple[float, int]]:
                 objective = sum(works) + (m - 1) * max(works)
                 for in_flight in ([m] * pp, [min(m, pp - p) for p in range(pp)]):
                     peaks = [
-                        sum(units[i][2] + held * units[i][3] for i in span) + max(units[i][4] for i in span)
-                        for span, held in zip(spans, in_flight, strict=True)
+                        sum(units[i][2] + held * units[i][3] for i in span)
+                        + max(units[i][4] for i in span)
+                        + held * costs.beside[p]
+                        for p, (span, held) in enumerate(zip(spans, in_flight, strict=True))
                     ]
                     yield objective, max(peaks)
