@@ -5,6 +5,7 @@ Takes two profiles and a batch; gives a SearchResult.  Deterministic: equal inpu
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -172,7 +173,7 @@ def _prediction(plan: Plan) -> Prediction:
 
 def _result(found: _Found, spaces: Sequence[Space], limit: int, num_candidates: int, start: float) -> SearchResult:
     replayed = [_predicted(space, solution, limit) for space, solution in found.solved[:num_candidates]]
-    replayed.sort(key=lambda plan: (_prediction(plan).step_time_s, _prediction(plan).peak_memory_bytes))
+    replayed = _distinct(sorted(replayed, key=_rank))
     baselines, shortfalls = _baselines(spaces, limit)
     unlimited = _unlimited(spaces, found.solved[0][1].value, limit)
     optimum = found.solved[0][1].value
@@ -242,12 +243,12 @@ def _infeasible(spaces: Sequence[Space], limit: int) -> InfeasibleError:
             constraint="divisibility",
         )
     short = _shortfall(_predicted(*nearest, limit), limit)
-    peak = limit + short.bytes_short
-    plan = short.plan
+    plan, peak = short.plan, limit + short.bytes_short
+    enough = f"{math.ceil(peak / 2**20)} MiB"
     return InfeasibleError(
-        f"no plan fits in {format_bytes(limit)} a device: the smallest ({plan.pp} stages, {plan.num_microbatches} "
-        f"microbatches; {plan.layers[0]}) needs {format_bytes(peak)} on stage {short.stage}, "
-        f"{format_bytes(short.bytes_short)} too much; allow {format_bytes(peak)}, take more devices, "
+        f"no plan fits in {format_bytes(limit)} a device: the smallest (pp={plan.pp}, "
+        f"num_microbatches={plan.num_microbatches}; {plan.layers[0]}) needs {format_bytes(peak)} on stage "
+        f"{short.stage}, {format_bytes(short.bytes_short)} too much; allow {enough}, take more devices, "
         "or lower global_batch_size or seq_len",
         constraint=f"memory of stage {short.stage}",
     )
