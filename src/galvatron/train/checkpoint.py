@@ -151,10 +151,14 @@ def _random_states() -> dict[str, Held]:
     return states
 
 
+def seed_rank(seed: int, step: int) -> None:
+    """Start this rank's CPU and CUDA generators anew from (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1)[0]))
+
+
 def _restore_random_states(states: dict[str, Held], saved: TrainState) -> None:
     if not states:
-        seeds = np.random.SeedSequence([saved.train.seed, saved.step, rank()])
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        seed_rank(saved.train.seed, saved.step)
     for name, state in states.items():
         restore = torch.set_rng_state if name.startswith(f"{RNG_PREFIX}cpu") else torch.cuda.set_rng_state
         try:

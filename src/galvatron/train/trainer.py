@@ -22,7 +22,7 @@ from galvatron.core.errors import CheckpointError, ConfigError, DataError, Galva
 from galvatron.core.job import TrainSection
 from galvatron.plan import Plan
 
-from .checkpoint import POINTER, TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import POINTER, TrainState, find_checkpoint, load_checkpoint, save_checkpoint, seed_rank
 from .data import IGNORED_LABEL, Dataset
 from .interface import Reporter, TrainableModel
 from .metrics import METRICS_FILE, MetricsLog, PeakMemory, StepMetrics
@@ -72,6 +72,7 @@ def train(
         device_flops_per_s: one device's matrix-multiply rate, for ``mfu``; None leaves it out.
         peak_memory: made before the model, so that peaks count the model; None counts from now.
 
+    Every rank's random generators (dropout) start from (seed, 0, rank), or where the checkpoint left them.
     SIGTERM and SIGINT end the run after the current step, with a save.
 
     Raises:
@@ -84,6 +85,7 @@ def train(
     done = 0
     if resume is None:
         on_rank_zero(lambda: _check_unused(run_dir))
+        seed_rank(section.seed, 0)
     else:
         done = _resume(run_dir, resume, model, optimizer, section, dataset)
     last_step = section.num_steps if stop_after is None else min(stop_after, section.num_steps)
