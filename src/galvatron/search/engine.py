@@ -171,6 +171,18 @@ def _prediction(plan: Plan) -> Prediction:
     return plan.prediction
 
 
+def _rank(plan: Plan) -> tuple[float, int, bool]:
+    return _prediction(plan).step_time_s, _prediction(plan).peak_memory_bytes, plan.schedule == "gpipe"
+
+
+def _distinct(ranked: Sequence[Plan]) -> list[Plan]:
+    """Without those that differ from a better one by their schedule alone."""
+    seen: dict[tuple[object, ...], Plan] = {}
+    for plan in ranked:
+        seen.setdefault((plan.num_microbatches, plan.layers_per_stage, *plan.strategies()), plan)
+    return list(seen.values())
+
+
 def _result(found: _Found, spaces: Sequence[Space], limit: int, num_candidates: int, start: float) -> SearchResult:
     replayed = [_predicted(space, solution, limit) for space, solution in found.solved[:num_candidates]]
     replayed = _distinct(sorted(replayed, key=_rank))
