@@ -91,46 +91,48 @@ def train(
     last_step = section.num_steps if stop_after is None else min(stop_after, section.num_steps)
     if done >= last_step:
         raise ConfigError(f"{resume} has done {done} of {last_step} steps already; raise num_steps to train on")
-    trainer = Trainer(model, optimizer, section, dataset, plan=plan, run_dir=run_dir, step=done)
-    trainer.last_step = last_step
-    trainer.reporter = reporter or Reporter()
-    trainer.device_flops_per_s = device_flops_per_s
-    if peak_memory is not None:
-        trainer.peak_memory = peak_memory
+    device = model.parameters[0].tensor.device if model.parameters else communication_device()
+    trainer = Trainer(
+        model=model,
+        optimizer=optimizer,
+        section=section,
+        dataset=dataset,
+        plan=plan,
+        run_dir=run_dir,
+        reporter=(reporter if rank() == 0 else None) or Reporter(),
+        peak_memory=peak_memory or PeakMemory(device),
+        device_flops_per_s=device_flops_per_s,
+        step=done,
+        last_step=last_step,
+    )
     return trainer.run()
 
 
+@dataclass(kw_only=True)
 class Trainer:
-    """The state of a run between two steps; ``step`` updates are done."""
+    """A run between two steps: ``step`` updates are done, ``last_step`` is where it ends; see ``train``."""
 
-    def __init__(
-        self,
-        model: TrainableModel,
-        optimizer: torch.optim.Optimizer,
-        section: TrainSection,
-        dataset: Dataset,
-        *,
-        plan: Plan,
-        run_dir: Path,
-        step: int = 0,
-    ) -> None:
-        self.model, self.optimizer, self.section, self.dataset = model, optimizer, section, dataset
-        self.plan, self.run_dir, self.step = plan, run_dir, step
-        self.device = model.parameters[0].tensor.device if model.parameters else communication_device()
-        self.last_step = section.num_steps
-        self.reporter = Reporter()
-        self.device_flops_per_s: float | None = None
-        self.peak_memory = PeakMemory(self.device)
-        self.loss = math.nan
-        self.eval_loss: float | None = None
-        self.checkpoint: Path | None = None
+    model: TrainableModel
+    optimizer: torch.optim.Optimizer
+    section: TrainSection
+    dataset: Dataset
+    plan: Plan
+    run_dir: Path
+    reporter: Reporter
+    peak_memory: PeakMemory
+    device_flops_per_s: float | None
+    step: int
+    last_step: int
+    loss: float = math.nan
+    eval_loss: float | None = None
+    checkpoint: Path | None = None
 
     def run(self) -> TrainResult:
         """Step until ``last_step`` or a signal; evaluate and save as the section says, and at the end."""
-        is_writer = rank() == 0
-        log = MetricsLog(self.run_dir, self.step, tensorboard=self.section.tensorboard) if is_writer else None
-        reporter = self.reporter if is_writer else Reporter()
-        reporter.started(self.step + 1, self.last_step)
+        log = None
+        if rank() == 0:
+            log = MetricsLog(self.run_dir, self.step, tensorboard=self.section.tensorboard)
+        self.reporter.started(self.step + 1, self.last_step)
         try:
             with _stop_requests() as stop_requested:
                 stopped = False
@@ -138,12 +140,12 @@ class Trainer:
                     metrics, stopped = self._train_step(stop_requested)
                     if log is not None:
                         log.step(metrics)
-                    reporter.stepped(metrics)
+                    self.reporter.stepped(metrics)
                     is_last = self.step == self.last_step
                     if not stopped and (is_last or _is_due(self.step, self.section.eval_every)):
-                        self._evaluate(log, reporter)
+                        self._evaluate(log)
                     if is_last or stopped or _is_due(self.step, self.section.save_every):
-                        self._save(reporter)
+                        self._save()
         finally:
             if log is not None:
                 log.close()
@@ -167,8 +169,8 @@ class Trainer:
         lr = lr_at(self.step, self.section)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the update runs on after its launch, and belongs to this step
         seconds = time.perf_counter() - start
         self.step += 1
         peak_bytes, stop = all_max([float(self.peak_memory.bytes()), float(stop_requested.is_set())])
@@ -201,7 +203,7 @@ class Trainer:
             model_flops_per_s=flops_per_s,
         )
 
-    def _evaluate(self, log: MetricsLog | None, reporter: Reporter) -> None:
+    def _evaluate(self, log: MetricsLog | None) -> None:
         """Mean loss over the counted tokens of the first ``eval_batches`` evaluation batches."""
         total, count = 0.0, 0
         for index in range(min(self.section.eval_batches, self.dataset.num_eval_batches)):
@@ -214,9 +216,9 @@ class Trainer:
         self.eval_loss = total / count
         if log is not None:
             log.evaluation(self.step, self.eval_loss)
-        reporter.evaluated(self.step, self.eval_loss)
+        self.reporter.evaluated(self.step, self.eval_loss)
 
-    def _save(self, reporter: Reporter) -> None:
+    def _save(self) -> None:
         state = TrainState(
             step=self.step,
             world_size=world_size(),
@@ -226,7 +228,7 @@ class Trainer:
         root = self.run_dir / "checkpoints"
         keep = self.section.keep_checkpoints
         self.checkpoint = save_checkpoint(root, self.model, self.optimizer, state, plan=self.plan, keep=keep)
-        reporter.saved(self.step, self.checkpoint)
+        self.reporter.saved(self.step, self.checkpoint)
 
 
 def _is_due(step: int, every: int) -> bool:
