@@ -114,7 +114,7 @@ class Pool:
 
     def _collect(self, world_size: int, limit_s: float) -> tuple[dict[int, Any], dict[int, str]]:
         results: dict[int, Any] = {}
-        failures: dict[int, str] = {}
+        failures: dict[int, _Failure] = {}
         waiting: dict[Any, int] = {connection: rank for rank, (_, connection) in enumerate(self._workers[:world_size])}
         deadline = time.monotonic() + limit_s
         while waiting:
@@ -123,13 +123,16 @@ class Pool:
                 break
             for connection in ready:
                 rank = waiting.pop(connection)
-                failed, value = _receive(connection)
-                if failed and not failures:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
-                (failures if failed else results)[rank] = value
+                answer = _receive(connection)
+                if isinstance(answer, _Failure):
+                    deadline = deadline if failures else min(deadline, time.monotonic() + GRACE_S)
+                    failures[rank] = answer
+                else:
+                    results[rank] = answer
         if waiting and not failures:
-            failures = dict.fromkeys(waiting.values(), f"no answer within {limit_s:g} s")
-        return results, failures
+            return results, dict.fromkeys(waiting.values(), f"no answer within {limit_s:g} s")
+        first_to_last = sorted(failures, key=lambda rank: failures[rank].time_s)
+        return results, {rank: failures[rank].text for rank in first_to_last}
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,18 @@ class _Task:
     timeout_s: float
 
 
-def _receive(connection: Any) -> tuple[bool, Any]:
+@dataclass(frozen=True)
+class _Failure:
+    time_s: float  # of this machine's monotonic clock
+    text: str
+
+
+def _receive(connection: Any) -> Any:
     try:
-        failed, value = pickle.loads(connection.recv_bytes())
+        return pickle.loads(connection.recv_bytes())
     except (EOFError, ConnectionError):
-        return True, "the process ended without an answer"
-    return failed, value
+        # a process that dies makes the others fail, so it comes before them
+        return _Failure(0.0, "the process ended without an answer")
 
 
 def _serve(rank: int, connection: Connection) -> None:
@@ -160,13 +169,14 @@ def _serve(rank: int, connection: Connection) -> None:
             return
         sys.path[:] = path  # test modules of the caller are importable here too
         connection.send_bytes(_answer(rank, task))
+        _leave_world()  # after a failure only now: ranks that lose their connection must not seem to fail first
 
 
 def _answer(rank: int, message: bytes) -> bytes:
     try:
-        return pickle.dumps((False, _perform(rank, pickle.loads(message))))
+        return pickle.dumps(_perform(rank, pickle.loads(message)))
     except BaseException:  # whatever it was, the caller hears of it
-        return pickle.dumps((True, traceback.format_exc()))
+        return pickle.dumps(_Failure(time.monotonic(), traceback.format_exc()))
 
 
 def _perform(rank: int, task: _Task) -> Any:
@@ -179,8 +189,12 @@ def _perform(rank: int, task: _Task) -> Any:
         world_size=task.world_size,
         timeout=timedelta(seconds=task.timeout_s),
     )
-    try:
-        return task.fn(*task.args)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.barrier()  # a rank that is done must not leave while another still connects
+    result = task.fn(*task.args)
+    _leave_world()
+    return result
+
+
+def _leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
