@@ -1,0 +1,119 @@
+"""Tiny models of every family, with weights that hide nothing.
+
+Takes a family's name and overrides in Hugging Face's own words; gives configurations and float32 models
+that train in milliseconds.  Sizes are awkward on purpose: the vocabulary divides by nothing, layers do not
+divide by stages, Mistral's window is shorter than the test sequences.  Knows nothing of plans.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+WEIGHT_STD = 0.15
+"""Standard deviation of drawn weights, about 1/√hidden: every layer changes its input visibly."""
+
+_GPT2: dict[str, Any] = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "gpt2": (GPT2Config, _GPT2),
+    "llama": (LlamaConfig, _LLAMA),
+    "qwen2": (Qwen2Config, {**_LLAMA, "tie_word_embeddings": True, "vocab_size": 101}),
+    "qwen3": (Qwen3Config, {**_LLAMA, "head_dim": 16, "num_hidden_layers": 5}),
+    "mistral": (MistralConfig, {**_LLAMA, "sliding_window": 5, "head_dim": 8, "vocab_size": 257}),
+}
+FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A family with overrides: one row of the parity tables."""
+
+    name: str
+    family: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def named(name: str) -> Variant:
+        """The one of ``VARIANTS`` called ``name``."""
+        return next(variant for variant in VARIANTS if variant.name == name)
+
+    def config(self, num_heads: int = 4) -> PretrainedConfig:
+        """The tiny configuration; tp 8 needs ``num_heads`` 8."""
+        heads = "n_head" if self.family == "gpt2" else "num_attention_heads"
+        return tiny_config(self.family, **{heads: num_heads, **self.overrides})
+
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant("gpt2", "gpt2", {"n_layer": 5}),
+    Variant("gpt2-untied", "gpt2", {"tie_word_embeddings": False}),
+    Variant("llama", "llama", {"num_hidden_layers": 5}),
+    Variant("llama-tied-one-kv-head", "llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    Variant("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    Variant("qwen2", "qwen2"),
+    Variant("qwen3", "qwen3"),
+    Variant("mistral", "mistral"),
+)
+"""GQA and MHA, tied and untied, with and without biases, fused and separate projections."""
+
+
+def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
+    """A configuration of ``family`` (one of ``FAMILIES``) with Hugging Face's keys in ``overrides`` replaced."""
+    config_class, values = _CONFIGS[family]
+    return config_class(**{**values, **overrides})
+
+
+def tiny_model(family: str | PretrainedConfig, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """An unmodified Hugging Face causal language model, float32 on the CPU, all weights drawn from ``seed``.
+
+    Hugging Face starts biases at zero and norms at one, values under which a lost bias or a doubled norm
+    goes unseen; here biases and the offsets of norm weights from one are random too.
+    """
+    config = tiny_config(family, **overrides) if isinstance(family, str) else family
+    return draw_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed)
+
+
+@torch.no_grad()
+def draw_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Draw every parameter of ``model`` in place, in the order of ``named_parameters``."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * WEIGHT_STD
+        is_norm_weight = parameter.dim() == 1 and name.endswith("weight")
+        parameter.copy_(noise + 1 if is_norm_weight else noise)
+    return model

@@ -1,0 +1,138 @@
+"""Plans to test with: every pure strategy, and seeded random mixes.
+
+Takes a ModelSpec and a world size; gives plans that obey every rule (``plan.rules``).  Knows nothing of
+torch or of how a plan is run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from typing import Literal
+
+from galvatron.core.model import UNITS, ModelSpec, Recompute, UnitName
+from galvatron.plan import LayerStrategy, Plan, check_strategy
+from galvatron.plan.axes import divisors
+from galvatron.plan.plan import Schedule
+
+SEQ_LEN = 16
+"""Tokens of a test sequence: divisible by tp 8, longer than the tiny Mistral's window."""
+
+MAX_PP = 4
+MAX_MICROBATCHES = 8
+_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
+
+
+def random_plans(spec: ModelSpec, world_size: int, count: int, seed: int, seq_len: int = SEQ_LEN) -> list[Plan]:
+    """``count`` different plans for ``world_size`` devices, the same ones for the same ``seed``.
+
+    Pipeline depths (1 to 4, as far as they divide the world) and schedules are dealt in turn, so that a
+    few plans cover them all; stage lengths, microbatches (1 to 8, also fewer than stages) and the strategy
+    of the embedding, each layer and the head are drawn.
+    """
+    depths = [pp for pp in divisors(world_size) if pp <= min(MAX_PP, spec.num_layers)]
+    deals = itertools.cycle(itertools.product(_SCHEDULES, depths))
+    rng = random.Random(f"{seed} {spec.name} {world_size}")
+    plans: dict[Plan, None] = {}
+    while len(plans) < count:
+        schedule, pp = next(deals)
+        plans[_random_plan(rng, spec, world_size, pp, schedule, seq_len)] = None
+    return list(plans)
+
+
+def pure_plans(spec: ModelSpec, world_size: int, seq_len: int = SEQ_LEN) -> dict[str, Plan]:
+    """Plans that use one technique for the whole model, by name, as far as ``spec`` and the world allow.
+
+    Names: dp, recompute (with data parallelism), zero1, zero2, zero3, tp; hsdp1, hsdp2, hsdp3 (replicas of
+    shards) from 4 devices on; gpipe and 1f1b (up to 4 uneven stages, data parallel within) from 2 on.
+    """
+    world = world_size
+    zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    strategies = {
+        "dp": LayerStrategy(dp_replicate=world),
+        "recompute": LayerStrategy(dp_replicate=world, recompute="full"),
+    }
+    if world > 1:
+        strategies |= {f"zero{zero}": LayerStrategy(dp_shard=world, zero=zero) for zero in zeros}
+        strategies["tp"] = LayerStrategy(tp=world)
+    if world % 4 == 0:
+        half = world // 2
+        strategies |= {f"hsdp{zero}": LayerStrategy(dp_shard=half, dp_replicate=2, zero=zero) for zero in zeros}
+    plans = {
+        name: _uniform_plan(spec, strategy, world, seq_len)
+        for name, strategy in strategies.items()
+        if _legal(strategy, "layer", spec, world, seq_len)
+    }
+    pp = max(d for d in divisors(world) if d <= min(MAX_PP, spec.num_layers))
+    if pp > 1:
+        stage = LayerStrategy(dp_replicate=world // pp)
+        plans |= {schedule: _uniform_plan(spec, stage, world, seq_len, pp, schedule) for schedule in _SCHEDULES}
+    return plans
+
+
+def _uniform_plan(
+    spec: ModelSpec, strategy: LayerStrategy, world_size: int, seq_len: int, pp: int = 1, schedule: Schedule = "1f1b"
+) -> Plan:
+    ends = strategy.model_copy(update={"recompute": "none"})
+    plan = Plan(
+        model=spec.name,
+        world_size=world_size,
+        layers_per_stage=(spec.num_layers - pp + 1, *(1,) * (pp - 1)),
+        schedule=schedule,
+        num_microbatches=2 * pp,
+        global_batch_size=2 * world_size,
+        seq_len=seq_len,
+        embedding=ends,
+        layers=(strategy,) * spec.num_layers,
+        head=ends,
+    )
+    plan.validate(spec, world_size)
+    return plan
+
+
+def _random_plan(
+    rng: random.Random, spec: ModelSpec, world_size: int, pp: int, schedule: Schedule, seq_len: int
+) -> Plan:
+    stage_size = world_size // pp
+    choices = {unit: _strategies(unit, spec, stage_size, seq_len) for unit in UNITS}
+    cuts = sorted(rng.sample(range(1, spec.num_layers), pp - 1))
+    embedding = rng.choice(choices["embedding"])
+    head = embedding if spec.tied_embeddings else rng.choice(choices["head"])
+    layers = tuple(rng.choice(choices["layer"]) for _ in range(spec.num_layers))
+    num_microbatches = rng.randint(1, MAX_MICROBATCHES)
+    micro_batch_size = math.lcm(*(strategy.dp for strategy in (embedding, *layers, head))) * rng.randint(1, 2)
+    plan = Plan(
+        model=spec.name,
+        world_size=world_size,
+        layers_per_stage=tuple(b - a for a, b in itertools.pairwise((0, *cuts, spec.num_layers))),
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+        global_batch_size=micro_batch_size * num_microbatches,
+        seq_len=seq_len,
+        embedding=embedding,
+        layers=layers,
+        head=head,
+    )
+    plan.validate(spec, world_size)
+    return plan
+
+
+def _strategies(unit: UnitName, spec: ModelSpec, stage_size: int, seq_len: int) -> list[LayerStrategy]:
+    """Every legal strategy of ``unit`` in a stage of ``stage_size`` devices."""
+    zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    recomputes: tuple[Recompute, ...] = ("none", "full")
+    found = []
+    for tp, recompute in itertools.product(divisors(stage_size), recomputes):
+        dp = stage_size // tp
+        found.append(LayerStrategy(tp=tp, dp_replicate=dp, recompute=recompute))
+        found += [
+            LayerStrategy(tp=tp, dp_shard=shard, dp_replicate=dp // shard, zero=zero, recompute=recompute)
+            for shard, zero in itertools.product(divisors(dp)[1:], zeros)
+        ]
+    return [strategy for strategy in found if _legal(strategy, unit, spec, stage_size, seq_len)]
+
+
+def _legal(strategy: LayerStrategy, unit: UnitName, spec: ModelSpec, stage_size: int, seq_len: int) -> bool:
+    # a microbatch of stage_size sequences divides by every dp degree, so it forbids nothing here
+    return check_strategy(strategy, unit, spec, stage_size, stage_size, seq_len) is None

@@ -1,0 +1,187 @@
+"""What one process computes: the truth that every plan is held against.
+
+Takes an unmodified Hugging Face model and a training recipe; gives the losses, gradients, parameters and
+AdamW states of a few steps in float32.  Knows nothing of plans or processes.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from galvatron.core.errors import ConfigError
+
+IGNORED = -100
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the steps of a parity check are trained.
+
+    ``eps`` is far above AdamW's usual 1e-8, for a reason.  The update lr·m/(√v + eps) of an element whose
+    gradient is all rounding noise is ±lr at random if eps is below the noise, so two correct runs would
+    differ by lr.  With eps well above it, an error δ of a gradient moves a parameter by at most lr·δ/eps a
+    step: parameters can be compared as tightly as gradients.  The arithmetic is the same for any eps.
+    [Empirical: November 2026, CPU: one process with and without gradient accumulation, tiny GPT-2: the key
+    part of the fused bias, whose true gradient is zero, differs by 5e-4 with eps 1e-8, by 1e-7 with 1e-4.]
+
+    ``lr`` keeps lr·δ/eps under the tolerance, yet three steps move every tensor by 2e-3 of its size or more:
+    200 times the tolerance of parameters, so that a step with a wrong sum or decay cannot hide.
+    """
+
+    num_steps: int = 3
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-4
+    weight_decay: float = 0.1
+    max_grad_norm: float | None = None
+    seed: int = 0
+
+    def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
+        """AdamW over ``parameters``, all of them decayed: the rule is elementwise, so any cut must obey it."""
+        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step: its batch (int64 ``[global_batch_size, seq_len]``), and the loss, norm and gradients it gave.
+
+    Gradients are those before clipping, by global parameter name.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    loss: float
+    grad_norm: float
+    gradients: Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A whole run: where it started, its steps, and where it ended (loss of the first batch included)."""
+
+    recipe: Recipe
+    config: PretrainedConfig
+    initial: Tensors
+    steps: tuple[Step, ...]
+    final_loss: float
+    parameters: Tensors
+    exp_avg: Tensors
+    exp_avg_sq: Tensors
+
+    def model(self) -> PreTrainedModel:
+        """A new Hugging Face model with the initial weights."""
+        return restore(self.config, self.initial)
+
+    def save(self, path: Path) -> None:
+        """Write it for other processes of this machine."""
+        torch.save(self, path)
+
+    @staticmethod
+    def load(path: Path) -> Reference:
+        """Map a file that ``save`` wrote: ranks share its pages, and read only what they compare."""
+        # our own file in our own temporary folder, hence safe to unpickle
+        reference: Reference = torch.load(path, mmap=True, weights_only=False)
+        return reference
+
+
+def train_reference(
+    model: PreTrainedModel, global_batch_size: int, seq_len: int, recipe: Recipe | None = None
+) -> Reference:
+    """Train a copy of ``model`` in float32 for ``recipe.num_steps`` steps of AdamW; ``model`` stays as it is.
+
+    Raises:
+        ConfigError: the model has dropout, which no two layouts draw alike.
+    """
+    recipe = recipe or Recipe()
+    _refuse_dropout(model)
+    initial = _snapshot(dict(model.named_parameters()))
+    twin = restore(model.config, initial)
+    parameters = dict(twin.named_parameters())
+    optimizer = recipe.optimizer(list(parameters.values()))
+    batches = make_batches(recipe, model.config.vocab_size, global_batch_size, seq_len)
+    steps = tuple(_step(twin, optimizer, batch, recipe.max_grad_norm) for batch in batches)
+    with torch.no_grad():
+        final_loss = token_loss(twin, *batches[0]).item()
+    return Reference(
+        recipe=recipe,
+        config=model.config,
+        initial=initial,
+        steps=steps,
+        final_loss=final_loss,
+        parameters=_snapshot(parameters),
+        exp_avg={name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()},
+        exp_avg_sq={name: optimizer.state[p]["exp_avg_sq"] for name, p in parameters.items()},
+    )
+
+
+def make_batches(
+    recipe: Recipe, vocab_size: int, global_batch_size: int, seq_len: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """One (input_ids, labels) a step, drawn from the recipe's seed; labels are shifted, some are ignored.
+
+    Every fifth label or so is ignored, and (where there are several) all of the last sequence: ranks and
+    microbatches then count different numbers of tokens, down to none, so that any mean of means shows.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    batches = []
+    for _ in range(recipe.num_steps):
+        tokens = torch.randint(vocab_size, (global_batch_size, seq_len + 1), generator=generator)
+        labels = tokens[:, 1:].clone()
+        labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORED
+        labels[:, 0] = tokens[:, 1]  # at least one counts
+        if global_batch_size > 1:
+            labels[-1] = IGNORED
+        batches.append((tokens[:, :-1].contiguous(), labels))
+    return batches
+
+
+def token_loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the counted tokens, a float32 scalar."""
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+def restore(config: PretrainedConfig, weights: Tensors) -> PreTrainedModel:
+    """A float32 Hugging Face model of ``config`` in training mode with copies of ``weights``."""
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return model.train()
+
+
+def _step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.AdamW,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    max_grad_norm: float | None,
+) -> Step:
+    optimizer.zero_grad()
+    loss = token_loss(model, *batch)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+    optimizer.step()
+    input_ids, labels = batch
+    return Step(input_ids=input_ids, labels=labels, loss=loss.item(), grad_norm=grad_norm, gradients=gradients)
+
+
+def _snapshot(parameters: dict[str, torch.nn.Parameter]) -> Tensors:
+    return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+
+
+def _refuse_dropout(model: PreTrainedModel) -> None:
+    for name, module in model.named_modules():
+        rate = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if isinstance(rate, float) and rate > 0:
+            raise ConfigError(
+                f"parity needs a model without dropout but {name} drops {rate}; set it to 0 in the config"
+            )

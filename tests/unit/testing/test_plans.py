@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+
+from galvatron.core.model import Cut, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.testing.plans import pure_plans, random_plans
+
+
+def _spec(num_layers: int = 5, heads: int = 4, tied: bool = False) -> ModelSpec:
+    vocabulary = UnitSpec(
+        parameters=(ParameterSpec(name="weight", shape=(97, 32), cut=Cut(dim=0, blocks=97, uneven="ceil")),)
+    )
+    layer = UnitSpec(parameters=(ParameterSpec(name="q.weight", shape=(32, 32), cut=Cut(dim=0, blocks=heads)),))
+    return ModelSpec(
+        name="toy",
+        family="llama",
+        num_layers=num_layers,
+        hidden_size=32,
+        ffn_size=48,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=8,
+        vocab_size=97,
+        max_seq_len=64,
+        tied_embeddings=tied,
+        embedding=vocabulary,
+        layer=layer,
+        head=vocabulary,
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 6, 8])
+def test_random_plans_are_legal_different_and_repeatable(world_size: int, tied: bool) -> None:
+    spec = _spec(tied=tied)
+    plans = random_plans(spec, world_size, 40, seed=1)
+    assert len(set(plans)) == 40
+    for plan in plans:
+        plan.validate(spec, world_size)
+    assert plans[:7] == random_plans(spec, world_size, 7, seed=1)
+    assert plans != random_plans(spec, world_size, 40, seed=2)
+
+
+def test_random_plans_cover_what_they_promise() -> None:
+    plans = random_plans(_spec(), 8, 40, seed=1)
+    layers = [strategy for plan in plans for strategy in plan.layers]
+    assert {plan.pp for plan in plans} == {1, 2, 4}
+    assert {plan.schedule for plan in plans} == {"gpipe", "1f1b"}
+    assert {plan.num_microbatches for plan in plans} == set(range(1, 9))
+    assert any(plan.num_microbatches < plan.pp for plan in plans)
+    assert any(len(set(plan.layers_per_stage)) > 1 for plan in plans)
+    assert {strategy.zero for strategy in layers} == {0, 1, 2, 3}
+    assert {strategy.tp for strategy in layers} == {1, 2, 4}
+    assert {strategy.recompute for strategy in layers} == {"none", "full"}
+    assert any(strategy.dp_shard > 1 and strategy.dp_replicate > 1 for strategy in layers)
+    assert any(plan.embedding != plan.head for plan in plans)
+    assert all(len(set(plan.layers)) > 1 for plan in plans if plan.stage_size > 1)
+
+
+def test_pure_plans_by_name() -> None:
+    assert set(pure_plans(_spec(), 1)) == {"dp", "recompute"}
+    assert set(pure_plans(_spec(), 2)) == {"dp", "recompute", "zero1", "zero2", "zero3", "tp", "gpipe", "1f1b"}
+    eight = pure_plans(_spec(heads=8), 8)
+    assert {"hsdp1", "hsdp2", "hsdp3"} < set(eight)
+    assert eight["1f1b"].layers_per_stage == (2, 1, 1, 1)
+    assert "tp" not in pure_plans(_spec(heads=4), 8)
