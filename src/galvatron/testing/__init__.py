@@ -1,1 +1,11 @@
-"""(package docstring to be written: what it takes, gives, and does not know)"""
+"""The testbed: gloo workers, tiny models, plans to try and the parity certificate.
+
+Takes a model and a plan; gives a verdict on whether the plan computes what one process computes.  Knows
+nothing of costs or of how a plan was found.
+"""
+
+from .parity import ParityReport, parity
+from .pool import Pool, WorkerError
+from .reference import Recipe
+
+__all__ = ["ParityReport", "Pool", "Recipe", "WorkerError", "parity"]

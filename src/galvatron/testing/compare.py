@@ -1,0 +1,188 @@
+"""What one rank of a parity check does: train under the plan, compare each piece with the reference.
+
+Takes the path of a saved Reference and a plan; gives the rank's deviations and holdings, no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from galvatron.core.records import Record
+from galvatron.parallelize import LocalParameter, ParallelModel, init_world, parallelize
+from galvatron.plan import Plan
+
+from .coverage import Box, Holding, find_gaps
+from .reference import Reference, Step, Tensors
+
+TOLERANCES: dict[str, float] = {
+    "loss": 1e-5,
+    "grad_norm": 1e-5,
+    "gradient": 1e-5,
+    "parameter": 1e-5,
+    "exp_avg": 1e-5,
+    "exp_avg_sq": 2e-5,
+    "final_loss": 1e-5,
+}
+"""Largest allowed error of each kind, relative to the largest magnitude in the reference's whole tensor.
+
+float32 rounds at 6e-8; sums of some hundred terms taken in another order, through 4 to 8 layers, leave about
+1e-6.  exp_avg_sq is quadratic in the gradient, so its relative error doubles.  Parameters obey the same
+bound because the recipe's eps keeps AdamW from amplifying rounding (see ``reference.Recipe``).
+[Empirical: November 2026, CPU, tiny models: worst 2e-7 of losses and norms, 4e-6 of gradients, 1e-6 of parameters.]
+"""
+
+
+class Deviation(Record):
+    """The largest error of one tensor on one rank; ``step`` counts from 0, -1 means after the last step."""
+
+    kind: str
+    name: str
+    step: int
+    rank: int
+    error: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is within its kind's tolerance (not a number never is)."""
+        return self.error <= TOLERANCES[self.kind]
+
+    def __str__(self) -> str:
+        when = "at the end" if self.step < 0 else f"in step {self.step}"
+        what = f"{self.kind} of {self.name}" if self.name else self.kind
+        return f"{what} {when} on rank {self.rank}: {self.error:.2e} (tolerance {TOLERANCES[self.kind]:.0e})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFindings:
+    """What a rank reports: the worst deviation of each kind and all intolerable ones, holdings, complaints.
+
+    ``scalars`` are the losses and gradient norms it saw, which must be the same on all ranks.
+    """
+
+    deviations: tuple[Deviation, ...]
+    holdings: tuple[Holding, ...]
+    problems: tuple[str, ...]
+    scalars: tuple[float, ...]
+
+
+def compare_on_rank(path: Path, plan: Plan) -> RankFindings:
+    """Run ``plan`` on this rank of an initialised gloo world against the reference saved at ``path``."""
+    reference = Reference.load(path)
+    model = parallelize(reference.model(), plan, world=init_world("cpu"))
+    optimizer = reference.recipe.optimizer([parameter.tensor for parameter in model.parameters])
+    deviations: list[Deviation] = []
+    scalars: list[float] = []
+    for index, step in enumerate(reference.steps):
+        found, seen = _train_step(model, optimizer, step, index, reference.recipe.max_grad_norm)
+        deviations += found
+        scalars += seen
+    scalars.append(model.evaluate(reference.steps[0].input_ids, reference.steps[0].labels))
+    deviations.append(_scalar("final_loss", -1, scalars[-1], reference.final_loss))
+    deviations += _final_state(model.parameters, optimizer, reference)
+    return RankFindings(
+        deviations=tuple(worth_reporting(deviations)),
+        holdings=tuple(_holding(parameter) for parameter in model.parameters),
+        problems=tuple(_local_problems(model.parameters)),
+        scalars=tuple(scalars),
+    )
+
+
+def worth_reporting(deviations: Iterable[Deviation]) -> Iterator[Deviation]:
+    """The intolerable deviations, and the worst tolerable one of each kind."""
+    tolerable: dict[str, Deviation] = {}
+    for deviation in deviations:
+        if not deviation.ok:
+            yield deviation
+        elif deviation.kind not in tolerable or deviation.error > tolerable[deviation.kind].error:
+            tolerable[deviation.kind] = deviation
+    yield from tolerable.values()
+
+
+def _train_step(
+    model: ParallelModel, optimizer: torch.optim.AdamW, step: Step, index: int, max_grad_norm: float | None
+) -> tuple[list[Deviation], list[float]]:
+    model.zero_grad()
+    loss = model.train_step(step.input_ids, step.labels)
+    deviations = [_scalar("loss", index, loss, step.loss)]
+    for parameter in model.parameters:
+        gradient = parameter.tensor.grad
+        error = math.inf  # no gradient at all
+        if gradient is not None and gradient.shape == parameter.tensor.shape:
+            error = _error(gradient, parameter, step.gradients)
+        deviations.append(_deviation("gradient", parameter.name, index, error))
+    grad_norm = model.clip_grad_norm_(max_grad_norm)
+    deviations.append(_scalar("grad_norm", index, grad_norm, step.grad_norm))
+    optimizer.step()
+    return deviations, [loss, grad_norm]
+
+
+def _final_state(
+    parameters: list[LocalParameter], optimizer: torch.optim.AdamW, reference: Reference
+) -> Iterator[Deviation]:
+    for parameter in parameters:
+        state = optimizer.state[parameter.tensor]
+        for kind, local, truth in (
+            ("parameter", parameter.tensor.detach(), reference.parameters),
+            ("exp_avg", state["exp_avg"], reference.exp_avg),
+            ("exp_avg_sq", state["exp_avg_sq"], reference.exp_avg_sq),
+        ):
+            yield _deviation(kind, parameter.name, -1, _error(local, parameter, truth))
+
+
+def _error(local: torch.Tensor, parameter: LocalParameter, truth: Tensors) -> float:
+    """Largest absolute error over the pieces, relative to the largest magnitude of the whole true tensor."""
+    expected = truth[parameter.name]
+    scale = expected.abs().max().item()
+    worst = 0.0
+    for piece in parameter.pieces:
+        mine = local[_slices((piece.local_offset, piece.size))]
+        theirs = expected[_slices((piece.global_offset, piece.size))]
+        if mine.numel():
+            worst = max(worst, _relative((mine - theirs).abs().max().item(), scale))
+    return worst
+
+
+def _relative(difference: float, scale: float) -> float:
+    if difference == 0.0:
+        return 0.0
+    # NaN would lose every comparison and go unseen
+    return math.inf if scale == 0.0 or math.isnan(difference / scale) else difference / scale
+
+
+def _scalar(kind: str, step: int, value: float, truth: float) -> Deviation:
+    return _deviation(kind, "", step, _relative(abs(value - truth), abs(truth)))
+
+
+def _deviation(kind: str, name: str, step: int, error: float) -> Deviation:
+    return Deviation(kind=kind, name=name, step=step, rank=dist.get_rank(), error=error)
+
+
+def _holding(parameter: LocalParameter) -> Holding:
+    return Holding(
+        rank=dist.get_rank(),
+        name=parameter.name,
+        global_shape=tuple(parameter.global_shape),
+        boxes=tuple((tuple(piece.global_offset), tuple(piece.size)) for piece in parameter.pieces),
+        replicas=parameter.replicas,
+        is_primary=parameter.is_primary,
+        checksum=zlib.crc32(parameter.tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()),
+    )
+
+
+def _local_problems(parameters: list[LocalParameter]) -> Iterator[str]:
+    for parameter in parameters:
+        boxes = [(tuple(piece.local_offset), tuple(piece.size)) for piece in parameter.pieces]
+        gap = find_gaps(tuple(parameter.tensor.shape), boxes)
+        if gap:
+            yield f"{parameter.name}: rank {dist.get_rank()}'s local tensor: {gap}"
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(*box, strict=True))

@@ -1,0 +1,129 @@
+"""The certificate: a plan computes what one process computes.
+
+Takes a model and a plan; gives a ParityReport.  The reference is Hugging Face's own unmodified model,
+trained by one process in float32; the plan runs on as many gloo processes as it has devices.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from galvatron.core.errors import PlanError
+from galvatron.core.records import Record
+from galvatron.plan import Plan
+
+from .compare import TOLERANCES, Deviation, RankFindings, compare_on_rank, worth_reporting
+from .coverage import check_holdings
+from .models import tiny_model
+from .pool import Pool
+from .reference import Recipe, Reference, train_reference
+
+MAX_LINES = 12
+"""Findings that ``explain`` spells out."""
+
+
+class ParityReport(Record):
+    """How far a plan's run was from the reference's.
+
+    Attributes:
+        plan: the plan that was run.
+        deviations: all intolerable errors, and the worst tolerable one of each kind.
+        problems: everything else that was wrong: parts missing or held twice, replicas that differ.
+    """
+
+    plan: Plan
+    deviations: tuple[Deviation, ...]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every error is within its tolerance and nothing else was wrong."""
+        return not self.problems and all(deviation.ok for deviation in self.deviations)
+
+    @property
+    def worst(self) -> dict[str, float]:
+        """The largest relative error of each kind (see ``TOLERANCES``)."""
+        return {kind: max((d.error for d in self.deviations if d.kind == kind), default=0.0) for kind in TOLERANCES}
+
+    def explain(self) -> str:
+        """The verdict for people: worst errors, and what failed first."""
+        errors = ", ".join(f"{kind} {error:.1e}" for kind, error in self.worst.items())
+        lines = [f"parity {'holds' if self.ok else 'FAILS'}: {errors}"]
+        if self.ok:
+            return lines[0]
+        failed = sorted((d for d in self.deviations if not d.ok), key=lambda d: (d.step < 0, d.step))
+        findings = [*self.problems, *map(str, failed)]
+        lines += [f"  {finding}" for finding in findings[:MAX_LINES]]
+        if len(findings) > MAX_LINES:
+            lines.append(f"  and {len(findings) - MAX_LINES} more")
+        return "\n".join([*lines, self.plan.describe(), self.plan.to_json()])
+
+
+def parity(
+    model: PreTrainedModel | PretrainedConfig,
+    plan: Plan,
+    *,
+    recipe: Recipe | None = None,
+    pool: Pool | None = None,
+) -> ParityReport:
+    """Certify that ``plan`` trains ``model`` exactly as one process would.
+
+    Both start from the same weights and take a few AdamW steps on the same random tokens, in float32 on the
+    CPU.  Compared on every rank, piece by piece: the loss, the gradient norm and every gradient of every
+    step, every parameter and both AdamW states at the end, and an evaluation of the result.  Also checked:
+    that the parts cover every parameter exactly once and that replicas end with the same bits.
+
+    Args:
+        model: a Hugging Face causal language model of a supported family, without dropout; or its config,
+            for drawn weights.  One process trains a copy of it, so a large model is better certified by a
+            twin: the same config with smaller sizes and the same number of layers.
+        plan: any plan for it, in precision fp32; ``plan.world_size`` processes run on this machine.
+        recipe: how the steps are trained; default three steps of AdamW without clipping.
+        pool: workers to use; by default new ones, ended afterwards.
+
+    Raises:
+        PlanError: the plan breaks a rule, or is not in fp32.
+        ConfigError: the model is of no supported family, or has dropout.
+        WorkerError: a rank failed.
+    """
+    if isinstance(model, PretrainedConfig):
+        model = tiny_model(model)
+    _check_precision(plan)
+    reference = train_reference(model, plan.global_batch_size, plan.seq_len, recipe)
+    with tempfile.TemporaryDirectory(prefix="galvatron-parity-") as folder:
+        path = Path(folder) / "reference.pt"
+        reference.save(path)
+        with nullcontext(pool) if pool else Pool() as workers:
+            return parity_with(path, plan, workers)
+
+
+def parity_with(path: Path, plan: Plan, pool: Pool) -> ParityReport:
+    """As ``parity``, against a reference of the plan's batch shape that was saved at ``path``."""
+    findings = pool.run(compare_on_rank, path, plan, world_size=plan.world_size)
+    shapes = {name: tuple(tensor.shape) for name, tensor in Reference.load(path).parameters.items()}
+    return ParityReport(
+        plan=plan,
+        deviations=tuple(worth_reporting(d for finding in findings for d in finding.deviations)),
+        problems=tuple(_problems(findings, shapes)),
+    )
+
+
+def _problems(findings: list[RankFindings], shapes: dict[str, tuple[int, ...]]) -> Iterable[str]:
+    for finding in findings:
+        yield from finding.problems
+    if len({finding.scalars for finding in findings}) > 1:
+        yield f"ranks report different losses and norms: {[finding.scalars for finding in findings]}"
+    yield from check_holdings((holding for finding in findings for holding in finding.holdings), shapes)
+
+
+def _check_precision(plan: Plan) -> None:
+    if (plan.precision, plan.grad_reduce_dtype) != ("fp32", "fp32"):
+        raise PlanError(
+            f"parity compares in fp32 but the plan has precision={plan.precision}, "
+            f"grad_reduce_dtype={plan.grad_reduce_dtype}; set both to fp32"
+        )

@@ -1,0 +1,51 @@
+"""Many parity checks with few references: plans of equal batch shape share one.
+
+Takes variants and plans; gives reports.  Used by the tests and by ``benchmarks/parity_sweep.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from galvatron.core.model import ModelSpec
+from galvatron.models import build_spec
+from galvatron.plan import Plan
+
+from .models import Variant, tiny_model
+from .parity import ParityReport, parity_with
+from .pool import Pool
+from .reference import Recipe, train_reference
+
+
+def heads_for(world_size: int) -> int:
+    """Attention heads of the tiny models in a world: as many as its largest tp degree needs, at least 4."""
+    return max(4, world_size)
+
+
+@cache
+def variant_spec(variant: str, world_size: int) -> ModelSpec:
+    """The ModelSpec of the variant of that name for a world of that size."""
+    return build_spec(Variant.named(variant).config(heads_for(world_size)), variant)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A pool, and a folder where references are kept once trained."""
+
+    pool: Pool
+    folder: Path
+
+    def parity(self, variant: str, plan: Plan, recipe: Recipe | None = None) -> ParityReport:
+        """``testing.parity`` of the variant of that name; raises WorkerError where a rank fails."""
+        return parity_with(self._reference(variant, plan, recipe or Recipe()), plan, self.pool)
+
+    def _reference(self, variant: str, plan: Plan, recipe: Recipe) -> Path:
+        heads = heads_for(plan.world_size)
+        clip = recipe.max_grad_norm
+        path = self.folder / f"{variant}-{heads}-{plan.global_batch_size}x{plan.seq_len}-{clip}-{recipe.seed}.pt"
+        if not path.exists():
+            model = tiny_model(Variant.named(variant).config(heads), seed=recipe.seed)
+            train_reference(model, plan.global_batch_size, plan.seq_len, recipe).save(path)
+        return path

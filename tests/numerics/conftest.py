@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+import pytest
+
+from galvatron.testing.pool import Pool
+from galvatron.testing.sweep import Sweep
+
+
+@pytest.fixture(scope="session")
+def sweep(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """References trained in this session are shared by all its parity checks."""
+    return Sweep(pool, tmp_path_factory.mktemp("references"))

@@ -1,0 +1,95 @@
+"""The certificate can fail: each fault planted in a reference, a plan or a model is found and named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from galvatron.core.errors import PlanError
+from galvatron.plan import LayerStrategy, Plan
+from galvatron.testing import ParityReport, Pool, Recipe, parity
+from galvatron.testing.models import tiny_config, tiny_model
+from galvatron.testing.parity import parity_with
+from galvatron.testing.reference import Reference, Tensors, train_reference
+
+ONE = LayerStrategy(tp=2)
+PLAN = Plan(
+    model="llama",
+    world_size=2,
+    layers_per_stage=(2,),
+    num_microbatches=2,
+    global_batch_size=4,
+    seq_len=8,
+    embedding=ONE,
+    layers=(ONE, LayerStrategy(dp_shard=2, zero=3)),
+    head=ONE,
+)
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return train_reference(tiny_model("llama", num_hidden_layers=2), 4, 8, Recipe(num_steps=2))
+
+
+def _verdict(reference: Reference, pool: Pool, folder: Path) -> ParityReport:
+    reference.save(folder / "reference.pt")
+    return parity_with(folder / "reference.pt", PLAN, pool)
+
+
+def _nudged(tensors: Tensors) -> Tensors:
+    """The tensors with one element of one of them off by a ten-thousandth of the largest."""
+    nudged = tensors[NAME].clone()
+    nudged[-1, -1] += 1e-4 * nudged.abs().max()
+    return {**tensors, NAME: nudged}
+
+
+def test_an_untouched_reference_is_met(reference: Reference, pool: Pool, tmp_path: Path) -> None:
+    report = _verdict(reference, pool, tmp_path)
+    assert report.ok, report.explain()
+    assert report.explain().startswith("parity holds: loss")
+    assert max(report.worst.values()) > 0
+
+
+@pytest.mark.parametrize("kind", ["parameter", "exp_avg", "exp_avg_sq"])
+def test_one_wrong_element_of_the_end_state_is_found(
+    reference: Reference, pool: Pool, tmp_path: Path, kind: str
+) -> None:
+    field = "parameters" if kind == "parameter" else kind
+    wrong = dataclasses.replace(reference, **{field: _nudged(getattr(reference, field))})
+    report = _verdict(wrong, pool, tmp_path)
+    # the last element of a row-sharded weight is rank 1's
+    assert [(d.kind, d.name, d.rank) for d in report.deviations if not d.ok] == [(kind, NAME, 1)]
+    assert f"{kind} of {NAME} at the end on rank 1" in report.explain()
+
+
+def test_one_wrong_gradient_element_is_found(reference: Reference, pool: Pool, tmp_path: Path) -> None:
+    first, second = reference.steps
+    wrong = dataclasses.replace(second, gradients=_nudged(second.gradients))
+    report = _verdict(dataclasses.replace(reference, steps=(first, wrong)), pool, tmp_path)
+    assert [(d.kind, d.name, d.step) for d in report.deviations if not d.ok] == [("gradient", NAME, 1)]
+
+
+def test_another_recipe_is_found(reference: Reference, pool: Pool, tmp_path: Path) -> None:
+    wrong = dataclasses.replace(reference, recipe=dataclasses.replace(reference.recipe, weight_decay=0.0))
+    assert {d.kind for d in _verdict(wrong, pool, tmp_path).deviations if not d.ok} >= {"parameter"}
+
+
+def test_numbers_that_are_none_are_found(reference: Reference, pool: Pool, tmp_path: Path) -> None:
+    initial = {**reference.initial, NAME: torch.full_like(reference.initial[NAME], torch.nan)}
+    report = _verdict(dataclasses.replace(reference, initial=initial), pool, tmp_path)
+    assert report.worst["loss"] == report.worst["gradient"] == float("inf")
+
+
+def test_the_public_call_takes_a_config(pool: Pool) -> None:
+    config = tiny_config("llama", num_hidden_layers=2)
+    report = parity(config, PLAN, recipe=Recipe(num_steps=1), pool=pool)
+    assert report.ok, report.explain()
+
+
+def test_other_precisions_are_refused() -> None:
+    with pytest.raises(PlanError, match="precision=bf16"):
+        parity(tiny_config("llama"), PLAN.model_copy(update={"precision": "bf16"}))

@@ -1,0 +1,46 @@
+"""Every pure strategy, for every family, against one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from galvatron.testing.models import VARIANTS
+from galvatron.testing.plans import pure_plans
+from galvatron.testing.reference import Recipe
+from galvatron.testing.sweep import Sweep, variant_spec
+
+STRATEGIES = ("dp", "zero1", "zero2", "zero3", "hsdp1", "hsdp2", "hsdp3", "tp", "recompute", "gpipe", "1f1b")
+PER_WORLD = {2: [s for s in STRATEGIES if "hsdp" not in s], 4: list(STRATEGIES), 8: list(STRATEGIES)}
+NAMES = [variant.name for variant in VARIANTS]
+
+
+def _check(sweep: Sweep, variant: str, world_size: int, strategy: str, recipe: Recipe | None = None) -> None:
+    plan = pure_plans(variant_spec(variant, world_size), world_size)[strategy]
+    report = sweep.parity(variant, plan, recipe)
+    assert report.ok, report.explain()
+
+
+@pytest.mark.parametrize("strategy", PER_WORLD[2])
+@pytest.mark.parametrize("variant", NAMES)
+def test_two_ranks(sweep: Sweep, variant: str, strategy: str) -> None:
+    _check(sweep, variant, 2, strategy)
+
+
+@pytest.mark.parametrize("strategy", PER_WORLD[4])
+@pytest.mark.parametrize("variant", ["gpt2", "llama-tied-one-kv-head"])
+def test_four_ranks(sweep: Sweep, variant: str, strategy: str) -> None:
+    _check(sweep, variant, 4, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [4, 8])
+@pytest.mark.parametrize("variant", NAMES)
+def test_all_strategies(sweep: Sweep, variant: str, world_size: int) -> None:
+    assert set(pure_plans(variant_spec(variant, world_size), world_size)) == set(STRATEGIES)
+    for strategy in STRATEGIES:
+        _check(sweep, variant, world_size, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "tp", "1f1b"])
+def test_clipping_uses_the_global_norm(sweep: Sweep, strategy: str) -> None:
+    _check(sweep, "qwen2", 2, strategy, Recipe(max_grad_norm=0.1))
