@@ -6,8 +6,10 @@ received in order, so no two ranks ever wait for each other.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,47 +23,93 @@ Forward = Callable[[int, Tensor | None], Tensor]
 
 
 @dataclass
+class Inbox:
+    """A microbatch's hidden states as received, and later their gradient."""
+
+    hidden: Tensor | None
+    gradient: Tensor | None = None
+
+    def open(self) -> Tensor:
+        """The hidden states, once: from then on only autograd keeps them, and only if their values are needed."""
+        assert self.hidden is not None
+        hidden, self.hidden = self.hidden, None
+        if not torch.is_grad_enabled():
+            return hidden
+        anchor = torch.empty((), device=hidden.device, requires_grad=True)
+        opened: Tensor = _Open.apply(anchor, hidden, self)
+        return opened
+
+
+class _Open(torch.autograd.Function):
+    # a leaf would be kept alive by its own gradient accumulator
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, hidden: Tensor, inbox: Inbox) -> Tensor:
+        ctx.inbox = inbox
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.inbox.gradient = gradient
+        return None, None, None
+
+
+@dataclass
 class Neighbours:
-    """Messages of one step: hidden chunks forward, their gradients backward."""
+    """Messages of one step: hidden chunks forward, their gradients backward.
+
+    What was sent is held until it has surely left: a stage output until its gradient arrives (it is needed so
+    long anyway), a gradient until the next one is sent.
+    """
 
     grid: Grid
     in_shape: tuple[int, ...]
     dtype: torch.dtype
-    _sent: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    _outputs: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
+    _gradients: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
 
-    def receive_hidden(self) -> Tensor:
-        """The next microbatch's hidden states from the previous stage: a leaf that asks for its gradient."""
-        hidden = self._receive(self.in_shape, self.grid.stage - 1, self.grid.forward_group)
-        return hidden.requires_grad_(torch.is_grad_enabled())
+    def receive_hidden(self) -> Inbox:
+        """The next microbatch's hidden states from the previous stage."""
+        return Inbox(self._receive(self.in_shape, self.grid.stage - 1, self.grid.forward_group))
 
     def receive_gradient(self, like: Tensor) -> Tensor:
         """The gradient of the stage output ``like`` from the next stage."""
-        return self._receive(tuple(like.shape), self.grid.stage + 1, self.grid.backward_group)
+        gradient = self._receive(tuple(like.shape), self.grid.stage + 1, self.grid.backward_group)
+        _let_go(self._outputs)
+        return gradient
 
     def send_hidden(self, hidden: Tensor) -> None:
         """Send a stage output on."""
-        self._send(hidden.detach(), self.grid.stage + 1, self.grid.forward_group)
+        if not torch.is_grad_enabled():
+            _let_go(self._outputs)
+        self._outputs.append(self._send(hidden.detach(), self.grid.stage + 1, self.grid.forward_group))
 
     def send_gradient(self, gradient: Tensor) -> None:
         """Send the gradient of a stage input back."""
-        self._send(gradient, self.grid.stage - 1, self.grid.backward_group)
+        _let_go(self._gradients)
+        self._gradients.append(self._send(gradient, self.grid.stage - 1, self.grid.backward_group))
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
-        for work, _ in self._sent:
-            work.wait()
-        self._sent.clear()
+        while self._outputs or self._gradients:
+            _let_go(self._outputs)
+            _let_go(self._gradients)
 
     def _receive(self, shape: tuple[int, ...], stage: int, group: dist.ProcessGroup | None) -> Tensor:
         buffer = torch.empty(shape, dtype=self.dtype, device=self.grid.world.device)
         dist.recv(buffer, src=self.grid.column[stage], group=group)
         return buffer
 
-    def _send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup | None) -> None:
+    def _send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup | None) -> tuple[dist.Work, Tensor]:
         tensor = tensor.contiguous()
         work = dist.isend(tensor, dst=self.grid.column[stage], group=group)
         assert work is not None
-        self._sent.append((work, tensor))
+        return work, tensor
+
+
+def _let_go(sent: deque[tuple[dist.Work, Tensor]]) -> None:
+    """Wait for the oldest message, if any, and forget it."""
+    if sent:
+        sent.popleft()[0].wait()
 
 
 def run(
@@ -76,27 +124,27 @@ def run(
         before_backward: called with whether it is the step's last backward, before each.
     """
     grid = neighbours.grid
-    alive: dict[int, tuple[Tensor | None, Tensor]] = {}
+    alive: dict[int, tuple[Inbox | None, Tensor]] = {}
     losses: list[Tensor] = []
     backwards_left = sum(action.kind == "backward" for action in actions)
     for action in actions:
         if action.kind == "forward":
-            received = None if grid.is_first else neighbours.receive_hidden()
-            output = forward(action.microbatch, received)
+            inbox = None if grid.is_first else neighbours.receive_hidden()
+            output = forward(action.microbatch, None if inbox is None else inbox.open())
             if grid.is_last:
                 losses.append(output.detach())
             else:
                 neighbours.send_hidden(output)
             if backwards_left:
-                alive[action.microbatch] = (received, output)
+                alive[action.microbatch] = (inbox, output)
         else:
-            received, output = alive.pop(action.microbatch)
+            inbox, output = alive.pop(action.microbatch)
             backwards_left -= 1
             before_backward(backwards_left == 0)
             gradient = None if grid.is_last else neighbours.receive_gradient(output)
             torch.autograd.backward(output, gradient)
-            if received is not None:
-                assert received.grad is not None
-                neighbours.send_gradient(received.grad)
+            if inbox is not None:
+                assert inbox.gradient is not None
+                neighbours.send_gradient(inbox.gradient)
     neighbours.finish()
     return losses

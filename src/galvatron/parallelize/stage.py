@@ -73,6 +73,8 @@ class Stage(nn.Module):
         if not is_last:
             self.decoder.set_submodule(family.norm, PassedLayer())
             model.set_submodule(family.head, PassedLayer())
+        self._output: Tensor | None = None
+        self.decoder.get_submodule(family.norm).register_forward_hook(self._keep_output)
 
     @property
     def decoder(self) -> nn.Module:
@@ -97,14 +99,18 @@ class Stage(nn.Module):
             hidden = self.decoder.get_submodule(self.family.embedding)(tokens)
         else:
             self.received.hidden = hidden = tokens
-        output = self.decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False)
-        self.received.hidden = None
-        hidden = output.last_hidden_state
+        self.decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False)
+        hidden, self._output, self.received.hidden = self._output, None, None
+        assert hidden is not None
         if not self.is_last:
-            return hidden.clone() if hidden._is_view() else hidden  # FSDP2 hooks want no views
+            return hidden
         assert labels is not None
         logits = self.model.get_submodule(self.family.head)(gather_sequence(hidden, self.head_tp))
         return cross_entropy_share(logits.flatten(0, 1), labels.flatten(), self.vocabulary_start, weight, self.head_tp)
+
+    def _keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        # not what the decoder returns: GPT-2 views that in the shape that came in, wrong if layouts differ
+        self._output = output
 
 
 def enter_with_layout(module: nn.Module, axes: AxisGroup, previous: int, degree: int) -> None:

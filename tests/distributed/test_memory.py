@@ -1,0 +1,169 @@
+"""Predicted bytes against those that the runtime allocates, rank by rank, on real steps.
+
+The fullest rank of every stage is stage rank 0.  Parameters, gradients and AdamW states are compared exactly;
+activations at the first backward of a step, when all microbatches in flight are there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tests.unit.profiles import make_hardware
+
+from galvatron.core.job import TrainSection
+from galvatron.core.model import ModelProfile, Precision
+from galvatron.cost import predict
+from galvatron.models import build_spec
+from galvatron.parallelize import ParallelModel, init_world, parallelize
+from galvatron.parallelize.fsdp import DTYPES
+from galvatron.plan import LayerStrategy, Plan
+from galvatron.profile.activations import count_activations
+from galvatron.profile.storages import StorageLog
+from galvatron.profile.units import UnitShape
+from galvatron.testing.models import tiny_config, tiny_model
+from galvatron.testing.pool import Pool
+from galvatron.train.optimizer import build_optimizer
+
+SEQ_LEN, BATCH = 32, 8
+S = LayerStrategy
+ALONE, TP2, TP4 = S(), S(tp=2), S(tp=4)
+ZERO3, ZERO2, ZERO1, DP4 = S(dp_shard=4, zero=3), S(dp_shard=4, zero=2), S(dp_shard=4, zero=1), S(dp_replicate=4)
+MIXED2 = S(tp=2, dp_shard=2, zero=3)
+HYBRID = S(dp_shard=2, dp_replicate=2, zero=2)
+
+
+def plan(layers: Iterable[LayerStrategy], ends: LayerStrategy, **changes: object) -> Plan:
+    layers = tuple(layers)
+    fields = {
+        "model": "tiny",
+        "world_size": 4,
+        "layers_per_stage": (len(layers),),
+        "num_microbatches": 2,
+        "global_batch_size": BATCH,
+        "seq_len": SEQ_LEN,
+        "embedding": ends,
+        "head": ends,
+        "layers": layers,
+    }
+    return Plan.model_validate({**fields, **changes})
+
+
+FULL = {"recompute": "full"}
+PLANS: dict[str, tuple[str, Plan]] = {
+    "dp": ("llama", plan([DP4] * 4, DP4)),
+    "zero 1": ("gpt2", plan([ZERO1] * 4, ZERO1)),
+    "zero 2, one microbatch": ("llama", plan([ZERO2] * 4, ZERO2, num_microbatches=1)),
+    "zero 3, tied": ("qwen2", plan([ZERO3] * 4, ZERO3)),
+    "tp": ("llama", plan([TP4] * 4, TP4)),
+    "tp, fused qkv": ("gpt2", plan([TP4, TP4, MIXED2, MIXED2], MIXED2)),
+    "mixed": ("llama", plan([ZERO3, TP4, HYBRID, MIXED2.model_copy(update=FULL)], MIXED2)),
+    "bf16": ("llama", plan([ZERO1, ZERO2, ZERO3, DP4], ZERO3, precision="bf16", grad_reduce_dtype="fp32")),
+    "1f1b": ("llama", plan([TP2, S(dp_replicate=2), TP2, TP2], TP2, layers_per_stage=(1, 3), num_microbatches=4)),
+    "gpipe, four stages, tied": (
+        "qwen2",
+        plan([ALONE] * 4, ALONE, layers_per_stage=(1, 1, 1, 1), num_microbatches=4, schedule="gpipe"),
+    ),
+    "recompute": ("llama", plan([ZERO3.model_copy(update=FULL)] * 3 + [TP4.model_copy(update=FULL)], TP4)),
+}
+
+
+@dataclass(frozen=True)
+class Bytes:
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+
+@functools.cache
+def profile_of(family: str, precision: Precision) -> ModelProfile:
+    """Counted activations, made-up times."""
+    config = tiny_config(family)
+    spec = build_spec(config)
+    shapes = [
+        UnitShape(config, spec, unit, tp, SEQ_LEN, DTYPES[precision])
+        for unit in ("embedding", "layer", "head")
+        for tp in (1, 2, 4)
+    ]
+    counted = [count_activations(shape, "none") for shape in shapes]
+    counted += [count_activations(shape, "full") for shape in shapes if shape.name == "layer"]
+    compute = [
+        {"unit": s.name, "tp": s.tp, "batch": 1, "seq_len": SEQ_LEN, "forward_s": 1e-3, "backward_s": 2e-3}
+        for s in shapes
+    ]
+    return ModelProfile.model_validate(
+        {
+            "spec": spec,
+            "device": "cpu",
+            "precision": precision,
+            "seq_len": SEQ_LEN,
+            "compute": compute,
+            "activations": counted,
+        }
+    )
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def measure(family: str, plan: Plan) -> Bytes:
+    model = parallelize(tiny_model(family), plan, world=init_world("cpu"))
+    section = TrainSection(global_batch_size=BATCH, seq_len=SEQ_LEN, num_steps=2)
+    optimizer = build_optimizer(model.parameters, section)
+    tokens = torch.randint(0, model.spec.vocab_size, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
+    model.train_step(tokens[:, :-1], tokens[:, 1:])
+    optimizer.step()
+    activations = activations_at_first_backward(model, tokens)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    tensors = [parameter.tensor for parameter in model.parameters]
+    return Bytes(
+        storage_bytes(tensors), storage_bytes(t.grad for t in tensors if t.grad is not None), storage_bytes(moments),
+        activations,
+    )  # fmt: skip
+
+
+def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) -> int:
+    """Bytes born in a step and alive when its first backward begins, gathered parameters left out."""
+    seen: list[int] = []
+    with StorageLog() as log:
+        original = model._before_backward
+
+        def before_backward(is_last: bool) -> None:
+            if not seen:
+                known = [*model.stage.buffers(), *(p.tensor for p in model.parameters), tokens]
+                log.ignore([*gathered_parameters(model), *known])
+                seen.append(log.live_bytes())
+            original(is_last)
+
+        model._before_backward = before_backward  # type: ignore[method-assign]
+        model.train_step(tokens[:, :-1], tokens[:, 1:])
+    return seen[0]
+
+
+def gathered_parameters(model: ParallelModel) -> Iterable[torch.Tensor]:
+    """FSDP2's buffers for gathered parameters; those not in use are alive with no bytes."""
+    for unit in model._units:
+        for group in unit.modules[0]._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator]
+            for parameter in group.fsdp_params:
+                yield from parameter.all_gather_outputs
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_predicted_bytes_are_those_allocated(pool: Pool, name: str) -> None:
+    family, plan = PLANS[name]
+    profile = profile_of(family, plan.precision)
+    prediction = predict(plan, profile, make_hardware(4))
+    measured = pool.run(measure, family, plan, world_size=4)
+    for stage, predicted in enumerate(prediction.stages):
+        fullest = measured[stage * plan.stage_size]
+        assert fullest.parameters == predicted.parameter_bytes
+        assert fullest.gradients == predicted.gradient_bytes
+        assert fullest.optimizer == predicted.optimizer_bytes
+        assert fullest.activations == pytest.approx(predicted.activation_bytes, rel=0.02)
