@@ -30,7 +30,7 @@ from .timing import agree, synchronize
 from .units import LocalUnit, UnitShape
 
 ALWAYS_MEASURED = 2  # batches 1 and 2, so that a slope is known however small the budget
-MIN_REPEATS, MAX_REPEATS = 3, 5
+MIN_REPEATS, MAX_REPEATS = 2, 3  # of one sweep
 # Short passes run several times between two looks at the clock: on CPU long enough to span the scheduler's time
 # slices where ranks outnumber cores, on CUDA so few that their activations fit.
 BURST_S = {"cpu": 40e-3, "cuda": 10e-3}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import statistics
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +25,7 @@ from galvatron.core.model import (
     ModelSpec,
     Precision,
     Recompute,
+    UnitName,
 )
 from galvatron.core.units import format_seconds
 from galvatron.models import build_spec
@@ -35,9 +38,10 @@ from .activations import count_activations
 from .compute import device_name
 from .layers import measure_unit
 from .optimizer import measure_optimizer
-from .timing import Budget, Progress
+from .timing import Budget, Progress, agree
 from .units import UnitShape
 
+SWEEPS = 3
 RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
 
 
@@ -114,16 +118,40 @@ def _measure(
     budget_s: float,
     progress: Progress | None,
 ) -> tuple[ComputeSample, ...]:
-    budget, samples = Budget(budget_s, len(shapes)), list[ComputeSample]()
-    for shape in shapes:
+    """Samples of every shape: medians over sweeps, so that what disturbs the machine for a second is outvoted.
+
+    Sweeps after the first end where the budget does.
+    """
+    start, budget = time.perf_counter(), Budget(budget_s, SWEEPS * len(shapes))
+    samples: list[ComputeSample] = []
+    for sweep, shape in itertools.product(range(SWEEPS), shapes):
+        (spent_s,) = agree([time.perf_counter() - start], world.device)
+        if sweep > 0 and spent_s > budget_s:
+            break
         measured = measure_unit(shape, precision, world, max_batch, budget.next_share())
         gc.collect()  # FSDP2's modules refer to themselves
         samples += measured
-        if progress is not None and measured:
+        if progress is not None and sweep == 0 and measured:
             last = measured[-1]
             forward, backward = format_seconds(last.forward_s), format_seconds(last.backward_s)
             progress(f"{shape.name}, tp {shape.tp}, batch {last.batch}: forward {forward}, backward {backward}")
-    return tuple(samples)
+    return tuple(_median(samples))
+
+
+def _median(samples: list[ComputeSample]) -> list[ComputeSample]:
+    """One sample for every (unit, tp, batch), in their first order."""
+    groups: dict[tuple[UnitName, int, int], list[ComputeSample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.unit, sample.tp, sample.batch), []).append(sample)
+    return [
+        group[0].model_copy(
+            update={
+                "forward_s": statistics.median(sample.forward_s for sample in group),
+                "backward_s": statistics.median(sample.backward_s for sample in group),
+            }
+        )
+        for group in groups.values()
+    ]
 
 
 def _count(shapes: list[UnitShape], world: World) -> tuple[ActivationSample, ...]:
