@@ -52,12 +52,17 @@ class Chains:
         return chosen[::-1]
 
 
-def grow(options: Options, in_flight: int, moves_s: Floats, usable_bytes: int, lengths: range) -> Chains:
-    """Chains up to the longest of ``lengths``; those that cannot reach the shortest within memory are dropped."""
-    held = options.held_bytes(in_flight)
-    kept = undominated(options.work_s, held, options.transient_bytes, options.layout)
+def grow(
+    options: Options, in_flight: int, moves_s: Floats, usable_bytes: int, lengths: range, floor_bytes: int = 0
+) -> Chains:
+    """Chains up to the longest of ``lengths``; those that cannot reach the shortest within memory are dropped.
+
+    ``floor_bytes``: a transient so small that it makes no difference; smaller ones count as that.
+    """
+    held, transient = options.held_bytes(in_flight), np.maximum(options.transient_bytes, floor_bytes)
+    kept = undominated(options.work_s, held, transient, options.layout)
     options, held = options.take(kept), held[kept]
-    transients, rank = np.unique(options.transient_bytes, return_inverse=True)
+    transients, rank = np.unique(transient[kept], return_inverse=True)
     rank = rank.astype(np.int64)
     least = int(held.min()) if len(held) else 0
     size = len(moves_s)
@@ -113,8 +118,11 @@ class _Step:
 
 
 def pareto(time_s: Floats, held_bytes: Ints, rank: Ints) -> Ints:
-    """Indices, by time, of the labels that no other equals or beats in all three; of equals the first stays."""
-    order = np.lexsort((rank, held_bytes, time_s))
+    """Indices, by time, of the labels that no other equals or beats in all three.
+
+    Of two equal in time and bytes both may stay; the front is then no longer minimal, but as good.
+    """
+    order = np.lexsort((held_bytes, time_s))
     held, ranks = held_bytes[order], rank[order]
     kept = np.zeros(len(order), dtype=bool)
     for level in np.unique(ranks):

@@ -61,14 +61,26 @@ def solve(space: Space, aim: Aim = "time") -> Solution | None:
         space = _memory_only(space)
     longest = space.num_layers - space.task.pp + 1
     lengths = range(longest if space.task.pp == 1 else 1, longest + 1)
-    chains = {
-        f: grow(space.layer, f, space.moves_s, space.usable_bytes, lengths)
-        for f in {space.task.in_flight(stage) for stage in range(space.task.pp)}
-    }
+    floors = [_floor(space, stage, longest) if aim == "time" else 0 for stage in range(space.task.pp)]
+    keys = [(space.task.in_flight(stage), floor) for stage, floor in enumerate(floors)]
+    grown = {key: grow(space.layer, key[0], space.moves_s, space.usable_bytes, lengths, key[1]) for key in set(keys)}
+    chains = [grown[key] for key in keys]
     groups = _end_groups(space)
     middle = {stage: _table(space, stage, chains, [(-1, -1)], aim) for stage in range(1, space.task.pp - 1)}
     solutions = (_solve_group(space, chains, middle, group, aim) for group in groups)
     return min((s for s in solutions if s is not None), key=lambda s: s.value, default=None)
+
+
+def _floor(space: Space, stage: int, longest: int) -> int:
+    """A layer's transient below which ``stage`` fits or not regardless: its ends' own, or what surely is left.
+
+    Surely left is what remains when every layer and both ends hold the most that any option does.
+    """
+    in_flight, last = space.task.in_flight(stage), space.task.pp - 1
+    ends = [unit for unit, at in ((space.embedding, 0), (space.head, last)) if at == stage]
+    most = longest * int(space.layer.held_bytes(in_flight).max()) + space.stage_bytes(stage)
+    most += sum(int(unit.held_bytes(in_flight).max()) for unit in ends)
+    return max([space.usable_bytes - most, *(int(unit.transient_bytes.min()) for unit in ends)])
 
 
 def _memory_only(space: Space) -> Space:
@@ -107,7 +119,7 @@ class _Table:
 
 
 def _solve_group(
-    space: Space, chains: dict[int, Chains], middle: dict[int, _Table], pairs: Ends, aim: Aim
+    space: Space, chains: list[Chains], middle: dict[int, _Table], pairs: Ends, aim: Aim
 ) -> Solution | None:
     pp, m = space.task.pp, space.task.num_microbatches
     if pp == 1:
@@ -126,7 +138,7 @@ def _solve_group(
     embedding = head = -1
     layers: list[LayerStrategy] = []
     for stage, (k, entry, last_layout) in enumerate(division.segments):
-        table, chain = tables[stage], chains[space.task.in_flight(stage)]
+        table, chain = tables[stage], chains[stage]
         if stage == 0:
             entry = int(entries[k - 1, last_layout])
         at = (k - 1, entry, last_layout)
@@ -178,10 +190,9 @@ def _end_costs(space: Space, stage: int, pairs: Iterable[tuple[int, int]]) -> _E
     return _EndCosts([listed[n] for n in kept], work[kept], held[kept], transient[kept], entry[kept], leave[kept])
 
 
-def _table(space: Space, stage: int, chains: dict[int, Chains], pairs: Ends, aim: Aim) -> _Table:
+def _table(space: Space, stage: int, chains: list[Chains], pairs: Ends, aim: Aim) -> _Table:
     """For every k, entry and last layout: the least work (or peak) of ``stage``, over labels and ends."""
-    in_flight = space.task.in_flight(stage)
-    chain, ends = chains[in_flight], _end_costs(space, stage, pairs)
+    chain, ends = chains[stage], _end_costs(space, stage, pairs)
     size = len(space.layouts)
     shape = (len(chain.fronts), size, size)
     work, label, chosen = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
