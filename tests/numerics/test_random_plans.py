@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import VARIANTS
 from galvatron.testing.plans import random_plans
 from galvatron.testing.reference import Recipe
@@ -24,6 +25,24 @@ def _check(sweep: Sweep, variant: str, world_size: int, first: int, last: int) -
         if not report.ok:
             failures.append(f"plan {index}: {report.explain()}")
     assert not failures, "\n".join(failures)
+
+
+def test_a_stage_that_ends_in_another_layout_than_it_began(sweep: Sweep) -> None:
+    """GPT-2's decoder returns its output in the shape of its input: once sent on as [4, 8] instead of [2, 16]."""
+    sharded = LayerStrategy(dp_shard=2, zero=1)
+    plan = Plan(
+        model="gpt2",
+        world_size=4,
+        layers_per_stage=(3, 2),
+        num_microbatches=2,
+        global_batch_size=8,
+        seq_len=16,
+        embedding=LayerStrategy(tp=2),
+        layers=(sharded,) * 5,
+        head=LayerStrategy(tp=2),
+    )
+    report = sweep.parity("gpt2", plan)
+    assert report.ok, report.explain()
 
 
 @pytest.mark.parametrize("world_size", SAMPLES)
