@@ -118,8 +118,8 @@ class ModelSpec(Record):
 class ComputeSample(Record):
     """Median forward and backward seconds of one unit at a tp-cut shape, without any communication.
 
-    ``batch`` sequences of ``seq_len`` tokens enter whole (after the sequence gather); weights have the
-    shape of one of ``tp`` ranks.
+    ``batch`` sequences of ``seq_len`` tokens enter as one of ``tp`` ranks holds them, [batch, seq_len/tp, hidden],
+    and weights have that rank's shape; the copies that gathering and scattering make locally are included.
     """
 
     unit: UnitName
@@ -136,7 +136,8 @@ class ActivationSample(Record):
     For a local microbatch of b sequences of ``seq_len`` tokens:
     saved bytes = ``fixed_bytes`` + b × ``bytes_per_sequence`` (alive from forward to backward);
     the unit's own forward and backward reach ``workspace_bytes_per_sequence`` × b above what is saved.
-    The unit's input (the boundary tensor, cut 1/tp along the sequence) is counted as saved.
+    The unit's input (the boundary tensor, cut 1/tp along the sequence) counts where the unit keeps it, its output
+    never: it is the next unit's input.  What all layers share (rotary tables) is in the embedding's ``fixed_bytes``.
     """
 
     unit: UnitName
