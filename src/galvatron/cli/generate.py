@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def generate(job: Job, run: RunDirectory) -> None:
-    """Export the latest checkpoint, once, and continue the job's prompt greedily with ``transformers``."""
+    """Export the latest checkpoint, once, and continue the job's prompt with ``transformers``."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from galvatron.train import checkpoint_to_hf, find_checkpoint, load_tokenizer
 
@@ -31,14 +32,17 @@ def generate(job: Job, run: RunDirectory) -> None:
         checkpoint_to_hf(checkpoint, directory)
     say(f"{directory} loads with AutoModelForCausalLM.from_pretrained; it continues the prompt:")
     tokenizer = load_tokenizer(job.data.tokenizer)
+    logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     prompt = torch.as_tensor(tokenizer.encode_batch([section.prompt])[0].copy()).long()[None]
+    sampling = {"do_sample": True, "temperature": section.temperature} if section.temperature else {"do_sample": False}
+    torch.manual_seed(job.train.seed)
     with torch.inference_mode():
         ids = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=section.max_new_tokens,
-            do_sample=False,
+            **sampling,
             pad_token_id=tokenizer.end_of_text,
             eos_token_id=tokenizer.end_of_text,
         )

@@ -26,12 +26,16 @@ ROWS = (
     "steps",
     "loss",
     "tokens/s",
-    "step time predicted",
-    "step time measured",
-    "  error of the prediction",
-    "peak memory predicted",
-    "peak memory measured",
-    "  error of the prediction",
+    "step time, predicted",
+    "step time, measured",
+    "    error of the prediction",
+    "peak memory, predicted",
+    "peak memory, measured",
+    "    error of the prediction",
+)
+PROCESS_NOTE = (
+    "On CPUs the measured peak is the growth of the whole process (libraries, buffers of the links, allocator slack); "
+    "the prediction counts tensors."
 )
 WARMUP_STEPS = 3  # left out of the summary: first steps allocate and connect
 

@@ -191,8 +191,10 @@ def show_summary(run: RunDirectory, legs: Sequence[Leg]) -> None:
     """The table of predicted and measured, a row a leg."""
     from galvatron.train import StepMetrics, read_metrics
 
-    from .progress import summary
+    from .progress import PROCESS_NOTE, summary
 
     steps = [StepMetrics.model_validate(row) for row in read_metrics(run.metrics) if "loss" in row]
     rows = [(leg.name, [step for step in steps if leg.first_step <= step.step <= leg.end]) for leg in legs]
     console().print(summary(rows))
+    if run.hardware.exists() and HardwareProfile.load(run.hardware).device.type == "cpu":
+        say(PROCESS_NOTE)

@@ -115,10 +115,14 @@ class ResumeSection(Record):
 
 
 class GenerateSection(Record):
-    """Text to continue greedily with the trained model, exported to Hugging Face's format."""
+    """Text to continue with the trained model, exported to Hugging Face's format.
+
+    Each token is the likeliest at ``temperature`` 0, else drawn with ``train.seed``.
+    """
 
     prompt: str
     max_new_tokens: PositiveInt = 64
+    temperature: NonNegativeFloat = 0.0
 
 
 class Job(Record):
