@@ -149,6 +149,20 @@ def test_activations_scale_with_the_local_batch() -> None:
     assert full.activation_bytes < 4 * sample.bytes_per_sequence
 
 
+@pytest.mark.parametrize("m", [1, 4])
+def test_the_largest_transient_by_hand(m: int) -> None:
+    case = setting(m=m)
+    whole = 4 * sum(math.prod(p.shape) for p in case.model.spec.layer.parameters)
+    workspace = 16 // m // 4 * case.activation_sample("layer", 1, "none").workspace_bytes_per_sequence
+    passing = max(workspace, whole // 4)
+    sharded = unit_memory(case, "layer", LayerStrategy(dp_shard=4, zero=3))
+    # gathered parameters, the flat buffers of gathering and reducing, new gradients
+    assert sharded.transient_bytes == whole + whole + whole + whole + passing
+    copied = unit_memory(case, "layer", LayerStrategy(dp_replicate=4))
+    new_gradients = whole if m == 1 else 0
+    assert copied.transient_bytes == whole + new_gradients + max(workspace, whole)
+
+
 def test_a_shared_tied_weight_counts_once_and_a_copied_one_twice() -> None:
     strategy = LayerStrategy(dp_replicate=4)
     shared = unit_memory(setting(tied=True), "head", strategy)
