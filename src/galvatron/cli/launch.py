@@ -7,6 +7,7 @@ Knows nothing of what the work is.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -166,6 +167,7 @@ def _start(nproc: int, work: Callable[[World, A], R], argument: A, device: Devic
             start_method="spawn" if torch.cuda.is_available() else "fork",
         )
         sys.stdout.flush()  # or forked ranks would print it again
+        gc.collect()  # the agents of earlier starts, before a rank inherits them
         try:
             results = elastic_launch(config, _child)(work, argument, device, folder)
         except ChildFailedError as failure:
@@ -178,6 +180,8 @@ def _start(nproc: int, work: Callable[[World, A], R], argument: A, device: Devic
 
 def _child(work: Callable[[World, A], R], argument: A, device: DeviceName, folder: str) -> R:
     """One rank: errors go into ``folder`` for the parent, output only from rank 0."""
+    # What a fork inherits is the parent's to clean up: the agent's stores join threads that do not exist here.
+    gc.freeze()
     import torch
 
     from galvatron.parallelize.world import destroy_world, init_world

@@ -1,0 +1,5 @@
+"""``python -m galvatron``: the command line."""
+
+from galvatron.cli import main
+
+main()

@@ -1,0 +1,199 @@
+"""The verbs that need processes, on a model that trains in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from galvatron.cli import main
+from galvatron.plan import LayerStrategy, Plan
+from galvatron.train import read_metrics
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+JOB = """
+[model]
+path = "config.json"
+[data]
+source = "text.txt"
+[cluster]
+num_processes = 2
+device = "cpu"
+[train]
+global_batch_size = 4
+seq_len = 16
+num_steps = 4
+lr = 1e-2
+save_every = 2
+"""
+SHARDED = LayerStrategy(dp_shard=2, zero=3)
+CUT = LayerStrategy(tp=2)
+MIXED = Plan(
+    model="tiny",
+    world_size=2,
+    layers_per_stage=(2,),
+    global_batch_size=4,
+    seq_len=16,
+    embedding=SHARDED,
+    layers=(SHARDED, CUT),
+    head=CUT,
+)
+PIPELINE = MIXED.model_copy(
+    update={
+        "layers_per_stage": (1, 1),
+        "num_microbatches": 2,
+        "embedding": LayerStrategy(),
+        "layers": (LayerStrategy(), LayerStrategy(recompute="full")),
+        "head": LayerStrategy(),
+    }
+)
+
+Verb = Callable[..., int]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    (tmp_path / "job.toml").write_text(JOB)
+    MIXED.save(tmp_path / "mixed.json")
+    PIPELINE.save(tmp_path / "pipeline.json")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+@pytest.fixture
+def galvatron(monkeypatch: pytest.MonkeyPatch) -> Verb:
+    """Run the command line in this process; gives its exit code."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["galvatron", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0)
+
+    return run
+
+
+def losses(run: str) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(Path(run) / "metrics.jsonl") if "loss" in row}
+
+
+def test_train_resume_under_another_plan_and_export(folder: Path, galvatron: Verb) -> None:
+    assert galvatron("train", "job.toml", "--plan", "mixed.json", "--run-dir", "whole") == 0
+    assert galvatron("train", "job.toml", "--plan", "pipeline.json", "--resume", "whole/checkpoints/step-000002") == 0
+    whole, resumed = losses("whole"), losses("runs/job")
+    assert list(whole) == [1, 2, 3, 4]
+    assert list(resumed) == [3, 4]
+    assert resumed[4] == pytest.approx(whole[4], rel=1e-4)
+    assert Plan.load("runs/job/plan.json") == PIPELINE
+
+    assert galvatron("convert", "to-hf", "whole", "hf") == 0
+    assert galvatron("convert", "from-hf", "hf", "again") == 0
+    first, second = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("hf", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_used_run_directory_is_not_overwritten(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert galvatron("train", "job.toml", "--plan", "mixed.json") == 0
+    before = losses("runs/job")
+    assert galvatron("train", "job.toml", "--plan", "pipeline.json") == 2
+    assert "already holds a run" in capfd.readouterr().err
+    assert losses("runs/job") == before
+
+
+def test_a_truncated_checkpoint_is_one_sentence(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert galvatron("train", "job.toml", "--plan", "mixed.json") == 0
+    checkpoint = folder / "runs/job/checkpoints/step-000004"
+    largest = max(
+        (path for path in checkpoint.iterdir() if path.suffix != ".json"), key=lambda path: path.stat().st_size
+    )
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    capfd.readouterr()
+    for arguments in (
+        ("train", "job.toml", "--plan", "mixed.json", "--resume", str(checkpoint), "--run-dir", "other"),
+        ("convert", "to-hf", str(checkpoint), "hf"),
+    ):
+        assert galvatron(*arguments) == 2
+        error = capfd.readouterr().err
+        assert error.startswith("galvatron: ")
+        assert largest.name in error
+        assert error.count("\n") == 1
+    assert not (folder / "other" / "checkpoints").exists()
+    assert not (folder / "hf").exists()
+
+
+def test_a_plan_for_another_job_is_one_sentence(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+) -> None:
+    MIXED.model_copy(update={"seq_len": 32}).save(folder / "longer.json")
+    assert galvatron("train", "job.toml", "--plan", "longer.json") == 2
+    error = capfd.readouterr().err
+    assert "the plan has seq_len=32 but the job has seq_len=16" in error
+    assert error.count("\n") == 1
+
+
+def test_torchrun_s_world_is_joined(folder: Path) -> None:
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "galvatron",
+    ]
+    done = subprocess.run(
+        [*launcher, "train", "job.toml", "--plan", "mixed.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(losses("runs/job")) == [1, 2, 3, 4]
+    assert done.stdout.count("step     4  loss") == 1, "rank 0 alone is heard"
+
+
+@pytest.mark.slow
+def test_run_does_it_all_and_goes_on_where_it_ended(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+) -> None:
+    extra = '[resume]\nat_step = 2\n[generate]\nprompt = "The quick"\nmax_new_tokens = 4\n'
+    (folder / "job.toml").write_text(JOB + extra)
+    assert galvatron("run", "job.toml") == 0
+    run = folder / "runs/job"
+    assert {path.name for path in run.iterdir()} >= {"hardware.json", "model.json", "plan.json", "plan-resumed.json"}
+    assert list(losses("runs/job")) == [1, 2, 3, 4]
+    assert (run / "exported/step-000004/model.safetensors").exists()
+    assert Plan.load(run / "plan.json").layers != Plan.load(run / "plan-resumed.json").layers
+    assert "step time, predicted" in capfd.readouterr().out
+
+    assert galvatron("run", "job.toml") == 0
+    out = capfd.readouterr().out
+    assert "hardware.json is kept" in out
+    assert "has done 4 steps already" in out
+    assert list(losses("runs/job")) == [1, 2, 3, 4]
