@@ -80,18 +80,19 @@ class Processes:
     Args:
         nproc: processes to start; in a joined world it must be absent or equal to that world's size.
         device: ``cpu``, ``cuda`` or ``auto``, as ``init_world`` takes it.
+        default: processes to start where ``nproc`` is None.
     """
 
-    def __init__(self, nproc: int | None, device: DeviceName = "auto") -> None:
+    def __init__(self, nproc: int | None, device: DeviceName = "auto", default: int = 1) -> None:
         os.environ.update(slurm_world(os.environ))
         self.joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         self.device = device
-        self.world_size = int(os.environ["WORLD_SIZE"]) if self.joined else (nproc or 1)
+        self.world_size = int(os.environ["WORLD_SIZE"]) if self.joined else (nproc or default)
         self._world: World | None = None
         if self.joined and nproc is not None and nproc != self.world_size:
             raise ConfigError(
                 f"{nproc} processes are asked for but the launcher started {self.world_size}; "
-                f"make --nproc (or cluster.num_processes) {self.world_size}, or start {nproc} processes"
+                f"leave out --nproc, or start {nproc} processes"
             )
 
     def run(self, work: Callable[[World, A], R], argument: A) -> R:
@@ -136,9 +137,9 @@ class Processes:
 
 
 @contextmanager
-def processes(nproc: int | None, device: DeviceName = "auto") -> Iterator[Processes]:
+def processes(nproc: int | None, device: DeviceName = "auto", default: int = 1) -> Iterator[Processes]:
     """``Processes`` that leave a joined world at the end."""
-    group = Processes(nproc, device)
+    group = Processes(nproc, device, default)
     try:
         yield group
     finally:

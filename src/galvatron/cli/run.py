@@ -47,7 +47,7 @@ def run(job: JobFile, run_dir: RunDir = None, nproc: Nproc = None) -> None:
     """
     loaded = Job.load(job)
     directory = RunDirectory.of_job(job, run_dir)
-    with processes(nproc or loaded.cluster.num_processes, loaded.cluster.device) as ranks:
+    with processes(nproc, loaded.cluster.device, loaded.cluster.num_processes) as ranks:
         spec = check_job(ranks, loaded, directory)
         profile_missing(ranks, loaded, directory, spec)
         legs = ranks.on_main(lambda: plan_legs(loaded, directory))

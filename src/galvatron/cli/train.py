@@ -80,7 +80,7 @@ def train(
     Writes metrics.jsonl, plan.json and checkpoints/ into the run directory.
     """
     leg = Leg(Job.load(job), Plan.load(plan), RunDirectory.of_job(job, run_dir), resume)
-    with processes(nproc or leg.job.cluster.num_processes, leg.job.cluster.device) as ranks:
+    with processes(nproc, leg.job.cluster.device, leg.job.cluster.num_processes) as ranks:
         spec = check_job(ranks, leg.job, leg.run)
         leg.plan.validate(spec, ranks.world_size)
         heading("Train")

@@ -52,12 +52,13 @@ def test_torchrun_inside_a_job_step_comes_first() -> None:
 def test_a_joined_world_has_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert Processes(None).world_size == 8
+    assert Processes(None, default=4).world_size == 8, "a job's number of processes is for local starts"
     with pytest.raises(ConfigError, match="4 processes are asked for but the launcher started 8"):
         Processes(4)
 
 
 def test_without_a_world_processes_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    group = Processes(3)
+    assert Processes(None, default=4).world_size == 4
+    group = Processes(3, default=4)
     assert (group.joined, group.world_size, group.on_main(lambda: 7)) == (False, 3, 7)
