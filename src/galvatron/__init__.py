@@ -1,7 +1,7 @@
 """Automatic distributed training for Transformers: profile, search the fastest plan that fits, train with it.
 
-    plan = galvatron.search(model_profile, hardware_profile, global_batch_size=512)
-    model = galvatron.parallelize(hf_model, plan)
+    result = galvatron.search(model_profile, hardware_profile, global_batch_size=512)
+    model = galvatron.parallelize(hf_model, result.plan)
 
 Names load when first used, so that the deciding half works where torch is not installed.  ``search`` and
 ``parallelize`` are packages that can be called: a call is their function of the same name.
