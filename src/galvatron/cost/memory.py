@@ -63,7 +63,7 @@ class UnitMemory:
 
     ``unsharded_bytes`` stay for the whole step (gathered parameters, whole gradients); ``activation_bytes`` are
     those of one microbatch; ``transient_bytes`` come and go with the unit's turn, so that a stage needs only the
-    largest of its units'.  ``transient_low_bytes`` leaves out the buffers that may be gone before the peak.
+    largest of its units'.
     """
 
     parameter_bytes: int
@@ -71,7 +71,6 @@ class UnitMemory:
     optimizer_bytes: int
     unsharded_bytes: int
     activation_bytes: int
-    transient_low_bytes: int
     transient_bytes: int
 
     @property
@@ -101,7 +100,6 @@ def unit_memory(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> Un
         optimizer_bytes=ADAMW_STATES * size.held * MASTER_BYTES,
         unsharded_bytes=(gathered if stays else 0) + _accumulated_bytes(setting, strategy, size, gradient),
         activation_bytes=sample.fixed_bytes + batch * sample.bytes_per_sequence,
-        transient_low_bytes=passing + max(workspace, new_gradients),
         transient_bytes=passing + flat_buffers + new_gradients + max(workspace, size.held * setting.reduce_bytes),
     )
 

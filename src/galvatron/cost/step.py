@@ -125,13 +125,19 @@ def predict(
 
 
 def stage_prediction(plan: Plan, setting: Setting, index: int, stage: Stage) -> StagePrediction:
-    """Memory of one stage: what stays, the microbatches in flight, and the largest transient of its units."""
+    """Memory of one stage: what stays, the microbatches in flight, and the largest transient of its units.
+
+    The lower end is what is surely alive at once, without anything that comes and goes.
+    """
     units = stage.memories
     resident = sum(unit.resident_bytes for unit in units)
     microbatch = sum(unit.activation_bytes for unit in units) + stage_bytes(setting, index)
     activations = plan.microbatches_in_flight(index) * microbatch
     workspace = max(unit.transient_bytes for unit in units)
     tensors = resident + activations + workspace
+    # gradients meet all the activations in flight only if an earlier microbatch has left them behind
+    meets = plan.num_microbatches > plan.microbatches_in_flight(index)
+    late = 0 if meets else sum(unit.gradient_bytes for unit in units)
     runtime = runtime_bytes(setting, tensors)
     return StagePrediction(
         parameter_bytes=sum(unit.parameter_bytes for unit in units),
@@ -141,7 +147,7 @@ def stage_prediction(plan: Plan, setting: Setting, index: int, stage: Stage) -> 
         activation_bytes=activations,
         workspace_bytes=workspace,
         runtime_bytes=runtime,
-        low_memory_bytes=resident + activations + max(unit.transient_low_bytes for unit in units),
+        low_memory_bytes=resident + activations - late,
         peak_memory_bytes=tensors + runtime,
         microbatch_forward_s=stage.forward_s,
         microbatch_backward_s=stage.backward_s,

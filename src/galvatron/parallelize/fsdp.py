@@ -7,7 +7,7 @@ are shares of the global loss, so every reduction is a plain sum (divide factor 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,14 @@ def free_gathered(units: Iterable[ShardedUnit]) -> None:
     """Drop gathered parameters, as after a forward pass that no backward follows."""
     for unit in units:
         _face(unit).reshard()
+
+
+def gathered_buffers(units: Iterable[ShardedUnit]) -> Iterator[torch.Tensor]:
+    """The buffers that FSDP2 gathers parameters into; it resizes them to nothing while they are not in use."""
+    for unit in units:
+        for group in _face(unit)._get_fsdp_state()._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                yield from parameter.all_gather_outputs
 
 
 def _face(unit: ShardedUnit) -> FSDPModule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from galvatron.core.errors import DataError
 from galvatron.core.model import ModelSpec
 from galvatron.plan.schedules import Action, actions
 
-from .fsdp import DTYPES, ShardedUnit, free_gathered, prepare_backward
+from .fsdp import DTYPES, ShardedUnit, free_gathered, gathered_buffers, prepare_backward
 from .gradients import clip, global_norm, sum_over
 from .grid import Grid
 from .loss import IGNORED
@@ -97,6 +97,10 @@ class ParallelModel:
         if max_norm is not None:
             clip(self.parameters, norm, max_norm)
         return float(norm)
+
+    def gathered_buffers(self) -> Iterator[Tensor]:
+        """The buffers for gathered parameters, of no bytes while not in use: for those who count memory."""
+        return gathered_buffers(self._units)
 
     def _run(self, order: list[Action], input_ids: Tensor, labels: Tensor) -> float:
         self._check_batch(input_ids, labels)

@@ -74,7 +74,7 @@ class LayerStrategy(Record):
 class StagePrediction(Record):
     """Predicted peak bytes of the fullest rank of a stage, by part, with the interval's lower end.
 
-    ``peak_memory_bytes`` is the upper end, the one held against the limit.
+    ``low_memory_bytes`` is surely alive at once; ``peak_memory_bytes`` is the upper end, held against the limit.
     """
 
     parameter_bytes: int

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from galvatron.core.model import ActivationSample, Recompute
 
-from .storages import StorageLog
+from .storages import StorageLog, storage_bytes
 from .units import LocalUnit, UnitShape
 
 BATCHES = (2, 3)  # at one sequence some copies become views: GPT-2 with dropout keeps another sum
@@ -86,5 +86,4 @@ def _let_go_of_gradient(log: StorageLog, parameter: Tensor) -> None:
 def _shared_bytes(shape: UnitShape) -> int:
     """Bytes of the tensors that all layers of a stage share."""
     tensors = replace(shape, name="layer").build().side_inputs()
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    return storage_bytes(tensors)

@@ -6,12 +6,20 @@ Takes the operations run inside it; gives bytes alive now and at the peak.  Know
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_RESIZED = -1  # the serial that all resized storages share
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages under ``tensors``, each counted once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 class StorageLog(TorchDispatchMode):
@@ -19,17 +27,21 @@ class StorageLog(TorchDispatchMode):
 
     A storage counts once, however many tensors view it.  Storages that existed before are logged as soon as
     an operation returns a view of them, unless ``ignore`` was told of them.  Buffers that a kernel allocates
-    and frees inside itself are not seen.
+    and frees inside itself are not seen.  Storages change their size unseen; ``resized`` gives the tensors
+    whose bytes are looked up before every operation instead.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resized: Callable[[], Iterable[torch.Tensor]] | None = None) -> None:
         super().__init__()
+        self._resized, self._resized_bytes = resized, 0
         self._events: list[tuple[int, int]] = []  # (serial of the storage, bytes born > 0 or dead < 0)
         self._serials: dict[int, int] = {}  # address of a living storage → its serial
         self._ignored: set[int] = set()
         self._num_seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._resized is not None:
+            self._look_up(storage_bytes(self._resized()))
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -42,16 +54,27 @@ class StorageLog(TorchDispatchMode):
 
     def live_bytes(self) -> int:
         """Bytes of the storages alive now."""
+        self._ignore_resized()
         return sum(num_bytes for serial, num_bytes in self._events if serial not in self._ignored)
 
     def peak_bytes(self) -> int:
         """Most bytes that were alive at once."""
+        self._ignore_resized()
         live = peak = 0
         for serial, num_bytes in self._events:
             if serial not in self._ignored:
                 live += num_bytes
                 peak = max(peak, live)
         return peak
+
+    def _look_up(self, num_bytes: int) -> None:
+        if num_bytes != self._resized_bytes:
+            self._events.append((_RESIZED, num_bytes - self._resized_bytes))
+            self._resized_bytes = num_bytes
+
+    def _ignore_resized(self) -> None:
+        if self._resized is not None:
+            self.ignore(self._resized())
 
     def _serial(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()

@@ -8,7 +8,8 @@ from .checkpoint import TrainState, find_checkpoint, load_checkpoint, save_check
 from .data import Dataset, load_dataset, prepare_tokens
 from .export import checkpoint_to_hf, save_hf
 from .interface import Reporter
-from .metrics import PeakMemory, StepMetrics, read_metrics
+from .memory import PeakMemory
+from .metrics import StepMetrics, read_metrics
 from .optimizer import build_optimizer, check_train_section, lr_at
 from .tokenizer import ByteTokenizer, load_tokenizer
 from .trainer import Trainer, TrainResult, train

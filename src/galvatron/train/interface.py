@@ -6,7 +6,7 @@ tensor they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,6 +64,7 @@ class TrainableModel(Protocol):
     def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102
     def clip_grad_norm_(self, max_norm: float | None) -> float: ...  # noqa: D102
+    def gathered_buffers(self) -> Iterable[torch.Tensor]: ...  # noqa: D102
 
 
 class Reporter:

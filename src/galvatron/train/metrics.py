@@ -1,18 +1,14 @@
-"""What a run measures: one JSON object a step in ``metrics.jsonl``, TensorBoard if asked, and peak memory.
+"""What a run measures: one JSON object a step in ``metrics.jsonl``, and TensorBoard if asked.
 
-Knows nothing of models; rank 0 writes, all ranks measure.
+Knows nothing of models; rank 0 writes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from galvatron.core.errors import DataError
 from galvatron.core.records import Record, read_text, write_atomic
@@ -25,7 +21,7 @@ class StepMetrics(Record):
 
     ``tokens_per_s`` = tokens of the batch / ``step_time_s``; ``model_flops_per_s`` counts forward + backward
     without recompute (``ModelSpec.flops_per_token``); ``mfu`` = ``model_flops_per_s`` / (world size × measured
-    matrix-multiply rate of a device); ``peak_memory_bytes`` is the fullest rank's, since the run began.
+    matrix-multiply rate of a device); ``peak_memory_bytes`` is the fullest rank's (see ``PeakMemory``).
     """
 
     step: int
@@ -95,43 +91,3 @@ def _summary_writer(directory: Path, resumed_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(directory), purge_step=resumed_step + 1)
-
-
-class PeakMemory:
-    """Peak memory of this process since this object was made; make it before the model.
-
-    CUDA: the caching allocator's peak (``torch.cuda.max_memory_allocated``).  CPU: the growth of the
-    process's resident set from now to its peak; it counts everything the process touches (model, gradients,
-    optimizer, activations, communication buffers, allocator slack), and pages freed before do not count again.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            _reset_peak_resident()
-            self._baseline = _resident_bytes("VmRSS")
-
-    def bytes(self) -> int:
-        """The peak so far, in bytes."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return max(_resident_bytes("VmHWM") - self._baseline, 0)
-
-
-def _reset_peak_resident() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): 5 resets the peak resident set size
-    except OSError:
-        return  # not Linux or not allowed: the peak then reaches back to the process's start
-
-
-def _resident_bytes(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process, in bytes; elsewhere than on Linux always the peak."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

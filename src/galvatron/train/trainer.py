@@ -25,7 +25,8 @@ from galvatron.plan import Plan
 from .checkpoint import POINTER, TrainState, find_checkpoint, load_checkpoint, save_checkpoint, seed_rank
 from .data import IGNORED_LABEL, Dataset
 from .interface import Reporter, TrainableModel
-from .metrics import METRICS_FILE, MetricsLog, PeakMemory, StepMetrics
+from .memory import PeakMemory
+from .metrics import METRICS_FILE, MetricsLog, StepMetrics
 from .optimizer import build_optimizer, check_train_section, lr_at, set_lr
 from .ranks import all_max, communication_device, on_rank_zero, rank, world_size
 
@@ -70,7 +71,7 @@ def train(
         stop_after: end, with a save, once this many updates are done; the learning rate still follows ``num_steps``.
         reporter: told of every step on rank 0.
         device_flops_per_s: one device's matrix-multiply rate, for ``mfu``; None leaves it out.
-        peak_memory: made before the model, so that peaks count the model; None counts from now.
+        peak_memory: made before the model, so that CUDA's peak counts its making; None counts from now.
 
     Every rank's random generators (dropout) start from (seed, 0, rank), or where the checkpoint left them.
     SIGTERM and SIGINT end the run after the current step, with a save.
@@ -162,13 +163,13 @@ class Trainer:
         """One update; its metrics, and whether any rank was asked to stop."""
         start = time.perf_counter()
         inputs, labels = self.dataset.batch(self.step)
-        self.model.zero_grad()
-        self.loss = self.model.train_step(inputs, labels)
-        grad_norm = self.model.clip_grad_norm_(self.section.max_grad_norm)
-        self._check_finite(grad_norm)
         lr = lr_at(self.step, self.section)
         set_lr(self.optimizer, lr)
-        self.optimizer.step()
+        with self.peak_memory.watch(self.model, self.optimizer):
+            self.loss = self.model.train_step(inputs, labels)
+            grad_norm = self.model.clip_grad_norm_(self.section.max_grad_norm)
+            self._check_finite(grad_norm)
+            self.optimizer.step()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the update runs on after its launch, and belongs to this step
         seconds = time.perf_counter() - start

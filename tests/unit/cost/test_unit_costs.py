@@ -144,7 +144,6 @@ def test_activations_scale_with_the_local_batch() -> None:
         memory = unit_memory(setting(), "layer", strategy)
         own = setting().activation_sample("layer", strategy.tp, "none")
         assert memory.activation_bytes == own.fixed_bytes + batch * own.bytes_per_sequence
-        assert memory.transient_low_bytes <= memory.transient_bytes
     full = unit_memory(setting(), "layer", LayerStrategy(dp_replicate=4, recompute="full"))
     assert full.activation_bytes < 4 * sample.bytes_per_sequence
 

@@ -57,3 +57,14 @@ def test_fake_tensors_count_as_real_ones_do(dtype, size):
     fake = _mlp_bytes(dtype, fake=True)
     assert fake == _mlp_bytes(dtype, fake=False)
     assert fake[0] == 2 * (2 * 8 * 256) * size  # the two sides of the GELU
+
+
+def test_resized_storages_are_looked_up_before_every_operation() -> None:
+    buffer = torch.empty(0, dtype=torch.uint8)
+    with StorageLog(resized=lambda: [buffer]) as log:
+        buffer.untyped_storage().resize_(1000)
+        other = torch.empty(10, dtype=torch.uint8)
+        buffer.untyped_storage().resize_(0)
+        torch.empty(20, dtype=torch.uint8)
+    assert log.peak_bytes() == 1010
+    assert log.live_bytes() == 10 == other.numel()

@@ -88,6 +88,7 @@ class FakeModel:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
     def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+        self.zero_grad()
         loss = self._loss(input_ids, labels)
         loss.backward()
         return loss.item()
@@ -99,6 +100,9 @@ class FakeModel:
     def zero_grad(self) -> None:
         for part in self.parameters:
             part.tensor.grad = None
+
+    def gathered_buffers(self) -> list[torch.Tensor]:
+        return []
 
     def clip_grad_norm_(self, max_norm: float | None) -> float:
         return float(torch.nn.utils.clip_grad_norm_([p.tensor for p in self.parameters], max_norm or float("inf")))
