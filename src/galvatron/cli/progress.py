@@ -33,10 +33,6 @@ ROWS = (
     "peak memory, measured",
     "    error of the prediction",
 )
-PROCESS_NOTE = (
-    "On CPUs the measured peak is the growth of the whole process (libraries, buffers of the links, allocator slack); "
-    "the prediction counts tensors."
-)
 WARMUP_STEPS = 3  # left out of the summary: first steps allocate and connect
 
 

@@ -14,7 +14,7 @@ from galvatron.core.errors import PlanError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job
 from galvatron.core.model import ModelProfile
-from galvatron.plan import Plan
+from galvatron.plan import Plan, check_plan_for_job
 
 from .console import heading, rank, say
 from .generate import generate
@@ -28,6 +28,9 @@ from .train import Leg, check_job, run_leg, show_summary
 if TYPE_CHECKING:
     from galvatron.core.model import ModelSpec
     from galvatron.search import SearchResult
+
+
+RUNNER_UP = "runner-up"  # what resume.plan may say in place of a file
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +52,10 @@ def run(job: JobFile, run_dir: RunDir = None, nproc: Nproc = None) -> None:
     directory = RunDirectory.of_job(job, run_dir)
     with processes(nproc, loaded.cluster.device, loaded.cluster.num_processes) as ranks:
         spec = check_job(ranks, loaded, directory)
+        if loaded.resume is not None and loaded.resume.plan != RUNNER_UP:
+            other = Plan.load(loaded.resume.plan)
+            other.validate(spec, ranks.world_size)
+            check_plan_for_job(other, loaded.train)
         profile_missing(ranks, loaded, directory, spec)
         legs = ranks.on_main(lambda: plan_legs(loaded, directory))
         for leg in legs:
@@ -103,7 +110,7 @@ def plan_legs(job: Job, run: RunDirectory) -> list[Leg]:
 
 
 def _second_plan(name: str, result: SearchResult) -> Plan:
-    if name != "runner-up":
+    if name != RUNNER_UP:
         return Plan.load(name)
     other = runner_up(result)
     if other is None:

@@ -16,7 +16,7 @@ import typer
 from galvatron.core.errors import ConfigError, DataError, GalvatronError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job
-from galvatron.plan import Plan
+from galvatron.plan import Plan, check_plan_for_job
 
 from .console import console, heading, rank, say
 from .launch import Processes, processes
@@ -83,6 +83,7 @@ def train(
     with processes(nproc, leg.job.cluster.device, leg.job.cluster.num_processes) as ranks:
         spec = check_job(ranks, leg.job, leg.run)
         leg.plan.validate(spec, ranks.world_size)
+        check_plan_for_job(leg.plan, leg.job.train)
         heading("Train")
         say(leg.plan.describe())
         run_leg(ranks, leg)
@@ -191,10 +192,8 @@ def show_summary(run: RunDirectory, legs: Sequence[Leg]) -> None:
     """The table of predicted and measured, a row a leg."""
     from galvatron.train import StepMetrics, read_metrics
 
-    from .progress import PROCESS_NOTE, summary
+    from .progress import summary
 
     steps = [StepMetrics.model_validate(row) for row in read_metrics(run.metrics) if "loss" in row]
     rows = [(leg.name, [step for step in steps if leg.first_step <= step.step <= leg.end]) for leg in legs]
     console().print(summary(rows))
-    if run.hardware.exists() and HardwareProfile.load(run.hardware).device.type == "cpu":
-        say(PROCESS_NOTE)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from .errors import GalvatronError, ProfileError
 from .model import Precision
 from .records import FileRecord, Record
@@ -18,12 +20,17 @@ OPS: tuple[Op, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all
 
 
 class Device(Record):
-    """One device; ``matmul_flops_per_s`` is the best measured matrix-multiply rate by precision."""
+    """One device; ``matmul_flops_per_s`` is the best measured matrix-multiply rate by precision.
+
+    ``full_speed_fraction`` is which part of the ranks can compute at full speed at once: 1 where each has a device
+    of its own, 0.5 where four processes share two cores.  All rates and times are measured with all ranks busy.
+    """
 
     name: str
     type: Literal["cpu", "cuda"]
     memory_bytes: int
     matmul_flops_per_s: dict[Precision, float]
+    full_speed_fraction: float = Field(default=1.0, gt=0, le=1)
 
 
 class Link(Record):

@@ -51,12 +51,12 @@ def timeline(
         for stage in range(pp):
             while next_action[stage] < len(orders[stage]):
                 kind, i = orders[stage][next_action[stage]]
-                arrival = _arrival(ends, stage, kind, i, pp)
-                if arrival is None:
+                arrived = arrival(ends, stage, kind, i, pp)
+                if arrived is None:
                     break
                 start = free_at[stage]
-                if arrival != _NO_INPUT:
-                    start = max(start, arrival) + transfer_s if receiving_blocks else max(start, arrival + transfer_s)
+                if arrived != NO_INPUT:
+                    start = max(start, arrived) + transfer_s if receiving_blocks else max(start, arrived + transfer_s)
                 end = start + (forward_s if kind == "forward" else backward_s)[stage][i]
                 events[stage].append(Event(stage, kind, i, start, end))
                 ends[stage, kind, i] = free_at[stage] = end
@@ -66,10 +66,10 @@ def timeline(
     return tuple(event for stage_events in events for event in stage_events)
 
 
-_NO_INPUT = -1.0
+NO_INPUT = -1.0
 
 
-def _arrival(ends: dict[tuple[int, Kind, int], float], stage: int, kind: Kind, i: int, pp: int) -> float | None:
-    """When the neighbour finished the input of an action; None if not yet, _NO_INPUT if it needs none."""
+def arrival(ends: dict[tuple[int, Kind, int], float], stage: int, kind: Kind, i: int, pp: int) -> float | None:
+    """When the neighbour finished the input of an action; None if not yet, NO_INPUT if it needs none."""
     source = stage - 1 if kind == "forward" else stage + 1
-    return ends.get((source, kind, i)) if 0 <= source < pp else _NO_INPUT
+    return ends.get((source, kind, i)) if 0 <= source < pp else NO_INPUT

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from galvatron.core.errors import ProfileError
 from galvatron.core.hardware import HardwareProfile, Link, Op
 from galvatron.core.model import ActivationSample, ComputeSample, ModelProfile, ParameterSpec, Precision, UnitName
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import Plan
+
+Seconds = TypeVar("Seconds", float, NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,17 @@ class Setting:
         """Bytes of the hidden states of one microbatch that a rank holds between layers: 1 / n of all."""
         elements = self.micro_batch_size * self.seq_len * self.model.spec.hidden_size
         return elements * self.compute_bytes // self.stage_size
+
+    def combined_s(self, total_s: Seconds, largest_s: Seconds) -> Seconds:
+        """A step from Σ w and max w of its stages' microbatches: max(s·(Σ w + (m - 1)·max w), m·Σ w / pp).
+
+        The first is the longest path through the pipeline; s, the device's ``full_speed_fraction``, is 1 where
+        every rank has a device of its own.  Ranks that share cores run 1/s times faster while others wait, but
+        all their work together takes the second, which a path at full speed never undercuts where s is 1.
+        """
+        m, fraction = self.num_microbatches, self.hardware.device.full_speed_fraction
+        combined: Seconds = np.maximum(fraction * (total_s + (m - 1) * largest_s), m * total_s / self.pp)
+        return combined
 
     @property
     def overlaps(self) -> bool:

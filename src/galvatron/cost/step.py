@@ -16,6 +16,7 @@ from .communication import redistribution_s, transfer_s
 from .memory import UnitMemory, runtime_bytes, stage_bytes, unit_memory
 from .pipeline import Event, timeline
 from .setting import Setting
+from .sharing import Seconds, shared_timeline
 from .unit import UnitTimes, unit_times
 
 
@@ -83,14 +84,19 @@ def replay(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> Replay
     for stage, forwards, backwards in zip(stages, forward_s, backward_s, strict=True):
         forwards[0] += sum(unit.first_s for unit in stage.times)
         backwards[-1] += sum(unit.last_s for unit in stage.times)
-    events = timeline(plan.schedule, forward_s, backward_s, transfer_s(setting), receiving_blocks=not setting.overlaps)
-    ends = [0.0] * plan.pp
-    for event in events:
-        ends[event.stage] = max(ends[event.stage], event.end_s)
+    events = _events(plan, setting, forward_s, backward_s)
+    ends = [max(event.end_s for event in events if event.stage == index) for index in range(plan.pp)]
     ends = [end + _replicated_s(setting, stage) for end, stage in zip(ends, stages, strict=True)]
     tied_s = max(stages[0].times[0].tied_s, stages[-1].times[-1].tied_s)
     synced_s = max(*ends, max(ends[0], ends[-1]) + tied_s)
     return Replay(stages, events, synced_s + max(map(_optimizer_s, stages)))
+
+
+def _events(plan: Plan, setting: Setting, forward_s: Seconds, backward_s: Seconds) -> tuple[Event, ...]:
+    fraction = setting.hardware.device.full_speed_fraction
+    if plan.pp > 1 and fraction < 1:
+        return shared_timeline(plan.schedule, forward_s, backward_s, transfer_s(setting), fraction)
+    return timeline(plan.schedule, forward_s, backward_s, transfer_s(setting), receiving_blocks=not setting.overlaps)
 
 
 def _replicated_s(setting: Setting, stage: Stage) -> float:
@@ -158,6 +164,8 @@ def _parts(plan: Plan, setting: Setting, replayed: Replay) -> dict[str, float]:
     """The step split by what the busiest stage does; what it waits for is the bubble, so parts sum to the step."""
     busy = [(_stage_parts(plan, setting, replayed, index), -index) for index in range(plan.pp)]
     parts, _ = max(busy, key=lambda item: (sum(item[0].values()), item[1]))
+    hurry = min(replayed.step_time_s / sum(parts.values()), 1.0)  # below 1 only where ranks share cores
+    parts = {name: hurry * seconds for name, seconds in parts.items()}
     idle = replayed.step_time_s - sum(parts.values())
     if setting.overlaps:  # transfers run beside compute, but the first and last microbatch wait for all of them
         parts["pipeline_p2p"] = min(idle, 2 * (plan.pp - 1) * transfer_s(setting))
@@ -195,7 +203,7 @@ def _stage_parts(plan: Plan, setting: Setting, replayed: Replay, index: int) -> 
 
 
 def objective_s(plan: Plan, setting: Setting) -> float:
-    """The additive form: Σ w + (m - 1) max w over stages, w = the stage's ``UnitTimes.work_s``.
+    """The additive form (``Setting.combined_s``) over stages, w = the stage's ``UnitTimes.work_s``.
 
     A stage's microbatch counts its redistributions both ways and what it receives from its neighbours too.
     """
@@ -204,4 +212,4 @@ def objective_s(plan: Plan, setting: Setting) -> float:
         receives = (index > 0) + (index < plan.pp - 1)
         moved_s = 2 * stage.redistribution_s + receives * transfer_s(setting)
         works.append(sum(unit.work_s(setting) for unit in stage.times) + moved_s)
-    return sum(works) + (plan.num_microbatches - 1) * max(works)
+    return float(setting.combined_s(sum(works), max(works)))

@@ -6,6 +6,15 @@ Knows nothing of costs, of torch or of how a plan was found.
 
 from .axes import StageAxes
 from .plan import LayerStrategy, Plan, Prediction, Proof, StagePrediction
-from .rules import check_strategy
+from .rules import check_plan_for_job, check_strategy
 
-__all__ = ["LayerStrategy", "Plan", "Prediction", "Proof", "StageAxes", "StagePrediction", "check_strategy"]
+__all__ = [
+    "LayerStrategy",
+    "Plan",
+    "Prediction",
+    "Proof",
+    "StageAxes",
+    "StagePrediction",
+    "check_plan_for_job",
+    "check_strategy",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from galvatron.core.errors import PlanError
+from galvatron.core.job import TrainSection
 from galvatron.core.model import ModelSpec, UnitName
 
 from .axes import StageAxes, divisors
@@ -44,6 +45,14 @@ def check_plan(plan: Plan, spec: ModelSpec | None = None, world_size: int | None
             f"tied embeddings need equal cuts of embedding ({plan.embedding}) and head ({plan.head}); "
             "give both the same tp, dp_shard, dp_replicate and zero"
         )
+
+
+def check_plan_for_job(plan: Plan, train: TrainSection) -> None:
+    """Raise PlanError if ``plan`` was made for another batch, sequence length or precision than a job's."""
+    for name in ("global_batch_size", "seq_len", "precision", "grad_reduce_dtype"):
+        planned, wanted = getattr(plan, name), getattr(train, name)
+        if planned != wanted:
+            raise PlanError(f"the plan has {name}={planned} but the job has {name}={wanted}; search a plan for the job")
 
 
 def check_strategy(

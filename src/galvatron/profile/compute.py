@@ -21,6 +21,7 @@ from .timing import Budget, agree, seconds_of, slowest_median
 
 MATMUL_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
 REPEATS = 5
+SHARING_SIZE, SHARING_ITERATIONS = 384, 20  # some 30 ms of one core: longer than the scheduler's time slices
 
 
 def measure_device(world: World, *, budget_s: float) -> Device:
@@ -33,6 +34,7 @@ def measure_device(world: World, *, budget_s: float) -> Device:
     budget = Budget(budget_s, len(DTYPES))
     rates = {precision: matmul_flops_per_s(precision, world, budget.next_share()) for precision in DTYPES}
     return Device(
+        full_speed_fraction=full_speed_fraction(world),
         name=device_name(world.device),
         type="cuda" if world.device.type == "cuda" else "cpu",
         memory_bytes=int(-negative_memory),
@@ -53,6 +55,18 @@ def matmul_flops_per_s(precision: Precision, world: World, budget_s: float) -> f
         best = max(best, 2 * size**3 / slowest_median(multiply, world.device, REPEATS))
         budget_s -= once_s * (REPEATS + 2)
     return best
+
+
+def full_speed_fraction(world: World) -> float:
+    """Collective: seconds of a product on one rank of each machine alone over those on all at once; 1 on CUDA."""
+    if world.device.type == "cuda" or local_ranks() == 1:
+        return 1.0
+    a = torch.randn(SHARING_SIZE, SHARING_SIZE)
+    multiply = lambda: a @ a  # noqa: E731
+    alone = multiply if world.local_rank == 0 else lambda: None
+    alone_s = slowest_median(alone, world.device, REPEATS, SHARING_ITERATIONS)
+    together_s = slowest_median(multiply, world.device, REPEATS, SHARING_ITERATIONS)
+    return min(max(alone_s / together_s, 1 / local_ranks()), 1.0)
 
 
 def device_name(device: torch.device) -> str:

@@ -20,7 +20,7 @@ ROUNDING = 1e-12  # relative; keeps float rounding from lifting a bound above th
 
 
 def lower_bound_s(space: Space) -> float:
-    """Seconds that Σ w + (m - 1) max w cannot go below; infinite when the task surely has no plan."""
+    """Seconds that the objective cannot go below; infinite when the task surely has no plan."""
     if space.is_empty:
         return math.inf
     task, units = space.task, (space.layer, space.embedding, space.head)
@@ -36,7 +36,7 @@ def lower_bound_s(space: Space) -> float:
         dual += count * (unit.work_s + prices[:, None] * column).min(axis=1)
     works = float(dual.max()) + sum(space.receives_s(stage) for stage in range(task.pp))
     fullest = math.ceil(space.num_layers / task.pp) * float(space.layer.work_s.min())
-    return (works + (task.num_microbatches - 1) * max(works / task.pp, fullest)) * (1 - ROUNDING)
+    return float(space.setting.combined_s(works, max(works / task.pp, fullest))) * (1 - ROUNDING)
 
 
 def _prices(work_s: Floats, held: Floats) -> Floats:
@@ -57,5 +57,5 @@ def layer_bounds_s(space: Space) -> Floats:
     ends_s = float(space.embedding.work_s.min() + space.head.work_s.min())
     works = space.num_layers * layer.work_s + ends_s + sum(space.receives_s(stage) for stage in range(task.pp))
     largest = np.maximum(works / task.pp, math.ceil(space.num_layers / task.pp) * layer.work_s)
-    bounds = (works + (task.num_microbatches - 1) * largest) * (1 - ROUNDING)
+    bounds = space.setting.combined_s(works, largest) * (1 - ROUNDING)
     return np.where(space.num_layers * held > task.pp * space.usable_bytes, np.inf, bounds)

@@ -121,7 +121,7 @@ class _Table:
 def _solve_group(
     space: Space, chains: list[Chains], middle: dict[int, _Table], pairs: Ends, aim: Aim
 ) -> Solution | None:
-    pp, m = space.task.pp, space.task.num_microbatches
+    pp = space.task.pp
     if pp == 1:
         tables = [_table(space, 0, chains, pairs, aim)]
     else:
@@ -131,8 +131,8 @@ def _solve_group(
     # the first stage's entry is its embedding's layout: the table's own choice, so take the best of them
     entries = tables[0].work.argmin(axis=1)
     first_work = np.take_along_axis(tables[0].work, entries[:, None, :], axis=1)
-    weights = (1.0, m - 1.0) if aim == "time" else (0.0, 1.0)
-    division = divide([first_work, *(table.work for table in tables[1:])], space.num_layers, *weights)
+    value = space.setting.combined_s if aim == "time" else _largest
+    division = divide([first_work, *(table.work for table in tables[1:])], space.num_layers, value)
     if division is None:
         return None
     embedding = head = -1
@@ -152,6 +152,10 @@ def _solve_group(
         tuple(layers),
         space.head.strategies[head],
     )
+
+
+def _largest(total: Floats, largest: Floats) -> Floats:
+    return largest
 
 
 @dataclass(frozen=True)

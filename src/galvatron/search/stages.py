@@ -1,4 +1,4 @@
-"""Dividing layers among stages: exact for Σ w + (m - 1) · max w, boundary layouts included.
+"""Dividing layers among stages: exact for whatever grows with Σ w and max w, boundary layouts included.
 
 Takes one table a stage (the least work for every number of layers, entry layout and last layout); gives the best
 contiguous division.  Knows nothing of strategies or bytes, which the tables have settled.
@@ -6,6 +6,7 @@ contiguous division.  Knows nothing of strategies or bytes, which the tables hav
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +36,8 @@ class _Front:
     index: Ints
 
 
-def divide(tables: list[Floats], num_layers: int, total_weight: float, largest_weight: float) -> Division | None:
-    """Minimise total_weight · Σ w + largest_weight · max w; None when no division is possible.
+def divide(tables: list[Floats], num_layers: int, value: Callable[[Floats, Floats], Floats]) -> Division | None:
+    """Minimise ``value(Σ w, max w)``, which never falls when either grows; None when no division is possible.
 
     ``tables[stage][k - 1, entry, last]``: work of a stage with k layers, infinite where impossible.  The first
     stage has one entry.  Exactness: a later stage adds the same to total, and raises the largest no further, for
@@ -50,7 +51,7 @@ def divide(tables: list[Floats], num_layers: int, total_weight: float, largest_w
         history.append(_advance(history[-1], table, counts))
     best: tuple[float, int, int] | None = None
     for (_, layout), front in sorted(history[-1].items()):
-        values = total_weight * front.total + largest_weight * front.largest
+        values = value(front.total, front.largest)
         index = int(np.argmin(values))
         if best is None or values[index] < best[0]:
             best = (float(values[index]), layout, index)

@@ -18,9 +18,9 @@ from types import FrameType
 
 import torch
 
-from galvatron.core.errors import CheckpointError, ConfigError, DataError, GalvatronError, PlanError
+from galvatron.core.errors import CheckpointError, ConfigError, DataError, GalvatronError
 from galvatron.core.job import TrainSection
-from galvatron.plan import Plan
+from galvatron.plan import Plan, check_plan_for_job
 
 from .checkpoint import POINTER, TrainState, find_checkpoint, load_checkpoint, save_checkpoint, seed_rank
 from .data import IGNORED_LABEL, Dataset
@@ -237,10 +237,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _check_agreement(model: TrainableModel, section: TrainSection, dataset: Dataset, plan: Plan) -> None:
-    for name in ("global_batch_size", "seq_len", "precision", "grad_reduce_dtype"):
-        planned, wanted = getattr(plan, name), getattr(section, name)
-        if planned != wanted:
-            raise PlanError(f"the plan has {name}={planned} but the job has {name}={wanted}; search a plan for the job")
+    check_plan_for_job(plan, section)
     for name in ("global_batch_size", "seq_len"):
         assert getattr(dataset, name) == getattr(section, name)
     if dataset.vocab_size > model.spec.vocab_size:

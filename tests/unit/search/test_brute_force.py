@@ -49,6 +49,9 @@ def test_the_search_equals_brute_force(seed: int) -> None:
     hardware = make_hardware(
         world, shake.choice(["cpu", "cuda"]), latency_s=10 ** shake.uniform(-6, -3), seed=seed, memory_bytes=2**40
     )
+    if hardware.device.type == "cpu":  # ranks that share cores
+        device = hardware.device.model_copy(update={"full_speed_fraction": (1.0, 0.5, 0.3)[seed // 2 % 3]})
+        hardware = hardware.model_copy(update={"device": device})
     plans = list(every_plan(model, hardware, batch))
     limit = random_limit(shake, [peak for _, peak in plans], hardware.device.type)
     fitting = [objective for objective, peak in plans if fits(peak, limit, hardware.device.type)]
@@ -148,7 +151,8 @@ def plans_of(costs: Costs) -> Iterator[tuple[float, int]]:
                     sum(units[i][1] + moves[i] for i in span) + costs.transfer * ((p > 0) + (p < pp - 1))
                     for p, span in enumerate(spans)
                 ]
-                objective = sum(works) + (m - 1) * max(works)
+                path, fraction = sum(works) + (m - 1) * max(works), costs.setting.hardware.device.full_speed_fraction
+                objective = max(fraction * path, m * sum(works) / pp)
                 for in_flight in ([m] * pp, [min(m, pp - p) for p in range(pp)]):
                     peaks = [
                         sum(units[i][2] + held * units[i][3] for i in span)
