@@ -8,7 +8,7 @@ and the parity check all speak of these boxes and need no knowledge of strategie
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,6 @@ def _at(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
     return (*values[:dim], value, *values[dim + 1 :])
 
 
-def box(tensor: torch.Tensor, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+def box(tensor: torch.Tensor, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
     """The view of ``tensor`` at ``offset`` of ``size``."""
     return tensor[tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))]

@@ -33,6 +33,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from galvatron.parallelize.pieces import box
+
 from .interface import BoxPair
 
 
@@ -61,7 +63,7 @@ class Held:
 def held(shape: Sequence[int], local: torch.Tensor, pieces: Sequence[BoxPair]) -> Held:
     """The boxes of ``local`` (a plain tensor, not copied) in a global tensor of ``shape``."""
     boxes = tuple(
-        Box(tuple(piece.global_offset), _view(local.detach(), piece.local_offset, piece.size))
+        Box(tuple(piece.global_offset), box(local.detach(), piece.local_offset, piece.size))
         for piece in pieces
         if math.prod(piece.size) > 0
     )
@@ -73,15 +75,11 @@ def whole(tensor: torch.Tensor) -> Held:
     return Held(tuple(tensor.shape), tensor.dtype, (Box((0,) * tensor.dim(), tensor),))
 
 
-def _view(tensor: torch.Tensor, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-    return tensor[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
-
-
 def place(target: torch.Tensor, boxes: Sequence[tuple[Sequence[int], Sequence[int]]], flat: torch.Tensor) -> None:
     """Copy the concatenated values ``flat`` of ``boxes`` (offset, size) to where they belong in ``target``."""
     sizes = [math.prod(size) for _, size in boxes]
     for (offset, size), values in zip(boxes, flat.split(sizes), strict=True):
-        _view(target, offset, size).copy_(values.view(tuple(size)))
+        box(target, offset, size).copy_(values.view(tuple(size)))
 
 
 class BoxSavePlanner(SavePlanner):
@@ -95,7 +93,7 @@ class BoxSavePlanner(SavePlanner):
     def create_local_plan(self) -> SavePlan:
         """One item a box."""
         return SavePlan(
-            [_write_item(name, value, box.chunk) for name, value in self.state.items() for box in value.boxes]
+            [_write_item(name, value, part.chunk) for name, value in self.state.items() for part in value.boxes]
         )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -113,7 +111,7 @@ class BoxSavePlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         """The values of a box."""
         boxes = self.state[write_item.index.fqn].boxes
-        return next(box.values for box in boxes if torch.Size(box.offset) == write_item.index.offset)
+        return next(part.values for part in boxes if torch.Size(part.offset) == write_item.index.offset)
 
 
 def _write_item(name: str, value: Held, chunk: ChunkStorageMetadata) -> WriteItem:
@@ -138,7 +136,7 @@ class BoxLoadPlanner(LoadPlanner):
         for name, value in self.state.items():
             stored = self.metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata)
-            items += create_read_items_for_chunk_list(name, stored, [box.chunk for box in value.boxes])
+            items += create_read_items_for_chunk_list(name, stored, [part.chunk for part in value.boxes])
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:  # noqa: D102
@@ -154,8 +152,8 @@ class BoxLoadPlanner(LoadPlanner):
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         """The view to fill."""
         index = read_item.dest_index
-        box = next(box for box in self.state[index.fqn].boxes if torch.Size(box.offset) == index.offset)
-        return _view(box.values, read_item.dest_offsets, read_item.lengths)
+        part = next(part for part in self.state[index.fqn].boxes if torch.Size(part.offset) == index.offset)
+        return box(part.values, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Nothing to do: views were filled in place."""
