@@ -22,7 +22,7 @@ from .launch import Processes, processes
 from .options import JobFile, Nproc, RunDir, examples
 from .profile import Measurement, ModelRequest, measure
 from .rundir import RunDirectory
-from .search import runner_up, search_for_job, show
+from .search import draw, runner_up, search_for_job, show
 from .train import Leg, check_job, run_leg, show_summary
 
 if TYPE_CHECKING:
@@ -95,9 +95,11 @@ def _model_fits(run: RunDirectory, job: Job, spec: ModelSpec) -> bool:
 def plan_legs(job: Job, run: RunDirectory) -> list[Leg]:
     """Search, save and show the plan; the stretches of training that the job asks for."""
     heading("Search")
-    result = search_for_job(job, ModelProfile.load(run.model), HardwareProfile.load(run.hardware))
+    model, hardware = ModelProfile.load(run.model), HardwareProfile.load(run.hardware)
+    result = search_for_job(job, model, hardware)
     result.plan.save(run.plan)
     show(result)
+    draw(result.plan, model, hardware, run.timeline)
     if job.resume is None:
         return [Leg(job, result.plan, run)]
     other = _second_plan(job.resume.plan, result)

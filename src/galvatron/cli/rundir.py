@@ -36,6 +36,11 @@ class RunDirectory:
         return self.path / "plan.json"
 
     @property
+    def timeline(self) -> Path:
+        """A picture of the plan's predicted step."""
+        return self.path / "timeline.svg"
+
+    @property
     def resumed_plan(self) -> Path:
         """The plan of the second leg of a job with a ``[resume]`` section."""
         return self.path / "plan-resumed.json"

@@ -6,6 +6,7 @@ Takes profile files and limits; gives ``plan.json`` and its explanation.
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job
 from galvatron.core.model import ModelProfile
+from galvatron.core.records import write_atomic
 from galvatron.core.units import parse_bytes
 
 from .console import console, say
@@ -54,14 +56,16 @@ def search(
 ) -> None:
     """Find the fastest plan that fits in memory, layer by layer, and explain it.
 
-    Exact over its space: the plan carries a lower bound that no plan of the space beats.
+    Exact over its space: the plan carries a lower bound that no plan of the space beats.  A picture of the predicted
+    step goes beside the plan (plan.svg).
     """
     from galvatron.search import search as find
 
+    model_profile, hardware_profile = ModelProfile.load(model), HardwareProfile.load(hardware)
     with console().status("searching") as status:
         result = find(
-            ModelProfile.load(model),
-            HardwareProfile.load(hardware),
+            model_profile,
+            hardware_profile,
             global_batch_size=global_batch_size,
             seq_len=seq_len,
             memory_limit_bytes=None if memory is None else parse_bytes(memory),
@@ -76,6 +80,7 @@ def search(
         typer.echo(result.plan.to_json(), nl=False)
     else:
         show(result)
+        draw(result.plan, model_profile, hardware_profile, out.with_suffix(".svg"))
         say(f"wrote {out}")
 
 
@@ -103,6 +108,18 @@ def show(result: SearchResult) -> None:
     from galvatron.report.why import explain
 
     say(explain(result))
+
+
+def draw(plan: Plan, model: ModelProfile, hardware: HardwareProfile, path: Path) -> None:
+    """Write the plan's replayed step as a picture, and print it where a pipeline makes it worth looking at."""
+    from galvatron.cost import replay
+    from galvatron.report.timeline import draw_svg, draw_text
+
+    replayed = replay(plan, model, hardware)
+    write_atomic(path, draw_svg(replayed.events, replayed.step_time_s))
+    if plan.pp > 1:
+        say(f"\nPipeline (predicted; {path} is a picture of it)")
+        say(indent(draw_text(replayed.events, replayed.step_time_s), "  "))
 
 
 def runner_up(result: SearchResult) -> Plan | None:

@@ -33,6 +33,8 @@ def format_bytes(count: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """Seconds for people: ``0.0123`` → ``"12.3 ms"``."""
+    if seconds == 0:
+        return "0 s"
     for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if abs(seconds) >= scale or unit == "µs":
             return f"{seconds / scale:.3g} {unit}"

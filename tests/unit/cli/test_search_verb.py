@@ -43,6 +43,14 @@ def test_it_writes_and_explains_a_plan(
     for line in plan.describe().splitlines():
         assert line in out
     assert "wrote plan.json" in out
+    assert Path("plan.svg").read_text().startswith("<svg")
+
+
+def test_a_pipeline_is_drawn(
+    profiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert galvatron(monkeypatch, *ARGUMENTS, "--pp", "2") == 0
+    assert "  stage 1  " in capsys.readouterr().out
 
 
 def test_json_is_the_plan_and_nothing_else(

@@ -65,3 +65,6 @@ def test_the_svg_has_a_box_for_every_event() -> None:
     root = ElementTree.fromstring(draw_svg(replayed.events, replayed.step_time_s))
     boxes = [child for child in root if child.tag.endswith("rect")]
     assert len(boxes) == len(replayed.events) == plan.pp * 2 * plan.num_microbatches
+    texts = [child.text for child in root if child.tag.endswith("text")]
+    assert "stage 0" in texts
+    assert "0 s" in texts
