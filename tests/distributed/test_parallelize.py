@@ -99,6 +99,11 @@ def test_broken_checkpoints_are_refused(pool: Pool, tmp_path: Path) -> None:
     assert "has no model.safetensors" in pool.run(load_broken, str(tmp_path), world_size=1)[0]
     tiny_model("gpt2", n_embd=16).save_pretrained(tmp_path)
     assert "has shape" in pool.run(load_broken, str(tmp_path), world_size=1)[0]
+    tiny_model("gpt2", vocab_size=128).save_pretrained(tmp_path)  # larger: no box of the model lies outside
+    assert (
+        "wte.weight has shape [128, 32] in the weights but [97, 32]"
+        in pool.run(load_broken, str(tmp_path), world_size=1)[0]
+    )
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert "cannot be read" in pool.run(load_broken, str(tmp_path), world_size=1)[0]

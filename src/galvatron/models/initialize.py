@@ -61,6 +61,10 @@ class InitialWeights:
         self._steps = recorder.steps
         self._seed = seed
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of parameter ``name``."""
+        return self._shapes[name]
+
     def read(self, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """The box of parameter ``name`` at ``offset`` of ``size``, float32 on the CPU."""
         value = self._whole(name)

@@ -22,6 +22,10 @@ from .pieces import LocalParameter, box
 class Weights(Protocol):
     """A source of parameter values."""
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the whole parameter ``name``; raises CheckpointError if there is none."""
+        ...
+
     def read(self, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """The box of parameter ``name`` at ``offset`` of ``size``, any dtype and device."""
         ...
@@ -31,6 +35,13 @@ def fill(parameters: list[LocalParameter], weights: Weights) -> None:
     """Copy every piece of ``parameters`` from ``weights``; raises CheckpointError if one is missing or misshapen."""
     with torch.no_grad():
         for parameter in parameters:
+            # a larger tensor would load too: its first rows, in silence
+            given, wanted = weights.shape(parameter.name), parameter.global_shape
+            if given != wanted:
+                raise CheckpointError(
+                    f"{parameter.name} has shape {list(given)} in the weights but {list(wanted)} in the model; "
+                    "give weights of the same model"
+                )
             for piece in parameter.pieces:
                 value = weights.read(parameter.name, piece.global_offset, piece.size)
                 box(parameter.tensor, piece.local_offset, piece.size).copy_(value)
@@ -42,10 +53,14 @@ class StateDictWeights:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
 
-    def read(self, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
         """See Weights."""
         if name not in self._tensors:
             raise CheckpointError(f"the weights lack {name}; give a state dict of the same model")
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+        """See Weights."""
         return box(self._tensors[name].detach(), offset, size)
 
 
@@ -59,17 +74,21 @@ class SafetensorsWeights:
         self._files: dict[str, Any] = {}
         self._file_of = self._index()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See Weights."""
+        return tuple(self._view(name).get_shape())
+
     def read(self, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """See Weights."""
+        value: torch.Tensor = self._view(name)[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
+        return value
+
+    def _view(self, name: str) -> Any:
+        """The tensor ``name`` on disk, of which slices can be read."""
         key = name if name in self._file_of else name.removeprefix(self._prefix)
         if key not in self._file_of:
             raise CheckpointError(f"{self._directory} lacks {name}; give a checkpoint of the same model")
-        view = self._open(self._file_of[key]).get_slice(key)
-        shape = tuple(view.get_shape())
-        if len(shape) != len(size) or any(o + s > n for o, s, n in zip(offset, size, shape, strict=True)):
-            raise CheckpointError(f"{name} in {self._directory} has shape {list(shape)}; give one of the same model")
-        value: torch.Tensor = view[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
-        return value
+        return self._open(self._file_of[key]).get_slice(key)
 
     def _index(self) -> dict[str, str]:
         index = self._directory / "model.safetensors.index.json"
