@@ -6,7 +6,7 @@ import torch.distributed as dist
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.model import UNITS, ModelProfile
+from galvatron.core.model import ModelProfile
 from galvatron.models import meta_model
 from galvatron.parallelize import init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan
@@ -75,8 +75,8 @@ def test_profile_is_whole_equal_on_all_ranks_and_counts_what_the_runtime_saves(p
     assert len({text for text, _ in answers}) == 1, "ranks disagree"
     profile = ModelProfile.from_json(answers[0][0])
     assert profile.tp_degrees() == (1, 2)
-    assert len(answers[0][1]) == 2 * len(UNITS)
-    for unit in UNITS:
+    assert len(answers[0][1]) == 2 * len(profile.spec.units)
+    for unit in profile.spec.units:
         for tp in (1, 2):
             measured = [s for s in profile.compute if (s.unit, s.tp) == (unit, tp)]
             assert [s.batch for s in measured][:2] == [1, 2]

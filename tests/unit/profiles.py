@@ -6,9 +6,11 @@ import random
 
 from galvatron.core.hardware import OPS, Device, HardwareProfile, Link, Overlap
 from galvatron.core.model import (
+    ENDS,
     ActivationSample,
     ComputeSample,
     Cut,
+    LayerKind,
     ModelProfile,
     ModelSpec,
     ParameterSpec,
@@ -26,7 +28,9 @@ def make_spec(
     kv_heads: int = 4,
     vocab: int = 250,
     tied: bool = False,
+    others: int = 0,
 ) -> ModelSpec:
+    """``num_layers`` LLaMA-like layers, then ``others`` with experts, whose hidden states travel with a side input."""
     head_dim = hidden // heads
     columns = [
         ("q", (heads * head_dim, hidden), Cut(dim=0, blocks=heads)),
@@ -47,18 +51,43 @@ def make_spec(
     return ModelSpec(
         name="toy",
         family="llama",
-        num_layers=num_layers,
-        hidden_size=hidden,
-        ffn_size=ffn,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        layers=(
+            LayerKind(
+                count=num_layers,
+                hidden_size=hidden,
+                ffn_size=ffn,
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                parameters=layer,
+            ),
+            *([_other_kind(others, hidden, ffn, heads, kv_heads, layer)] if others else []),
+        ),
         vocab_size=vocab,
         max_seq_len=4096,
         tied_embeddings=tied,
         embedding=UnitSpec(parameters=(word,)),
-        layer=UnitSpec(parameters=layer),
         head=UnitSpec(parameters=(norm, out)),
+    )
+
+
+def _other_kind(
+    count: int, hidden: int, ffn: int, heads: int, kv_heads: int, layer: tuple[ParameterSpec, ...]
+) -> LayerKind:
+    experts = ParameterSpec(name="experts", shape=(4, ffn, hidden), cut=Cut(dim=1, blocks=ffn), experts=True)
+    return LayerKind(
+        name="other",
+        count=count,
+        hidden_size=hidden,
+        ffn_size=ffn,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        parameters=(*layer[:4], experts),
+        side_inputs=1,
+        regions=3,
+        num_experts=4,
+        experts_per_token=2,
     )
 
 
@@ -78,10 +107,10 @@ def make_model(
         return 1.0 if seed is None else shake.uniform(0.6, 1.6)
 
     compute, activations = [], []
-    for unit in ("embedding", "layer", "head"):
+    for unit in spec.units:
         for tp in tps:
             compute += _compute(spec, unit, tp, seq_len, flops_per_s, noise())
-            for recompute in ("none", "full") if unit == "layer" else ("none",):
+            for recompute in ("none",) if unit in ENDS else ("none", "selective", "full"):
                 activations.append(_activations(spec, unit, tp, seq_len, recompute, noise()))
     return ModelProfile(
         spec=spec,
@@ -101,7 +130,13 @@ def _compute(spec: ModelSpec, unit: UnitName, tp: int, seq_len: int, rate: float
         forward_s = noise * (flops * batch / rate + 2e-4)
         samples.append(
             ComputeSample(
-                unit=unit, tp=tp, batch=batch, seq_len=seq_len, forward_s=forward_s, backward_s=2.1 * forward_s
+                unit=unit,
+                tp=tp,
+                batch=batch,
+                seq_len=seq_len,
+                forward_s=forward_s,
+                backward_s=2.1 * forward_s,
+                selective_s=0.0 if unit in ENDS else 0.2 * forward_s,
             )
         )
     return samples
@@ -112,10 +147,12 @@ def _activations(
 ) -> ActivationSample:
     hidden_bytes = 4 * seq_len * spec.hidden_size
     chunk = hidden_bytes // tp
-    saved = {"embedding": 0, "layer": 4 * hidden_bytes + 12 * chunk, "head": hidden_bytes}[unit]
-    workspace = {"embedding": chunk, "layer": 4 * chunk, "head": 8 * seq_len * spec.vocab_size // tp}[unit]
+    saved = {"embedding": 0, "head": hidden_bytes}.get(unit, 4 * hidden_bytes + 12 * chunk)
+    workspace = {"embedding": chunk, "head": 8 * seq_len * spec.vocab_size // tp}.get(unit, 4 * chunk)
     if recompute == "full":
         saved, workspace = chunk, saved + workspace
+    if recompute == "selective":
+        saved, workspace = saved // 2, saved // 4 + workspace
     return ActivationSample.model_validate(
         {
             "unit": unit,

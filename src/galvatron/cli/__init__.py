@@ -16,6 +16,8 @@ from . import convert, profile, run, search, train
 from .console import rank
 from .launch import WorkerCrash
 
+INTERRUPTED = 130  # the exit code of a process that SIGINT ended
+
 app = typer.Typer(
     name="galvatron",
     help="Automatic distributed training for Transformers: profile, search the fastest plan that fits, train with it.",
@@ -39,7 +41,11 @@ def main() -> None:
     except WorkerCrash as crash:
         _fail(f"galvatron: {crash}", 1)
     except KeyboardInterrupt:
-        _fail("galvatron: interrupted", 130)
+        _fail("galvatron: interrupted", INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer says nothing of a Ctrl-C within a verb
+            _fail("galvatron: interrupted", INTERRUPTED)
+        raise
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,6 +1,7 @@
 """What people see: one rich console per process, silent on every rank but 0.
 
-Takes strings and tables; gives lines on standard output.  Knows nothing of plans or processes beyond ``RANK``.
+Takes strings and tables; gives lines on standard output, and progress on standard error.  Knows nothing of plans or
+processes beyond ``RANK``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ def rank() -> int:
 def console() -> Console:
     """The process's console; ``highlight`` off, so that numbers look the same in a terminal and in a log."""
     return Console(highlight=False, soft_wrap=True, quiet=rank() != 0)
+
+
+@cache
+def error_console() -> Console:
+    """The same on standard error, for what must not mix with a result on standard output."""
+    return Console(highlight=False, soft_wrap=True, quiet=rank() != 0, stderr=True)
 
 
 def heading(text: str) -> None:

@@ -1,94 +1,224 @@
-"""``galvatron search``: the fastest plan that fits, from two profiles; needs no torch and no devices.
+"""``galvatron search``: the fastest plan that fits; needs no torch and no devices.
 
-Takes profile files and limits; gives ``plan.json`` and its explanation.
+Takes a model, a cluster and limits; gives ``plan.json`` and its explanation.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from galvatron.core.errors import InfeasibleError
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.job import Job
-from galvatron.core.model import ModelProfile
-from galvatron.core.records import write_atomic
+from galvatron.core.job import Job, SearchSection
+from galvatron.core.model import ModelProfile, Precision
+from galvatron.core.records import dump_json, write_atomic
 from galvatron.core.units import parse_bytes
 
-from .console import console, say
+from .console import error_console, say
+from .inputs import Cluster, Model, batch_sizes
 from .options import examples
 
 if TYPE_CHECKING:
     from galvatron.plan import Plan
-    from galvatron.search import SearchResult
+    from galvatron.search import Change, Limits, SearchResult
+    from galvatron.search.sensitivity import SearchAgain
+
+MAX_ROWS = 32  # stages of a pipeline that is printed
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     app.command(
         epilog=examples(
-            "galvatron search --model model.json --hardware hardware.json --memory 36GiB --global-batch-size 64",
-            "galvatron search --model model.json --hardware hardware.json --global-batch-size 64 --pp 2 --json",
+            "galvatron search --model model.json --cluster hardware.json --memory 36GiB --global-batch-size 64",
+            "galvatron search --model llama3.1-405b --cluster h100:2048x8 --seq-len 8192 --global-batch-size 2048",
+            "galvatron search --model llama2-7b --cluster rtx4090:1x8 --seq-len 4096 --global-batch-size 64-512",
+            "galvatron search --model mixtral-8x7b --cluster h100:4x8 --link inter=25GB/s --seq-len 4096"
+            " --global-batch-size 256 --space all --fix pp=4 --max tp=8 --what-if",
+            "galvatron search --model llama2-7b --cluster a100:1x8 --seq-len 4096 --global-batch-size 64 --json",
         )
     )(search)
 
 
 def search(
-    model: Annotated[Path, typer.Option("--model", help="The model's profile.")],
-    hardware: Annotated[Path, typer.Option("--hardware", help="The cluster's profile.")],
-    global_batch_size: Annotated[int, typer.Option("--global-batch-size", min=1, help="Sequences a step.")],
-    memory: Annotated[
-        str | None, typer.Option("--memory", help="Limit a device, such as 36GiB; its own memory if left out.")
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="CARD|CONFIG.json|model.json",
+            help="A published model's name, a Hugging Face config.json, or a profile.",
+        ),
+    ],
+    cluster: Annotated[
+        str,
+        typer.Option(
+            "--cluster",
+            "--hardware",
+            metavar="PRESET:NODESxDEVICES|hardware.json",
+            help="Devices by name, such as h100:16x8, or a profile.",
+        ),
+    ],
+    global_batch_size: Annotated[
+        str,
+        typer.Option(
+            "--global-batch-size", metavar="N|N-N|N,N", help="Sequences a step; of several the fastest is chosen."
+        ),
+    ],
+    link: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--link",
+            metavar="LINK=RATE",
+            help="Override a preset's link: inter=50GB/s, intra=, inter_latency=5us. Repeatable.",
+        ),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=1, help="Tokens a sequence; the profile's.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Limit a device, such as 36GiB; its own memory if left out."),
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=1, help="Tokens a sequence; a profile's own if left out.")
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None,
+        typer.Option("--precision", help="The precision layers compute in; a profile's own, else bf16."),
+    ] = None,
     grad_reduce_dtype: Annotated[
         Literal["fp32", "bf16"], typer.Option("--grad-reduce-dtype", help="What gradients are summed in.")
     ] = "fp32",
-    pp: Annotated[int | None, typer.Option("--pp", min=1, help="Fix the number of pipeline stages.")] = None,
-    num_microbatches: Annotated[
-        int | None, typer.Option("--num-microbatches", min=1, help="Fix the number of microbatches.")
+    space: Annotated[
+        str,
+        typer.Option(
+            "--space",
+            metavar="runtime|all|dp|fsdp|tp|pp|3d|uniform",
+            help="runtime: what can be trained; all: also sequence, context and expert parallelism, more schedules and"
+            " selective recompute; or one of the simple plans.",
+        ),
+    ] = "runtime",
+    fix: Annotated[
+        list[str] | None, typer.Option("--fix", metavar="NAME=VALUE", help="Fix a dimension, such as pp=4. Repeatable.")
     ] = None,
-    max_tp: Annotated[int | None, typer.Option("--max-tp", min=1, help="The largest tp to consider.")] = None,
+    forbid: Annotated[
+        list[str] | None,
+        typer.Option("--forbid", metavar="NAME", help="Leave something out, such as ulysses. Repeatable."),
+    ] = None,
+    at_most: Annotated[
+        list[str] | None, typer.Option("--max", metavar="NAME=N", help="Bound a dimension, such as tp=8. Repeatable.")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Compare with simple plans and endless memory.")
+    ] = True,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Search again with more memory, network and nodes: what would help.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("plan.json"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Find the fastest plan that fits in memory, layer by layer, and explain it.
 
-    Exact over its space: the plan carries a lower bound that no plan of the space beats.  A picture of the predicted
-    step goes beside the plan (plan.svg).
+    Exact over its space: the plan carries a lower bound that no plan of the space beats.  Names of models and devices
+    stand for estimated profiles; files for measured ones.  A picture of the predicted step goes beside the plan
+    (plan.svg).  Ctrl-C ends the search with the best plan so far.
     """
-    from galvatron.search import search as find
+    from galvatron.search import Limits, sensitivity
 
-    model_profile, hardware_profile = ModelProfile.load(model), HardwareProfile.load(hardware)
-    with console().status("searching") as status:
-        result = find(
-            model_profile,
-            hardware_profile,
-            global_batch_size=global_batch_size,
-            seq_len=seq_len,
-            memory_limit_bytes=None if memory is None else parse_bytes(memory),
-            grad_reduce_dtype=grad_reduce_dtype,
-            pp=pp,
-            num_microbatches=num_microbatches,
-            max_tp=max_tp,
-            progress=lambda line: status.update(line),
-        )
+    limits = Limits.parse(space, fix or (), forbid or (), at_most or ())
+    batches, limit = batch_sizes(global_batch_size), None if memory is None else parse_bytes(memory)
+    where = Cluster.of(cluster, link or [])
+    what = Model(model, seq_len, precision, _tp_asked(limits))
+    profile = what.profile(where.hardware)
+    with error_console().status("searching") as status:
+        job = _Search(what, batches, grad_reduce_dtype, limits, lambda line: status.update(line))
+        try:
+            result = job.find(profile, where.hardware, limit, baselines=baselines)
+        except InfeasibleError as error:
+            raise _with_remedy(error, job.again, where, limit) from None
+        changes: Sequence[Change] = ()
+        if what_if and not result.interrupted:
+            with contextlib.suppress(KeyboardInterrupt):  # the plan is there already
+                changes = sensitivity(job.again, where.hardware, result.memory_limit_bytes, where.shape)
     result.plan.save(out)
     if as_json:
-        typer.echo(result.plan.to_json(), nl=False)
+        from galvatron.report import summary
+
+        typer.echo(dump_json(summary(result, changes)), nl=False)
     else:
-        show(result)
-        draw(result.plan, model_profile, hardware_profile, out.with_suffix(".svg"))
+        show(result, changes)
+        draw(result.plan, profile, where.hardware, out.with_suffix(".svg"))
         say(f"wrote {out}")
+
+
+def _tp_asked(limits: Limits) -> int:
+    """The largest tp that the limits name."""
+    named = (limits.fix.get("tp", 1), limits.at_most.get("tp", 1))
+    return max(value for value in named if isinstance(value, int))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One search with everything fixed but the cluster and its memory."""
+
+    model: Model
+    batch_sizes: list[int]
+    grad_reduce_dtype: Precision
+    limits: Limits
+    progress: Callable[[str], None]
+
+    def find(
+        self,
+        profile: ModelProfile,
+        hardware: HardwareProfile,
+        memory_limit_bytes: int | None,
+        *,
+        num_candidates: int = 8,
+        baselines: bool = True,
+    ) -> SearchResult:
+        """The search."""
+        from galvatron.search import search as find
+
+        return find(
+            profile,
+            hardware,
+            global_batch_size=self.batch_sizes,
+            seq_len=self.model.seq_len,
+            precision=self.model.precision,
+            grad_reduce_dtype=self.grad_reduce_dtype,
+            memory_limit_bytes=memory_limit_bytes,
+            limits=self.limits,
+            num_candidates=num_candidates,
+            baselines=baselines,
+            progress=self.progress,
+        )
+
+    def again(self, hardware: HardwareProfile, memory_limit_bytes: int) -> SearchResult:
+        """The same on another cluster, for its best plan alone."""
+        profile = self.model.profile(hardware)
+        return self.find(profile, hardware, memory_limit_bytes, num_candidates=1, baselines=False)
+
+
+def _with_remedy(error: InfeasibleError, again: SearchAgain, where: Cluster, limit: int | None) -> InfeasibleError:
+    """The same with how many of these nodes would do, where a preset can tell."""
+    from galvatron.search import what_would_fit
+
+    if where.shape is None or not error.constraint.startswith("memory"):
+        return error
+    enough = what_would_fit(again, limit or where.hardware.device.memory_bytes, where.shape)
+    found = f"{enough} would do" if enough else "16 times the nodes would not do"
+    return InfeasibleError(f"{error}; {found}", constraint=error.constraint)
 
 
 def search_for_job(job: Job, model: ModelProfile, hardware: HardwareProfile) -> SearchResult:
     """The search that a job asks for."""
     from galvatron.search import search as find
 
-    limits, train = job.search, job.train
+    train = job.train
     return find(
         model,
         hardware,
@@ -96,30 +226,40 @@ def search_for_job(job: Job, model: ModelProfile, hardware: HardwareProfile) -> 
         seq_len=train.seq_len,
         precision=train.precision,
         grad_reduce_dtype=train.grad_reduce_dtype,
-        memory_limit_bytes=limits.memory_bytes,
-        pp=limits.pp,
-        num_microbatches=limits.num_microbatches,
-        max_tp=limits.max_tp,
+        memory_limit_bytes=job.search.memory_bytes,
+        limits=limits_of(job.search),
     )
 
 
-def show(result: SearchResult) -> None:
-    """The plan and why it was chosen."""
-    from galvatron.report.why import explain
+def limits_of(section: SearchSection) -> Limits:
+    """The job file's limits, within what the runtime can run."""
+    from galvatron.search import Limits
 
-    say(explain(result))
+    fixed = {"pp": section.pp, "num_microbatches": section.num_microbatches}
+    return Limits(
+        fix={name: value for name, value in fixed.items() if value is not None},
+        at_most={} if section.max_tp is None else {"tp": section.max_tp},
+    )
+
+
+def show(result: SearchResult, changes: Sequence[Change] = ()) -> None:
+    """The plan and why it was chosen."""
+    from galvatron.report import explain
+
+    say(explain(result, changes))
 
 
 def draw(plan: Plan, model: ModelProfile, hardware: HardwareProfile, path: Path) -> None:
     """Write the plan's replayed step as a picture, and print it where a pipeline makes it worth looking at."""
     from galvatron.cost import replay
-    from galvatron.report.timeline import draw_svg, draw_text
+    from galvatron.report import draw_svg, draw_text
 
     replayed = replay(plan, model, hardware)
-    write_atomic(path, draw_svg(replayed.events, replayed.step_time_s))
-    if plan.pp > 1:
+    step_time_s = replayed.step_time_s if replayed.is_partial else None
+    write_atomic(path, draw_svg(replayed.events, replayed.shown_s, step_time_s=step_time_s))
+    if 1 < plan.pp <= MAX_ROWS:
         say(f"\nPipeline (predicted; {path} is a picture of it)")
-        say(indent(draw_text(replayed.events, replayed.step_time_s), "  "))
+        say(indent(draw_text(replayed.events, replayed.shown_s, step_time_s=step_time_s), "  "))
 
 
 def runner_up(result: SearchResult) -> Plan | None:

@@ -32,11 +32,13 @@ class InfeasibleError(GalvatronError):
 
     Attributes:
         constraint: the tightest constraint, in words (``"memory of stage 0"``).
+        needed_bytes: the memory a device that would be enough; None where memory is not what is missing.
     """
 
-    def __init__(self, message: str, constraint: str = "") -> None:
+    def __init__(self, message: str, constraint: str = "", needed_bytes: int | None = None) -> None:
         super().__init__(message)
         self.constraint = constraint
+        self.needed_bytes = needed_bytes
 
 
 class PlanError(GalvatronError):

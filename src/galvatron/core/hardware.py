@@ -7,12 +7,17 @@ input; all_to_all: one rank's input; p2p: the message.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from .errors import GalvatronError, ProfileError
-from .model import Precision
+from .model import Origin, Precision
 from .records import FileRecord, Record
 
 Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p"]
@@ -60,8 +65,42 @@ class Overlap(Record):
     communication_slowdown: float
 
 
+@dataclass(frozen=True)
+class LinkTable:
+    """The links of one operation as matrices over sizes and strides; NaN where a shape was not measured."""
+
+    sizes: NDArray[np.int64]
+    strides: NDArray[np.int64]
+    latency_s: NDArray[np.float64]
+    seconds_per_byte: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, links: Iterable[Link]) -> Self:
+        """The table of ``links``; groups of one rank, of any stride, take no time."""
+        listed = list(links)
+        sizes = np.unique(np.array([1, *(link.size for link in listed)], dtype=np.int64))
+        strides = np.unique(np.array([1, *(link.stride for link in listed)], dtype=np.int64))
+        latency_s = np.full((len(sizes), len(strides)), np.nan)
+        latency_s[0] = 0.0
+        seconds_per_byte = latency_s.copy()
+        for link in reversed(listed):
+            at = np.searchsorted(sizes, link.size), np.searchsorted(strides, link.stride)
+            latency_s[at], seconds_per_byte[at] = link.latency_s, link.seconds_per_byte
+        return cls(sizes, strides, latency_s, seconds_per_byte)
+
+    def find(
+        self, size: NDArray[np.int64], stride: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(latency_s, seconds_per_byte) of every (size, stride), broadcast; NaN where there is none."""
+        row = np.minimum(np.searchsorted(self.sizes, size), len(self.sizes) - 1)
+        column = np.minimum(np.searchsorted(self.strides, stride), len(self.strides) - 1)
+        known = (size == 1) | ((self.sizes[row] == size) & (self.strides[column] == stride))
+        latency_s = np.where(known, self.latency_s[row, column], np.nan)
+        return latency_s, np.where(known, self.seconds_per_byte[row, column], np.nan)
+
+
 class HardwareProfile(FileRecord):
-    """``hardware.json``: one world of equal devices."""
+    """``hardware.json``: one world of equal devices; measured unless ``origin`` says otherwise."""
 
     FORMAT: ClassVar[str] = "galvatron.hardware"
     ERROR: ClassVar[type[GalvatronError]] = ProfileError
@@ -70,8 +109,25 @@ class HardwareProfile(FileRecord):
     world_size: int
     devices_per_node: int
     backend: Literal["gloo", "nccl"]
+    origin: Origin = "measured"
     links: tuple[Link, ...]
     overlap: Overlap
+
+    @cached_property
+    def _links(self) -> dict[tuple[Op, int, int], Link]:
+        return {(link.op, link.size, link.stride): link for link in reversed(self.links)}
+
+    @cached_property
+    def _tables(self) -> dict[Op, LinkTable]:
+        return {op: LinkTable.of(link for link in self.links if link.op == op) for op in OPS}
+
+    def link_table(self, op: Op) -> LinkTable:
+        """All links of one operation, to look many shapes up at once."""
+        return self._tables[op]
+
+    def has_link(self, op: Op, size: int, stride: int) -> bool:
+        """Whether that shape was measured."""
+        return (op, size, stride) in self._links
 
     def link(self, op: Op, size: int, stride: int) -> Link:
         """The link measured for ``op`` over groups of that shape.
@@ -79,11 +135,11 @@ class HardwareProfile(FileRecord):
         Raises:
             ProfileError: the profile has no measurement of that shape.
         """
-        fits = [link for link in self.links if link.op == op and link.size == size and link.stride == stride]
-        if not fits:
+        found = self._links.get((op, size, stride))
+        if found is None:
             measured = sorted({(link.size, link.stride) for link in self.links if link.op == op})
             raise ProfileError(
                 f"the hardware profile has no {op} over groups of size={size}, stride={stride}; "
                 f"measured (size, stride): {measured}; profile the hardware with world size {self.world_size}"
             )
-        return fits[0]
+        return found

@@ -1,20 +1,25 @@
 """What a model is (ModelSpec) and what its layers cost on a device (ModelProfile, ``model.json``).
 
-A model is three kinds of *unit*: the ``embedding``, a chain of equal ``layer``s, and the ``head`` (final
-norm, projection to the vocabulary, cross entropy).  A unit lists its parameters and how tensor
-parallelism cuts each: enough to know every byte before launch.
+A model is a chain of *units*: the ``embedding``, layers of one or more *kinds* (a T5's encoder and decoder, a
+DeepSeek's dense and MoE layers), and the ``head`` (final norm, projection to the vocabulary, cross entropy).  A unit
+lists its parameters and how tensor and expert parallelism cut each: enough to know every byte before launch.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from functools import cached_property
+from typing import ClassVar, Literal, Self
 
-from .errors import GalvatronError, ProfileError
+from pydantic import Field, PositiveInt, model_validator
+
+from .errors import ConfigError, GalvatronError, ProfileError
 from .records import FileRecord, Record
 
-UnitName = Literal["embedding", "layer", "head"]
-UNITS: tuple[UnitName, ...] = ("embedding", "layer", "head")
+UnitName = str
+"""``embedding``, ``head`` or the name of a kind of layer (``layer`` where all are equal)."""
+ENDS: tuple[UnitName, UnitName] = ("embedding", "head")
+Origin = Literal["measured", "imported", "estimated"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 
@@ -50,18 +55,23 @@ class Cut(Record):
 
 
 class ParameterSpec(Record):
-    """One parameter of a unit: its name within the model's unit, full shape and tensor-parallel cut."""
+    """One parameter of a unit: its name within the model's unit, full shape and tensor-parallel cut.
+
+    ``experts``: dim 0 counts experts, which expert parallelism deals out; every expert is cut by tp alike.
+    """
 
     name: str
     shape: tuple[int, ...]
     cut: Cut | None = None
+    experts: bool = False
 
-    def local_shape(self, tp: int, tp_rank: int = 0) -> tuple[int, ...]:
-        """The shape that ``tp_rank`` holds; rank 0 holds the largest."""
+    def local_shape(self, tp: int, tp_rank: int = 0, ep: int = 1) -> tuple[int, ...]:
+        """The shape that ``tp_rank`` of any of ``ep`` expert ranks holds; tp rank 0 holds the largest."""
+        shape = (self.shape[0] // ep, *self.shape[1:]) if self.experts else self.shape
         if self.cut is None:
-            return self.shape
-        size = sum(stop - start for start, stop in self.cut.ranges(self.shape[self.cut.dim], tp, tp_rank))
-        return (*self.shape[: self.cut.dim], size, *self.shape[self.cut.dim + 1 :])
+            return shape
+        size = sum(stop - start for start, stop in self.cut.ranges(shape[self.cut.dim], tp, tp_rank))
+        return (*shape[: self.cut.dim], size, *shape[self.cut.dim + 1 :])
 
 
 class UnitSpec(Record):
@@ -75,44 +85,133 @@ class UnitSpec(Record):
         return sum(math.prod(p.shape) for p in self.parameters)
 
 
+class LayerKind(UnitSpec):
+    """``count`` equal layers that follow each other; sizes are elements, of one layer.
+
+    ``tokens_divisor``: a sequence of the job has seq_len / this many tokens here (a Swin stage merges patches).
+    ``side_inputs``: further hidden states of equal size that ride along from layer to layer (a decoder's encoder
+    output).  ``regions``: submodules that gather the sequence and scatter it again under tensor parallelism.
+    ``attention_span``: tokens that one token attends to at most (a window); None for the whole sequence.
+    """
+
+    name: UnitName = "layer"
+    count: PositiveInt
+    hidden_size: PositiveInt
+    ffn_size: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    tokens_divisor: PositiveInt = 1
+    side_inputs: int = Field(default=0, ge=0)
+    regions: PositiveInt = 2
+    causal: bool = True
+    attention_span: PositiveInt | None = None
+    num_experts: int = Field(default=0, ge=0)
+    experts_per_token: int = Field(default=0, ge=0)
+
+    def tokens(self, seq_len: int) -> int:
+        """Tokens of one sequence in these layers."""
+        return seq_len // self.tokens_divisor
+
+    def entering_elements(self, seq_len: int) -> int:
+        """Elements of one sequence that enter one of these layers: hidden states, and those that ride along."""
+        return self.tokens(seq_len) * self.hidden_size * (1 + self.side_inputs)
+
+    @property
+    def active_parameters(self) -> float:
+        """Elements that one token meets: of the experts, the ``experts_per_token`` it is sent to."""
+        experts = sum(math.prod(p.shape) for p in self.parameters if p.experts)
+        share = self.experts_per_token / self.num_experts if self.num_experts else 1.0
+        return self.num_parameters - experts + share * experts
+
+    def attention_flops_per_token(self, seq_len: int) -> float:
+        """Forward FLOPs of scores and values for one token, as if nothing were masked: 4 x heads x head_dim x span."""
+        span = min(self.tokens(seq_len), self.attention_span or self.tokens(seq_len))
+        return 4.0 * self.num_heads * self.head_dim * span
+
+
 class ModelSpec(Record):
-    """A Transformer language model as the search sees it; sizes are elements, lengths are tokens."""
+    """A Transformer as the search sees it: embedding, layers by kind in the order of the forward pass, head."""
 
     name: str
     family: str
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerKind, ...] = Field(min_length=1)
     vocab_size: int
     max_seq_len: int
     tied_embeddings: bool
     embedding: UnitSpec
-    layer: UnitSpec
     head: UnitSpec
+
+    @model_validator(mode="after")
+    def _kinds_have_names_of_their_own(self) -> Self:
+        names = [*ENDS, *(kind.name for kind in self.layers)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"units need different names, got {', '.join(names)}; rename a kind of layer")
+        return self
+
+    @property
+    def units(self) -> tuple[UnitName, ...]:
+        """The names of all units: embedding, kinds of layers, head."""
+        return ENDS[0], *(kind.name for kind in self.layers), ENDS[1]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all kinds."""
+        return sum(kind.count for kind in self.layers)
+
+    @property
+    def layer(self) -> LayerKind:
+        """The kind that all layers are of.
+
+        Raises:
+            ConfigError: there are several kinds.
+        """
+        if len(self.layers) > 1:
+            kinds = ", ".join(kind.name for kind in self.layers)
+            raise ConfigError(f"model {self.name} has several kinds of layers ({kinds}); this takes models of one kind")
+        return self.layers[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Hidden size of the first layers."""
+        return self.layers[0].hidden_size
 
     def unit(self, name: UnitName) -> UnitSpec:
         """The unit called ``name``.  A tied head lists the shared weight too (see ``tied_embeddings``)."""
-        unit: UnitSpec = getattr(self, name)
-        return unit
+        if name in ENDS:
+            unit: UnitSpec = getattr(self, name)
+            return unit
+        return self.kind(name)
+
+    def kind(self, name: UnitName) -> LayerKind:
+        """The kind of layer called ``name``; KeyError if there is none."""
+        for kind in self.layers:
+            if kind.name == name:
+                return kind
+        raise KeyError(name)
+
+    def kind_of_layers(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer, first to last."""
+        return tuple(kind for kind in self.layers for _ in range(kind.count))
 
     @property
     def num_parameters(self) -> int:
         """Elements of the whole model; a tied weight counts once."""
-        total = self.embedding.num_parameters + self.num_layers * self.layer.num_parameters
+        total = self.embedding.num_parameters + sum(kind.count * kind.num_parameters for kind in self.layers)
         tied = self.vocab_size * self.hidden_size if self.tied_embeddings else 0
         return total + self.head.num_parameters - tied
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Training FLOPs a token, forward + backward: 6 × matmul parameters + 12·L·h·s (PaLM, appendix B).
+        """Training FLOPs a token, forward + backward: 6 × active matmul parameters + 12·L·h·s (PaLM, appendix B).
 
-        The input embedding is a lookup and does not count; the output projection does.
+        The input embedding is a lookup and does not count; the output projection does.  Kinds whose sequences are
+        shorter count by their share of tokens.
         """
-        matmul = self.num_layers * self.layer.num_parameters + self.vocab_size * self.hidden_size
-        attention = 12 * self.num_layers * self.num_heads * self.head_dim * seq_len
-        return 6.0 * matmul + attention
+        total = 6.0 * self.vocab_size * self.layers[-1].hidden_size
+        for kind in self.layers:
+            layer = 6.0 * kind.active_parameters + 3.0 * kind.attention_flops_per_token(seq_len)
+            total += kind.count * layer / kind.tokens_divisor
+        return total
 
 
 class ComputeSample(Record):
@@ -120,6 +219,7 @@ class ComputeSample(Record):
 
     ``batch`` sequences of ``seq_len`` tokens enter as one of ``tp`` ranks holds them, [batch, seq_len/tp, hidden],
     and weights have that rank's shape; the copies that gathering and scattering make locally are included.
+    ``selective_s``: the part of the forward that selective recompute runs again.
     """
 
     unit: UnitName
@@ -128,6 +228,7 @@ class ComputeSample(Record):
     seq_len: int
     forward_s: float
     backward_s: float
+    selective_s: float = 0.0
 
 
 class ActivationSample(Record):
@@ -150,22 +251,29 @@ class ActivationSample(Record):
 
 
 class ModelProfile(FileRecord):
-    """``model.json``: a model's shapes with its measured compute and counted activations.
+    """``model.json``: a model's shapes with its compute and activations, measured unless ``origin`` says otherwise.
 
     ``optimizer_s_per_parameter`` is the time of one AdamW step divided by the local elements it updates.
     """
 
     FORMAT: ClassVar[str] = "galvatron.model"
+    VERSION: ClassVar[int] = 2
     ERROR: ClassVar[type[GalvatronError]] = ProfileError
 
     spec: ModelSpec
     device: str
     precision: Precision
     seq_len: int
+    origin: Origin = "measured"
     compute: tuple[ComputeSample, ...]
     activations: tuple[ActivationSample, ...]
     optimizer_s_per_parameter: float = 0.0
 
     def tp_degrees(self) -> tuple[int, ...]:
-        """The tp degrees at which layers were measured, ascending."""
-        return tuple(sorted({sample.tp for sample in self.compute if sample.unit == "layer"}))
+        """The tp degrees at which every kind of layer was measured, ascending."""
+        return self._tp_degrees
+
+    @cached_property
+    def _tp_degrees(self) -> tuple[int, ...]:
+        measured = [{sample.tp for sample in self.compute if sample.unit == kind.name} for kind in self.spec.layers]
+        return tuple(sorted(set.intersection(*measured)))

@@ -6,7 +6,17 @@ and memory per stage with its parts.  Knows nothing of torch, of how a plan is s
 
 from .memory import UnitMemory, unit_memory
 from .setting import Setting
-from .step import Replay, predict, replay
+from .step import Replay, objective_s, predict, replay
 from .unit import UnitTimes, unit_times
 
-__all__ = ["Replay", "Setting", "UnitMemory", "UnitTimes", "predict", "replay", "unit_memory", "unit_times"]
+__all__ = [
+    "Replay",
+    "Setting",
+    "UnitMemory",
+    "UnitTimes",
+    "objective_s",
+    "predict",
+    "replay",
+    "unit_memory",
+    "unit_times",
+]

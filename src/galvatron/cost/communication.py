@@ -5,59 +5,66 @@ Every function takes a Setting and sizes; sizes count as ``core.hardware`` says.
 
 from __future__ import annotations
 
+import numpy as np
+
 from galvatron.core.hardware import Op, Overlap
+from galvatron.core.model import UnitName
 
 from .setting import Setting
+from .strategies import Floats, Ints
 
 
-def collective_s(setting: Setting, op: Op, size: int, stride: int, num_bytes: float) -> float:
-    """One collective over groups of ``size`` ranks ``stride`` apart; 0 for a group of one."""
-    return 0.0 if size == 1 else setting.link(op, size, stride).time_s(num_bytes)
+def collective_s(
+    setting: Setting, op: Op, size: Ints | int, stride: Ints | int, num_bytes: Floats | Ints | float
+) -> Floats:
+    """One collective over groups of ``size`` ranks ``stride`` apart, for every row; 0 for a group of one."""
+    latency_s, seconds_per_byte = setting.links(op, np.asarray(size), np.asarray(stride))
+    return latency_s + num_bytes * seconds_per_byte
 
 
-def redistribution_s(setting: Setting, before: int, after: int) -> float:
-    """One all-to-all between layers whose hidden states are cut ``before`` and ``after`` ways by sequence.
+def redistribution_s(setting: Setting, unit: UnitName, before: int, after: int) -> float:
+    """One all-to-all into ``unit`` from hidden states that are cut ``before`` ways by sequence to ``after`` ways.
 
     It runs over just the axes between the two degrees; every rank puts in all it holds.
     """
     if before == after:
         return 0.0
     inner, outer = sorted((before, after))
-    return collective_s(setting, "all_to_all", outer // inner, inner, setting.boundary_bytes)
+    return setting.link("all_to_all", outer // inner, inner).time_s(setting.entering_bytes(unit))
 
 
-def transfer_s(setting: Setting) -> float:
-    """One rank's hidden states of one microbatch to the same rank of the next stage; 0 without a pipeline."""
+def transfer_s(setting: Setting, unit: UnitName) -> float:
+    """One rank's hidden states of one microbatch to the stage that begins with ``unit``; 0 without a pipeline."""
     if setting.pp == 1:
         return 0.0
-    return setting.link("p2p", 2, setting.stage_size).time_s(setting.boundary_bytes)
+    return setting.link("p2p", 2, setting.stage_size).time_s(setting.entering_bytes(unit))
 
 
-def tied_reduction_s(setting: Setting, num_bytes: float) -> float:
+def tied_reduction_s(setting: Setting, num_bytes: Floats | Ints) -> Floats:
     """The all-reduce of the tied weight's gradient between first and last stage.
 
-    Two stages are an axis of the world.  More are not, and their all-reduce is not measured: it is taken as one
-    message each way between neighbouring stages.
+    Two stages mostly are an axis of the world.  More are not, and their all-reduce is not measured: it is taken as
+    one message each way between neighbouring stages.
     """
-    if setting.pp == 2:
+    if setting.pp == 2 and setting.hardware.has_link("all_reduce", 2, setting.stage_size):
         return collective_s(setting, "all_reduce", 2, setting.stage_size, num_bytes)
-    return 2 * setting.link("p2p", 2, setting.stage_size).time_s(num_bytes)
+    return 2 * collective_s(setting, "p2p", 2, setting.stage_size, num_bytes)
 
 
-def overlapped_s(compute_s: float, communication_s: float, overlap: Overlap) -> float:
+def overlapped_s(compute_s: Floats | float, communication_s: Floats | float, overlap: Overlap) -> Floats:
     """Seconds until both are done when they start together and slow each other while both run.
 
     With slowdowns a (compute) and b (communication): if communication ends first, it took b·d while compute
     did b·d / a of its work, and the rest goes on at full speed; and the other way round.
     """
     a, b = overlap.compute_slowdown, overlap.communication_slowdown
-    if b * communication_s <= a * compute_s:
-        return compute_s + b * communication_s * (1 - 1 / a)
-    return communication_s + a * compute_s * (1 - 1 / b)
+    compute_last = compute_s + b * communication_s * (1 - 1 / a)
+    communication_last = communication_s + a * compute_s * (1 - 1 / b)
+    return np.where(b * communication_s <= a * compute_s, compute_last, communication_last)
 
 
-def exposed_s(setting: Setting, compute_s: float, communication_s: float) -> float:
-    """What FSDP2's communication adds to ``compute_s``: all of it where nothing overlaps."""
+def exposed_s(setting: Setting, compute_s: Floats, communication_s: Floats) -> Floats:
+    """What communication on a stream of its own adds to ``compute_s``: all of it where nothing overlaps."""
     if not setting.overlaps:
         return communication_s
     return overlapped_s(compute_s, communication_s, setting.hardware.overlap) - compute_s

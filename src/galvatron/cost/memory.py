@@ -1,10 +1,10 @@
-"""Bytes of one unit on the fullest rank, from shapes and from how FSDP2 allocates.
+"""Bytes of one unit on the fullest rank under many strategies at once, from shapes and from how FSDP2 allocates.
 
-Takes a Setting, a unit and a strategy; gives exact parameter, gradient and optimizer bytes, and an interval for
+Takes a Setting, a unit and strategies; gives exact parameter, gradient and optimizer bytes, and an interval for
 what passes.  Knows nothing of stages: ``step`` and ``search`` add units up.
 
 What torch 2.13 allocates (``torch/distributed/fsdp/_fully_shard``), per parameter of local shape (d0, …) after
-the tensor cut, with s = dp_shard:
+the tensor cut, with s the ranks that it is sharded over:
 
 * held: ceil(d0 / s) rows in float32 on every rank, padding included (``_fsdp_param.py``, ``padded_sharded_param``);
   its gradient likewise; AdamW adds two tensors of the shard's shape;
@@ -18,121 +18,142 @@ the tensor cut, with s = dp_shard:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from galvatron.core.model import ParameterSpec, UnitName
+import numpy as np
+from numpy.typing import NDArray
+
+from galvatron.core.model import ENDS, UnitName
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import LayerStrategy
 
 from .setting import Setting
+from .sizes import ShardSize, shard_sizes
+from .strategies import RECOMPUTES, Floats, Ints, Strategies
 
 MASTER_BYTES = DTYPE_BYTES["fp32"]  # parameters, reduced gradients and both AdamW states are float32
 ADAMW_STATES = 2  # exp_avg and exp_avg_sq
 
 
 @dataclass(frozen=True, slots=True)
-class ShardSize:
-    """Elements of one unit on the fullest rank.
-
-    ``held``: its shard, padding included; ``whole``: after the tensor cut, before sharding; ``uncut``: the part
-    of ``held`` that every tp rank has too.
-    """
-
-    held: int
-    whole: int
-    uncut: int
-
-
-def shard_size(parameters: Iterable[ParameterSpec], tp: int, dp_shard: int) -> ShardSize:
-    """Sum over ``parameters`` of what rank 0, the fullest, holds of each."""
-    held = whole = uncut = 0
-    for parameter in parameters:
-        shape = parameter.local_shape(tp)
-        shard = math.ceil(shape[0] / dp_shard) * math.prod(shape[1:])
-        held += shard
-        whole += math.prod(shape)
-        if parameter.cut is None or parameter.cut.is_whole(tp):
-            uncut += shard
-    return ShardSize(held, whole, uncut)
-
-
-@dataclass(frozen=True, slots=True)
 class UnitMemory:
-    """Bytes of one unit on the fullest rank.
+    """Bytes of one unit on the fullest rank, one row a strategy.
 
     ``unsharded_bytes`` stay for the whole step (gathered parameters, whole gradients); ``activation_bytes`` are
     those of one microbatch; ``transient_bytes`` come and go with the unit's turn, so that a stage needs only the
     largest of its units'.
     """
 
-    parameter_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    unsharded_bytes: int
-    activation_bytes: int
-    transient_bytes: int
+    parameter_bytes: Ints
+    gradient_bytes: Ints
+    optimizer_bytes: Ints
+    unsharded_bytes: Ints
+    activation_bytes: Ints
+    transient_bytes: Ints
 
     @property
-    def resident_bytes(self) -> int:
+    def resident_bytes(self) -> Ints:
         """What stays through the step whatever is in flight."""
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.unsharded_bytes
 
+    def row(self, row: int) -> UnitMemory:
+        """The bytes of one strategy, as arrays without dimensions."""
+        return UnitMemory(*(getattr(self, field.name)[row] for field in fields(self)))
+
 
 def unit_memory(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> UnitMemory:
-    """Memory of ``unit`` under ``strategy``; raises ProfileError when its activations were not counted."""
-    size = shard_size(setting.parameters(unit), strategy.tp, strategy.dp_shard)
-    sample = setting.activation_sample(unit, strategy.tp, strategy.recompute)
-    batch = setting.micro_batch_size // strategy.dp
-    workspace = batch * sample.workspace_bytes_per_sequence
-    gathered = size.held * strategy.dp_shard * setting.compute_bytes
-    reduced = size.held * strategy.dp_shard * setting.reduce_bytes
-    stays = stays_gathered(setting, unit, strategy)
-    gradient = size.held * MASTER_BYTES
-    passing = 0 if stays else gathered
+    """Memory of ``unit`` under one strategy; raises ProfileError when its activations were not counted."""
+    return all_unit_memory(setting, unit, Strategies.of([strategy])).row(0)
+
+
+def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) -> UnitMemory:
+    """Memory of ``unit`` under every strategy; raises ProfileError when its activations were not counted."""
+    s = strategies
+    dense, experts = shard_sizes(setting.parameters(unit), s)
+    held, whole = dense.held + experts.held, dense.whole + experts.whole
+    padded = dense.held * s.shard + experts.held * s.expert_shard
+    activations, workspace = _passing_bytes(setting, unit, s)
+    gathered, reduced = padded * setting.compute_bytes, padded * setting.reduce_bytes
+    stays = stays_gathered(setting, unit, s)
+    gradient = held * MASTER_BYTES
     # autograd adds to whole gradients in place; only where they change dtype or are reduced are there new ones
-    in_place = _accumulates(setting, strategy) and setting.compute_bytes == setting.reduce_bytes
-    new_gradients = 0 if in_place else size.whole * setting.compute_bytes
-    flat_buffers = gathered * (strategy.dp_shard > 1) + reduced
+    in_place = _accumulates(setting, s) & (setting.compute_bytes == setting.reduce_bytes)
+    new_gradients = np.where(in_place, 0, whole * setting.compute_bytes)
+    flat_buffers = _gathering_elements(dense, experts, s) * setting.compute_bytes + reduced
+    passing = np.where(stays, 0, gathered)
+    unsharded = np.where(stays, gathered, 0) + _accumulated_bytes(setting, s, whole, gradient)
     return UnitMemory(
-        parameter_bytes=size.held * MASTER_BYTES,
+        parameter_bytes=held * MASTER_BYTES,
         gradient_bytes=gradient,
-        optimizer_bytes=ADAMW_STATES * size.held * MASTER_BYTES,
-        unsharded_bytes=(gathered if stays else 0) + _accumulated_bytes(setting, strategy, size, gradient),
-        activation_bytes=sample.fixed_bytes + batch * sample.bytes_per_sequence,
-        transient_bytes=passing + flat_buffers + new_gradients + max(workspace, size.held * setting.reduce_bytes),
+        optimizer_bytes=ADAMW_STATES * held * MASTER_BYTES,
+        unsharded_bytes=unsharded,
+        activation_bytes=activations,
+        transient_bytes=passing + flat_buffers + new_gradients + np.maximum(workspace, held * setting.reduce_bytes),
     )
 
 
-def stays_gathered(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> bool:
+def _gathering_elements(dense: ShardSize, experts: ShardSize, s: Strategies) -> Ints:
+    """Elements of the flat buffers of all-gathers: of what is sharded at all."""
+    return dense.held * s.shard * (s.shard > 1) + experts.held * s.expert_shard * (s.expert_shard > 1)
+
+
+def _passing_bytes(setting: Setting, unit: UnitName, s: Strategies) -> tuple[Ints, Ints]:
+    """(what one microbatch leaves behind, what its own passes need beyond that).
+
+    Ulysses and ring ranks hold 1 / degree of a batch's activations: tokens in linears, heads or blocks in attention.
+    """
+    batch = setting.micro_batch_size / (s.dp * s.ulysses * s.cp)
+    activations, workspace = np.zeros(len(s)), np.zeros(len(s))
+    for tp, recompute in sorted({*zip(s.tp.tolist(), s.recompute.tolist(), strict=True)}):
+        rows = np.flatnonzero((s.tp == tp) & (s.recompute == recompute))
+        sample = setting.activation_sample(unit, tp, RECOMPUTES[recompute])
+        activations[rows] = sample.fixed_bytes + batch[rows] * sample.bytes_per_sequence
+        workspace[rows] = batch[rows] * sample.workspace_bytes_per_sequence
+    if unit not in ENDS:
+        workspace = workspace + _exchange_bytes(setting, unit, s, batch)
+    return np.ceil(activations).astype(np.int64), np.ceil(workspace).astype(np.int64)
+
+
+def _exchange_bytes(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> Floats:
+    """Receiving buffers of the widest exchange of a layer: Ulysses' q, k and v, two ring blocks of k and v with
+    their gradients, or the tokens sent to experts."""
+    kind = setting.model.spec.kind(unit)
+    token_bytes = batch * setting.tokens(unit) * setting.compute_bytes
+    heads, kv_heads = kind.num_heads / s.tp, np.maximum(kind.num_kv_heads / s.tp, 1.0)
+    ulysses = (s.ulysses > 1) * token_bytes * kind.head_dim * (heads + 2 * np.maximum(kv_heads, s.ulysses))
+    ring = (s.cp > 1) * 8 * token_bytes * kind.head_dim * np.maximum(kv_heads, s.ulysses)
+    experts = (s.ep > 1) * token_bytes * kind.experts_per_token * kind.hidden_size
+    widest: Floats = np.maximum(np.maximum(ulysses, ring), experts)
+    return widest
+
+
+def stays_gathered(setting: Setting, unit: UnitName, s: Strategies) -> NDArray[np.bool_]:
     """Whether gathered parameters stay through the step: always below ZeRO 3, and in a group tied to the head.
 
     The tied group's backward begins where its forward ends, so it is sharded again for no time at all.
     """
-    return strategy.zero != 3 or (unit == "embedding" and setting.shares_tied_weight)
+    stays: NDArray[np.bool_] = (s.zero != 3) | (unit == "embedding" and setting.shares_tied_weight)
+    return stays
 
 
-def _accumulates(setting: Setting, strategy: LayerStrategy) -> bool:
+def _accumulates(setting: Setting, s: Strategies) -> NDArray[np.bool_]:
     """Whether whole gradients wait for the last microbatch."""
-    return strategy.zero < 2 and setting.num_microbatches > 1
+    waits: NDArray[np.bool_] = (s.zero < 2) & (setting.num_microbatches > 1)
+    return waits
 
 
-def _accumulated_bytes(setting: Setting, strategy: LayerStrategy, size: ShardSize, gradient_bytes: int) -> int:
+def _accumulated_bytes(setting: Setting, s: Strategies, whole: Ints, gradient_bytes: Ints) -> Ints:
     """Whole gradients kept between microbatches, beyond the reduced gradient that takes their place at the end."""
-    return max(size.whole * setting.reduce_bytes - gradient_bytes, 0) if _accumulates(setting, strategy) else 0
+    waiting = np.maximum(whole * setting.reduce_bytes - gradient_bytes, 0)
+    return np.where(_accumulates(setting, s), waiting, 0)
 
 
-def stage_bytes(setting: Setting, stage: int) -> int:
-    """What one microbatch in flight keeps on ``stage`` beyond its units' activations.
+def shared_bytes(setting: Setting) -> int:
+    """What one microbatch in flight keeps on every stage but the first: its own of what all layers share.
 
-    A stage keeps its output until the backward (the next stage's profile does not count it here), and every
-    stage but the first makes its own of what layers share, which the profile counts with the embedding.
+    The profile counts it with the embedding.
     """
-    output = setting.boundary_bytes if stage < setting.pp - 1 else 0
-    shared = (
-        setting.activation_sample("embedding", setting.model.tp_degrees()[0], "none").fixed_bytes if stage > 0 else 0
-    )
-    return output + shared
+    return setting.activation_sample("embedding", setting.model.tp_degrees()[0], "none").fixed_bytes
 
 
 CUDA_CONTEXT_BYTES = 2**30

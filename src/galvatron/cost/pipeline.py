@@ -1,75 +1,107 @@
 """The exact timeline of a pipeline schedule: who computes what from when to when.
 
-Takes seconds per (stage, microbatch) of forward and backward, and of one transfer between neighbours; gives
-events.  Knows nothing of plans or layers.
+Takes a Pipeline: seconds of every pass and message; gives events.  Knows nothing of plans or layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from galvatron.plan.plan import Schedule
-from galvatron.plan.schedules import actions
-
-Kind = Literal["forward", "backward"]
+from galvatron.plan.schedules import Action, Kind, actions
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One forward or backward of one microbatch on one stage, in seconds from the step's start."""
+    """One pass of one microbatch through one chunk of a stage, in seconds from the step's start."""
 
     stage: int
     kind: Kind
     microbatch: int
     start_s: float
     end_s: float
+    chunk: int = 0
 
 
-def timeline(
-    schedule: Schedule,
-    forward_s: Sequence[Sequence[float]],
-    backward_s: Sequence[Sequence[float]],
-    transfer_s: float = 0.0,
-    *,
-    receiving_blocks: bool = False,
-) -> tuple[Event, ...]:
+@dataclass(frozen=True)
+class Pipeline:
+    """A schedule with its seconds.
+
+    Chunk c of stage p is entry c x pp + p of every sequence, in the order of the forward pass: seconds of a
+    microbatch's forward, backward and (zero bubble alone) weight pass; what the first microbatch's forward and the
+    last one's gradients take besides; and of the message into an entry, which goes back as long.
+    """
+
+    schedule: Schedule
+    pp: int
+    num_microbatches: int
+    forward_s: Sequence[float]
+    backward_s: Sequence[float]
+    weight_s: Sequence[float] = ()
+    first_s: Sequence[float] = ()
+    last_s: Sequence[float] = ()
+    transfer_s: Sequence[float] = ()
+
+    @property
+    def model_chunks(self) -> int:
+        """Chunks a stage."""
+        return len(self.forward_s) // self.pp
+
+    def actions(self, stage: int) -> list[Action]:
+        """The passes of one stage in order."""
+        return actions(self.schedule, self.pp, stage, self.num_microbatches, self.model_chunks)
+
+    def duration_s(self, stage: int, action: Action) -> float:
+        """How long one pass computes."""
+        entry, i = action.chunk * self.pp + stage, action.microbatch
+        if action.kind == "forward":
+            return self.forward_s[entry] + (self.first_s[entry] if self.first_s and i == 0 else 0.0)
+        last = self.last_s and i == self.num_microbatches - 1 and (action.kind == "weight" or not self.weight_s)
+        seconds = self.backward_s if action.kind == "backward" else self.weight_s
+        return seconds[entry] + (self.last_s[entry] if last else 0.0)
+
+    def input_of(self, stage: int, action: Action) -> tuple[int, Kind, int] | None:
+        """(entry, kind, microbatch) of the pass whose result an action needs first; None if it needs no message."""
+        entry = action.chunk * self.pp + stage
+        source = entry - 1 if action.kind == "forward" else entry + 1
+        if action.kind == "weight" or not 0 <= source < len(self.forward_s):
+            return None
+        return source, action.kind, action.microbatch
+
+    def message_s(self, stage: int, action: Action) -> float:
+        """How long the message travels that an action needs."""
+        entry = action.chunk * self.pp + stage
+        return self.transfer_s[entry if action.kind == "forward" else entry + 1] if self.transfer_s else 0.0
+
+
+def timeline(pipeline: Pipeline, *, receiving_blocks: bool = False) -> tuple[Event, ...]:
     """Events of one step, by stage and then by time, each as early as its stage and its input allow.
 
-    ``forward_s[stage][microbatch]`` and ``backward_s`` alike.  What a neighbour sends arrives ``transfer_s`` after
-    it was computed; with ``receiving_blocks`` the receiver is busy for that time and computes nothing.
+    What a neighbour sends arrives when the message has travelled; with ``receiving_blocks`` the receiver is busy for
+    that time and computes nothing.
     """
-    pp, m = len(forward_s), len(forward_s[0])
-    orders = [actions(schedule, pp, stage, m) for stage in range(pp)]
+    pp = pipeline.pp
+    orders = [pipeline.actions(stage) for stage in range(pp)]
     next_action, free_at = [0] * pp, [0.0] * pp
     ends: dict[tuple[int, Kind, int], float] = {}
     events: list[list[Event]] = [[] for _ in range(pp)]
-    waiting = pp * 2 * m
+    waiting = sum(map(len, orders))
     while waiting:
         before = waiting
         for stage in range(pp):
             while next_action[stage] < len(orders[stage]):
-                kind, i = orders[stage][next_action[stage]]
-                arrived = arrival(ends, stage, kind, i, pp)
-                if arrived is None:
-                    break
-                start = free_at[stage]
-                if arrived != NO_INPUT:
-                    start = max(start, arrived) + transfer_s if receiving_blocks else max(start, arrived + transfer_s)
-                end = start + (forward_s if kind == "forward" else backward_s)[stage][i]
-                events[stage].append(Event(stage, kind, i, start, end))
-                ends[stage, kind, i] = free_at[stage] = end
+                action = orders[stage][next_action[stage]]
+                source, start = pipeline.input_of(stage, action), free_at[stage]
+                if source is not None:
+                    if source not in ends:
+                        break
+                    arrived, travel = ends[source], pipeline.message_s(stage, action)
+                    start = max(start, arrived) + travel if receiving_blocks else max(start, arrived + travel)
+                end = start + pipeline.duration_s(stage, action)
+                events[stage].append(Event(stage, action.kind, action.microbatch, start, end, action.chunk))
+                ends[action.chunk * pp + stage, action.kind, action.microbatch] = free_at[stage] = end
                 next_action[stage] += 1
                 waiting -= 1
-        assert waiting < before, f"schedule {schedule} deadlocks with pp={pp}, num_microbatches={m}"
+        assert waiting < before, f"schedule {pipeline.schedule} deadlocks with pp={pp}"
     return tuple(event for stage_events in events for event in stage_events)
-
-
-NO_INPUT = -1.0
-
-
-def arrival(ends: dict[tuple[int, Kind, int], float], stage: int, kind: Kind, i: int, pp: int) -> float | None:
-    """When the neighbour finished the input of an action; None if not yet, NO_INPUT if it needs none."""
-    source = stage - 1 if kind == "forward" else stage + 1
-    return ends.get((source, kind, i)) if 0 <= source < pp else NO_INPUT

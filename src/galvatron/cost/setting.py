@@ -1,4 +1,4 @@
-"""What is fixed while strategies vary: the profiles, the pipeline degree and the batch."""
+"""What is fixed while strategies vary: the profiles, the pipeline and the batch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from functools import cached_property
 from typing import Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from galvatron.core.errors import ProfileError
 from galvatron.core.hardware import HardwareProfile, Link, Op
-from galvatron.core.model import ActivationSample, ComputeSample, ModelProfile, ParameterSpec, Precision, UnitName
+from galvatron.core.model import ENDS, ActivationSample, ComputeSample, ModelProfile, ParameterSpec, Precision, UnitName
 from galvatron.core.units import DTYPE_BYTES
-from galvatron.plan.plan import Plan
+from galvatron.plan.plan import Plan, Schedule
 
-Seconds = TypeVar("Seconds", float, NDArray[np.float64])
+from .strategies import Floats, Ints
+
+Seconds = TypeVar("Seconds", float, Floats)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One pipeline degree and one number of microbatches of one job on one cluster.
+    """One pipeline and one number of microbatches of one job on one cluster.
 
     Raises ProfileError when the model profile was measured at another sequence length or precision.
     """
@@ -33,6 +34,8 @@ class Setting:
     seq_len: int
     precision: Precision
     grad_reduce_dtype: Precision
+    schedule: Schedule = "1f1b"
+    model_chunks: int = 1
 
     def __post_init__(self) -> None:
         for name, wanted, measured in (
@@ -57,6 +60,8 @@ class Setting:
             plan.seq_len,
             plan.precision,
             plan.grad_reduce_dtype,
+            plan.schedule,
+            plan.model_chunks,
         )
 
     @property
@@ -79,22 +84,79 @@ class Setting:
         """Bytes of one gradient element while it is reduced."""
         return DTYPE_BYTES[self.grad_reduce_dtype]
 
+    def tokens(self, unit: UnitName) -> int:
+        """Tokens of one sequence in ``unit``."""
+        layers = self.model.spec.layers
+        if unit in ENDS:
+            return layers[0 if unit == "embedding" else -1].tokens(self.seq_len)
+        return self.model.spec.kind(unit).tokens(self.seq_len)
+
+    def hidden_size(self, unit: UnitName) -> int:
+        """Hidden size of ``unit``."""
+        layers = self.model.spec.layers
+        if unit in ENDS:
+            return layers[0 if unit == "embedding" else -1].hidden_size
+        return self.model.spec.kind(unit).hidden_size
+
+    def entering_bytes(self, unit: UnitName) -> int:
+        """Bytes of one microbatch's hidden states that a rank holds as they enter ``unit``: 1 / n of all."""
+        if unit in ENDS:
+            elements = self.tokens(unit) * self.hidden_size(unit)
+        else:
+            elements = self.model.spec.kind(unit).entering_elements(self.seq_len)
+        return self.micro_batch_size * elements * self.compute_bytes // self.stage_size
+
     @property
-    def boundary_bytes(self) -> int:
-        """Bytes of the hidden states of one microbatch that a rank holds between layers: 1 / n of all."""
-        elements = self.micro_batch_size * self.seq_len * self.model.spec.hidden_size
-        return elements * self.compute_bytes // self.stage_size
+    def fill(self) -> float:
+        """Which part of a microbatch's work every other stage adds to the step while the pipeline fills and drains.
+
+        1F1B and GPipe: all of it; v model chunks: 1 / v (Narayanan et al. 2021, 2.2).  Zero bubble, with forward,
+        backward and weight pass taken as equal: the first two without the weight passes that fill the bubble (what a
+        unit's own times say beyond that is in ``UnitTimes.work_s``).
+        """
+        if self.schedule == "zero_bubble":
+            return (2 - self.weights_in_bubble) / 3
+        return 1 / self.model_chunks
+
+    @property
+    def weights_in_bubble(self) -> float:
+        """Weight passes that a zero-bubble schedule has for each other stage's bubble: 1 from m = pp on."""
+        return min(1.0, (self.num_microbatches - 1) / (self.pp - 1)) if self.pp > 1 else 1.0
+
+    @property
+    def slots(self) -> float:
+        """How many times one stage's microbatch a pipeline of equal stages takes."""
+        return self.num_microbatches + self.fill * (self.pp - 1)
+
+    @property
+    def whole_fill(self) -> float:
+        """What a second counts that no schedule shortens when it fills, in the currency of ``UnitTimes.work_s``.
+
+        1 but for the zero bubble, whose fill leaves out weight gradients alone.
+        """
+        fill = 1.0 if self.schedule == "zero_bubble" else self.fill
+        return (self.num_microbatches + fill * (self.pp - 1)) / self.slots
 
     def combined_s(self, total_s: Seconds, largest_s: Seconds) -> Seconds:
-        """A step from Σ w and max w of its stages' microbatches: max(s·(Σ w + (m - 1)·max w), m·Σ w / pp).
+        """A step from Σ w and max w of its stages' microbatches: max(s·(φ·Σ w + (m - φ)·max w), m·Σ w / pp).
 
-        The first is the longest path through the pipeline; s, the device's ``full_speed_fraction``, is 1 where
-        every rank has a device of its own.  Ranks that share cores run 1/s times faster while others wait, but
-        all their work together takes the second, which a path at full speed never undercuts where s is 1.
+        The first is the longest path through the pipeline, φ its ``fill``; s, the device's ``full_speed_fraction``,
+        is 1 where every rank has a device of its own.  Ranks that share cores run 1/s times faster while others
+        wait, but all their work together takes the second, which a path at full speed never undercuts where s is 1.
         """
-        m, fraction = self.num_microbatches, self.hardware.device.full_speed_fraction
-        combined: Seconds = np.maximum(fraction * (total_s + (m - 1) * largest_s), m * total_s / self.pp)
+        m, fraction, fill = self.num_microbatches, self.hardware.device.full_speed_fraction, self.fill
+        path_s = fill * total_s + (m - fill) * largest_s
+        combined: Seconds = np.maximum(fraction * path_s, m * total_s / self.pp)
         return combined
+
+    def received_s(self, transfer_s: float) -> float:
+        """What a message that every microbatch brings a stage adds to its work (see ``UnitTimes.work_s``).
+
+        Where messages travel beside compute, interleaving has enough microbatches in flight to hide all but those
+        of the fill.
+        """
+        hidden = self.schedule == "interleaved" and self.overlaps
+        return transfer_s * (self.pp / self.slots if hidden else self.whole_fill)
 
     @property
     def overlaps(self) -> bool:
@@ -111,14 +173,18 @@ class Setting:
         """Whether the first and the last stage each hold a copy of the tied weight."""
         return self.model.spec.tied_embeddings and self.pp > 1
 
-    @cached_property
-    def _links(self) -> dict[tuple[Op, int, int], Link]:
-        return {(link.op, link.size, link.stride): link for link in self.hardware.links}
-
     def link(self, op: Op, size: int, stride: int) -> Link:
         """The measured link of that shape; raises ProfileError where there is none."""
-        found = self._links.get((op, size, stride))
-        return found if found is not None else self.hardware.link(op, size, stride)
+        return self.hardware.link(op, size, stride)
+
+    def links(self, op: Op, size: Ints, stride: Ints) -> tuple[Floats, Floats]:
+        """(latency_s, seconds_per_byte) of every shape; zeros for groups of one.  Raises ProfileError as ``link``."""
+        table = self.hardware.link_table(op)
+        latency_s, seconds_per_byte = table.find(size, stride)
+        for row in np.flatnonzero(np.isnan(latency_s))[:1]:
+            sizes, strides = (np.broadcast_to(column, latency_s.shape).flat for column in (size, stride))
+            self.link(op, int(sizes[row]), int(strides[row]))
+        return latency_s, seconds_per_byte
 
     @cached_property
     def _compute(self) -> dict[tuple[UnitName, int], tuple[ComputeSample, ...]]:
@@ -154,16 +220,13 @@ class Setting:
             )
         return sample
 
-    @cached_property
-    def _parameters(self) -> dict[UnitName, tuple[ParameterSpec, ...]]:
-        spec = self.model.spec
-        shared = (spec.vocab_size, spec.hidden_size) if self.shares_tied_weight else None
-        return {
-            "embedding": spec.embedding.parameters,
-            "layer": spec.layer.parameters,
-            "head": tuple(p for p in spec.head.parameters if p.shape != shared),
-        }
+    def has_activations(self, unit: UnitName, tp: int, recompute: str) -> bool:
+        """Whether the profile counted that unit, cut and recomputed like this."""
+        return (unit, tp, recompute) in self._activations
 
     def parameters(self, unit: UnitName) -> tuple[ParameterSpec, ...]:
         """The parameters that a unit holds itself; a head that shares the embedding's weight leaves it out."""
-        return self._parameters[unit]
+        spec, parameters = self.model.spec, self.model.spec.unit(unit).parameters
+        if unit == "head" and self.shares_tied_weight:
+            return tuple(p for p in parameters if p.shape != (spec.vocab_size, spec.hidden_size))
+        return parameters

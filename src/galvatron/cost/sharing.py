@@ -8,15 +8,11 @@ are not.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from galvatron.plan.plan import Schedule
-from galvatron.plan.schedules import Action, actions
+from galvatron.plan.schedules import Action, Kind
 
-from .pipeline import NO_INPUT, Event, Kind, arrival
-
-Seconds = Sequence[Sequence[float]]
+from .pipeline import Event, Pipeline
 
 
 @dataclass(slots=True)
@@ -26,35 +22,35 @@ class _Running:
     left_s: float
 
 
-def shared_timeline(
-    schedule: Schedule, forward_s: Seconds, backward_s: Seconds, transfer_s: float, full_speed_fraction: float
-) -> tuple[Event, ...]:
+def shared_timeline(pipeline: Pipeline, full_speed_fraction: float) -> tuple[Event, ...]:
     """Events of one step, by stage and then by time; receiving a message is work of the receiver.
 
     With a share a of the stages at work each runs min(1 / a, 1 / ``full_speed_fraction``) times as fast as it
     was measured: the cores are shared equally, and none does more than one rank can use.
     """
-    pp, m = len(forward_s), len(forward_s[0])
-    waiting = [deque(actions(schedule, pp, stage, m)) for stage in range(pp)]
+    pp = pipeline.pp
+    waiting = [deque(pipeline.actions(stage)) for stage in range(pp)]
     running: dict[int, _Running] = {}
     ends: dict[tuple[int, Kind, int], float] = {}
     events: list[list[Event]] = [[] for _ in range(pp)]
     now_s = 0.0
     while running or any(waiting):
         for stage in set(range(pp)) - running.keys():
-            ready = arrival(ends, stage, *waiting[stage][0], pp) if waiting[stage] else None
-            if ready is not None:
+            if not waiting[stage]:
+                continue
+            source = pipeline.input_of(stage, waiting[stage][0])
+            if source is None or source in ends:
                 action = waiting[stage].popleft()
-                work_s = (forward_s if action.kind == "forward" else backward_s)[stage][action.microbatch]
-                received_s = 0.0 if ready == NO_INPUT else transfer_s
-                running[stage] = _Running(action, now_s, work_s + received_s)
-        assert running, f"schedule {schedule} deadlocks with pp={pp}, num_microbatches={m}"
+                received_s = 0.0 if source is None else pipeline.message_s(stage, action)
+                running[stage] = _Running(action, now_s, pipeline.duration_s(stage, action) + received_s)
+        assert running, f"schedule {pipeline.schedule} deadlocks with pp={pp}"
         least_s = min(run.left_s for run in running.values())
         now_s += least_s / min(pp / len(running), 1 / full_speed_fraction)
         for stage, run in list(running.items()):
             run.left_s -= least_s
             if run.left_s <= 0:
-                events[stage].append(Event(stage, run.action.kind, run.action.microbatch, run.start_s, now_s))
-                ends[stage, run.action.kind, run.action.microbatch] = now_s
+                kind, microbatch, chunk = run.action
+                events[stage].append(Event(stage, kind, microbatch, run.start_s, now_s, chunk))
+                ends[chunk * pp + stage, kind, microbatch] = now_s
                 del running[stage]
     return tuple(event for stage_events in events for event in stage_events)

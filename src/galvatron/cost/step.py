@@ -6,108 +6,116 @@ Takes any valid Plan and the two profiles; gives a Replay (timeline) and a Predi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ModelProfile, UnitName
-from galvatron.plan.plan import LayerStrategy, Plan, Prediction, StagePrediction
+from galvatron.core.model import ModelProfile
+from galvatron.plan.plan import Plan, Prediction, StagePrediction
 
-from .communication import redistribution_s, transfer_s
-from .memory import UnitMemory, runtime_bytes, stage_bytes, unit_memory
-from .pipeline import Event, timeline
+from .memory import runtime_bytes
+from .pipeline import Event, Pipeline, timeline
 from .setting import Setting
-from .sharing import Seconds, shared_timeline
-from .unit import UnitTimes, unit_times
+from .sharing import shared_timeline
+from .stages import Chunk, Stage, messages_s, stages_of
 
+MAX_EVENTS = 20_000
+"""A longer step is replayed in part: once every stage is in its steady state each round of microbatches takes the
+same time, so what is left is added at the rate of the last rounds."""
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage's units in forward order, and one microbatch's redistribution seconds each way."""
-
-    units: tuple[tuple[UnitName, LayerStrategy], ...]
-    times: tuple[UnitTimes, ...]
-    memories: tuple[UnitMemory, ...]
-    redistribution_s: float
-
-    @property
-    def forward_s(self) -> float:
-        """One microbatch's forward."""
-        return sum(unit.forward_s for unit in self.times) + self.redistribution_s
-
-    @property
-    def backward_s(self) -> float:
-        """One microbatch's backward."""
-        return sum(unit.backward_s for unit in self.times) + self.redistribution_s
+SETTLED_ROUNDS = 6
+"""Rounds of pp microbatches after which the steady state has set in and the fill is over, with one to measure by."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """One step replayed: its stages, its pipeline events and its end in seconds."""
+    """One step replayed: its stages, its pipeline events and its end in seconds.
+
+    ``is_partial``: events are of the first microbatches alone (see ``MAX_EVENTS``).
+    """
 
     stages: tuple[Stage, ...]
     events: tuple[Event, ...]
     step_time_s: float
+    is_partial: bool
 
-
-def stages_of(plan: Plan, setting: Setting) -> tuple[Stage, ...]:
-    """Every stage of ``plan`` with its costs; a stage's first unit redistributes what its neighbour sent."""
-    costs: dict[tuple[UnitName, LayerStrategy], tuple[UnitTimes, UnitMemory]] = {}
-    stages, layout = [], plan.embedding.sequence_degree
-    for index in range(plan.pp):
-        units = _units(plan, index)
-        moved_s = 0.0
-        for key in units:
-            if key not in costs:
-                costs[key] = (unit_times(setting, *key), unit_memory(setting, *key))
-            moved_s += redistribution_s(setting, layout, key[1].sequence_degree)
-            layout = key[1].sequence_degree
-        times, memories = zip(*(costs[key] for key in units), strict=True)
-        stages.append(Stage(units, times, memories, moved_s))
-    return tuple(stages)
-
-
-def _units(plan: Plan, stage: int) -> tuple[tuple[UnitName, LayerStrategy], ...]:
-    units: list[tuple[UnitName, LayerStrategy]] = [("layer", plan.layers[i]) for i in plan.stage_layers(stage)]
-    if stage == 0:
-        units.insert(0, ("embedding", plan.embedding))
-    if stage == plan.pp - 1:
-        units.append(("head", plan.head))
-    return tuple(units)
+    @property
+    def shown_s(self) -> float:
+        """What a picture of the events spans: the step, or the end of those replayed."""
+        return max(event.end_s for event in self.events) if self.is_partial else self.step_time_s
 
 
 def replay(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> Replay:
     """Replay one step of ``plan``: pipeline, gradient sums, then the optimizer after the global gradient norm."""
     setting = Setting.of(plan, model, hardware)
-    stages, m = stages_of(plan, setting), plan.num_microbatches
-    forward_s = [[stage.forward_s] * m for stage in stages]
-    backward_s = [[stage.backward_s] * m for stage in stages]
-    for stage, forwards, backwards in zip(stages, forward_s, backward_s, strict=True):
-        forwards[0] += sum(unit.first_s for unit in stage.times)
-        backwards[-1] += sum(unit.last_s for unit in stage.times)
-    events = _events(plan, setting, forward_s, backward_s)
-    ends = [max(event.end_s for event in events if event.stage == index) for index in range(plan.pp)]
+    stages = stages_of(plan, setting)
+    pipeline = _pipeline(plan, stages)
+    events, ends = _ends(pipeline, setting)
     ends = [end + _replicated_s(setting, stage) for end, stage in zip(ends, stages, strict=True)]
-    tied_s = max(stages[0].times[0].tied_s, stages[-1].times[-1].tied_s)
+    tied_s = max(float(stages[0].times[0].tied_s), float(stages[-1].times[-1].tied_s))
     synced_s = max(*ends, max(ends[0], ends[-1]) + tied_s)
-    return Replay(stages, events, synced_s + max(map(_optimizer_s, stages)))
+    is_partial = max(event.microbatch for event in events) + 1 < plan.num_microbatches
+    return Replay(stages, events, synced_s + max(map(_optimizer_s, stages)), is_partial)
 
 
-def _events(plan: Plan, setting: Setting, forward_s: Seconds, backward_s: Seconds) -> tuple[Event, ...]:
+def _pipeline(plan: Plan, stages: tuple[Stage, ...]) -> Pipeline:
+    chunks = [chunk for row in zip(*(stage.chunks for stage in stages), strict=True) for chunk in row]
+    splits = plan.schedule == "zero_bubble"
+    return Pipeline(
+        plan.schedule,
+        plan.pp,
+        plan.num_microbatches,
+        forward_s=[chunk.forward_s for chunk in chunks],
+        backward_s=[chunk.backward_s - (chunk.weight_s if splits else 0.0) for chunk in chunks],
+        weight_s=[chunk.weight_s for chunk in chunks] if splits else (),
+        first_s=[_total(chunk, "first_s") for chunk in chunks],
+        last_s=[_total(chunk, "last_s") for chunk in chunks],
+        transfer_s=[chunk.transfer_s for chunk in chunks],
+    )
+
+
+def _total(part: Chunk | Stage, name: str) -> float:
+    return sum(float(getattr(unit, name)) for unit in part.times)
+
+
+def _ends(pipeline: Pipeline, setting: Setting) -> tuple[tuple[Event, ...], list[float]]:
+    """Events, and when every stage has done its last pass."""
+    pp, m, passes = pipeline.pp, pipeline.num_microbatches, 3 if pipeline.weight_s else 2
+    rounds = max(MAX_EVENTS // (passes * pp * len(pipeline.forward_s)), SETTLED_ROUNDS)
+    if m <= rounds * pp:
+        events = _events(pipeline, setting)
+        return events, _stage_ends(events, pp)
+    left = (m - rounds * pp) % pp
+    longer, shorter = rounds * pp + left, (rounds - 1) * pp + left
+    events = _events(replace(pipeline, num_microbatches=longer), setting)
+    before = _stage_ends(_events(replace(pipeline, num_microbatches=shorter), setting), pp)
+    after = _stage_ends(events, pp)
+    return events, [b + (b - a) * (m - longer) / (longer - shorter) for a, b in zip(before, after, strict=True)]
+
+
+def _stage_ends(events: Sequence[Event], pp: int) -> list[float]:
+    ends = [0.0] * pp
+    for event in events:
+        ends[event.stage] = max(ends[event.stage], event.end_s)
+    return ends
+
+
+def _events(pipeline: Pipeline, setting: Setting) -> tuple[Event, ...]:
     fraction = setting.hardware.device.full_speed_fraction
-    if plan.pp > 1 and fraction < 1:
-        return shared_timeline(plan.schedule, forward_s, backward_s, transfer_s(setting), fraction)
-    return timeline(plan.schedule, forward_s, backward_s, transfer_s(setting), receiving_blocks=not setting.overlaps)
+    if pipeline.pp > 1 and fraction < 1:
+        return shared_timeline(pipeline, fraction)
+    return timeline(pipeline, receiving_blocks=not setting.overlaps)
 
 
 def _replicated_s(setting: Setting, stage: Stage) -> float:
     """One all-reduce for each tp degree of the stage: every unit's bytes, one latency."""
     degrees = {strategy.tp for _, strategy in stage.units} - {1}
     latencies = sum(setting.link("all_reduce", tp, 1).latency_s for tp in degrees)
-    return latencies + sum(unit.replicated_s for unit in stage.times)
+    return latencies + _total(stage, "replicated_s")
 
 
 def _optimizer_s(stage: Stage) -> float:
-    return sum(unit.optimizer_s for unit in stage.times)
+    return _total(stage, "optimizer_s")
 
 
 def predict(
@@ -121,7 +129,7 @@ def predict(
     """
     plan.validate(model.spec, hardware.world_size)
     setting, replayed = Setting.of(plan, model, hardware), replay(plan, model, hardware)
-    stages = [stage_prediction(plan, setting, index, stage) for index, stage in enumerate(replayed.stages)]
+    stages = [stage_prediction(plan, setting, stage) for stage in replayed.stages]
     return Prediction(
         step_time_s=replayed.step_time_s,
         parts_s=_parts(plan, setting, replayed),
@@ -130,30 +138,31 @@ def predict(
     )
 
 
-def stage_prediction(plan: Plan, setting: Setting, index: int, stage: Stage) -> StagePrediction:
+def stage_prediction(plan: Plan, setting: Setting, stage: Stage) -> StagePrediction:
     """Memory of one stage: what stays, the microbatches in flight, and the largest transient of its units.
 
     The lower end is what is surely alive at once, without anything that comes and goes.
     """
     units = stage.memories
-    resident = sum(unit.resident_bytes for unit in units)
-    microbatch = sum(unit.activation_bytes for unit in units) + stage_bytes(setting, index)
-    activations = plan.microbatches_in_flight(index) * microbatch
-    workspace = max(unit.transient_bytes for unit in units)
+    resident = sum(int(unit.resident_bytes) for unit in units)
+    activations = sum(chunk.activation_bytes for chunk in stage.chunks)
+    workspace = max(int(unit.transient_bytes) for unit in units)
+    gradients = sum(int(unit.gradient_bytes) for unit in units)
     tensors = resident + activations + workspace
     # gradients meet all the activations in flight only if an earlier microbatch has left them behind
-    meets = plan.num_microbatches > plan.microbatches_in_flight(index)
-    late = 0 if meets else sum(unit.gradient_bytes for unit in units)
+    meets = plan.num_microbatches > max(chunk.in_flight for chunk in stage.chunks)
+    # chunks reach their most at different times, so that of several chunks only one's is sure
+    sure = activations if len(stage.chunks) == 1 else max(chunk.activation_bytes for chunk in stage.chunks)
     runtime = runtime_bytes(setting, tensors)
     return StagePrediction(
-        parameter_bytes=sum(unit.parameter_bytes for unit in units),
-        gradient_bytes=sum(unit.gradient_bytes for unit in units),
-        optimizer_bytes=sum(unit.optimizer_bytes for unit in units),
-        unsharded_bytes=sum(unit.unsharded_bytes for unit in units),
+        parameter_bytes=sum(int(unit.parameter_bytes) for unit in units),
+        gradient_bytes=gradients,
+        optimizer_bytes=sum(int(unit.optimizer_bytes) for unit in units),
+        unsharded_bytes=sum(int(unit.unsharded_bytes) for unit in units),
         activation_bytes=activations,
         workspace_bytes=workspace,
         runtime_bytes=runtime,
-        low_memory_bytes=resident + activations - late,
+        low_memory_bytes=resident + sure - (0 if meets else gradients),
         peak_memory_bytes=tensors + runtime,
         microbatch_forward_s=stage.forward_s,
         microbatch_backward_s=stage.backward_s,
@@ -168,7 +177,8 @@ def _parts(plan: Plan, setting: Setting, replayed: Replay) -> dict[str, float]:
     parts = {name: hurry * seconds for name, seconds in parts.items()}
     idle = replayed.step_time_s - sum(parts.values())
     if setting.overlaps:  # transfers run beside compute, but the first and last microbatch wait for all of them
-        parts["pipeline_p2p"] = min(idle, 2 * (plan.pp - 1) * transfer_s(setting))
+        transfers = sum(chunk.transfer_s for stage in replayed.stages for chunk in stage.chunks)
+        parts["pipeline_p2p"] = max(min(idle, 2 * transfers), 0.0)
     parts["pipeline_bubble"] = max(replayed.step_time_s - sum(parts.values()), 0.0)
     return {name: parts[name] for name in PART_NAMES}
 
@@ -176,6 +186,8 @@ def _parts(plan: Plan, setting: Setting, replayed: Replay) -> dict[str, float]:
 PART_NAMES = (
     "compute",
     "tensor_parallel",
+    "context_parallel",
+    "expert_parallel",
     "data_parallel",
     "recompute",
     "redistribution",
@@ -188,16 +200,22 @@ PART_NAMES = (
 def _stage_parts(plan: Plan, setting: Setting, replayed: Replay, index: int) -> dict[str, float]:
     """Seconds that one stage is busy in a step, by cause."""
     stage, m = replayed.stages[index], plan.num_microbatches
-    tensor = sum(t.tensor_parallel_forward_s + t.tensor_parallel_backward_s for t in stage.times)
-    data = sum(t.data_parallel_forward_s + t.data_parallel_backward_s for t in stage.times)
-    receives = (index > 0) + (index < plan.pp - 1)
+
+    def microbatches(*names: str) -> float:
+        return m * sum(_total(stage, name) for name in names)
+
+    received_s = 0.0 if setting.overlaps else m * sum(messages_s(replayed.stages, index))
     return {
-        "compute": m * sum(t.compute_forward_s + t.compute_backward_s for t in stage.times),
-        "tensor_parallel": m * tensor + _replicated_s(setting, stage),
-        "data_parallel": m * data + sum(t.first_s + t.last_s + t.tied_s for t in stage.times),
-        "recompute": m * sum(t.recompute_s for t in stage.times),
+        "compute": microbatches("compute_forward_s", "compute_backward_s"),
+        "tensor_parallel": microbatches("tensor_parallel_forward_s", "tensor_parallel_backward_s")
+        + _replicated_s(setting, stage),
+        "context_parallel": microbatches("context_parallel_forward_s", "context_parallel_backward_s"),
+        "expert_parallel": 2 * microbatches("expert_parallel_s"),
+        "data_parallel": microbatches("data_parallel_forward_s", "data_parallel_backward_s")
+        + sum(_total(stage, name) for name in ("first_s", "last_s", "tied_s")),
+        "recompute": microbatches("recompute_s"),
         "redistribution": m * 2 * stage.redistribution_s,
-        "pipeline_p2p": 0.0 if setting.overlaps else m * receives * transfer_s(setting),
+        "pipeline_p2p": received_s,
         "optimizer": _optimizer_s(stage),
     }
 
@@ -207,9 +225,9 @@ def objective_s(plan: Plan, setting: Setting) -> float:
 
     A stage's microbatch counts its redistributions both ways and what it receives from its neighbours too.
     """
-    works = []
-    for index, stage in enumerate(stages_of(plan, setting)):
-        receives = (index > 0) + (index < plan.pp - 1)
-        moved_s = 2 * stage.redistribution_s + receives * transfer_s(setting)
-        works.append(sum(unit.work_s(setting) for unit in stage.times) + moved_s)
+    stages, works = stages_of(plan, setting), []
+    for index, stage in enumerate(stages):
+        moved_s = 2 * setting.whole_fill * stage.redistribution_s
+        received_s = sum(setting.received_s(seconds) for seconds in messages_s(stages, index))
+        works.append(sum(float(unit.work_s(setting)) for unit in stage.times) + moved_s + received_s)
     return float(setting.combined_s(sum(works), max(works)))

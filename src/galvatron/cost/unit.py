@@ -1,131 +1,241 @@
-"""Seconds of one unit (embedding, one layer or head) under one strategy, split by cause.
+"""Seconds of one unit (embedding, one layer or head) under many strategies at once, split by cause.
 
-Takes a Setting, a unit and a strategy; gives times per microbatch and per step.  Knows nothing of neighbours
+Takes a Setting, a unit and strategies; gives times per microbatch and per step.  Knows nothing of neighbours
 (redistribution) or stages (pipeline): ``step`` and ``search`` add those.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from galvatron.core.model import UnitName
+import numpy as np
+
+from galvatron.core.model import ENDS, LayerKind, UnitName
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import LayerStrategy
 
 from .communication import collective_s, exposed_s, tied_reduction_s
 from .compute import interpolate
-from .memory import MASTER_BYTES, shard_size
+from .memory import MASTER_BYTES
 from .setting import Setting
+from .sizes import ShardSize, shard_sizes
+from .strategies import FULL, SELECTIVE, Floats, Strategies
 
-REGIONS = 2  # a layer gathers its sequence for attention and for the MLP, and scatters it after each
 VOCABULARY_REDUCTIONS = (1, 2)  # floats a token in each: the maximum; the sum of exponentials with the target's logit
+WEIGHT_SHARE = 0.5  # of a backward's compute: a linear's gradients of input and of weight are matmuls of equal FLOPs
 
 
 @dataclass(frozen=True, slots=True)
 class UnitTimes:
-    """Seconds of one unit; what overlaps is already left out of the communication.
+    """Seconds of one unit, one row a strategy; what overlaps is already left out of the communication.
 
-    Per microbatch: compute, recompute (its collectives included), tensor_parallel, data_parallel, forward and
-    backward.  Once a step: ``first_s`` with the first forward (gathers), ``last_s`` with the last backward
-    (reductions), then ``replicated_s`` (uncut gradients summed over tp), ``tied_s`` and ``optimizer_s``.
+    Per microbatch: compute, recompute (its collectives included), tensor_parallel, context_parallel (Ulysses and
+    ring), expert_parallel, data_parallel, forward and backward.  Once a step: ``first_s`` with the first forward
+    (gathers), ``last_s`` with the last backward (reductions), then ``replicated_s`` (uncut gradients summed over tp),
+    ``tied_s`` and ``optimizer_s``.
     """
 
-    compute_forward_s: float
-    compute_backward_s: float
-    recompute_s: float
-    tensor_parallel_forward_s: float
-    tensor_parallel_backward_s: float
-    data_parallel_forward_s: float
-    data_parallel_backward_s: float
-    first_s: float
-    last_s: float
-    replicated_s: float
-    tied_s: float
-    optimizer_s: float
+    compute_forward_s: Floats
+    compute_backward_s: Floats
+    recompute_s: Floats
+    tensor_parallel_forward_s: Floats
+    tensor_parallel_backward_s: Floats
+    context_parallel_forward_s: Floats
+    context_parallel_backward_s: Floats
+    expert_parallel_s: Floats
+    data_parallel_forward_s: Floats
+    data_parallel_backward_s: Floats
+    first_s: Floats
+    last_s: Floats
+    replicated_s: Floats
+    tied_s: Floats
+    optimizer_s: Floats
 
     @property
-    def forward_s(self) -> float:
+    def forward_s(self) -> Floats:
         """One microbatch's forward."""
-        return self.compute_forward_s + self.tensor_parallel_forward_s + self.data_parallel_forward_s
+        exposed = self.tensor_parallel_forward_s + self.context_parallel_forward_s + self.expert_parallel_s
+        return self.compute_forward_s + exposed + self.data_parallel_forward_s
 
     @property
-    def backward_s(self) -> float:
-        """One microbatch's backward, recompute included."""
-        exposed = self.tensor_parallel_backward_s + self.data_parallel_backward_s
-        return self.compute_backward_s + self.recompute_s + exposed
+    def backward_s(self) -> Floats:
+        """One microbatch's backward, recompute and weight gradients included."""
+        exposed = self.tensor_parallel_backward_s + self.context_parallel_backward_s + self.expert_parallel_s
+        return self.compute_backward_s + self.recompute_s + exposed + self.data_parallel_backward_s
 
-    def work_s(self, setting: Setting) -> float:
+    @property
+    def weight_s(self) -> Floats:
+        """The part of the backward that computes gradients of parameters, which zero bubble puts off."""
+        return WEIGHT_SHARE * self.compute_backward_s
+
+    def work_s(self, setting: Setting) -> Floats:
         """One microbatch's seconds with its share of what comes once a step: the additive objective's currency.
 
-        A pipeline of equal stages takes m + pp - 1 times one stage's microbatch.  Gathers with the first forward
-        and reductions with the last backward delay every stage after them, so a step waits for those of all pp
-        stages; what follows the pipeline runs on all stages at once, so it waits for one stage's.
+        A pipeline of equal stages takes ``Setting.slots`` times one stage's microbatch: m of them, and what each
+        other stage adds while it fills.  Gathers with the first forward and reductions with the last backward delay
+        every stage after them, so a step waits for those of all pp stages; what follows the pipeline runs on all
+        stages at once, so it waits for one stage's.
+
+        Under zero bubble a stage adds forward + backward - weight, less what of the weight passes of others fits
+        beside its forwards (ZB-H1, Qi et al. 2024, for passes of unequal length); its reductions delay no other stage.
         """
-        slots = setting.num_microbatches + setting.pp - 1
-        in_series_s = setting.pp * (self.first_s + self.last_s)
+        microbatch_s, in_series_s = self.forward_s + self.backward_s, self.first_s
         at_once_s = self.replicated_s + self.tied_s + self.optimizer_s
-        return self.forward_s + self.backward_s + (in_series_s + at_once_s) / slots
+        if setting.schedule == "zero_bubble":
+            hidden_s = setting.weights_in_bubble * np.minimum(self.weight_s, self.forward_s)
+            fill_s = microbatch_s - self.weight_s - hidden_s
+            at_once_s = at_once_s + self.last_s
+        else:
+            fill_s = setting.fill * microbatch_s
+            in_series_s = in_series_s + self.last_s
+        others_s = (setting.pp - 1) * fill_s + setting.pp * in_series_s
+        work_s: Floats = (setting.num_microbatches * microbatch_s + others_s + at_once_s) / setting.slots
+        return work_s
+
+    def row(self, row: int) -> UnitTimes:
+        """The times of one strategy, as arrays without dimensions."""
+        return UnitTimes(*(getattr(self, field.name)[row] for field in fields(self)))
 
 
 def unit_times(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> UnitTimes:
-    """Times of ``unit`` under ``strategy``; raises ProfileError when a measurement is missing."""
-    batch = setting.micro_batch_size // strategy.dp
-    samples = setting.compute_samples(unit, strategy.tp)
-    forward_s = interpolate([(sample.batch, sample.forward_s) for sample in samples], batch)
-    backward_s = interpolate([(sample.batch, sample.backward_s) for sample in samples], batch)
-    tp_forward_s, tp_backward_s = _tensor_parallel_s(setting, unit, strategy.tp, batch)
-    recompute_s = forward_s + tp_forward_s if strategy.recompute == "full" else 0.0
-    hiding_s = backward_s + (forward_s if strategy.recompute == "full" else 0.0)
-    shard = _data_parallel_s(setting, unit, strategy, forward_s, hiding_s)
-    size = shard_size(setting.parameters(unit), strategy.tp, strategy.dp_shard)
+    """Times of ``unit`` under one strategy; raises ProfileError when a measurement is missing."""
+    return all_unit_times(setting, unit, Strategies.of([strategy])).row(0)
+
+
+def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> UnitTimes:
+    """Times of ``unit`` under every strategy; raises ProfileError when a measurement is missing."""
+    s = strategies
+    batch = setting.micro_batch_size / (s.dp * s.ulysses * s.cp)
+    forward_s, backward_s, selective_s = _compute_s(setting, unit, s, batch)
+    gather_s, scatter_s = _sequence_s(setting, unit, s, batch)
+    tp_forward_s, tp_backward_s = _tensor_parallel_s(setting, unit, s, batch, gather_s, scatter_s)
+    context_forward_s, context_backward_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
+    expert_s = _expert_parallel_s(setting, unit, s, batch)
+    full, selective = s.recompute == FULL, s.recompute == SELECTIVE
+    again_s = np.where(full, forward_s, np.where(selective, selective_s, 0.0))
+    regions = 0 if unit in ENDS else setting.model.spec.kind(unit).regions
+    # a full recompute repeats every collective; a selective one keeps their outputs but for the gathered inputs
+    repeated_s = np.where(full, tp_forward_s + context_forward_s + expert_s, selective * regions * gather_s)
+    dense, experts = shard_sizes(setting.parameters(unit), s)
+    shard = _data_parallel_s(setting, s, dense, experts, forward_s, backward_s + again_s)
     return UnitTimes(
         compute_forward_s=forward_s,
         compute_backward_s=backward_s,
-        recompute_s=recompute_s,
+        recompute_s=again_s + repeated_s,
         tensor_parallel_forward_s=tp_forward_s,
         tensor_parallel_backward_s=tp_backward_s,
+        context_parallel_forward_s=context_forward_s,
+        context_parallel_backward_s=context_backward_s,
+        expert_parallel_s=expert_s,
         data_parallel_forward_s=shard[0],
         data_parallel_backward_s=shard[1],
         first_s=shard[2],
         last_s=shard[3],
-        replicated_s=_replicated_s(setting, strategy.tp, size.uncut),
-        tied_s=_tied_s(setting, unit, strategy),
-        optimizer_s=size.held * setting.model.optimizer_s_per_parameter,
+        replicated_s=_replicated_s(setting, s, dense, experts),
+        tied_s=_tied_s(setting, unit, s),
+        optimizer_s=(dense.held + experts.held).astype(np.float64) * setting.model.optimizer_s_per_parameter,
     )
 
 
-def _tensor_parallel_s(setting: Setting, unit: UnitName, tp: int, batch: int) -> tuple[float, float]:
+def _compute_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> tuple[Floats, Floats, Floats]:
+    """Forward, backward and what selective recompute repeats, from samples at the same tp.
+
+    Ulysses and ring ranks do the FLOPs of 1 / degree of a batch: in linears by tokens, in attention by heads and by
+    blocks of scores, so they are taken as that (fractional) batch.
+    """
+    forward_s, backward_s, selective_s = np.zeros(len(s)), np.zeros(len(s)), np.zeros(len(s))
+    for tp in np.unique(s.tp):
+        rows, samples = np.flatnonzero(s.tp == tp), setting.compute_samples(unit, int(tp))
+        for seconds, name in ((forward_s, "forward_s"), (backward_s, "backward_s"), (selective_s, "selective_s")):
+            seconds[rows] = interpolate([(sample.batch, getattr(sample, name)) for sample in samples], batch[rows])
+    return forward_s, backward_s, selective_s
+
+
+def _sequence_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> tuple[Floats, Floats]:
+    """One gather and one scatter of a microbatch's hidden states over tp."""
+    hidden_bytes = batch * setting.tokens(unit) * setting.hidden_size(unit) * setting.compute_bytes
+    gather_s = collective_s(setting, "all_gather", s.tp, 1, hidden_bytes)
+    return gather_s, collective_s(setting, "reduce_scatter", s.tp, 1, hidden_bytes)
+
+
+def _tensor_parallel_s(
+    setting: Setting, unit: UnitName, s: Strategies, batch: Floats, gather_s: Floats, scatter_s: Floats
+) -> tuple[Floats, Floats]:
     """Forward and backward collectives of one microbatch: Megatron sequence parallelism (Korthikanti et al. 2022).
 
     Every gather of the sequence is a reduce-scatter in backward and the other way round.
     """
-    tokens = batch * setting.seq_len
-    hidden_bytes = tokens * setting.model.spec.hidden_size * setting.compute_bytes
-    gather_s = collective_s(setting, "all_gather", tp, 1, hidden_bytes)
-    scatter_s = collective_s(setting, "reduce_scatter", tp, 1, hidden_bytes)
-    if unit == "layer":
-        return REGIONS * (gather_s + scatter_s), REGIONS * (gather_s + scatter_s)
+    if unit not in ENDS:
+        both_s = setting.model.spec.kind(unit).regions * (gather_s + scatter_s)
+        return both_s, both_s
     if unit == "embedding":
         return scatter_s, gather_s
-    token_bytes = tokens * DTYPE_BYTES["fp32"]
-    loss_s = sum(collective_s(setting, "all_reduce", tp, 1, n * token_bytes) for n in VOCABULARY_REDUCTIONS)
+    token_bytes = batch * setting.tokens(unit) * DTYPE_BYTES["fp32"]
+    loss_s = sum((collective_s(setting, "all_reduce", s.tp, 1, n * token_bytes) for n in VOCABULARY_REDUCTIONS), 0.0)
     return gather_s + loss_s, scatter_s
 
 
+def _context_parallel_s(
+    setting: Setting, unit: UnitName, s: Strategies, batch: Floats, forward_s: Floats, backward_s: Floats
+) -> tuple[Floats, Floats]:
+    """Forward and backward of Ulysses (Jacobs et al. 2023) and ring attention (Liu et al. 2023).
+
+    Ulysses: one all-to-all of queries, keys and values and one of the output, and back.  A ring passes keys and
+    values on cp - 1 times (with their gradients in backward) while it computes on what it has.
+    """
+    if unit in ENDS or not ((s.ulysses > 1) | (s.cp > 1)).any():
+        return np.zeros(len(s)), np.zeros(len(s))
+    kind = setting.model.spec.kind(unit)
+    token_bytes = batch * setting.tokens(unit) * kind.head_dim * setting.compute_bytes
+    heads, kv_heads = kind.num_heads / s.tp, np.maximum(kind.num_kv_heads / s.tp, 1.0)
+    exchanged = np.maximum(kv_heads, np.minimum(s.ulysses, heads))  # kv heads fewer than ranks travel as copies
+    enter_s = collective_s(setting, "all_to_all", s.ulysses, s.tp, token_bytes * (heads + 2 * exchanged))
+    leave_s = collective_s(setting, "all_to_all", s.ulysses, s.tp, token_bytes * heads)
+    stride = s.tp * s.ulysses
+    passed = 2 * token_bytes * exchanged
+    hop_s = (s.cp - 1) * collective_s(setting, "p2p", np.where(s.cp > 1, 2, 1), stride, passed)
+    hop_back_s = (s.cp - 1) * collective_s(setting, "p2p", np.where(s.cp > 1, 2, 1), stride, 2 * passed)
+    share = _attention_share(kind, setting.seq_len)
+    ring_s = exposed_s(setting, share * forward_s, hop_s)
+    ring_back_s = exposed_s(setting, share * backward_s, hop_back_s)
+    return enter_s + leave_s + ring_s, enter_s + leave_s + ring_back_s
+
+
+def _attention_share(kind: LayerKind, seq_len: int) -> float:
+    """Which part of a layer's FLOPs scores and values are."""
+    attention = kind.attention_flops_per_token(seq_len) * (0.5 if kind.causal else 1.0)
+    return attention / (attention + 2.0 * kind.active_parameters)
+
+
+def _expert_parallel_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> Floats:
+    """One direction's all-to-alls of one microbatch: every token to its experts and back, loads taken as even."""
+    if unit in ENDS or not (s.ep > 1).any():
+        return np.zeros(len(s))
+    kind = setting.model.spec.kind(unit)
+    sent = batch * setting.tokens(unit) * kind.experts_per_token * kind.hidden_size * setting.compute_bytes
+    return 2 * collective_s(setting, "all_to_all", s.ep, s.tp, sent)
+
+
 def _data_parallel_s(
-    setting: Setting, unit: UnitName, strategy: LayerStrategy, forward_s: float, backward_s: float
-) -> tuple[float, float, float, float]:
+    setting: Setting, s: Strategies, dense: ShardSize, experts: ShardSize, forward_s: Floats, backward_s: Floats
+) -> tuple[Floats, Floats, Floats, Floats]:
     """Exposed (forward, backward) per microbatch and (first forward, last backward) per step."""
-    size = shard_size(setting.parameters(unit), strategy.tp, strategy.dp_shard)
-    padded = size.held * strategy.dp_shard
-    gather_s = collective_s(setting, "all_gather", strategy.dp_shard, strategy.tp, padded * setting.compute_bytes)
-    scatter_s = collective_s(setting, "reduce_scatter", strategy.dp_shard, strategy.tp, padded * setting.reduce_bytes)
-    inner = strategy.tp * strategy.dp_shard
-    replicate_s = collective_s(setting, "all_reduce", strategy.dp_replicate, inner, size.held * setting.reduce_bytes)
-    every_gather_s = gather_s if strategy.zero == 3 else 0.0
-    every_scatter_s = scatter_s if strategy.zero >= 2 else 0.0
-    once_gather_s = 0.0 if strategy.zero == 3 else gather_s
-    once_scatter_s = (0.0 if strategy.zero >= 2 else scatter_s) + replicate_s
+    gather_s = scatter_s = replicate_s = np.zeros(len(s))
+    for size, shard, replicas, inner in (
+        (dense, s.shard, s.replicas, s.tp),
+        (experts, s.expert_shard, s.expert_replicas, s.tp * s.ep),
+    ):
+        if size.held.any():
+            padded = size.held * shard
+            gather_s = gather_s + collective_s(setting, "all_gather", shard, inner, padded * setting.compute_bytes)
+            scattered = padded * setting.reduce_bytes
+            scatter_s = scatter_s + collective_s(setting, "reduce_scatter", shard, inner, scattered)
+            held_bytes = size.held * setting.reduce_bytes
+            replicate_s = replicate_s + collective_s(setting, "all_reduce", replicas, inner * shard, held_bytes)
+    every_gather_s = np.where(s.zero == 3, gather_s, 0.0)
+    every_scatter_s = np.where(s.zero >= 2, scatter_s, 0.0)
+    once_gather_s = gather_s - every_gather_s
+    once_scatter_s = scatter_s - every_scatter_s + replicate_s
     forward = exposed_s(setting, forward_s, every_gather_s)
     backward = exposed_s(setting, backward_s, every_gather_s + every_scatter_s)
     first = exposed_s(setting, forward_s, every_gather_s + once_gather_s) - forward
@@ -133,17 +243,18 @@ def _data_parallel_s(
     return forward, backward, first, last
 
 
-def _replicated_s(setting: Setting, tp: int, uncut: int) -> float:
+def _replicated_s(setting: Setting, s: Strategies, dense: ShardSize, experts: ShardSize) -> Floats:
     """The unit's part of the one all-reduce a step that sums uncut gradients over tp: its bytes, not its latency.
 
     The latency comes once for all units of a stage; ``step`` adds it.
     """
-    return 0.0 if tp == 1 else uncut * MASTER_BYTES * setting.link("all_reduce", tp, 1).seconds_per_byte
+    _, seconds_per_byte = setting.links("all_reduce", s.tp, np.ones_like(s.tp))
+    return (dense.uncut + experts.uncut) * MASTER_BYTES * seconds_per_byte
 
 
-def _tied_s(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> float:
-    if not setting.copies_tied_weight or unit == "layer":
-        return 0.0
+def _tied_s(setting: Setting, unit: UnitName, s: Strategies) -> Floats:
+    if not setting.copies_tied_weight or unit not in ENDS:
+        return np.zeros(len(s))
     spec = setting.model.spec
     tied = [p for p in setting.parameters(unit) if p.shape == (spec.vocab_size, spec.hidden_size)]
-    return tied_reduction_s(setting, shard_size(tied, strategy.tp, strategy.dp_shard).held * MASTER_BYTES)
+    return tied_reduction_s(setting, shard_sizes(tied, s)[0].held * MASTER_BYTES)

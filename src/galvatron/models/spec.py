@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from galvatron.core.model import Cut, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 
 from .family import Blocks, Family, family_of
 from .load import meta_model
@@ -25,17 +25,21 @@ def build_spec(config: PretrainedConfig, name: str | None = None) -> ModelSpec:
     return ModelSpec(
         name=name or f"{config.model_type}-{millions:.3g}M",
         family=config.model_type,
-        num_layers=len(layers),
-        hidden_size=config.hidden_size,
-        ffn_size=counts["ffn"],
-        num_heads=counts["heads"],
-        num_kv_heads=counts["kv_heads"],
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // counts["heads"],
+        layers=(
+            LayerKind(
+                count=len(layers),
+                hidden_size=config.hidden_size,
+                ffn_size=counts["ffn"],
+                num_heads=counts["heads"],
+                num_kv_heads=counts["kv_heads"],
+                head_dim=getattr(config, "head_dim", None) or config.hidden_size // counts["heads"],
+                parameters=layer_parameters(layers[0], family, counts),
+            ),
+        ),
         vocab_size=config.vocab_size,
         max_seq_len=config.max_position_embeddings,
         tied_embeddings=bool(config.tie_word_embeddings),
         embedding=UnitSpec(parameters=tuple(_embedding_parameters(model, family))),
-        layer=UnitSpec(parameters=layer_parameters(layers[0], family, counts)),
         head=UnitSpec(parameters=tuple(_head_parameters(model, family))),
     )
 

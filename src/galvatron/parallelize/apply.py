@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ModelSpec, ParameterSpec
 from galvatron.models import Family, InitialWeights, build_spec, family_of
-from galvatron.plan import LayerStrategy, Plan
+from galvatron.plan import LayerStrategy, Plan, check_runnable
 
 from .attention import use_attention
 from .fsdp import ShardedUnit, mixed_precision, shard_unit
@@ -63,6 +63,7 @@ def parallelize(
     world = world or init_world()
     family, spec = family_of(model.config), build_spec(model.config)
     plan.validate(spec, world.world_size)
+    check_runnable(plan)
     weights = weights or _own_weights(model, seed)
     grid = Grid(plan, world, tied=spec.tied_embeddings)
     use_attention(model)

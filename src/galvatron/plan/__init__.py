@@ -6,7 +6,7 @@ Knows nothing of costs, of torch or of how a plan was found.
 
 from .axes import StageAxes
 from .plan import LayerStrategy, Plan, Prediction, Proof, StagePrediction
-from .rules import check_plan_for_job, check_strategy
+from .rules import check_plan_for_job, check_runnable, check_strategy
 
 __all__ = [
     "LayerStrategy",
@@ -16,5 +16,6 @@ __all__ = [
     "StageAxes",
     "StagePrediction",
     "check_plan_for_job",
+    "check_runnable",
     "check_strategy",
 ]

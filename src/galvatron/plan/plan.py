@@ -16,14 +16,16 @@ from galvatron.core.records import FileRecord, Record
 
 from .axes import StageAxes
 
-Schedule = Literal["gpipe", "1f1b"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
+SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 
 
 class LayerStrategy(Record):
     """How one layer uses the devices of its stage; the degrees' product is the stage's size.
 
-    tp has Megatron sequence parallelism; ``zero`` says what ``dp_shard`` shards: optimizer (1),
-    + gradients (2), + parameters (3); 0 with ``dp_shard`` 1.  Hashable, canonical: equal meaning is equal value.
+    tp has Megatron sequence parallelism; ``zero`` says what is sharded over the axes of ulysses, cp and ``dp_shard``:
+    optimizer (1), + gradients (2), + parameters (3), or nothing (0, with ``dp_shard`` 1).  ``ep`` deals experts to
+    the axes next to tp's, whatever their other role.  Hashable, canonical: equal meaning is equal value.
     """
 
     tp: PositiveInt = 1
@@ -37,10 +39,10 @@ class LayerStrategy(Record):
 
     @model_validator(mode="after")
     def _zero_matches_shard(self) -> Self:
-        if (self.zero == 0) != (self.dp_shard == 1):
+        if (self.zero == 0 and self.dp_shard > 1) or (self.zero > 0 and self.ulysses * self.cp * self.dp_shard == 1):
             raise ValueError(
                 f"zero={self.zero} goes with dp_shard={self.dp_shard} only if both or neither shard; "
-                "use zero 1, 2 or 3 with dp_shard > 1, and zero 0 with dp_shard 1"
+                "use zero 1, 2 or 3 with dp_shard > 1 (or ulysses or cp > 1), and zero 0 with dp_shard 1"
             )
         return self
 
@@ -59,11 +61,16 @@ class LayerStrategy(Record):
         """The devices of a stage that this strategy fills."""
         return self.sequence_degree * self.dp
 
+    @property
+    def shard_degree(self) -> int:
+        """Over how many ranks ZeRO shards what is equal on them."""
+        return self.ulysses * self.cp * self.dp_shard if self.zero else 1
+
     def __str__(self) -> str:
         parts = [f"{name} {getattr(self, name)}" for name in ("tp", "ulysses", "cp", "ep") if getattr(self, name) > 1]
         if self.zero:
             replicas = f" x {self.dp_replicate} replicas" if self.dp_replicate > 1 else ""
-            parts.append(f"dp {self.dp_shard}{replicas}, zero {self.zero}")
+            parts.append(f"dp {self.dp_shard}{replicas}, zero {self.zero}" if self.dp > 1 else f"zero {self.zero}")
         elif self.dp > 1:
             parts.append(f"dp {self.dp}")
         if self.recompute != "none":
@@ -101,8 +108,8 @@ class Proof(Record):
 
 
 class Prediction(Record):
-    """What a plan promises.  ``parts_s`` splits the step: compute, tensor_parallel, data_parallel, recompute,
-    redistribution, pipeline_p2p, pipeline_bubble, optimizer."""
+    """What a plan promises.  ``parts_s`` splits the step: compute, tensor_parallel, context_parallel, expert_parallel,
+    data_parallel, recompute, redistribution, pipeline_p2p, pipeline_bubble, optimizer."""
 
     step_time_s: float
     parts_s: dict[str, float]
@@ -117,7 +124,12 @@ class Prediction(Record):
 
 
 class Plan(FileRecord):
-    """A whole run: the pipeline, the batch and every layer's strategy."""
+    """A whole run: the pipeline, the batch and every layer's strategy.
+
+    ``layers_per_stage`` counts layers in the order of the forward pass.  An interleaved schedule cuts the model into
+    ``model_chunks`` chunks a stage: chunk c of stage p is entry c x pp + p.  ``what_if`` names what the runtime
+    cannot run yet; such a plan is for planning alone.
+    """
 
     FORMAT: ClassVar[str] = "galvatron.plan"
     ERROR: ClassVar[type[GalvatronError]] = PlanError
@@ -126,6 +138,7 @@ class Plan(FileRecord):
     world_size: PositiveInt
     layers_per_stage: tuple[PositiveInt, ...] = Field(min_length=1)
     schedule: Schedule = "1f1b"
+    model_chunks: PositiveInt = 1
     num_microbatches: PositiveInt = 1
     global_batch_size: PositiveInt
     seq_len: PositiveInt
@@ -134,6 +147,7 @@ class Plan(FileRecord):
     embedding: LayerStrategy
     layers: tuple[LayerStrategy, ...]
     head: LayerStrategy
+    what_if: tuple[str, ...] = ()
     prediction: Prediction | None = None
 
     @field_validator("layers", mode="before")
@@ -162,7 +176,7 @@ class Plan(FileRecord):
     @property
     def pp(self) -> int:
         """Number of pipeline stages."""
-        return len(self.layers_per_stage)
+        return len(self.layers_per_stage) // self.model_chunks
 
     @property
     def stage_size(self) -> int:
@@ -179,20 +193,29 @@ class Plan(FileRecord):
         """Sequences of one microbatch, over all data-parallel ranks."""
         return self.global_batch_size // self.num_microbatches
 
+    def chunk_layers(self, stage: int, chunk: int = 0) -> range:
+        """Global indices of the layers of one model chunk of ``stage``."""
+        entry = chunk * self.pp + stage
+        start = sum(self.layers_per_stage[:entry])
+        return range(start, start + self.layers_per_stage[entry])
+
     def stage_layers(self, stage: int) -> range:
-        """Global indices of the layers of ``stage``."""
-        start = sum(self.layers_per_stage[:stage])
-        return range(start, start + self.layers_per_stage[stage])
+        """Global indices of the layers of ``stage``, which has one chunk of the model."""
+        if self.model_chunks > 1:
+            raise PlanError(
+                f"a stage of model_chunks={self.model_chunks} chunks is not one range; ask for chunk_layers"
+            )
+        return self.chunk_layers(stage)
 
     def strategies(self) -> tuple[LayerStrategy, ...]:
         """Embedding, every layer, head: in the order of the forward pass."""
         return (self.embedding, *self.layers, self.head)
 
-    def microbatches_in_flight(self, stage: int) -> int:
-        """Microbatches whose activations ``stage`` holds at its peak."""
-        if self.schedule == "gpipe":
-            return self.num_microbatches
-        return min(self.num_microbatches, self.pp - stage)
+    def microbatches_in_flight(self, stage: int, chunk: int = 0) -> int:
+        """Microbatches whose activations a chunk of ``stage`` holds at its peak."""
+        from .schedules import in_flight
+
+        return in_flight(self.schedule, self.pp, stage, self.num_microbatches, self.model_chunks)[chunk]
 
     def validate(self, spec: ModelSpec | None = None, world_size: int | None = None) -> None:  # type: ignore[override]
         """Raise PlanError at the first rule that the plan breaks (see ``plan.rules``)."""
@@ -202,16 +225,27 @@ class Plan(FileRecord):
 
     def describe(self) -> str:
         """The plan for people, one line a run of equal layers."""
-        stages = "+".join(map(str, self.layers_per_stage))
+        chunks = f" in {self.model_chunks} chunks each" if self.model_chunks > 1 else ""
         lines = [
-            f"{self.world_size} devices, {self.pp} stage{'s' * (self.pp > 1)} of {stages} layers, {self.schedule}, "
-            f"{self.num_microbatches} microbatch{'es' * (self.num_microbatches > 1)} of {self.micro_batch_size} "
-            f"sequences x {self.seq_len} tokens, {self.precision}",
+            f"{self.world_size} devices, {self.pp} stage{'s' * (self.pp > 1)} of {counts(self.layers_per_stage)} layers"
+            f"{chunks}, {self.schedule}, {self.num_microbatches} microbatch{'es' * (self.num_microbatches > 1)} of "
+            f"{self.micro_batch_size} sequences x {self.seq_len} tokens, {self.precision}",
             f"embedding: {self.embedding}",
         ]
         for first, last, strategy in runs(self.layers):
             lines.append(f"layers {first}-{last}: {strategy}" if last > first else f"layer {first}: {strategy}")
-        return "\n".join([*lines, f"head: {self.head}"])
+        lines.append(f"head: {self.head}")
+        if self.what_if:
+            lines.append(f"what-if plan: the runtime cannot run it yet ({'; '.join(self.what_if)})")
+        return "\n".join(lines)
+
+
+def counts(numbers: tuple[int, ...]) -> str:
+    """``3+1`` for short lists, runs of equal numbers as ``7x14+6`` (7 times 14) for long ones."""
+    if len(numbers) <= 8:
+        return "+".join(map(str, numbers))
+    grouped = [(number, len(list(members))) for number, members in itertools.groupby(numbers)]
+    return "+".join(f"{count}x{number}" if count > 1 else str(number) for number, count in grouped)
 
 
 def runs(layers: tuple[LayerStrategy, ...]) -> list[tuple[int, int, LayerStrategy]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from galvatron.core.errors import PlanError
 from galvatron.core.job import TrainSection
-from galvatron.core.model import ModelSpec, UnitName
+from galvatron.core.model import ENDS, LayerKind, ModelSpec, UnitName
 
 from .axes import StageAxes, divisors
-from .plan import LayerStrategy, Plan
+from .plan import LayerStrategy, Plan, Schedule
 
+RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
+RUNTIME_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 RUNTIME_ONLY_ONE = ("ulysses", "cp", "ep")
 
 
@@ -19,8 +23,16 @@ def check_plan(plan: Plan, spec: ModelSpec | None = None, world_size: int | None
             f"the plan is for world_size={plan.world_size} but {world_size} processes run; "
             f"start {plan.world_size} processes or search a plan for {world_size}"
         )
+    if len(plan.layers_per_stage) % plan.model_chunks:
+        raise PlanError(
+            f"model_chunks={plan.model_chunks} must divide the {len(plan.layers_per_stage)} entries of "
+            f"layers_per_stage; choose {_listed(divisors(len(plan.layers_per_stage)))}"
+        )
     _divides("number of stages pp", plan.pp, "world_size", plan.world_size)
     _divides("num_microbatches", plan.num_microbatches, "global_batch_size", plan.global_batch_size)
+    problem = check_schedule(plan.schedule, plan.pp, plan.num_microbatches, plan.model_chunks)
+    if problem:
+        raise PlanError(problem)
     if sum(plan.layers_per_stage) != len(plan.layers):
         raise PlanError(
             f"layers_per_stage={list(plan.layers_per_stage)} must sum to the {len(plan.layers)} layers "
@@ -30,29 +42,71 @@ def check_plan(plan: Plan, spec: ModelSpec | None = None, world_size: int | None
         raise PlanError(
             f"the plan has {len(plan.layers)} layers but model {spec.name} has {spec.num_layers}; search a plan for it"
         )
-    names: list[tuple[str, UnitName]] = [("embedding", "embedding")]
-    names += [(f"layer {i}", "layer") for i in range(len(plan.layers))] + [("head", "head")]
-    seen: set[tuple[UnitName, LayerStrategy]] = set()
-    for (label, unit), strategy in zip(names, plan.strategies(), strict=True):
-        if (unit, strategy) in seen:
-            continue
-        seen.add((unit, strategy))
-        problem = check_strategy(strategy, unit, spec, plan.stage_size, plan.micro_batch_size, plan.seq_len)
-        if problem:
-            raise PlanError(f"{label}: {problem}")
-    if spec is not None and spec.tied_embeddings and not _same_shards(plan.embedding, plan.head):
+    _check_units(plan, spec)
+    if spec is not None and spec.tied_embeddings and plan.embedding != plan.head:
         raise PlanError(
             f"tied embeddings need equal cuts of embedding ({plan.embedding}) and head ({plan.head}); "
             "give both the same tp, dp_shard, dp_replicate and zero"
         )
 
 
+def _check_units(plan: Plan, spec: ModelSpec | None) -> None:
+    kinds = ["layer"] * len(plan.layers) if spec is None else [kind.name for kind in spec.kind_of_layers()]
+    names = [("embedding", "embedding"), *((f"layer {i}", kind) for i, kind in enumerate(kinds)), ("head", "head")]
+    seen: set[tuple[UnitName, LayerStrategy]] = set()
+    for (label, unit), strategy in zip(names, plan.strategies(), strict=True):
+        if (unit, strategy) not in seen:
+            seen.add((unit, strategy))
+            problem = check_strategy(strategy, unit, spec, plan.stage_size, plan.micro_batch_size, plan.seq_len)
+            if problem:
+                raise PlanError(f"{label}: {problem}")
+
+
 def check_plan_for_job(plan: Plan, train: TrainSection) -> None:
-    """Raise PlanError if ``plan`` was made for another batch, sequence length or precision than a job's."""
+    """Raise PlanError if ``plan`` was made for another batch, sequence length or precision, or cannot run yet."""
+    check_runnable(plan)
     for name in ("global_batch_size", "seq_len", "precision", "grad_reduce_dtype"):
         planned, wanted = getattr(plan, name), getattr(train, name)
         if planned != wanted:
             raise PlanError(f"the plan has {name}={planned} but the job has {name}={wanted}; search a plan for the job")
+
+
+def check_runnable(plan: Plan) -> None:
+    """Raise PlanError if the plan needs what the runtime cannot do yet."""
+    missing = tuple(beyond_runtime(plan))
+    if missing:
+        raise PlanError(
+            f"the runtime cannot run {'; '.join(missing)} yet; search without --space all for a plan that it can run"
+        )
+
+
+def beyond_runtime(plan: Plan, spec: ModelSpec | None = None) -> Iterator[str]:
+    """What the runtime cannot run yet of ``plan``, a phrase each."""
+    if spec is not None and spec.family not in RUNTIME_FAMILIES:
+        yield f"family {spec.family}"
+    if plan.schedule not in RUNTIME_SCHEDULES:
+        yield f"schedule {plan.schedule}"
+    for name in RUNTIME_ONLY_ONE:
+        degrees = {getattr(strategy, name) for strategy in plan.strategies()} - {1}
+        if degrees:
+            yield f"{name}={_listed(sorted(degrees))}"
+    if any(strategy.recompute == "selective" for strategy in plan.layers):
+        yield "recompute=selective"
+
+
+def check_schedule(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: int) -> str | None:
+    """The first rule that the outside of a plan breaks, as a sentence; None if it breaks none."""
+    if (schedule == "interleaved") != (model_chunks > 1):
+        return (
+            f"model_chunks={model_chunks} goes with schedule=interleaved alone, got {schedule}; "
+            "use interleaved with 2 or more chunks, or set model_chunks to 1"
+        )
+    if schedule == "interleaved" and num_microbatches % pp:
+        return (
+            f"num_microbatches={num_microbatches} must be a multiple of pp={pp} under schedule=interleaved; "
+            f"choose {pp}, {2 * pp}, {3 * pp} or another multiple"
+        )
+    return None
 
 
 def check_strategy(
@@ -64,39 +118,110 @@ def check_strategy(
     seq_len: int,
 ) -> str | None:
     """The first rule a strategy breaks in a stage of ``stage_size`` devices, as a sentence; None if it breaks none."""
+    return (
+        check_degrees(strategy, unit, stage_size)
+        or check_cuts(strategy, unit, spec, stage_size, seq_len)
+        or check_batch(strategy, micro_batch_size)
+    )
+
+
+def check_degrees(strategy: LayerStrategy, unit: UnitName, stage_size: int) -> str | None:
+    """Whether the degrees fill a stage and are products of its axes, and fit this kind of unit."""
     if strategy.num_devices != stage_size:
         return (
             f"the degrees of ({strategy}) multiply to {strategy.num_devices} but a stage has {stage_size} devices; "
             "change tp, dp_shard or dp_replicate"
         )
-    axes = StageAxes(stage_size)
-    stacked = 1
+    axes, stacked = StageAxes(stage_size), 1
     for name in ("tp", "ulysses", "cp", "dp_shard", "dp_replicate"):
         stacked *= getattr(strategy, name)
         if stacked not in axes.degrees:
-            choices = ", ".join(map(str, axes.degrees))
             return (
                 f"{name}={getattr(strategy, name)} makes a stacked degree of {stacked}, which must be a product of "
-                f"the stage's innermost axes; choose from {choices}"
+                f"the stage's innermost axes; choose from {_listed(axes.degrees)}"
             )
-    for name in RUNTIME_ONLY_ONE:
+    if strategy.tp * strategy.ep not in axes.degrees:
+        return (
+            f"ep={strategy.ep} makes tp x ep {strategy.tp * strategy.ep}, which must be a product of the stage's "
+            f"innermost axes; choose from {_listed(axes.degrees)}"
+        )
+    if unit not in ENDS:
+        return None
+    for name in ("cp", "ep"):
         if getattr(strategy, name) != 1:
-            return f"{name}={getattr(strategy, name)} is not supported yet; set {name} to 1"
-    if strategy.recompute == "selective":
-        return "recompute=selective is not supported yet; choose none or full"
-    if unit != "layer" and strategy.recompute != "none":
+            return (
+                f"{name}={getattr(strategy, name)} is for layers; set it to 1 for the {unit} (ulysses cuts its tokens)"
+            )
+    if strategy.recompute != "none":
         return f"recompute={strategy.recompute} is for layers; set it to none for the {unit}"
-    if seq_len % strategy.sequence_degree:
-        return f"tp={strategy.tp} must divide seq_len={seq_len}; choose {_choices(seq_len, axes)}"
+    return None
+
+
+def check_batch(strategy: LayerStrategy, micro_batch_size: int) -> str | None:
+    """Whether data parallelism divides a microbatch."""
     if micro_batch_size % strategy.dp:
         return (
             f"dp={strategy.dp} must divide the microbatch of {micro_batch_size} sequences; "
             "use fewer microbatches, a larger global batch or more tp"
         )
-    return _cut_problem(strategy, unit, spec, axes) if spec is not None else None
+    return None
 
 
-def _cut_problem(strategy: LayerStrategy, unit: UnitName, spec: ModelSpec, axes: StageAxes) -> str | None:
+def check_cuts(
+    strategy: LayerStrategy, unit: UnitName, spec: ModelSpec | None, stage_size: int, seq_len: int
+) -> str | None:
+    """Whether tokens, heads, experts and parameters divide by what cuts them."""
+    axes = StageAxes(stage_size)
+    if spec is None or unit in ENDS:
+        tokens = seq_len if spec is None or unit == "embedding" else spec.layers[-1].tokens(seq_len)
+    else:
+        kind = spec.kind(unit)
+        tokens = kind.tokens(seq_len)
+        problem = _attention_problem(strategy, kind, tokens, axes) or _expert_problem(strategy, kind, axes)
+        if problem:
+            return problem
+    if tokens % strategy.sequence_degree:
+        names = " x ".join(name for name in ("tp", "ulysses", "cp") if getattr(strategy, name) > 1)
+        return f"{names}={strategy.sequence_degree} must divide seq_len={tokens}; choose {_choices(tokens, axes)}"
+    return _parameter_problem(strategy, unit, spec, axes) if spec is not None else None
+
+
+def _attention_problem(strategy: LayerStrategy, kind: LayerKind, tokens: int, axes: StageAxes) -> str | None:
+    """Ulysses deals heads out; kv heads fewer than the degree are replicated.  Causal rings fold the sequence."""
+    heads = strategy.tp * strategy.ulysses
+    if strategy.ulysses > 1 and kind.num_heads % heads:
+        return (
+            f"tp x ulysses={heads} must divide num_heads={kind.num_heads} of {kind.name}; "
+            f"choose {_choices(kind.num_heads, axes)}"
+        )
+    if strategy.ulysses > 1 and kind.num_kv_heads % heads and heads % kind.num_kv_heads:
+        return (
+            f"tp x ulysses={heads} must divide or be a multiple of num_kv_heads={kind.num_kv_heads} of {kind.name}; "
+            f"choose {_choices(kind.num_kv_heads, axes)}"
+        )
+    folds = 2 if kind.causal and strategy.cp > 1 else 1
+    if strategy.cp > 1 and tokens % (folds * strategy.sequence_degree):
+        return (
+            f"cp={strategy.cp} cuts a causal sequence into 2 x tp x ulysses x cp chunks, which must divide "
+            f"seq_len={tokens}; choose tp x ulysses x cp from {_choices(tokens // 2, axes)}"
+        )
+    return None
+
+
+def _expert_problem(strategy: LayerStrategy, kind: LayerKind, axes: StageAxes) -> str | None:
+    if strategy.ep == 1:
+        return None
+    if not kind.num_experts:
+        return f"ep={strategy.ep} needs experts, which {kind.name} has not; set ep to 1"
+    if kind.num_experts % strategy.ep:
+        return (
+            f"ep={strategy.ep} must divide the {kind.num_experts} experts of {kind.name}; "
+            f"choose {_choices(kind.num_experts, axes)}"
+        )
+    return None
+
+
+def _parameter_problem(strategy: LayerStrategy, unit: UnitName, spec: ModelSpec, axes: StageAxes) -> str | None:
     for parameter in spec.unit(unit).parameters:
         cut = parameter.cut
         if cut is not None and cut.uneven == "refuse" and cut.blocks % strategy.tp:
@@ -112,14 +237,14 @@ def _cut_problem(strategy: LayerStrategy, unit: UnitName, spec: ModelSpec, axes:
     return None
 
 
-def _same_shards(a: LayerStrategy, b: LayerStrategy) -> bool:
-    return (a.tp, a.dp_shard, a.dp_replicate, a.zero) == (b.tp, b.dp_shard, b.dp_replicate, b.zero)
-
-
 def _divides(name: str, value: int, of_name: str, of: int) -> None:
     if of % value:
-        raise PlanError(f"{name}={value} must divide {of_name}={of}; choose {', '.join(map(str, divisors(of)))}")
+        raise PlanError(f"{name}={value} must divide {of_name}={of}; choose {_listed(divisors(of))}")
 
 
 def _choices(n: int, axes: StageAxes) -> str:
-    return ", ".join(str(d) for d in axes.degrees if n % d == 0)
+    return _listed(d for d in axes.degrees if n % d == 0)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))

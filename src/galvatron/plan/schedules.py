@@ -1,28 +1,90 @@
-"""In which order a stage runs the forward and backward passes of its microbatches."""
+"""In which order a stage runs the passes of its microbatches, and how many it holds.
+
+Takes a schedule, its degrees and a stage; gives actions.  Knows nothing of seconds or bytes.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from .plan import Schedule
 
+Kind = Literal["forward", "backward", "weight"]
+
 
 class Action(NamedTuple):
-    """One pass of one microbatch on one stage."""
+    """One pass of one microbatch through one model chunk of a stage.
 
-    kind: Literal["forward", "backward"]
+    Under ``zero_bubble`` a backward computes gradients of inputs alone, and ``weight`` those of parameters.
+    """
+
+    kind: Kind
     microbatch: int
+    chunk: int = 0
 
 
-def actions(schedule: Schedule, pp: int, stage: int, num_microbatches: int) -> list[Action]:
+def actions(schedule: Schedule, pp: int, stage: int, num_microbatches: int, model_chunks: int = 1) -> list[Action]:
     """The passes of ``stage``, in order.
 
     GPipe: all forwards, then all backwards.  1F1B (PipeDream-flush, Narayanan et al. 2021): warm up with as
     many forwards as stages follow, then one forward and one backward in turn, then drain.  Fewer microbatches
-    than stages are allowed.
+    than stages are allowed.  Interleaved 1F1B (ibid., 2.2): the same over chunks, pp microbatches at a time.
+    Zero bubble (ZB-H1, Qi et al. 2024): 1F1B whose stage p puts off gradients of parameters by p microbatches.
     """
+    if schedule == "interleaved":
+        return _interleaved(pp, stage, num_microbatches, model_chunks)
     forwards = [Action("forward", i) for i in range(num_microbatches)]
     backwards = [Action("backward", i) for i in range(num_microbatches)]
     warmup = num_microbatches if schedule == "gpipe" else min(pp - stage - 1, num_microbatches)
+    if schedule == "zero_bubble":
+        return _zero_bubble(forwards, backwards, warmup, stage)
     steady = [action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair]
     return forwards[:warmup] + steady + backwards[num_microbatches - warmup :]
+
+
+def _zero_bubble(forwards: list[Action], backwards: list[Action], warmup: int, delay: int) -> list[Action]:
+    """1F1B's order; the weight pass of microbatch i follows the backward of i + ``delay``, the last ones the end."""
+    order, m = forwards[:warmup], len(forwards)
+    for i, backward in enumerate(backwards):
+        order += forwards[warmup + i : warmup + i + 1]
+        order.append(backward)
+        if i >= delay:
+            order.append(Action("weight", i - delay))
+    return order + [Action("weight", i) for i in range(max(m - delay, 0), m)]
+
+
+def _interleaved(pp: int, stage: int, m: int, chunks: int) -> list[Action]:
+    total = m * chunks
+
+    def action(kind: Kind, i: int) -> Action:
+        round_, within = divmod(i, pp * chunks)
+        chunk = within // pp
+        return Action(kind, round_ * pp + within % pp, chunk if kind == "forward" else chunks - 1 - chunk)
+
+    warmup = min(2 * (pp - stage - 1) + (chunks - 1) * pp, total)
+    order = [action("forward", i) for i in range(warmup)]
+    for i in range(total - warmup):
+        order += [action("forward", warmup + i), action("backward", i)]
+    return order + [action("backward", i) for i in range(total - warmup, total)]
+
+
+def in_flight(schedule: Schedule, pp: int, stage: int, num_microbatches: int, model_chunks: int = 1) -> tuple[int, ...]:
+    """For every chunk of ``stage``: the most microbatches whose activations it holds at once.
+
+    A microbatch is held from its forward to the pass that needs its activations last.
+    """
+    if schedule in ("gpipe", "1f1b"):
+        return (num_microbatches if schedule == "gpipe" else min(num_microbatches, pp - stage),)
+    # what is in flight repeats every round of pp microbatches, so a few rounds see the most there is
+    return _counted_in_flight(schedule, pp, stage, min(num_microbatches, 4 * pp), model_chunks)
+
+
+@lru_cache(maxsize=4096)
+def _counted_in_flight(schedule: Schedule, pp: int, stage: int, m: int, chunks: int) -> tuple[int, ...]:
+    last: Kind = "weight" if schedule == "zero_bubble" else "backward"
+    alive, most = [0] * chunks, [0] * chunks
+    for action in actions(schedule, pp, stage, m, chunks):
+        alive[action.chunk] += (action.kind == "forward") - (action.kind == last)
+        most[action.chunk] = max(most[action.chunk], alive[action.chunk])
+    return tuple(most)

@@ -18,7 +18,6 @@ from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import (
-    UNITS,
     ActivationSample,
     ComputeSample,
     ModelProfile,
@@ -102,7 +101,7 @@ def _shapes(
     config: PretrainedConfig, spec: ModelSpec, degrees: Iterable[int], seq_len: int, precision: Precision
 ) -> list[UnitShape]:
     """What to measure; layers last, so that time left over by the others goes to them."""
-    names = sorted(UNITS, key=lambda name: name == "layer")
+    names = sorted(spec.units, key=lambda name: name == "layer")
     return [
         UnitShape(config, spec, name, tp, seq_len, DTYPES[precision])
         for name, tp in itertools.product(names, sorted(set(degrees)))

@@ -1,68 +1,167 @@
 """The simple plans that a searched one is held against: one strategy for all layers.
 
-Takes costed spaces; gives the best plan of each family, or the one that comes nearest to fitting.
+Takes a Space; gives the members of a family in it with their bounds.  Knows nothing of which space is best.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
-from galvatron.plan.plan import LayerStrategy
+import numpy as np
+from numpy.typing import NDArray
 
-from .bounds import layer_bounds_s
-from .solve import Solution, solve
-from .space import Space
+from galvatron.core.model import ENDS, UnitName
+from galvatron.cost.strategies import FULL, Floats, Ints, Strategies
+from galvatron.plan.schedules import in_flight
 
-Family = Callable[[Space, LayerStrategy], bool]
+from .bounds import ROUNDING
+from .space import Space, Task
+
+Members = Callable[[Strategies, int], NDArray[np.bool_]]
+"""Which rows belong to a family, given how many devices a node has."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """``tasks``: which outsides belong to it; ``members``: which layer strategies; ``ends_alike``: embedding and head
+    are cut as layers are."""
+
+    words: str
+    tasks: Callable[[Task], bool]
+    members: Members
+    ends_alike: bool
+
+
+def _plain(s: Strategies) -> NDArray[np.bool_]:
+    plain: NDArray[np.bool_] = (s.ulysses == 1) & (s.cp == 1) & (s.ep == 1)
+    return plain
+
+
+def _filled(s: Strategies, degree: Ints) -> NDArray[np.bool_]:
+    filled: NDArray[np.bool_] = _plain(s) & (degree == s.sequence_degree * s.dp)
+    return filled
+
 
 FAMILIES: dict[str, Family] = {
-    "dp": lambda space, s: space.task.pp == 1 and s.dp_replicate == s.num_devices,
-    "zero3": lambda space, s: space.task.pp == 1 and s.zero == 3 and s.dp_shard == s.num_devices,
-    "tp": lambda space, s: space.task.pp == 1 and s.tp == s.num_devices,
-    "pp": lambda space, s: s.num_devices == 1,
-    "uniform": lambda space, s: True,
+    "dp": Family("data parallel alone", lambda t: t.pp == 1, lambda s, _: _filled(s, s.dp_replicate), True),
+    "fsdp": Family(
+        "fully sharded data parallel (ZeRO 3) alone",
+        lambda t: t.pp == 1,
+        lambda s, _: _filled(s, s.dp_shard) & ((s.zero == 3) | (s.dp_shard == 1)),
+        True,
+    ),
+    "tp": Family("tensor parallel alone", lambda t: t.pp == 1, lambda s, _: _filled(s, s.tp), True),
+    "pp": Family("pipeline alone", lambda t: t.schedule == "1f1b", lambda s, _: s.sequence_degree * s.dp == 1, True),
+    "3d": Family(
+        "tensor, pipeline and data parallelism, one strategy (3D)",
+        lambda t: t.schedule in ("1f1b", "interleaved"),
+        lambda s, node: _plain(s) & (s.zero <= 1) & (s.tp <= node) & (s.recompute <= FULL),
+        False,
+    ),
+    "uniform": Family("one strategy for all layers", lambda t: True, lambda s, _: np.ones(len(s), dtype=bool), False),
 }
-"""pure data, ZeRO-3, tensor and pipeline parallelism, and any one strategy for all layers; with recompute or not.
-
-The pure ones cut embedding and head as they cut layers; ``uniform`` leaves those two free.
-"""
 
 
-def best_of_family(name: str, spaces: Sequence[Space]) -> tuple[Space, Solution] | None:
-    """The family's best plan by the additive objective; None when none fits."""
-    members = sorted(_members(name, spaces), key=lambda member: member[0])
-    best: tuple[Space, Solution] | None = None
-    for bound, _, member in members:
-        if math.isinf(bound) or (best is not None and bound >= best[1].value):
-            break
-        solution = solve(member)
-        if solution is not None and (best is None or solution.value < best[1].value):
-            best = (member, solution)
-    return best
+@dataclass(frozen=True)
+class Member:
+    """One strategy for all layers: for every unit the options that it may use, with a lower bound."""
+
+    bound_s: float
+    chosen: Mapping[UnitName, Ints]
 
 
-def nearest_of_family(name: str, spaces: Sequence[Space]) -> tuple[Space, Solution] | None:
-    """The family's plan of least peak memory, with or without room for it; None when the family is empty."""
-    return least_memory([member for _, _, member in _members(name, spaces)])
+def members(space: Space, name: str, devices_per_node: int) -> Iterator[Member]:
+    """The family's members in ``space``, best bound first; those that surely do not fit are left out."""
+    return _members(space, name, devices_per_node, _bounds_s)
 
 
-def least_memory(spaces: Sequence[Space]) -> tuple[Space, Solution] | None:
-    """The plan of least peak memory of all ``spaces``; None when there is no plan at all."""
-    found = ((space, solve(space, aim="memory")) for space in spaces)
-    solved = [(space, solution) for space, solution in found if solution is not None]
-    return min(solved, key=lambda item: item[1].value, default=None)
+def leanest(space: Space, name: str, devices_per_node: int) -> Member | None:
+    """The family's member that holds least, by the layers of one stage; None when the family is empty here."""
+    return next(_members(space, name, devices_per_node, _stage_bytes), None)
 
 
-def _members(name: str, spaces: Sequence[Space]) -> Iterator[tuple[float, int, Space]]:
-    """(bound, index, space of one layer strategy) for every member; GPipe never beats 1F1B in either aim."""
-    index = 0
-    for space in spaces:
-        if space.task.schedule != "1f1b":
+Measure = Callable[[Space, list[UnitName], Ints], Floats]
+
+
+def _members(space: Space, name: str, devices_per_node: int, measure: Measure) -> Iterator[Member]:
+    """Members by ascending ``measure``, without those of which it is infinite."""
+    family, kinds = FAMILIES[name], [kind.name for kind in space.setting.model.spec.layers]
+    if space.is_empty or not family.tasks(space.task):
+        return
+    lead = _lead(space)
+    rows = _same_rows(space, lead, kinds)
+    matched = np.flatnonzero(family.members(space.options[lead].strategies, devices_per_node) & (rows >= 0).all(axis=0))
+    measured = measure(space, kinds, rows[:, matched])
+    for at in np.argsort(measured, kind="stable"):
+        if math.isinf(measured[at]):
+            return
+        chosen: dict[UnitName, Ints] = {kind: rows[i, matched[at : at + 1]] for i, kind in enumerate(kinds)}
+        ends = _ends_like(space, lead, int(matched[at])) if family.ends_alike else {}
+        if ends is not None:
+            yield Member(float(measured[at]), chosen | ends)
+
+
+def _lead(space: Space) -> UnitName:
+    """The kind whose strategies name the members: one with experts where there is one, so that ep is told apart."""
+    layers = space.setting.model.spec.layers
+    return max(layers, key=lambda kind: kind.num_experts).name
+
+
+def _same_rows(space: Space, lead: UnitName, kinds: list[UnitName]) -> Ints:
+    """[kind, option of the lead]: the option of every kind with the same strategy (ep 1 without experts), or -1."""
+    if len(kinds) == 1:
+        return np.arange(len(space.options[lead]), dtype=np.int64)[None]
+    rows, found = space.options[lead].strategies.rows(), []
+    for kind in kinds:
+        if kind == lead:
+            found.append(list(range(len(rows))))
             continue
-        bounds = layer_bounds_s(space)
-        for option, strategy in enumerate(space.layer.strategies):
-            if FAMILIES[name](space, strategy):
-                ends = None if name == "uniform" else strategy.model_copy(update={"recompute": "none"})
-                yield float(bounds[option]), index, space.restricted([option], ends)
-                index += 1
+        index, has_experts = space.options[kind].index, space.setting.model.spec.kind(kind).num_experts > 0
+        found.append([index.get(row if has_experts else (*row[:3], 1, *row[4:]), -1) for row in rows])
+    return np.array(found, dtype=np.int64)
+
+
+def _ends_like(space: Space, lead: UnitName, option: int) -> dict[UnitName, Ints] | None:
+    (row,) = space.options[lead].strategies.take(np.array([option])).rows()
+    alike = [space.options[end].index.get((*row[:3], 1, *row[4:7], 0)) for end in ENDS]
+    return None if None in alike else {end: np.array([at]) for end, at in zip(ENDS, alike, strict=True)}
+
+
+def _stage_bytes(space: Space, kinds: list[UnitName], rows: Ints) -> Floats:
+    """For every member: bytes of a mean stage's layers on the first stage, its largest transient included."""
+    counts = np.array([kind.count for kind in space.setting.model.spec.layers])
+    task = space.task
+    held = max(in_flight(task.schedule, task.pp, 0, task.num_microbatches, task.model_chunks))
+    options = [space.options[kind] for kind in kinds]
+    stays = counts @ np.array([o.held_bytes(held)[at] for o, at in zip(options, rows, strict=True)]) / task.pp
+    bytes_: Floats = stays + np.max([o.transient_bytes[at] for o, at in zip(options, rows, strict=True)], axis=0)
+    return bytes_
+
+
+def _bounds_s(space: Space, kinds: list[UnitName], rows: Ints) -> Floats:
+    """For every member: a bound on its plans; infinite where they cannot fit.
+
+    Σ w is what all units take; max w at least its mean, and the fastest kind's share of a stage.
+    """
+    task, setting = space.task, space.setting
+    counts = np.array([kind.count for kind in setting.model.spec.layers])
+    work = np.array([space.options[kind].work_s[at] for kind, at in zip(kinds, rows, strict=True)])
+    ends_s = float(sum(space.options[end].work_s.min() for end in ENDS))
+    total = counts @ work + ends_s
+    share = math.ceil(int(counts.sum()) / task.pp) * work.min(axis=0)
+    bounds = setting.combined_s(total, np.maximum(total / task.pp, share)) * (1 - ROUNDING)
+    return np.where(_layers_that_fit(space, kinds, rows) < counts.sum(), np.inf, bounds)
+
+
+def _layers_that_fit(space: Space, kinds: list[UnitName], rows: Ints) -> Ints:
+    """For every member: how many layers all stages could hold if they held nothing else and all were the smallest."""
+    task, fitting = space.task, np.zeros(rows.shape[1], dtype=np.int64)
+    options = [space.options[kind] for kind in kinds]
+    for stage in range(task.pp):
+        in_flight_here = in_flight(task.schedule, task.pp, stage, task.num_microbatches, task.model_chunks)
+        held = [o.held_bytes(min(in_flight_here))[at] for o, at in zip(options, rows, strict=True)]
+        room = space.usable_bytes - np.min([o.transient_bytes[at] for o, at in zip(options, rows, strict=True)], axis=0)
+        fitting += np.maximum(room, 0) // np.min(held, axis=0)
+    return fitting

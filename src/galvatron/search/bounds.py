@@ -1,61 +1,186 @@
 """Lower bounds on a task's objective, cheap enough to compute for every task.
 
-Takes a costed Space; gives seconds that no plan of it beats.  Two relaxations:
+Takes a Space and its Geometry; gives, for every segment of every stage, seconds that its work cannot go below.  For
+one segment with room B the relaxation is a Lagrangian dual: with a price λ ≥ 0 on bytes,
 
-* memory: each stage's limit becomes one limit for all stages together, every stage holds as few microbatches
-  as the emptiest one, and transients, redistribution and fitting layouts are free.  What is left is a knapsack;
-  its Lagrangian dual max over λ ≥ 0 of Σ min (w + λ·bytes) - λ·total bytes bounds Σ w from below;
-* balance: max w is at least the mean of w, and at least ⌈L / pp⌉ of the fastest layers.
+    Σ work  ≥  Σ_units min over options of (work + λ·held)  -  λ·B,
+
+which leaves redistribution out.  Any λ bounds; the breakpoints of the options' lower hull make the bound exact for
+fractional counts of options.  The largest transient comes off B: options are sorted into levels of transients, and the
+bound is the least over levels q of what options up to q can do with B less the least transient of level q.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from .space import Floats, Space
+from galvatron.cost.strategies import Floats, Ints
+
+from .geometry import Geometry, StageShape
+from .space import Options, Space
+from .stages import Division, Tables, divide, least_total_and_largest
 
 ROUNDING = 1e-12  # relative; keeps float rounding from lifting a bound above the optimum that attains it
+NUM_PRICES = 24
+NUM_LEVELS = 16
+NEVER, NEVER_S = 2**50, 1e15  # bytes and seconds of an option that does not exist
+
+
+@dataclass(frozen=True)
+class StageBound:
+    """The dual of one stage.
+
+    ``prices``: λ in seconds a byte; ``least_s[class, λ]``: the cheapest option's work + λ·held; ``least_held[class]``;
+    ``bound_s[row, k]``: the bound with what is received.
+    """
+
+    shape: StageShape
+    prices: Floats
+    least_s: Floats
+    least_held: Ints
+    bound_s: Floats
+
+
+def stage_bounds(geometry: Geometry) -> list[StageBound]:
+    """The bounds of every stage's segments; infinite where a segment surely does not fit."""
+    edges = _level_edges(list(geometry.space.options.values()))
+    staircases = {unit: _Staircase.of(options, edges) for unit, options in geometry.space.options.items()}
+    return [_stage_bound(geometry, shape, staircases, edges) for shape in geometry.stages]
+
+
+def _level_edges(options: list[Options]) -> Ints:
+    """Transients, ascending, at which the bound distinguishes levels: ``NUM_LEVELS`` quantiles and the largest."""
+    transients = np.unique(np.concatenate([o.transient_bytes for o in options]))
+    at = np.linspace(0, len(transients) - 1, min(NUM_LEVELS, len(transients))).astype(int)
+    edges: Ints = transients[np.unique(at)]
+    return edges
+
+
+@dataclass(frozen=True)
+class _Staircase:
+    """Options that no other of equal activations and level equals or beats in work and resident bytes.
+
+    Activations take few values (they follow tp and recompute), so that this leaves few options, and among them
+    whatever is cheapest at any price of bytes and any number of microbatches in flight.  ``least_transient[level]``:
+    of all options of that level.
+    """
+
+    options: Options
+    level: Ints
+    least_transient: Ints
+
+    @classmethod
+    def of(cls, options: Options, edges: Ints) -> _Staircase:
+        level = np.searchsorted(edges, options.transient_bytes)
+        group = options.activation_bytes * len(edges) + level
+        order = np.lexsort((options.resident_bytes, options.work_s, group))
+        _, dense = np.unique(group[order], return_inverse=True)
+        kept = order[_falls(options.resident_bytes[order], dense)]
+        least = np.full(len(edges), NEVER, dtype=np.int64)
+        np.minimum.at(least, level, options.transient_bytes)
+        return cls(options.take(kept), level[kept], least)
+
+
+def _falls(values: Ints, group: Ints) -> np.ndarray:
+    """Where ``values`` fall below all before them in their group (groups ascending)."""
+    if not len(values):
+        return np.zeros(0, dtype=bool)
+    step = int(values.max() - values.min()) + 1
+    lowered = values - group.astype(np.int64) * step
+    least = np.minimum.accumulate(lowered)
+    return np.concatenate(([True], lowered[1:] < least[:-1]))
+
+
+def _stage_bound(geometry: Geometry, shape: StageShape, staircases: dict[str, _Staircase], edges: Ints) -> StageBound:
+    own = [staircases[c.unit] for c in shape.classes]
+    columns = [(o.options.work_s, o.options.held_bytes(c.in_flight)) for o, c in zip(own, shape.classes, strict=True)]
+    prices = _prices(columns)
+    levels = len(edges)
+    least_s = np.full((levels, len(own), len(prices)), NEVER_S)
+    least_held = np.full((levels, len(own)), NEVER, dtype=np.int64)
+    for at, (staircase, (work, held)) in enumerate(zip(own, columns, strict=True)):
+        np.minimum.at(least_s[:, at], staircase.level, work[:, None] + np.outer(held, prices))
+        np.minimum.at(least_held[:, at], staircase.level, held)
+    np.minimum.accumulate(least_s, axis=0, out=least_s)
+    np.minimum.accumulate(least_held, axis=0, out=least_held)
+    # a plan whose largest transient is of level q has the options up to q and loses at least the least of level q
+    transient = np.min([staircase.least_transient for staircase in own], axis=0)
+    usable = geometry.space.usable_bytes - shape.beside_bytes
+    bound = np.full(shape.allowed.shape, np.inf)
+    for level in np.flatnonzero(transient < NEVER):
+        room = usable - transient[level]
+        work_s = (shape.counts @ least_s[level] - room[..., None] * prices).max(axis=-1)
+        fits = shape.allowed & (shape.counts @ least_held[level] <= room)
+        bound = np.minimum(bound, np.where(fits, work_s, np.inf))
+    bound_s = np.where(bound < np.inf, bound * (1 - ROUNDING * np.sign(bound)) + shape.received_s, np.inf)
+    return StageBound(shape, prices, least_s[-1], least_held[-1], bound_s)
+
+
+def _prices(columns: list[tuple[Floats, Ints]]) -> Floats:
+    """Slopes of the lower hulls of all classes, thinned to ``NUM_PRICES``, with 0."""
+    slopes = np.unique(np.concatenate([np.zeros(1), *(_hull_slopes(work, held) for work, held in columns)]))
+    if len(slopes) > NUM_PRICES:
+        slopes = slopes[np.unique(np.linspace(0, len(slopes) - 1, NUM_PRICES).astype(int))]
+    return slopes
+
+
+def _hull_slopes(work_s: Floats, held: Ints) -> Floats:
+    """Seconds a byte along the lower left convex hull of (held, work), from the fastest option to the smallest."""
+    order = np.lexsort((held, work_s))
+    x, y = held[order].astype(np.float64), work_s[order]
+    falls = np.concatenate(([True], x[1:] < np.minimum.accumulate(x)[:-1]))
+    hull: list[tuple[float, float]] = []
+    for point in zip(x[falls], y[falls], strict=True):
+        while len(hull) > 1 and _turns(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return np.array([(b[1] - a[1]) / (a[0] - b[0]) for a, b in itertools.pairwise(hull)])
+
+
+def _turns(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b lies on or above the line from a to c, held falling from a to c."""
+    return (b[1] - a[1]) * (a[0] - c[0]) >= (c[1] - a[1]) * (a[0] - b[0])
+
+
+def relaxed_division(geometry: Geometry, bounds: list[StageBound]) -> Division | None:
+    """The best division if every segment took its bound; its value bounds the task, None: nothing fits."""
+    return divide(bound_tables(bounds), geometry.num_layers, geometry.space.setting)
+
+
+def bound_tables(bounds: list[StageBound]) -> list[Tables]:
+    """Every segment at its bound, whatever the layouts."""
+    tables: list[Tables] = []
+    for bound in bounds:
+        usable = np.flatnonzero(np.isfinite(bound.bound_s).any(axis=0))
+        tables.append({int(k): bound.bound_s[:, k, None, None] for k in usable})
+    return tables
 
 
 def lower_bound_s(space: Space) -> float:
-    """Seconds that the objective cannot go below; infinite when the task surely has no plan."""
+    """Seconds that the task's objective cannot go below; infinite when it surely has no plan.
+
+    Coarser than ``relaxed_division``: Σ and max at their least, each on its own.
+    """
     if space.is_empty:
         return math.inf
-    task, units = space.task, (space.layer, space.embedding, space.head)
-    counts = np.array([space.num_layers, 1, 1])
-    in_flight = min(task.in_flight(stage) for stage in range(task.pp))
-    held = [unit.held_bytes(in_flight).astype(np.float64) for unit in units]
-    total = float(task.pp * space.usable_bytes)
-    if sum(count * column.min() for count, column in zip(counts, held, strict=True)) > total:
+    geometry = Geometry(space)
+    least = least_total_and_largest(bound_tables(stage_bounds(geometry)), geometry.num_layers)
+    if least is None:
         return math.inf
-    prices = np.unique(np.concatenate([np.zeros(1), *(_prices(u.work_s, h) for u, h in zip(units, held, strict=True))]))
-    dual = -prices * total
-    for count, unit, column in zip(counts, units, held, strict=True):
-        dual += count * (unit.work_s + prices[:, None] * column).min(axis=1)
-    works = float(dual.max()) + sum(space.receives_s(stage) for stage in range(task.pp))
-    fullest = math.ceil(space.num_layers / task.pp) * float(space.layer.work_s.min())
-    return float(space.setting.combined_s(works, max(works / task.pp, fullest))) * (1 - ROUNDING)
+    total, largest = least
+    return float(space.setting.combined_s(total, max(largest, total / space.task.pp))) * (1 - ROUNDING)
 
 
-def _prices(work_s: Floats, held: Floats) -> Floats:
-    """Every λ at which two options cost the same: the breakpoints of the dual."""
-    seconds, size = work_s[:, None] - work_s, held - held[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = seconds / size
-    positive: Floats = ratio[np.isfinite(ratio) & (ratio > 0)]
-    return positive
-
-
-def layer_bounds_s(space: Space) -> Floats:
-    """For every layer option: a bound on plans whose layers all use it; infinite where they cannot fit."""
+def free_bound_s(space: Space) -> float:
+    """Seconds that the objective cannot go below whatever memory there is: every unit at its fastest option."""
     if space.is_empty:
-        return np.full(len(space.layer.strategies), np.inf)
-    task, layer = space.task, space.layer
-    held = layer.held_bytes(min(task.in_flight(stage) for stage in range(task.pp)))
-    ends_s = float(space.embedding.work_s.min() + space.head.work_s.min())
-    works = space.num_layers * layer.work_s + ends_s + sum(space.receives_s(stage) for stage in range(task.pp))
-    largest = np.maximum(works / task.pp, math.ceil(space.num_layers / task.pp) * layer.work_s)
-    bounds = space.setting.combined_s(works, largest) * (1 - ROUNDING)
-    return np.where(space.num_layers * held > task.pp * space.usable_bytes, np.inf, bounds)
+        return math.inf
+    layers = space.setting.model.spec.layers
+    least = {unit: float(options.work_s.min()) for unit, options in space.options.items()}
+    total = sum(kind.count * least[kind.name] for kind in layers) + least["embedding"] + least["head"]
+    share = math.ceil(sum(kind.count for kind in layers) / space.task.pp) * min(least[kind.name] for kind in layers)
+    return float(space.setting.combined_s(total, max(total / space.task.pp, share))) * (1 - ROUNDING)

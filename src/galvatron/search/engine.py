@@ -7,59 +7,59 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from galvatron.core.errors import ConfigError, InfeasibleError
+from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model import ModelProfile, Precision
-from galvatron.core.units import format_bytes
 from galvatron.cost.setting import Setting
-from galvatron.cost.step import predict
 from galvatron.plan.axes import divisors
-from galvatron.plan.plan import Plan, Prediction, Proof
+from galvatron.plan.plan import Plan, Proof
 
-from .baselines import FAMILIES, best_of_family, least_memory, nearest_of_family
-from .bounds import lower_bound_s
-from .result import Counts, SearchResult, Shortfall
-from .solve import UNLIMITED, Solution, solve
-from .space import Space, Task, build_space, tasks
+from .baselines import FAMILIES
+from .job import Job, Progress, describe, score
+from .layers import FULL_EFFORT, LITTLE_EFFORT
+from .limits import Limits
+from .result import Counts, SearchResult, Shortfall, predicted, seconds_per_sample
+from .rivals import best_of_family, infeasible, shortfall_of_family, unlimited
+from .solve import solve
+from .space import Space
+from .tables import Solution
 
-Progress = Callable[[str], None]
+NUM_CANDIDATES = 8
 
 
 def search(
     model_profile: ModelProfile,
     hardware_profile: HardwareProfile,
     *,
-    global_batch_size: int,
+    global_batch_size: int | Sequence[int],
     seq_len: int | None = None,
     memory_limit_bytes: int | None = None,
     precision: Precision | None = None,
     grad_reduce_dtype: Precision = "fp32",
-    pp: int | None = None,
-    num_microbatches: int | None = None,
-    max_tp: int | None = None,
-    num_candidates: int = 8,
+    limits: Limits | None = None,
+    num_candidates: int = NUM_CANDIDATES,
+    baselines: bool = True,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Find the fastest plan that fits.
 
     Exact for the additive objective over the whole space; the ``num_candidates`` best tasks' plans are replayed
-    and the fastest replay is chosen.
+    and the fastest replay is chosen.  An interrupt (KeyboardInterrupt) ends the search with the best plan so far.
 
     Args:
         model_profile: measured at ``seq_len`` and ``precision``, which default to the profile's own.
         hardware_profile: of the world to plan for.
-        global_batch_size: sequences of one step.
+        global_batch_size: sequences of one step; of several the one with the best throughput is chosen.
         seq_len: tokens of one sequence.
         memory_limit_bytes: per device; defaults to the device's memory.
         precision: compute dtype.
         grad_reduce_dtype: dtype in which gradients are reduced.
-        pp: fix the number of stages.
-        num_microbatches: fix the number of microbatches.
-        max_tp: the largest tp to consider.
+        limits: the space, and what is fixed, forbidden or bounded in it.
         num_candidates: plans to replay.
+        baselines: whether to search the simple plans too, and what memory costs.
         progress: called with one line of text a task.
 
     Raises:
@@ -67,200 +67,185 @@ def search(
         ProfileError: a profile lacks a measurement.
         InfeasibleError: no plan fits the memory limit, or none divides the batch.
     """
-    start = time.process_time()
-    _check(model_profile, hardware_profile, global_batch_size, pp, num_microbatches)
-    limit = hardware_profile.device.memory_bytes if memory_limit_bytes is None else memory_limit_bytes
-    job = Setting(
+    start, limits = time.process_time(), limits or Limits()
+    batches = [global_batch_size] if isinstance(global_batch_size, int) else sorted(set(global_batch_size))
+    _check(model_profile, hardware_profile, batches, limits)
+    setting = Setting(
         model_profile,
         hardware_profile,
         1,
         1,
-        global_batch_size,
+        batches[0],
         model_profile.seq_len if seq_len is None else seq_len,
         model_profile.precision if precision is None else precision,
         grad_reduce_dtype,
     )
-    chosen = [
-        task
-        for task in tasks(hardware_profile.world_size, model_profile.spec.num_layers, global_batch_size)
-        if pp in (None, task.pp) and num_microbatches in (None, task.num_microbatches)
-    ]
-    spaces = [build_space(task, _setting(job, task), limit, max_tp) for task in chosen]
-    found = _solve_all(spaces, num_candidates, progress or (lambda line: None))
+    limit = hardware_profile.device.memory_bytes if memory_limit_bytes is None else memory_limit_bytes
+    job = Job(setting, limits, limit, batches, progress or (lambda line: None))
+    family = limits.space if limits.space in FAMILIES else None
+    job.bound_all(list(FAMILIES) if baselines else [family] if family else [])
+    found = _solve_all(job, num_candidates) if family is None else _solve_family(job, family)
     if not found.solved:
-        raise _infeasible(spaces, limit)
-    return _result(found, spaces, limit, num_candidates, start)
+        if found.interrupted:
+            raise KeyboardInterrupt
+        raise infeasible(job)
+    return _result(job, found, num_candidates, baselines, start)
 
 
-def _setting(job: Setting, task: Task) -> Setting:
-    return replace(job, pp=task.pp, num_microbatches=task.num_microbatches)
-
-
-def _check(model: ModelProfile, hardware: HardwareProfile, batch: int, pp: int | None, m: int | None) -> None:
-    for name, value, of_name, of in (
-        ("pp", pp, "world_size", hardware.world_size),
-        ("num_microbatches", m, "global_batch_size", batch),
+def _check(model: ModelProfile, hardware: HardwareProfile, batches: Sequence[int], limits: Limits) -> None:
+    if not batches or batches[0] < 1:
+        raise ConfigError(f"global_batch_size must be 1 or more, got {list(batches)}; give the sequences of a step")
+    for name, of_name, of in (
+        ("pp", "world_size", hardware.world_size),
+        *(("num_microbatches", "global_batch_size", batch) for batch in batches),
     ):
-        if value is not None and (value < 1 or of % value):
+        value = limits.fix.get(name)
+        if isinstance(value, int) and (value < 1 or of % value):
             choices = ", ".join(map(str, divisors(of)))
             raise ConfigError(f"{name}={value} must divide {of_name}={of}; choose {choices}")
-    if pp is not None and pp > model.spec.num_layers:
+    pp = limits.fix.get("pp")
+    if isinstance(pp, int) and pp > model.spec.num_layers:
         raise ConfigError(f"pp={pp} must not exceed the model's {model.spec.num_layers} layers; lower pp")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Found:
-    """Solved tasks, best first, and what became of the others."""
+    """Solved tasks with their plans, and what became of the others; bounds in seconds a sample."""
 
-    solved: list[tuple[Space, Solution]]
-    lower_bound_s: float
-    bounded_away: int
-    infeasible: int
+    solved: list[tuple[Space, Solution]] = field(default_factory=list)
+    lowest: float = math.inf
+    bounded_away: int = 0
+    infeasible: int = 0
+    interrupted: bool = False
+
+    def best(self, rank: int = 1) -> float:
+        """The ``rank``-th best value in seconds a sample; infinite while there are fewer."""
+        values = sorted(map(score, self.solved))
+        return values[rank - 1] if len(values) >= rank else math.inf
 
 
-def _solve_all(spaces: Sequence[Space], num_candidates: int, progress: Progress) -> _Found:
-    """Solve tasks by ascending bound until no other can be among the ``num_candidates`` best.
-
-    GPipe holds more microbatches than 1F1B and has the same objective, so 1F1B's optimum bounds it.
-    """
-    bounds = [lower_bound_s(space) for space in spaces]
-    order = sorted(range(len(spaces)), key=lambda i: (bounds[i], spaces[i].task.schedule == "gpipe", i))
-    values: dict[Task, float] = {}
-    solved: list[tuple[Space, Solution]] = []
-    bounded_away = infeasible = 0
-    lowest = float("inf")
-    for i in order:
-        space, task = spaces[i], spaces[i].task
-        bound = max(bounds[i], values.get(replace(task, schedule="1f1b"), 0.0))
-        if bound == float("inf"):
-            infeasible += 1
-            continue
-        best = sorted(solution.value for _, solution in solved)
-        if len(best) >= num_candidates and bound > best[num_candidates - 1]:
-            bounded_away += 1
-            lowest = min(lowest, bound)
-            continue
-        solution = solve(space)
-        values[task] = float("inf") if solution is None else solution.value
-        progress(_line(i, len(spaces), task, solution))
-        if solution is None:
-            infeasible += 1
+def _solve_all(job: Job, num_candidates: int) -> _Found:
+    """Solve tasks by ascending bound until no other can be among the best ``num_candidates``."""
+    found, bounds = _Found(), job.bounds
+    order = sorted(range(len(job.tasks)), key=lambda i: (bounds[i], i))
+    for at, i in enumerate(order):
+        task, worst = job.tasks[i], found.best(num_candidates)
+        if math.isinf(bounds[i]) or bounds[i] > worst:
+            left = [bounds[j] for j in order[at:]]
+            found.infeasible += sum(map(math.isinf, left))
+            found.bounded_away += sum(map(math.isfinite, left))
+            found.lowest = min(found.lowest, *left)
+            break
+        try:
+            space = job.builder.build(task)
+            # what cannot be the best is a candidate for the replay alone: near its own best is good enough
+            effort = FULL_EFFORT if bounds[i] <= found.best() else LITTLE_EFFORT
+            solved = solve(space, worst * task.global_batch_size, effort)
+        except KeyboardInterrupt:
+            found.interrupted, found.lowest = True, min(found.lowest, bounds[i])
+            break
+        found.lowest = min(found.lowest, solved.lower_bound_s / task.global_batch_size)
+        if solved.solution is not None:
+            found.solved.append((space, solved.solution))
+        elif math.isinf(solved.lower_bound_s):
+            found.infeasible += 1
         else:
-            solved.append((space, solution))
-            lowest = min(lowest, solution.value)
-    solved.sort(key=lambda item: item[1].value)
-    return _Found(solved, lowest, bounded_away, infeasible)
+            found.bounded_away += 1
+        missed = "does not fit" if math.isinf(worst) else "is slower"
+        outcome = missed if solved.solution is None else f"{solved.solution.value:.4g} s"
+        job.progress(f"{at + 1}/{len(order)}: {describe(task)}: {outcome}")
+    found.solved.sort(key=score)
+    return found
 
 
-def _line(index: int, total: int, task: Task, solution: Solution | None) -> str:
-    outcome = "does not fit" if solution is None else f"{solution.value:.4g} s"
-    return (
-        f"{index + 1}/{total}: {task.pp} stage{'s' * (task.pp > 1)}, {task.num_microbatches} "
-        f"microbatch{'es' * (task.num_microbatches > 1)}, {task.schedule}: {outcome}"
+def _solve_family(job: Job, name: str) -> _Found:
+    best, others = best_of_family(job, name), len(job.families[name])
+    return _Found() if best is None else _Found([best], math.inf, others - 1, len(job.tasks) - others)
+
+
+def _replayed(job: Job, found: _Found, num_candidates: int) -> list[Plan]:
+    """The candidates, fastest replay first.
+
+    Few microbatches may all be in flight: 1F1B's plan under GPipe then has the same additive objective, and
+    where receiving blocks the replay may tell them apart.
+    """
+    plans = [job.predicted(*item) for item in found.solved[:num_candidates]]
+    if job.limits.allows("schedule", "gpipe"):
+        twins = [p for p in plans if p.schedule == "1f1b" and p.pp > 1 and 1 < p.num_microbatches <= 2 * p.pp]
+        gpipe = [job.with_prediction(p.model_copy(update={"schedule": "gpipe"})) for p in twins]
+        plans += [plan for plan in gpipe if predicted(plan).peak_memory_bytes <= job.limit]
+    return _distinct(sorted(plans, key=_rank))
+
+
+@dataclass
+class _Rivals:
+    """What the plan is held against, as far as an interrupt let it be searched."""
+
+    baselines: dict[str, Plan | None] = field(default_factory=dict)
+    shortfalls: dict[str, Shortfall] = field(default_factory=dict)
+    unlimited: Plan | None = None
+    interrupted: bool = False
+
+
+def _rivals(job: Job, optimum: float) -> _Rivals:
+    rivals = _Rivals()
+    try:
+        for name, family in FAMILIES.items():
+            job.progress(f"searching the simple plans: {family.words}")
+            simple = best_of_family(job, name)
+            if simple is None and (short := shortfall_of_family(job, name)) is not None:
+                rivals.shortfalls[name] = short
+            rivals.baselines[name] = None if simple is None else job.predicted(*simple)
+        if job.limits.space not in FAMILIES:
+            job.progress("searching with endless memory")
+            rivals.unlimited = unlimited(job, optimum)
+    except KeyboardInterrupt:
+        rivals.interrupted = True
+    return rivals
+
+
+def _result(job: Job, found: _Found, num_candidates: int, baselines: bool, start: float) -> SearchResult:
+    plans, optimum = _replayed(job, found, num_candidates), found.best()
+    rivals = _rivals(job, optimum) if baselines and not found.interrupted else _Rivals()
+    batch, lowest, cpu_s = plans[0].global_batch_size, min(found.lowest, optimum), time.process_time() - start
+    proof = Proof(
+        objective_s=optimum * batch,
+        lower_bound_s=lowest * batch,
+        gap=(optimum - lowest) / optimum,
+        num_candidates=len(plans),
+        cpu_s=cpu_s,
+    )
+    counts = Counts(
+        tasks=len(job.tasks),
+        solved=len(found.solved),
+        bounded_away=found.bounded_away,
+        infeasible=found.infeasible,
+        replayed=len(plans),
+        strategies=job.strategies,
+        left=len(job.tasks) - len(found.solved) - found.bounded_away - found.infeasible,
+    )
+    return SearchResult(
+        plan=plans[0].model_copy(update={"prediction": predicted(plans[0]).model_copy(update={"proof": proof})}),
+        candidates=tuple(plans[1:]),
+        baselines=rivals.baselines,
+        shortfalls=rivals.shortfalls,
+        unlimited=rivals.unlimited,
+        memory_limit_bytes=job.limit,
+        counts=counts,
+        cpu_s=cpu_s,
+        interrupted=found.interrupted or rivals.interrupted,
+        origins=(job.setting.model.origin, job.setting.hardware.origin),
     )
 
 
-def _predicted(space: Space, solution: Solution, limit: int) -> Plan:
-    plan = solution.plan(space)
-    setting = space.setting
-    return plan.model_copy(update={"prediction": predict(plan, setting.model, setting.hardware, limit)})
-
-
-def _prediction(plan: Plan) -> Prediction:
-    assert plan.prediction is not None
-    return plan.prediction
-
-
 def _rank(plan: Plan) -> tuple[float, int, bool]:
-    return _prediction(plan).step_time_s, _prediction(plan).peak_memory_bytes, plan.schedule == "gpipe"
+    return seconds_per_sample(plan), predicted(plan).peak_memory_bytes, plan.schedule == "gpipe"
 
 
 def _distinct(ranked: Sequence[Plan]) -> list[Plan]:
     """Without those that differ from a better one by their schedule alone."""
     seen: dict[tuple[object, ...], Plan] = {}
     for plan in ranked:
-        seen.setdefault((plan.num_microbatches, plan.layers_per_stage, *plan.strategies()), plan)
+        key = (plan.global_batch_size, plan.num_microbatches, plan.layers_per_stage, *plan.strategies())
+        seen.setdefault(key, plan)
     return list(seen.values())
-
-
-def _result(found: _Found, spaces: Sequence[Space], limit: int, num_candidates: int, start: float) -> SearchResult:
-    replayed = [_predicted(space, solution, limit) for space, solution in found.solved[:num_candidates]]
-    replayed = _distinct(sorted(replayed, key=_rank))
-    baselines, shortfalls = _baselines(spaces, limit)
-    unlimited = _unlimited(spaces, found.solved[0][1].value, limit)
-    optimum = found.solved[0][1].value
-    cpu_s = time.process_time() - start
-    proof = Proof(
-        objective_s=optimum,
-        lower_bound_s=min(found.lower_bound_s, optimum),
-        gap=max(optimum - found.lower_bound_s, 0.0) / optimum,
-        num_candidates=len(replayed),
-        cpu_s=cpu_s,
-    )
-    prediction = _prediction(replayed[0]).model_copy(update={"proof": proof})
-    return SearchResult(
-        plan=replayed[0].model_copy(update={"prediction": prediction}),
-        candidates=tuple(replayed[1:]),
-        baselines=baselines,
-        shortfalls=shortfalls,
-        unlimited=unlimited,
-        memory_limit_bytes=limit,
-        counts=Counts(
-            tasks=len(spaces),
-            solved=len(found.solved),
-            bounded_away=found.bounded_away,
-            infeasible=found.infeasible,
-            replayed=len(replayed),
-        ),
-        cpu_s=cpu_s,
-    )
-
-
-def _baselines(spaces: Sequence[Space], limit: int) -> tuple[dict[str, Plan | None], dict[str, Shortfall]]:
-    baselines: dict[str, Plan | None] = {}
-    shortfalls = {}
-    for name in FAMILIES:
-        best = best_of_family(name, spaces)
-        baselines[name] = None if best is None else _predicted(*best, limit)
-        if best is None and (nearest := nearest_of_family(name, spaces)) is not None:
-            shortfalls[name] = _shortfall(_predicted(*nearest, limit), limit)
-    return baselines, shortfalls
-
-
-def _shortfall(plan: Plan, limit: int) -> Shortfall:
-    peaks = [stage.peak_memory_bytes for stage in _prediction(plan).stages]
-    return Shortfall(plan=plan, stage=peaks.index(max(peaks)), bytes_short=max(peaks) - limit)
-
-
-def _unlimited(spaces: Sequence[Space], optimum_s: float, limit: int) -> Plan | None:
-    """The additive optimum with endless memory, where that is faster."""
-    free = [replace(space, usable_bytes=UNLIMITED) for space in spaces if space.task.schedule == "1f1b"]
-    bounds = [lower_bound_s(space) for space in free]
-    best: tuple[Space, Solution] | None = None
-    for i in sorted(range(len(free)), key=lambda i: (bounds[i], i)):
-        if bounds[i] >= (optimum_s if best is None else best[1].value):
-            break
-        solution = solve(free[i])
-        if solution is not None and solution.value < (optimum_s if best is None else best[1].value):
-            best = (free[i], solution)
-    return None if best is None else _predicted(*best, limit)
-
-
-def _infeasible(spaces: Sequence[Space], limit: int) -> InfeasibleError:
-    nearest = least_memory([space for space in spaces if space.task.schedule == "1f1b"])
-    if nearest is None:
-        return InfeasibleError(
-            "no strategy divides this batch, sequence and model over the devices; "
-            "change global_batch_size, num_microbatches, pp or max_tp",
-            constraint="divisibility",
-        )
-    short = _shortfall(_predicted(*nearest, limit), limit)
-    plan, peak = short.plan, limit + short.bytes_short
-    enough = f"{math.ceil(peak / 2**20)} MiB"
-    return InfeasibleError(
-        f"no plan fits in {format_bytes(limit)} a device: the smallest (pp={plan.pp}, "
-        f"num_microbatches={plan.num_microbatches}; {plan.layers[0]}) needs {format_bytes(peak)} on stage "
-        f"{short.stage}, {format_bytes(short.bytes_short)} too much; allow {enough}, take more devices, "
-        "or lower global_batch_size or seq_len",
-        constraint=f"memory of stage {short.stage}",
-    )

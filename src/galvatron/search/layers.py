@@ -1,142 +1,240 @@
-"""The best strategies of consecutive layers within one stage, for every number of layers: exact label setting.
+"""The best strategies of consecutive units within one stage: exact label setting under memory and bounds.
 
-Takes one task's layer options and how many microbatches are in flight; gives, for every number of layers k,
-entry layout a and last layout b, the Pareto front of chains in three resources: seconds, held bytes (a sum) and
-the largest transient (a maximum, kept as its rank among the options').  A chain fits when held + transient does.
+Takes a Chain: the classes of a stage's units in order, their options, and what a segment may cost; gives, for every
+number of layers k, entry layout and last layout, the least work that fits.
 
-Layers are equal, so one front serves every stage with as many microbatches in flight.  Exactness: extending two
-chains of equal k, a, b by the same layers adds the same seconds and bytes to both and keeps the order of their
-maxima, so a chain that is no better in any of the three can never become better.
+A label is a chain of options so far: its entry layout, last layout, work, held bytes and largest transient (a maximum,
+kept as its rank among the options').  A chain fits when held + transient does.  Exactness: extending two chains of
+equal length, entry and last layout by the same options adds the same work and bytes to both and keeps the order of
+their maxima, so a chain that another equals or beats in all three can never become better; and a chain whose dual bound
+(``bounds``) exceeds what any segment may cost cannot be part of a better plan.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from .space import Floats, Ints, Options
+from galvatron.cost.strategies import Floats, Ints
 
+from .space import Options
 
-@dataclass(frozen=True)
-class Front:
-    """Labels of one (k, a, b), none dominated.
+ANY = -1
 
-    ``rank`` is that of the largest transient so far; ``parent`` points into the front of ``parent_layout`` at
-    k - 1, and ``option`` is the last layer's strategy.
-    """
-
-    time_s: Floats
-    held_bytes: Ints
-    rank: Ints
-    parent_layout: Ints
-    parent: Ints
-    option: Ints
-
-
-@dataclass(frozen=True)
-class Chains:
-    """Fronts by ``[k - 1][a][b]``, over ``options`` whose transients in ascending order are ``transients``."""
-
-    options: Options
-    transients: Ints
-    fronts: list[list[list[Front]]]
-
-    def strategies(self, k: int, entry: int, last: int, label: int) -> list[int]:
-        """The options of a label's k layers, first to last."""
-        chosen = []
-        for length in range(k, 0, -1):
-            front = self.fronts[length - 1][entry][last]
-            chosen.append(int(front.option[label]))
-            last, label = int(front.parent_layout[label]), int(front.parent[label])
-        return chosen[::-1]
-
-
-def grow(
-    options: Options, in_flight: int, moves_s: Floats, usable_bytes: int, lengths: range, floor_bytes: int = 0
-) -> Chains:
-    """Chains up to the longest of ``lengths``; those that cannot reach the shortest within memory are dropped.
-
-    ``floor_bytes``: a transient so small that it makes no difference; smaller ones count as that.
-    """
-    held, transient = options.held_bytes(in_flight), np.maximum(options.transient_bytes, floor_bytes)
-    kept = undominated(options.work_s, held, transient, options.layout)
-    options, held = options.take(kept), held[kept]
-    transients, rank = np.unique(transient[kept], return_inverse=True)
-    rank = rank.astype(np.int64)
-    least = int(held.min()) if len(held) else 0
-    size = len(moves_s)
-    by_layout = [np.flatnonzero(options.layout == b) for b in range(size)]
-    fronts: list[list[list[Front]]] = []
-    before = [[_start() if b == a else _EMPTY for b in range(size)] for a in range(size)]
-    for k in range(1, lengths.stop):
-        room = usable_bytes - max(lengths.start - k, 0) * least - transients
-        step = _Step(options.work_s, held, rank, room, moves_s)
-        before = [[step.extend(before[a], b, by_layout[b]) for b in range(size)] for a in range(size)]
-        fronts.append(before)
-    return Chains(options, transients, fronts)
-
-
-_NONE = np.zeros(0, dtype=np.int64)
-_EMPTY = Front(np.zeros(0), _NONE, _NONE, _NONE, _NONE, _NONE)
-
-
-def _start() -> Front:
-    zero = np.zeros(1, dtype=np.int64)
-    return Front(np.zeros(1), zero, zero, zero, zero, zero)
+MAX_CANDIDATES = 16
+"""How many times as many labels as may stay are looked at before dominated ones are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """One more layer: every option's seconds, held bytes and transient rank; ``room[rank]`` for held bytes."""
+class Effort:
+    """How many labels a chain may have: ``labels`` shared out evenly among its lengths, ``least`` to ``most`` of each.
 
+    Beyond it those of the lowest dual bounds are kept, and the answer is no longer proven exact: its bound says by
+    how much it may miss.
+    """
+
+    labels: int
+    least: int
+    most: int
+
+    def of_each(self, lengths: int) -> int:
+        """Labels of one length."""
+        return min(max(self.labels // lengths, self.least), self.most)
+
+
+FULL_EFFORT = Effort(400_000, 5_000, 20_000)
+LITTLE_EFFORT = Effort(5_000, 100, 1_000)
+
+
+@dataclass(frozen=True)
+class ClassOptions:
+    """The options of one class of units: work, held bytes, rank of the transient, layout, and moves into it."""
+
+    options: Options
+    held: Ints
+    rank: Ints
+    moves_s: Floats
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Chains of equal length, none dominated; ``parent`` points into the labels before, ``option`` into the class."""
+
+    entry: Ints
+    layout: Ints
     work_s: Floats
     held: Ints
     rank: Ints
-    room: Ints
-    moves_s: Floats
+    parent: Ints
+    option: Ints
 
-    def extend(self, before: list[Front], layout: int, choices: Ints) -> Front:
-        """The front of all chains ``before`` (by last layout) plus one of ``choices``, all of ``layout``."""
-        parts = [self._products(front, b, layout, choices) for b, front in enumerate(before) if len(front.time_s)]
-        if not parts or not len(choices):
-            return _EMPTY
-        time, *rest = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        kept = pareto(time, rest[0], rest[1])
-        held, rank, parent_layout, parent, option = (column[kept] for column in rest)
-        return Front(time[kept], held, rank, parent_layout, parent, option)
+    def take(self, at: Ints) -> Labels:
+        """Some labels."""
+        return Labels(*(getattr(self, field.name)[at] for field in fields(self)))
 
-    def _products(
-        self, front: Front, b: int, layout: int, choices: Ints
-    ) -> tuple[Floats, Ints, Ints, Ints, Ints, Ints]:
-        held = (front.held_bytes[:, None] + self.held[choices]).ravel()
-        rank = np.maximum(front.rank[:, None], self.rank[choices]).ravel()
-        time = (front.time_s[:, None] + (self.work_s[choices] + self.moves_s[b, layout])).ravel()
-        fits = np.flatnonzero(held <= self.room[rank])
-        parent, option = np.divmod(fits, max(len(choices), 1))
-        return time[fits], held[fits], rank[fits], np.full(len(fits), b), parent, choices[option]
+    def __len__(self) -> int:
+        return len(self.work_s)
 
 
-def pareto(time_s: Floats, held_bytes: Ints, rank: Ints) -> Ints:
-    """Indices, by time, of the labels that no other equals or beats in all three.
+@dataclass(frozen=True)
+class Goal:
+    """One number of layers to reach: ``room`` for held bytes and transient, ``most_s`` for the work, and what the
+    units after every layer (and before any) still take at least: ``least_s[j, λ]`` and ``least_held[j]``."""
 
-    Of two equal in time and bytes both may stay; the front is then no longer minimal, but as good.
+    room: int
+    most_s: float
+    least_s: Floats
+    least_held: Ints
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A stage's units: maybe an embedding, layers by class, maybe a head after every goal.
+
+    ``transients``: of all classes' options, ascending; ``prices``: λ of the dual; ``entries``: layouts in which hidden
+    states may come in (ANY alone before an embedding, which takes none).
     """
-    order = np.lexsort((held_bytes, time_s))
-    held, ranks = held_bytes[order], rank[order]
+
+    classes: dict[int, ClassOptions]
+    embedding: int | None
+    layers: list[int]
+    head: int | None
+    goals: dict[int, Goal]
+    entries: Ints
+    transients: Ints
+    prices: Floats
+    num_layouts: int
+    effort: Effort
+
+
+@dataclass
+class Grown:
+    """For every goal k: work[entry, last layout] and the label that has it; ``history`` leads back from labels."""
+
+    chain: Chain
+    history: list[tuple[int, Labels]]
+    work_s: dict[int, Floats]
+    label: dict[int, Ints]
+    ends: dict[int, Labels]
+    truncated: bool = False
+
+    def options(self, k: int, entry: int, last: int) -> list[tuple[int, int]]:
+        """(class, option) of the best chain's units, in order."""
+        label = int(self.label[k][entry, last])
+        steps = self.history[: k + (self.chain.embedding is not None)]
+        chosen = []
+        if self.chain.head is not None:
+            end = self.ends[k]
+            chosen.append((self.chain.head, int(end.option[label])))
+            label = int(end.parent[label])
+        for unit, labels in reversed(steps):
+            chosen.append((unit, int(labels.option[label])))
+            label = int(labels.parent[label])
+        return chosen[::-1]
+
+
+def grow(chain: Chain) -> Grown:
+    """Label setting over the chain's units."""
+    count = len(chain.entries)
+    zero = np.zeros(count, dtype=np.int64)
+    labels = Labels(np.maximum(chain.entries, 0), np.maximum(chain.entries, 0), np.zeros(count), zero, zero, zero, zero)
+    grown = Grown(chain, [], {}, {}, {})
+    if chain.embedding is not None:
+        labels = _step(grown, labels, chain.embedding, 0, chain.goals)
+        grown.history.append((chain.embedding, labels))
+    for j, unit in enumerate(chain.layers, start=1):
+        goals = {k: goal for k, goal in chain.goals.items() if k >= j}
+        labels = _step(grown, labels, unit, j, goals)
+        grown.history.append((unit, labels))
+        if j in goals:
+            ends = labels
+            if chain.head is not None:
+                ends = grown.ends[j] = _step(grown, labels, chain.head, j + 1, {j: goals[j]})
+            grown.work_s[j], grown.label[j] = _table(chain, ends, goals[j].room)
+    return grown
+
+
+def _step(grown: Grown, before: Labels, unit: int, done: int, goals: dict[int, Goal]) -> Labels:
+    """The labels of all chains ``before`` plus one option of ``unit``, after which ``done`` layers are done."""
+    chain = grown.chain
+    own = chain.classes[unit]
+    work = before.work_s[:, None] + own.options.work_s
+    if chain.entries[0] != ANY or done > 0:
+        work += own.moves_s[before.layout[:, None], own.options.layout]
+    held = before.held[:, None] + own.held
+    rank = np.maximum(before.rank[:, None], own.rank)
+    excess = _excess_s(chain, work, held, rank, done, goals)
+    parent, option = np.nonzero(excess <= 0)
+    layout, excess = own.options.layout[option], excess[parent, option]
+    flat = (work[parent, option], held[parent, option], rank[parent, option])
+    found = Labels(before.entry[parent], layout, *flat, parent, option)
+    most = chain.effort.of_each(len(chain.layers))
+    kept = _lowest(grown, np.arange(len(found)), excess, MAX_CANDIDATES * most)
+    kept = kept[undominated(found.take(kept), chain.num_layouts)]
+    return found.take(_lowest(grown, kept, excess[kept], most))
+
+
+def _lowest(grown: Grown, at: Ints, excess: Floats, most: int) -> Ints:
+    """The ``most`` of the labels ``at`` with the lowest excess, in order; notes where that drops any."""
+    if len(at) <= most:
+        return at
+    grown.truncated = True
+    return np.sort(at[np.argpartition(excess, most)[:most]])
+
+
+def _excess_s(chain: Chain, work: Floats, held: Ints, rank: Ints, done: int, goals: dict[int, Goal]) -> Floats:
+    """By how much the dual bound of each label exceeds what its best goal allows; infinite where it fits none.
+
+    Positive: it cannot be part of a plan that is good enough.
+    """
+    peak = held + chain.transients[rank]
+    room = max(goal.room - int(goal.least_held[done]) for goal in goals.values())
+    most = np.max([goal.most_s + chain.prices * goal.room - goal.least_s[done] for goal in goals.values()], axis=0)
+    excess = np.where(peak <= room, -np.inf, np.inf)
+    for price, limit in zip(chain.prices, most, strict=True):
+        np.maximum(excess, work + price * peak - limit, out=excess)
+    return excess
+
+
+def undominated(labels: Labels, num_layouts: int) -> Ints:
+    """Indices of the labels that no other of the same entry and layout equals or beats in work, bytes and rank.
+
+    Of two equal in work and bytes both may stay; no more is claimed than that nothing better is lost.
+    """
+    group = labels.entry * num_layouts + labels.layout
+    order = np.lexsort((labels.rank, labels.held, labels.work_s, group))
+    held, rank, group = labels.held[order], labels.rank[order], group[order]
+    if not len(order):
+        return order
+    step = int(held.max() - held.min()) + 1
+    _, dense = np.unique(group, return_inverse=True)
+    lowered = held - dense.astype(np.int64) * step  # so that all of a group are below all of the groups before it
     kept = np.zeros(len(order), dtype=bool)
-    for level in np.unique(ranks):
-        reachable = np.where(ranks <= level, held, np.iinfo(np.int64).max)
-        best = np.minimum.accumulate(reachable)
-        first = np.concatenate(([True], held[1:] < best[:-1]))
-        kept |= (ranks == level) & first
-    return order[kept]
+    for level in np.unique(rank):
+        # of this rank stay those that hold less than all faster ones of their group that are left at lower ranks
+        rivals = np.flatnonzero(kept | (rank == level))
+        values = lowered[rivals]
+        first = np.concatenate(([True], values[1:] < np.minimum.accumulate(values)[:-1]))
+        kept[rivals] = np.where(rank[rivals] == level, first, True)
+    return np.sort(order[kept])
 
 
-def undominated(work_s: Floats, held_bytes: Ints, transient_bytes: Ints, layout: Ints) -> Ints:
-    """Indices of the options that no option of the same layout equals or beats in all three, ascending."""
-    kept = [np.zeros(0, dtype=np.int64)]
-    for b in np.unique(layout):
-        members = np.flatnonzero(layout == b)
-        kept.append(members[pareto(work_s[members], held_bytes[members], transient_bytes[members])])
-    return np.sort(np.concatenate(kept))
+def undominated_options(options: Options, in_flight: int, num_layouts: int) -> Ints:
+    """Indices of the options that no other of the same layout equals or beats in work, bytes and transient."""
+    _, rank = np.unique(options.transient_bytes, return_inverse=True)
+    zero = np.zeros(len(options), dtype=np.int64)
+    held = options.held_bytes(in_flight)
+    labels = Labels(zero, options.layout, options.work_s, held, rank.astype(np.int64), zero, zero)
+    return undominated(labels, num_layouts)
+
+
+def _table(chain: Chain, labels: Labels, room: int) -> tuple[Floats, Ints]:
+    """The least work that fits by (entry, last layout), and its label."""
+    shape = (chain.num_layouts, chain.num_layouts)
+    work, label = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
+    order = np.argsort(-labels.work_s, kind="stable")
+    order = order[labels.held[order] + chain.transients[labels.rank[order]] <= room]
+    work[labels.entry[order], labels.layout[order]] = labels.work_s[order]
+    label[labels.entry[order], labels.layout[order]] = order
+    return work, label

@@ -1,227 +1,136 @@
-"""One task solved exactly: stage tables from chains of layers, then the division among stages.
+"""One task solved: bounds, then stage tables from chains of options, then the division among stages.
 
-Takes a costed Space; gives the best assignment, either the fastest that fits or the one of least peak memory.
+Takes a costed Space; gives the fastest assignment that fits.  A guess just above the lower bound tells which segments,
+options and chains cannot be part of anything better; what is left is solved exactly.  If nothing lies below the guess,
+it was too low and is raised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from galvatron.plan.plan import LayerStrategy, Plan
+from .bounds import StageBound, relaxed_division, stage_bounds
+from .geometry import Geometry
+from .layers import FULL_EFFORT, Effort
+from .space import Space
+from .tables import ROUNDING, Solution, TaskSolver
 
-from .layers import Chains, Front, grow, pareto
-from .space import Floats, Ints, Space
-from .stages import divide
-
-Aim = Literal["time", "memory"]
 UNLIMITED = 2**62
+GUESSES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, math.inf)
+"""By how much the optimum may exceed its bound before more of the space is let in: labels multiply with it."""
+
+COARSE_GUESSES = GUESSES[4:]
+NARROWINGS = 4  # halvings of a gap: 16 times smaller
 
 
 @dataclass(frozen=True)
-class Solution:
-    """``value``: the additive objective in seconds, or the fullest stage's tensor bytes when memory was the aim."""
+class Solved:
+    """The best plan found, None where there is none, and what no plan of the space goes below.
 
-    value: float
-    layers_per_stage: tuple[int, ...]
-    embedding: LayerStrategy
-    layers: tuple[LayerStrategy, ...]
-    head: LayerStrategy
+    The two are equal where the solution is exact; infinite where surely nothing fits.
+    """
 
-    def plan(self, space: Space) -> Plan:
-        """The solution as a plan."""
-        setting, task = space.setting, space.task
-        return Plan(
-            model=setting.model.spec.name,
-            world_size=setting.hardware.world_size,
-            layers_per_stage=self.layers_per_stage,
-            schedule=task.schedule,
-            num_microbatches=task.num_microbatches,
-            global_batch_size=setting.global_batch_size,
-            seq_len=setting.seq_len,
-            precision=setting.precision,
-            grad_reduce_dtype=setting.grad_reduce_dtype,
-            embedding=self.embedding,
-            layers=self.layers,
-            head=self.head,
-        )
+    solution: Solution | None
+    lower_bound_s: float
 
 
-def solve(space: Space, aim: Aim = "time") -> Solution | None:
-    """The best plan of ``space`` for ``aim``; None when none fits.  Exact.
+def solve(space: Space, at_most: float = math.inf, effort: Effort = FULL_EFFORT) -> Solved:
+    """The best plan of ``space`` whose value is at most ``at_most``; the bound is cut off there too.
 
-    Least memory ignores the limit and times: it minimises the largest of the stages' peaks.
+    With less than full effort the plan may be a little off the best; the bound stays true.
     """
     if space.is_empty:
-        return None
-    if aim == "memory":
-        space = _memory_only(space)
-    longest = space.num_layers - space.task.pp + 1
-    lengths = range(longest if space.task.pp == 1 else 1, longest + 1)
-    floors = [_floor(space, stage, longest) if aim == "time" else 0 for stage in range(space.task.pp)]
-    keys = [(space.task.in_flight(stage), floor) for stage, floor in enumerate(floors)]
-    grown = {key: grow(space.layer, key[0], space.moves_s, space.usable_bytes, lengths, key[1]) for key in set(keys)}
-    chains = [grown[key] for key in keys]
-    groups = _end_groups(space)
-    middle = {stage: _table(space, stage, chains, [(-1, -1)], aim) for stage in range(1, space.task.pp - 1)}
-    solutions = (_solve_group(space, chains, middle, group, aim) for group in groups)
-    return min((s for s in solutions if s is not None), key=lambda s: s.value, default=None)
+        return Solved(None, math.inf)
+    if space.end_pairs is not None:
+        return _solve_tied(space, at_most, effort)
+    return _solve_within(space, at_most, effort)
 
 
-def _floor(space: Space, stage: int, longest: int) -> int:
-    """A layer's transient below which ``stage`` fits or not regardless: its ends' own, or what surely is left.
-
-    Surely left is what remains when every layer and both ends hold the most that any option does.
-    """
-    in_flight, last = space.task.in_flight(stage), space.task.pp - 1
-    ends = [unit for unit, at in ((space.embedding, 0), (space.head, last)) if at == stage]
-    most = longest * int(space.layer.held_bytes(in_flight).max()) + space.stage_bytes(stage)
-    most += sum(int(unit.held_bytes(in_flight).max()) for unit in ends)
-    return max([space.usable_bytes - most, *(int(unit.transient_bytes.min()) for unit in ends)])
-
-
-def _memory_only(space: Space) -> Space:
-    layer, embedding, head = (
-        replace(o, work_s=np.zeros_like(o.work_s)) for o in (space.layer, space.embedding, space.head)
-    )
-    return replace(
-        space,
-        layer=layer,
-        embedding=embedding,
-        head=head,
-        moves_s=np.zeros_like(space.moves_s),
-        usable_bytes=UNLIMITED,
-    )
-
-
-Ends = list[tuple[int, int]]
-"""(embedding option, head option) pairs to choose from; -1 where the stage has no such end."""
+def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
+    geometry = Geometry(space)
+    bounds = stage_bounds(geometry)
+    relaxed = relaxed_division(geometry, bounds)
+    if relaxed is None:
+        return Solved(None, math.inf)
+    lower = relaxed.value * (1 - 1e-12)
+    if lower > at_most:
+        return Solved(None, lower)
+    best: Solution | None = None
+    for stretch in GUESSES if effort is FULL_EFFORT else COARSE_GUESSES:
+        guess = min(relaxed.value * (1 + stretch), at_most, math.inf if best is None else best.value)
+        solver = TaskSolver(geometry, bounds, guess, effort)
+        best = _better(best, solver.solve())
+        if solver.truncated and best is not None:
+            break
+        if not solver.truncated:
+            if best is not None and best.value <= guess * ROUNDING:
+                return Solved(best, best.value)
+            lower = guess
+        if guess == at_most:
+            break
+    if best is None or best.value > at_most * ROUNDING:
+        return Solved(None, lower)
+    return _narrowed(geometry, bounds, best, lower) if effort is FULL_EFFORT else Solved(best, lower)
 
 
-def _end_groups(space: Space) -> list[Ends]:
-    """Pairs that may be chosen together in one run: all, or one at a time where two stages must agree."""
-    if space.end_pairs is None:
-        return [[(i, j) for i in range(len(space.embedding.strategies)) for j in range(len(space.head.strategies))]]
-    return [list(space.end_pairs)] if space.task.pp == 1 else [[pair] for pair in space.end_pairs]
+def _better(a: Solution | None, b: Solution | None) -> Solution | None:
+    return min((s for s in (a, b) if s is not None), key=lambda s: s.value, default=None)
 
 
-@dataclass(frozen=True)
-class _Table:
-    """``work[k - 1, entry, last]`` with the label and the pair of ends that reach it."""
-
-    work: Floats
-    label: Ints
-    pair: list[tuple[int, int]]
-    chosen: Ints
-
-
-def _solve_group(
-    space: Space, chains: list[Chains], middle: dict[int, _Table], pairs: Ends, aim: Aim
-) -> Solution | None:
-    pp = space.task.pp
-    if pp == 1:
-        tables = [_table(space, 0, chains, pairs, aim)]
-    else:
-        first = _table(space, 0, chains, sorted({(i, -1) for i, _ in pairs}), aim)
-        last = _table(space, pp - 1, chains, sorted({(-1, j) for _, j in pairs}), aim)
-        tables = [first, *(middle[stage] for stage in range(1, pp - 1)), last]
-    # the first stage's entry is its embedding's layout: the table's own choice, so take the best of them
-    entries = tables[0].work.argmin(axis=1)
-    first_work = np.take_along_axis(tables[0].work, entries[:, None, :], axis=1)
-    value = space.setting.combined_s if aim == "time" else _largest
-    division = divide([first_work, *(table.work for table in tables[1:])], space.num_layers, value)
-    if division is None:
-        return None
-    embedding = head = -1
-    layers: list[LayerStrategy] = []
-    for stage, (k, entry, last_layout) in enumerate(division.segments):
-        table, chain = tables[stage], chains[stage]
-        if stage == 0:
-            entry = int(entries[k - 1, last_layout])
-        at = (k - 1, entry, last_layout)
-        ends = table.pair[int(table.chosen[at])]
-        embedding, head = max(embedding, ends[0]), max(head, ends[1])
-        layers += [chain.options.strategies[i] for i in chain.strategies(k, entry, last_layout, int(table.label[at]))]
-    return Solution(
-        division.value,
-        tuple(k for k, _, _ in division.segments),
-        space.embedding.strategies[embedding],
-        tuple(layers),
-        space.head.strategies[head],
-    )
+def _narrowed(geometry: Geometry, bounds: list[StageBound], best: Solution, lower: float) -> Solved:
+    """Where labels had to be dropped: halve the gap between the plan found and the bound a few times."""
+    for _ in range(NARROWINGS):
+        if best.value <= lower * (1 + GUESSES[0]):
+            break
+        guess = (lower + best.value) / 2
+        solver = TaskSolver(geometry, bounds, guess)
+        found = solver.solve()
+        if solver.truncated and (found is None or found.value >= best.value):
+            break
+        best = found if found is not None and found.value < best.value else best
+        if not solver.truncated:
+            if best.value <= guess * ROUNDING:
+                return Solved(best, best.value)
+            lower = guess
+    return Solved(best, lower)
 
 
-def _largest(total: Floats, largest: Floats) -> Floats:
-    return largest
+def _solve_tied(space: Space, at_most: float, effort: Effort) -> Solved:
+    """Embedding and head of one strategy: every pair on its own, by what it adds at least."""
+    assert space.end_pairs is not None
+    best: Solution | None = None
+    lower = math.inf
+    for _, (i, j) in sorted((_pair_work_s(space, pair), pair) for pair in undominated_pairs(space)):
+        pair = space.restricted({"embedding": np.array([i]), "head": np.array([j])})
+        solved = _solve_within(pair, at_most, effort)
+        lower = min(lower, solved.lower_bound_s)
+        if solved.solution is not None and (best is None or solved.solution.value < best.value):
+            best, at_most = solved.solution, min(at_most, solved.solution.value)
+    return Solved(best, lower if best is None else min(lower, best.value))
 
 
-@dataclass(frozen=True)
-class _EndCosts:
-    """The undominated ends of one stage, with what it holds beside units; layouts are -1 where there is no such end."""
-
-    pairs: list[tuple[int, int]]
-    work_s: Floats
-    held: Ints
-    transient: Ints
-    entry: Ints
-    exit: Ints
+def _pair_work_s(space: Space, pair: tuple[int, int]) -> float:
+    return float(space.options["embedding"].work_s[pair[0]] + space.options["head"].work_s[pair[1]])
 
 
-def _end_costs(space: Space, stage: int, pairs: Iterable[tuple[int, int]]) -> _EndCosts:
-    in_flight, beside = space.task.in_flight(stage), space.stage_bytes(stage)
-    rows = []
-    for i, j in pairs:
-        parts = [(options, at) for options, at in ((space.embedding, i), (space.head, j)) if at >= 0]
-        rows.append(
-            (
-                sum(float(options.work_s[at]) for options, at in parts),
-                beside + sum(int(options.held_bytes(in_flight)[at]) for options, at in parts),
-                max((int(options.transient_bytes[at]) for options, at in parts), default=0),
-                int(space.embedding.layout[i]) if i >= 0 else -1,
-                int(space.head.layout[j]) if j >= 0 else -1,
-            )
-        )
-    work = np.array([row[0] for row in rows], dtype=np.float64)
-    held, transient, entry, leave = (np.array([row[c] for row in rows], dtype=np.int64) for c in range(1, 5))
+def undominated_pairs(space: Space) -> list[tuple[int, int]]:
+    """Pairs that no other of the same layout equals or beats in work and bytes of both ends."""
+    assert space.end_pairs is not None
+    pairs = np.array(space.end_pairs)
+    embedding, head = space.options["embedding"].take(pairs[:, 0]), space.options["head"].take(pairs[:, 1])
+    columns = [
+        column
+        for o in (embedding, head)
+        for column in (o.work_s, o.resident_bytes, o.activation_bytes, o.transient_bytes)
+    ]
+    table = np.array([*columns, embedding.layout], dtype=np.float64).T
     kept: list[int] = []
-    for key in sorted({row[3:] for row in rows}):
-        members = np.array([n for n, row in enumerate(rows) if row[3:] == key], dtype=np.int64)
-        kept += members[pareto(work[members], held[members], transient[members])].tolist()
-    listed = list(pairs)
-    return _EndCosts([listed[n] for n in kept], work[kept], held[kept], transient[kept], entry[kept], leave[kept])
-
-
-def _table(space: Space, stage: int, chains: list[Chains], pairs: Ends, aim: Aim) -> _Table:
-    """For every k, entry and last layout: the least work (or peak) of ``stage``, over labels and ends."""
-    chain, ends = chains[stage], _end_costs(space, stage, pairs)
-    size = len(space.layouts)
-    shape = (len(chain.fronts), size, size)
-    work, label, chosen = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    for k, by_entry in enumerate(chain.fronts):
-        for a in range(size):
-            fitting = np.flatnonzero((ends.entry == a) | (ends.entry == -1))
-            for b in range(size):
-                front = by_entry[a][b]
-                if len(front.time_s) and len(fitting):
-                    leave_s = np.where(ends.exit >= 0, space.moves_s[b, ends.exit], 0.0)
-                    best = _join(front, chain.transients, ends, fitting, leave_s, space, aim)
-                    work[k, a, b], label[k, a, b], chosen[k, a, b] = best
-    if aim == "time":
-        work += space.receives_s(stage)
-    return _Table(work, label, ends.pairs, chosen)
-
-
-def _join(
-    front: Front, transients: Ints, ends: _EndCosts, fitting: Ints, leave_s: Floats, space: Space, aim: Aim
-) -> tuple[float, int, int]:
-    """The best (value, label, ends) of a front with the ends that fit its entry layout."""
-    transient = np.maximum(transients[front.rank][:, None], ends.transient[fitting])
-    peak = front.held_bytes[:, None] + ends.held[fitting] + transient
-    time = front.time_s[:, None] + (ends.work_s + leave_s)[fitting]
-    value = np.where(peak <= space.usable_bytes, time, np.inf) if aim == "time" else peak.astype(np.float64)
-    at = int(np.argmin(value))
-    row, column = divmod(at, len(fitting))
-    return float(value[row, column]), row, int(fitting[column])
+    for at in np.lexsort((*table.T[:0:-1], table[:, 0] + table[:, 4])):
+        rivals = table[kept]
+        same = rivals[:, 8] == table[at, 8] if len(kept) else np.zeros(0, dtype=bool)
+        if not (same & (rivals[:, :8] <= table[at, :8]).all(axis=1)).any():
+            kept.append(int(at))
+    return [(int(pairs[at, 0]), int(pairs[at, 1])) for at in kept]

@@ -1,84 +1,93 @@
 """Everything the search may choose, and what each choice costs.
 
-Takes profiles, a batch and a memory limit; gives tasks (pipeline degree, microbatches, schedule) and, for one
-task, every strategy the runtime accepts as arrays of seconds and bytes.  Knows nothing of how to choose.
+Takes profiles, a batch and limits; gives tasks (batch, pipeline degree, microbatches, schedule) and, for one task,
+every strategy of every unit as arrays of seconds and bytes.  Knows nothing of how to choose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-from galvatron.core.model import UnitName
-from galvatron.cost.communication import redistribution_s, transfer_s
-from galvatron.cost.memory import stage_bytes, unit_memory, usable_bytes
+from galvatron.core.model import ENDS, UnitName
+from galvatron.cost.communication import redistribution_s
+from galvatron.cost.memory import UnitMemory, all_unit_memory, usable_bytes
 from galvatron.cost.setting import Setting
-from galvatron.cost.unit import unit_times
+from galvatron.cost.strategies import RECOMPUTES, Floats, Ints, Strategies
+from galvatron.cost.unit import UnitTimes, all_unit_times
 from galvatron.plan.axes import StageAxes, divisors
 from galvatron.plan.plan import LayerStrategy, Schedule
-from galvatron.plan.rules import check_strategy
+from galvatron.plan.rules import check_cuts, check_schedule
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from .limits import Limits
+
+MAX_CHUNKS = 8
+"""Most model chunks a stage that are tried: beyond it a bubble of (pp - 1) / v microbatches hardly shrinks while
+messages multiply [Assumed]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """The outside of a plan: what is fixed while layers are divided and strategies chosen."""
 
+    global_batch_size: int
     pp: int
     num_microbatches: int
-    schedule: Schedule
-
-    def in_flight(self, stage: int) -> int:
-        """Microbatches whose activations ``stage`` holds at its peak."""
-        return self.num_microbatches if self.schedule == "gpipe" else min(self.num_microbatches, self.pp - stage)
+    schedule: Schedule = "1f1b"
+    model_chunks: int = 1
 
 
-def tasks(world_size: int, num_layers: int, global_batch_size: int) -> Iterator[Task]:
-    """Every task that can differ: one schedule is enough without a pipeline or with one microbatch."""
-    for pp in divisors(world_size):
-        if pp > num_layers:
+def tasks(world_size: int, num_layers: int, batch_sizes: Sequence[int], limits: Limits) -> Iterator[Task]:
+    """Every task that can differ.
+
+    Without a pipeline there is nothing to schedule.  GPipe has 1F1B's objective and holds no fewer microbatches, so
+    it is searched where 1F1B is not allowed.
+    """
+    schedules: list[tuple[Schedule, int]] = [("1f1b", 1)]
+    schedules += [("interleaved", v) for v in range(2, MAX_CHUNKS + 1)] + [("zero_bubble", 1)]
+    if not limits.allows("schedule", "1f1b"):
+        schedules.insert(0, ("gpipe", 1))
+    for batch, pp in itertools.product(batch_sizes, divisors(world_size)):
+        if pp > num_layers or not limits.allows("pp", pp):
             continue
-        for m in divisors(global_batch_size):
-            yield Task(pp, m, "1f1b")
-            if pp > 1 and m > 1:
-                yield Task(pp, m, "gpipe")
+        for m in divisors(batch):
+            if not limits.allows("num_microbatches", m):
+                continue
+            if pp == 1:
+                yield Task(batch, pp, m)
+            else:
+                yield from (Task(batch, pp, m, s, v) for s, v in schedules if _worth(s, v, pp, m, num_layers, limits))
 
 
-def strategies(stage_size: int) -> Iterator[LayerStrategy]:
-    """Every assignment of a stage's axes to tp, dp_shard and dp_replicate, with every ZeRO stage and recompute."""
-    degrees = StageAxes(stage_size).degrees
-    for tp in degrees:
-        for inner in (degree for degree in degrees if degree % tp == 0):
-            shard, replicate = inner // tp, stage_size // inner
-            for zero in (0,) if shard == 1 else (1, 2, 3):
-                for recompute in ("none", "full"):
-                    yield LayerStrategy.model_validate(
-                        {"tp": tp, "dp_shard": shard, "dp_replicate": replicate, "zero": zero, "recompute": recompute}
-                    )
+def _worth(schedule: Schedule, chunks: int, pp: int, m: int, num_layers: int, limits: Limits) -> bool:
+    if pp * chunks > num_layers or not (limits.allows("schedule", schedule) and limits.allows("model_chunks", chunks)):
+        return False
+    # with one microbatch there is nothing to interleave with, and no weight gradient to put off
+    return check_schedule(schedule, pp, m, chunks) is None and (m > 1 or schedule in ("1f1b", "gpipe"))
 
 
 @dataclass(frozen=True)
 class Options:
     """The strategies of one unit as arrays: seconds a microbatch (``UnitTimes.work_s``), bytes, layout index."""
 
-    strategies: tuple[LayerStrategy, ...]
+    strategies: Strategies
     work_s: Floats
     resident_bytes: Ints
     activation_bytes: Ints
     transient_bytes: Ints
     layout: Ints
 
-    def take(self, indices: Sequence[int] | Ints) -> Options:
-        """The options at ``indices``, in that order."""
-        at = np.asarray(indices, dtype=np.int64)
+    def __len__(self) -> int:
+        return len(self.work_s)
+
+    def take(self, at: Ints) -> Options:
+        """The options at indices ``at``, in that order."""
         return Options(
-            tuple(self.strategies[i] for i in at),
+            self.strategies.take(at),
             self.work_s[at],
             self.resident_bytes[at],
             self.activation_bytes[at],
@@ -90,105 +99,157 @@ class Options:
         """What stays, with the activations of ``in_flight`` microbatches."""
         return self.resident_bytes + in_flight * self.activation_bytes
 
+    @cached_property
+    def index(self) -> dict[tuple[int, ...], int]:
+        """The option of every strategy, by its fields."""
+        return {row: i for i, row in enumerate(self.strategies.rows())}
+
 
 @dataclass(frozen=True)
 class Space:
     """All choices of one task, costed.
 
-    ``moves_s[a, b]``: one microbatch's redistribution both ways between layouts a and b, indices into ``layouts``
-    (sequence degrees); ``receive_s``: one transfer between stages; ``usable_bytes``: tensors that fit on a device.
+    ``moves_s[unit][a, b]``: what a microbatch's redistribution both ways into ``unit`` adds to the work, between
+    layouts a and b, indices into ``layouts`` (sequence degrees); ``usable_bytes``: tensors that fit on a device.
     """
 
     task: Task
     setting: Setting
     layouts: tuple[int, ...]
-    embedding: Options
-    layer: Options
-    head: Options
-    moves_s: Floats
-    receive_s: float
+    options: Mapping[UnitName, Options]
+    moves_s: Mapping[UnitName, Floats]
     usable_bytes: int
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return self.setting.model.spec.num_layers
-
-    @cached_property
-    def end_pairs(self) -> tuple[tuple[int, int], ...] | None:
-        """For tied embeddings the (embedding, head) options of equal cuts; None when every pair is allowed."""
-        if not self.setting.model.spec.tied_embeddings:
-            return None
-        heads = {_cuts(strategy): i for i, strategy in enumerate(self.head.strategies)}
-        pairs = ((i, heads.get(_cuts(strategy))) for i, strategy in enumerate(self.embedding.strategies))
-        return tuple((i, j) for i, j in pairs if j is not None)
-
-    def receives_s(self, stage: int) -> float:
-        """Transfers that ``stage`` receives for one microbatch: from before in forward, from behind in backward."""
-        return self.receive_s * ((stage > 0) + (stage < self.task.pp - 1))
-
-    def stage_bytes(self, stage: int) -> int:
-        """What ``stage`` holds beside its units: outputs and shared tensors of the microbatches in flight."""
-        return self.task.in_flight(stage) * stage_bytes(self.setting, stage)
 
     @property
     def is_empty(self) -> bool:
         """Whether some unit has no strategy at all."""
-        missing = not (self.layer.strategies and self.embedding.strategies and self.head.strategies)
-        return missing or self.end_pairs == ()
+        return not all(len(options) for options in self.options.values()) or self.end_pairs == ()
 
-    def restricted(self, layer: Iterable[int], ends: LayerStrategy | None = None) -> Space:
-        """This space with only some layer options and, if given, one strategy for embedding and head."""
-        smaller = replace(self, layer=self.layer.take(list(layer)))
-        if ends is None:
-            return smaller
-        embedding = [i for i, strategy in enumerate(self.embedding.strategies) if strategy == ends]
-        head = [i for i, strategy in enumerate(self.head.strategies) if strategy == ends]
-        return replace(smaller, embedding=self.embedding.take(embedding), head=self.head.take(head))
+    @cached_property
+    def end_pairs(self) -> tuple[tuple[int, int], ...] | None:
+        """For tied embeddings the (embedding, head) options of equal strategies; None when every pair is allowed."""
+        if not self.setting.model.spec.tied_embeddings:
+            return None
+        head = self.options["head"].index
+        pairs = ((i, head.get(strategy)) for strategy, i in self.options["embedding"].index.items())
+        return tuple((i, j) for i, j in pairs if j is not None)
 
-
-def build_space(task: Task, setting: Setting, memory_limit_bytes: int, max_tp: int | None = None) -> Space:
-    """Cost every strategy that the runtime accepts for ``task`` and whose tp was profiled."""
-    degrees = [tp for tp in setting.model.tp_degrees() if max_tp is None or tp <= max_tp]
-    layouts = tuple(degree for degree in StageAxes(setting.stage_size).degrees if degree in degrees)
-    candidates = [s for s in strategies(setting.stage_size) if s.tp in layouts]
-    size = len(layouts)
-    moves = [[2 * redistribution_s(setting, layouts[a], layouts[b]) for b in range(size)] for a in range(size)]
-    return Space(
-        task=task,
-        setting=setting,
-        layouts=layouts,
-        embedding=_options(setting, "embedding", candidates, layouts),
-        layer=_options(setting, "layer", candidates, layouts),
-        head=_options(setting, "head", candidates, layouts),
-        moves_s=np.array(moves, dtype=np.float64).reshape(size, size),
-        receive_s=transfer_s(setting),
-        usable_bytes=usable_bytes(setting, memory_limit_bytes),
-    )
+    def restricted(self, chosen: Mapping[UnitName, Ints]) -> Space:
+        """This space with only the ``chosen`` options of some units."""
+        smaller = {name: options.take(chosen[name]) for name, options in self.options.items() if name in chosen}
+        return replace(self, options={**self.options, **smaller})
 
 
-def _options(
-    setting: Setting, unit: UnitName, candidates: Iterable[LayerStrategy], layouts: tuple[int, ...]
-) -> Options:
-    accepted = [
-        strategy
-        for strategy in candidates
-        if check_strategy(
-            strategy, unit, setting.model.spec, setting.stage_size, setting.micro_batch_size, setting.seq_len
+@dataclass(frozen=True)
+class _Costed:
+    """What a unit's options cost whatever the schedule."""
+
+    strategies: Strategies
+    times: UnitTimes
+    memory: UnitMemory
+    layout: Ints
+
+
+class SpaceBuilder:
+    """Builds the spaces of a job's tasks, one (batch, pp, microbatches) at a time; remembers the last few."""
+
+    def __init__(self, job: Setting, limits: Limits, memory_limit_bytes: int) -> None:
+        self.job, self.limits = job, limits
+        self.usable_bytes = usable_bytes(job, memory_limit_bytes)
+        self.rows: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(self._rows)
+        self._costs = lru_cache(maxsize=8)(self._cost)
+
+    def build(self, task: Task, usable: int | None = None) -> Space:
+        """The space of ``task``; ``usable`` replaces the memory limit."""
+        setting = replace(
+            self.job,
+            pp=task.pp,
+            num_microbatches=task.num_microbatches,
+            global_batch_size=task.global_batch_size,
+            schedule=task.schedule,
+            model_chunks=task.model_chunks,
         )
-        is None
-    ]
-    times = [unit_times(setting, unit, strategy) for strategy in accepted]
-    memories = [unit_memory(setting, unit, strategy) for strategy in accepted]
-    return Options(
-        tuple(accepted),
-        np.array([unit.work_s(setting) for unit in times], dtype=np.float64),
-        np.array([memory.resident_bytes for memory in memories], dtype=np.int64),
-        np.array([memory.activation_bytes for memory in memories], dtype=np.int64),
-        np.array([memory.transient_bytes for memory in memories], dtype=np.int64),
-        np.array([layouts.index(strategy.tp) for strategy in accepted], dtype=np.int64),
-    )
+        costs = self._costs(task.global_batch_size, task.pp, task.num_microbatches)
+        layouts = StageAxes(setting.stage_size).degrees
+        moves = {unit: _moves_s(setting, unit, layouts) for unit in setting.model.spec.units[1:]}
+        options = {
+            unit: Options(
+                cost.strategies,
+                cost.times.work_s(setting),
+                np.asarray(cost.memory.resident_bytes),
+                cost.memory.activation_bytes,
+                cost.memory.transient_bytes,
+                cost.layout,
+            )
+            for unit, cost in costs.items()
+        }
+        return Space(task, setting, layouts, options, moves, self.usable_bytes if usable is None else usable)
+
+    def _cost(self, batch: int, pp: int, m: int) -> dict[UnitName, _Costed]:
+        setting = replace(self.job, pp=pp, num_microbatches=m, global_batch_size=batch)
+        layouts = np.array(StageAxes(setting.stage_size).degrees, dtype=np.int64)
+        costs = {}
+        for unit in setting.model.spec.units:
+            rows = self.rows(setting.stage_size, unit)
+            rows = rows.take(setting.micro_batch_size % rows.dp == 0)
+            times, memory = all_unit_times(setting, unit, rows), all_unit_memory(setting, unit, rows)
+            costs[unit] = _Costed(rows, times, memory, np.searchsorted(layouts, rows.sequence_degree).astype(np.int64))
+        return costs
+
+    def _rows(self, stage_size: int, unit: UnitName) -> Strategies:
+        """Every strategy of ``unit`` that rules, limits and profile allow, whatever the batch.
+
+        Degrees stack from the inside out, so that each is the ratio of two of the stage's stacked degrees.
+        """
+        degrees, end = StageAxes(stage_size).degrees, unit in ENDS
+        rows: list[tuple[int, ...]] = []
+        for tp in degrees:
+            recomputes = [r for r in self._recomputes(unit, tp) if self.limits.allows("recompute", r, end=end)]
+            if not (recomputes and self._allowed(end, tp=tp)):
+                continue
+            for ulysses, cp, ep in self._sequence_degrees(stage_size, unit, tp):
+                inner = tp * ulysses * cp
+                for outer in (degree for degree in degrees if degree % inner == 0):
+                    shard, replicate = outer // inner, stage_size // outer
+                    for zero in _zeros(ulysses * cp, shard):
+                        if self._allowed(end, dp_shard=shard, dp_replicate=replicate, zero=zero):
+                            fixed = (tp, ulysses, cp, ep, shard, replicate, zero)
+                            rows += [(*fixed, RECOMPUTES.index(r)) for r in recomputes]
+        return Strategies.of_rows(rows)
+
+    def _allowed(self, end: bool, **values: int) -> bool:
+        return all(self.limits.allows(name, value, end=end) for name, value in values.items())
+
+    def _recomputes(self, unit: UnitName, tp: int) -> list[str]:
+        """The modes whose activations the profile has, where it has compute times."""
+        profile = self.job.model
+        if not any(sample.unit == unit and sample.tp == tp for sample in profile.compute):
+            return []
+        modes = RECOMPUTES[:1] if unit in ENDS else RECOMPUTES
+        return [mode for mode in modes if self.job.has_activations(unit, tp, mode)]
+
+    def _sequence_degrees(self, stage_size: int, unit: UnitName, tp: int) -> Iterator[tuple[int, int, int]]:
+        """(ulysses, cp, ep) beside ``tp`` that divide tokens, heads, experts and parameters."""
+        spec, end, degrees = self.job.model.spec, unit in ENDS, StageAxes(stage_size).degrees
+        experts = 0 if end else spec.kind(unit).num_experts
+        factors = [degree // tp for degree in degrees if degree % tp == 0]
+        for ulysses in (u for u in factors if self._allowed(end, ulysses=u)):
+            for cp in (f // ulysses for f in factors if f % ulysses == 0):
+                if (end and cp > 1) or not self._allowed(end, cp=cp):
+                    continue
+                for ep in (e for e in factors if e == 1 or (experts and experts % e == 0)):
+                    inner = tp * ulysses * cp
+                    strategy = LayerStrategy(tp=tp, ulysses=ulysses, cp=cp, ep=ep, dp_replicate=stage_size // inner)
+                    legal = check_cuts(strategy, unit, spec, stage_size, self.job.seq_len) is None
+                    if legal and self._allowed(end, ep=ep):
+                        yield ulysses, cp, ep
 
 
-def _cuts(strategy: LayerStrategy) -> tuple[int, int, int, int]:
-    return strategy.tp, strategy.dp_shard, strategy.dp_replicate, strategy.zero
+def _zeros(sequence: int, shard: int) -> tuple[int, ...]:
+    """ZeRO stages that mean something: none without ranks to shard over, all but 0 with a dp_shard."""
+    return (0,) if sequence * shard == 1 else (0, 1, 2, 3) if shard == 1 else (1, 2, 3)
+
+
+def _moves_s(setting: Setting, unit: UnitName, layouts: tuple[int, ...]) -> Floats:
+    one_way = [[redistribution_s(setting, unit, a, b) for b in layouts] for a in layouts]
+    return 2 * setting.whole_fill * np.array(one_way, dtype=np.float64)

@@ -1,6 +1,6 @@
-"""Dividing layers among stages: exact for whatever grows with Σ w and max w, boundary layouts included.
+"""Dividing layers among stages: exact for a step that grows with Σ w and max w, boundary layouts included.
 
-Takes one table a stage (the least work for every number of layers, entry layout and last layout); gives the best
+Takes one table a stage (the least work for every segment of layers, entry layout and last layout); gives the best
 contiguous division.  Knows nothing of strategies or bytes, which the tables have settled.
 """
 
@@ -11,83 +11,176 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .space import Floats, Ints
+from galvatron.cost.setting import Setting
+from galvatron.cost.strategies import Floats, Ints
 
-Segment = tuple[int, int, int]
-"""One stage's share: number of layers, entry layout, last layout."""
+Tables = dict[int, Floats]
+"""One stage: for every number of layers k it may hold, work[row, entry layout, last layout], infinite where
+impossible.  One row serves all where segments may begin anywhere; else row i is that of segments from layer i."""
+
+Segment = tuple[int, int, int, int]
+"""One stage's share: first layer, number of layers, entry layout, last layout."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """The best division and its value."""
+    """The best division and its value; Σ and max of its stages' work."""
 
     value: float
+    total_s: float
+    largest_s: float
     segments: tuple[Segment, ...]
 
 
-@dataclass(frozen=True)
-class _Front:
-    """Partial divisions that no other equals or beats in both total and largest, with what came before."""
+def divide(tables: list[Tables], num_layers: int, setting: Setting) -> Division | None:
+    """Minimise ``setting.combined_s(Σ w, max w)``; None when no division is possible.
 
-    total: Floats
-    largest: Floats
-    layers: Ints
-    layout: Ints
-    index: Ints
-
-
-def divide(tables: list[Floats], num_layers: int, value: Callable[[Floats, Floats], Floats]) -> Division | None:
-    """Minimise ``value(Σ w, max w)``, which never falls when either grows; None when no division is possible.
-
-    ``tables[stage][k - 1, entry, last]``: work of a stage with k layers, infinite where impossible.  The first
-    stage has one entry.  Exactness: a later stage adds the same to total, and raises the largest no further, for
-    the partial division that is ahead in both.
+    For every limit on max w the least Σ w is a shortest path.  Lowering the limit below the last path's own largest
+    stage walks along all trade-offs between the two, from the least Σ to the least max; it stops where even the least
+    possible max could not pay for Σ.
     """
-    start = _Front(np.zeros(1), np.zeros(1), *(np.zeros(1, dtype=np.int64) for _ in range(3)))
-    history: list[dict[tuple[int, int], _Front]] = [{(0, 0): start}]
-    for stage, table in enumerate(tables):
-        behind = len(tables) - 1 - stage
-        counts = range(num_layers, num_layers + 1) if behind == 0 else range(stage + 1, num_layers - behind + 1)
-        history.append(_advance(history[-1], table, counts))
-    best: tuple[float, int, int] | None = None
-    for (_, layout), front in sorted(history[-1].items()):
-        values = value(front.total, front.largest)
-        index = int(np.argmin(values))
-        if best is None or values[index] < best[0]:
-            best = (float(values[index]), layout, index)
-    return None if best is None else Division(best[0], _trace(history, num_layers, best[1], best[2]))
+    tables = _by_ends_where_single(tables, num_layers)
+    fastest = _path(tables, num_layers, np.add, np.inf)
+    if fastest is None:
+        return None
+    flattest = _path(tables, num_layers, np.maximum, np.inf)
+    assert flattest is not None
+    least_largest = flattest.largest_s
+    best = min(_valued(fastest, setting), _valued(flattest, setting), key=lambda d: d.value)
+    current: Division | None = fastest
+    limit = _useful_limit(setting, best.value, fastest.total_s)
+    if limit < fastest.largest_s:
+        current = _path(tables, num_layers, np.add, limit)
+    while current is not None:
+        best = min(best, _valued(current, setting), key=lambda d: d.value)
+        if float(setting.combined_s(current.total_s, least_largest)) >= best.value:
+            break
+        below = np.nextafter(current.largest_s, 0)
+        current = _path(tables, num_layers, np.add, float(below)) if below >= least_largest else None
+    return best
 
 
-def _advance(before: dict[tuple[int, int], _Front], table: Floats, counts: range) -> dict[tuple[int, int], _Front]:
-    """Fronts by (layers so far, last layout) after one more stage."""
-    fronts = {}
-    for layers in counts:
-        for last in range(table.shape[2]):
-            parts = []
-            for (used, entry), front in before.items():
-                k = layers - used
-                if 1 <= k <= table.shape[0] and np.isfinite(work := table[k - 1, entry, last]):
-                    count = len(front.total)
-                    columns = (np.full(count, used), np.full(count, entry), np.arange(count))
-                    parts.append((front.total + work, np.maximum(front.largest, work), *columns))
-            if parts:
-                fronts[layers, last] = _best(_Front(*(np.concatenate(c) for c in zip(*parts, strict=True))))
-    return fronts
+def largest_only(tables: list[Tables], num_layers: int) -> Division | None:
+    """The division whose largest stage is least; its value is that stage's."""
+    return _path(tables, num_layers, np.maximum, np.inf)
 
 
-def _best(front: _Front) -> _Front:
-    order = np.lexsort((front.largest, front.total))
-    largest = front.largest[order]
-    first = np.concatenate(([True], largest[1:] < np.minimum.accumulate(largest)[:-1]))
-    kept = order[first]
-    return _Front(front.total[kept], front.largest[kept], front.layers[kept], front.layout[kept], front.index[kept])
+def _valued(division: Division, setting: Setting) -> Division:
+    value = float(setting.combined_s(division.total_s, division.largest_s))
+    return Division(value, division.total_s, division.largest_s, division.segments)
 
 
-def _trace(history: list[dict[tuple[int, int], _Front]], layers: int, layout: int, index: int) -> tuple[Segment, ...]:
+def _useful_limit(setting: Setting, best_value: float, least_total: float) -> float:
+    """The largest stage beyond which no Σ, however small, beats ``best_value``; with a little for rounding."""
+    m, fill = setting.num_microbatches, setting.fill
+    rest = best_value / setting.hardware.device.full_speed_fraction - fill * least_total
+    return float(rest / (m - fill) * (1 + 1e-9)) if m - fill > 1e-9 else np.inf
+
+
+def least_total_and_largest(tables: list[Tables], num_layers: int) -> tuple[float, float] | None:
+    """The least Σ and, on its own, the least max of any division; None when there is none."""
+    tables = _by_ends_where_single(tables, num_layers)
+    fastest, flattest = (_path(tables, num_layers, join, np.inf) for join in (np.add, np.maximum))
+    return None if fastest is None or flattest is None else (fastest.total_s, flattest.largest_s)
+
+
+Join = Callable[[Floats, Floats], Floats]
+
+
+def _path(tables: list[Tables], num_layers: int, join: Join, limit: float) -> Division | None:
+    """The best path under ``join`` (sum or maximum) whose every stage takes at most ``limit``."""
+    size = max(max(work.shape[1:]) for table in tables for work in table.values()) if all(tables) else 0
+    if not size:
+        return None
+    if BY_ENDS in tables[0]:
+        return _single_layout_path([table[BY_ENDS][0] for table in tables], num_layers, join, limit)
+    value = np.full((num_layers + 1, size), np.inf)
+    value[0, 0] = 0.0
+    history: list[tuple[Ints, Ints, Floats]] = []
+    for table in tables:
+        value, length, entry, work = _advance(value, table, num_layers, join, limit)
+        history.append((length, entry, work))
+    last = int(np.argmin(value[num_layers]))
+    if not np.isfinite(value[num_layers, last]):
+        return None
+    return _trace(history, num_layers, last)
+
+
+BY_ENDS = -1
+"""The key under which a stage without layouts holds its work as one matrix [1, first layer, end]."""
+
+
+def _by_ends_where_single(tables: list[Tables], num_layers: int) -> list[Tables]:
+    """Where layouts make no difference: every stage as a matrix, which a path then takes in one step."""
+    if not all(work.shape[1:] == (1, 1) for table in tables for work in table.values()) or not all(tables):
+        return tables
+    return [{BY_ENDS: _by_ends(table, num_layers)[None]} for table in tables]
+
+
+def _single_layout_path(matrices: list[Floats], num_layers: int, join: Join, limit: float) -> Division | None:
+    """The same where a stage is a matrix over (first layer, end)."""
+    value, history = np.full(num_layers + 1, np.inf), []
+    value[0] = 0.0
+    ends = np.arange(num_layers + 1)
+    for work in matrices:
+        through = join(value[:, None], np.where(work <= limit, work, np.inf))
+        start = through.argmin(axis=0)
+        value = through[start, ends]
+        history.append((start, work[start, ends]))
+    if not np.isfinite(value[num_layers]):
+        return None
+    end, segments, works = num_layers, [], []
+    for start, work in reversed(history):
+        first = int(start[end])
+        segments.append((first, end - first, 0, 0))
+        works.append(float(work[end]))
+        end = first
+    total = float(sum(reversed(works)))
+    return Division(max(works), total, max(works), tuple(reversed(segments)))
+
+
+def _by_ends(table: Tables, num_layers: int) -> Floats:
+    """work[first layer, end] of a stage without layouts."""
+    matrix = np.full((num_layers + 1, num_layers + 1), np.inf)
+    for k, work in table.items():
+        starts = np.arange(num_layers + 1 - k if len(work) == 1 else min(num_layers + 1 - k, len(work)))
+        matrix[starts, starts + k] = work[0, 0, 0] if len(work) == 1 else work[starts, 0, 0]
+    return matrix
+
+
+def _advance(
+    value: Floats, table: Tables, num_layers: int, join: Join, limit: float
+) -> tuple[Floats, Ints, Ints, Floats]:
+    """One more stage: the best value by (layers so far, last layout), its length, entry layout and own work."""
+    shape = value.shape
+    best, own = np.full(shape, np.inf), np.zeros(shape)
+    length, entry = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for k, work in table.items():
+        starts = num_layers + 1 - k
+        rows = work if work.shape[0] == 1 else work[:starts]
+        starts = min(starts, len(rows)) if work.shape[0] > 1 else starts
+        allowed = np.where(rows <= limit, rows, np.inf)
+        entries, exits = work.shape[1:]
+        through = join(value[:starts, :entries, None], allowed)
+        chosen = through.argmin(axis=1)
+        reached = np.take_along_axis(through, chosen[:, None, :], axis=1)[:, 0]
+        at = (slice(k, k + starts), slice(0, exits))
+        better = reached < best[at]
+        best[at] = np.where(better, reached, best[at])
+        length[at] = np.where(better, k, length[at])
+        entry[at] = np.where(better, chosen, entry[at])
+        taken = np.take_along_axis(np.broadcast_to(rows, through.shape), chosen[:, None, :], axis=1)[:, 0]
+        own[at] = np.where(better, taken, own[at])
+    return best, length, entry, own
+
+
+def _trace(history: list[tuple[Ints, Ints, Floats]], layers: int, layout: int) -> Division:
     segments: list[Segment] = []
-    for fronts in reversed(history[1:]):
-        front = fronts[layers, layout]
-        used, entry = int(front.layers[index]), int(front.layout[index])
-        segments.append((layers - used, entry, layout))
-        layers, layout, index = used, entry, int(front.index[index])
-    return tuple(reversed(segments))
+    works = []
+    for length, entry, work in reversed(history):
+        k, before = int(length[layers, layout]), int(entry[layers, layout])
+        works.append(float(work[layers, layout]))
+        segments.append((layers - k, k, before, layout))
+        layers, layout = layers - k, before
+    total = float(sum(reversed(works)))
+    return Division(max(works), total, max(works), tuple(reversed(segments)))

@@ -11,7 +11,7 @@ import math
 import random
 from typing import Literal
 
-from galvatron.core.model import UNITS, ModelSpec, Recompute, UnitName
+from galvatron.core.model import ModelSpec, Recompute, UnitName
 from galvatron.plan import LayerStrategy, Plan, check_strategy
 from galvatron.plan.axes import divisors
 from galvatron.plan.plan import Schedule
@@ -95,7 +95,7 @@ def _random_plan(
     rng: random.Random, spec: ModelSpec, world_size: int, pp: int, schedule: Schedule, seq_len: int
 ) -> Plan:
     stage_size = world_size // pp
-    choices = {unit: _strategies(unit, spec, stage_size, seq_len) for unit in UNITS}
+    choices = {unit: _strategies(unit, spec, stage_size, seq_len) for unit in spec.units}
     cuts = sorted(rng.sample(range(1, spec.num_layers), pp - 1))
     embedding = rng.choice(choices["embedding"])
     head = embedding if spec.tied_embeddings else rng.choice(choices["head"])

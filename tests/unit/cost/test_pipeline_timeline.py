@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from galvatron.cost.pipeline import Event, timeline
+from galvatron.cost.pipeline import Event, Pipeline, timeline
 from galvatron.plan.plan import Schedule
 
 
@@ -15,18 +15,14 @@ def times(events: tuple[Event, ...], stage: int) -> list[tuple[str, int, float, 
     return [(e.kind[0], e.microbatch, e.start_s, e.end_s) for e in events if e.stage == stage]
 
 
-def constant(seconds: list[float], m: int) -> list[list[float]]:
-    return [[s] * m for s in seconds]
-
-
 def test_gpipe_with_two_even_stages() -> None:
-    events = timeline("gpipe", constant([1, 1], 2), constant([2, 2], 2))
+    events = timeline(Pipeline("gpipe", 2, 2, [1, 1], [2, 2]))
     assert times(events, 0) == [("f", 0, 0, 1), ("f", 1, 1, 2), ("b", 0, 5, 7), ("b", 1, 7, 9)]
     assert times(events, 1) == [("f", 0, 1, 2), ("f", 1, 2, 3), ("b", 0, 3, 5), ("b", 1, 5, 7)]
 
 
 def test_1f1b_with_two_uneven_stages() -> None:
-    events = timeline("1f1b", constant([1, 2], 3), constant([1, 4], 3))
+    events = timeline(Pipeline("1f1b", 2, 3, [1, 2], [1, 4]))
     assert times(events, 1) == [
         ("f", 0, 1, 3),
         ("b", 0, 3, 7),
@@ -46,25 +42,93 @@ def test_1f1b_with_two_uneven_stages() -> None:
 
 
 def test_a_transfer_delays_the_receiver_and_blocks_it_where_nothing_overlaps() -> None:
-    forward, backward = constant([1, 1], 2), constant([1, 1], 2)
-    free = timeline("gpipe", forward, backward, 0.5)
+    pipeline = Pipeline("gpipe", 2, 2, [1, 1], [1, 1], transfer_s=[0, 0.5])
+    free = timeline(pipeline)
     assert times(free, 1) == [("f", 0, 1.5, 2.5), ("f", 1, 2.5, 3.5), ("b", 0, 3.5, 4.5), ("b", 1, 4.5, 5.5)]
     assert times(free, 0)[2:] == [("b", 0, 5.0, 6.0), ("b", 1, 6.0, 7.0)]
-    blocked = timeline("gpipe", forward, backward, 0.5, receiving_blocks=True)
+    blocked = timeline(pipeline, receiving_blocks=True)
     assert times(blocked, 1)[:2] == [("f", 0, 1.5, 2.5), ("f", 1, 3.0, 4.0)]
 
 
 def test_the_first_and_last_microbatch_may_take_longer() -> None:
-    events = timeline("1f1b", [[3, 1, 1]], [[2, 2, 5]])
+    events = timeline(Pipeline("1f1b", 1, 3, [1], [2], first_s=[2], last_s=[3]))
     assert times(events, 0)[0] == ("f", 0, 0, 3)
     assert events[-1].end_s == 3 + 1 + 1 + 2 + 2 + 5
+
+
+def test_interleaved_with_two_stages_of_two_chunks() -> None:
+    events = timeline(Pipeline("interleaved", 2, 2, [1, 1, 1, 1], [2, 2, 2, 2]))
+    # both microbatches through chunk 0, then chunk 1; back in the opposite order
+    assert times(events, 0) == [
+        ("f", 0, 0, 1),
+        ("f", 1, 1, 2),
+        ("f", 0, 2, 3),
+        ("f", 1, 3, 4),
+        ("b", 0, 6, 8),
+        ("b", 1, 9, 11),
+        ("b", 0, 11, 13),
+        ("b", 1, 13, 15),
+    ]
+    assert [e.chunk for e in events if e.stage == 0] == [0, 0, 1, 1, 1, 1, 0, 0]
+    assert times(events, 1) == [
+        ("f", 0, 1, 2),
+        ("f", 1, 2, 3),
+        ("f", 0, 3, 4),
+        ("b", 0, 4, 6),
+        ("f", 1, 6, 7),
+        ("b", 1, 7, 9),
+        ("b", 0, 9, 11),
+        ("b", 1, 11, 13),
+    ]
+    assert max(e.end_s for e in events) == 2 * 6 + (2 - 1) * 6 / 2  # m·w + (pp - 1)·w / v
+
+
+def test_zero_bubble_puts_weight_gradients_where_1f1b_waits() -> None:
+    events = timeline(Pipeline("zero_bubble", 2, 2, [1, 1], [1, 1], [1, 1]))
+    assert times(events, 0) == [
+        ("f", 0, 0, 1),
+        ("f", 1, 1, 2),
+        ("b", 0, 3, 4),
+        ("w", 0, 4, 5),
+        ("b", 1, 5, 6),
+        ("w", 1, 6, 7),
+    ]
+    assert times(events, 1) == [
+        ("f", 0, 1, 2),
+        ("b", 0, 2, 3),
+        ("f", 1, 3, 4),
+        ("b", 1, 4, 5),
+        ("w", 0, 5, 6),
+        ("w", 1, 6, 7),
+    ]
+
+
+@pytest.mark.parametrize("passes", [(1, 1, 1), (1, 1.5, 1.5), (1, 2, 1), (2, 1, 1)])
+@pytest.mark.parametrize("m", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("pp", [2, 4])
+def test_a_zero_bubble_step_is_m_microbatches_and_what_weight_passes_cannot_fill(
+    pp: int, m: int, passes: tuple[float, float, float]
+) -> None:
+    forward, backward, weight = passes
+    events = timeline(Pipeline("zero_bubble", pp, m, [forward] * pp, [backward] * pp, [weight] * pp))
+    hidden = min(1, (m - 1) / (pp - 1)) * min(forward, weight)
+    bubble = (pp - 1) * (forward + backward - hidden)
+    assert max(event.end_s for event in events) == pytest.approx(m * sum(passes) + bubble)
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+@pytest.mark.parametrize(("pp", "m"), [(2, 4), (4, 8), (4, 4)])
+def test_interleaving_divides_the_bubble_by_its_chunks(pp: int, m: int, chunks: int) -> None:
+    entries = pp * chunks
+    end = max(e.end_s for e in timeline(Pipeline("interleaved", pp, m, [1.0] * entries, [2.0] * entries)))
+    assert end == pytest.approx(3 * chunks * m + 3 * (pp - 1))
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("m", [1, 2, 3, 8])
 def test_equal_stages_take_m_plus_pp_minus_one_microbatches(schedule: Schedule, m: int) -> None:
     for pp in (1, 2, 4):
-        events = timeline(schedule, constant([1.0] * pp, m), constant([2.0] * pp, m))
+        events = timeline(Pipeline(schedule, pp, m, [1.0] * pp, [2.0] * pp))
         assert max(event.end_s for event in events) == pytest.approx((m + pp - 1) * 3.0)
         assert len(events) == pp * 2 * m
 
@@ -76,12 +140,12 @@ def test_1f1b_never_takes_longer_than_the_additive_form() -> None:
         forward = [shake.uniform(0.2, 1) for _ in range(pp)]
         backward = [shake.uniform(0.2, 2) for _ in range(pp)]
         works = [f + b for f, b in zip(forward, backward, strict=True)]
-        end = max(e.end_s for e in timeline("1f1b", constant(forward, m), constant(backward, m)))
+        end = max(e.end_s for e in timeline(Pipeline("1f1b", pp, m, forward, backward)))
         assert max(m * w for w in works) <= end <= (sum(works) + (m - 1) * max(works)) * (1 + 1e-9)
 
 
 def test_stages_work_on_one_thing_at_a_time_and_after_their_input() -> None:
-    events = timeline("1f1b", constant([1.0, 0.3, 2.0], 5), constant([0.7, 2.0, 1.0], 5), 0.1)
+    events = timeline(Pipeline("1f1b", 3, 5, [1.0, 0.3, 2.0], [0.7, 2.0, 1.0], transfer_s=[0, 0.1, 0.1]))
     ends = {(e.stage, e.kind, e.microbatch): e.end_s for e in events}
     for stage in range(3):
         own = [e for e in events if e.stage == stage]

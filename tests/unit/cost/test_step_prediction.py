@@ -39,7 +39,7 @@ def test_one_stage_is_m_microbatches_and_what_comes_once() -> None:
     setting = Setting.of(plan, MODEL, HARDWARE)
     units = [("embedding", data), ("layer", data), ("layer", data), ("layer", tensor), ("layer", tensor)]
     times = [unit_times(setting, unit, strategy) for unit, strategy in [*units, ("head", tensor)]]  # type: ignore[arg-type]
-    every = sum(t.forward_s + t.backward_s for t in times) + 2 * redistribution_s(setting, 1, 4)
+    every = sum(t.forward_s + t.backward_s for t in times) + 2 * redistribution_s(setting, "layer", 1, 4)
     once = sum(t.first_s + t.last_s + t.replicated_s + t.optimizer_s for t in times)
     latency = setting.link("all_reduce", 4, 1).latency_s
     assert predict(plan, MODEL, HARDWARE).step_time_s == pytest.approx(4 * every + once + latency)
@@ -54,7 +54,7 @@ def test_two_uneven_stages_by_hand() -> None:
     setting = Setting.of(plan, MODEL, hardware)
     replayed = replay(plan, MODEL, hardware)
     (f0, b0), (f1, b1) = ((s.forward_s, s.backward_s) for s in replayed.stages)
-    move = transfer_s(setting)
+    move = transfer_s(setting, "layer")
     assert f0 > f1 + move  # so the second stage waits for every microbatch
     assert b0 > b1 + move
     optimizer = max(sum(t.optimizer_s for t in stage.times) for stage in replayed.stages)
@@ -89,7 +89,7 @@ def test_memory_is_what_stays_plus_microbatches_in_flight_plus_the_largest_trans
         first, last = predict(plan, MODEL, HARDWARE, 10**9).stages
         units = [unit_memory(setting, "embedding", strategy), *[unit_memory(setting, "layer", strategy)] * 2]
         in_flight = plan.microbatches_in_flight(0)
-        own = sum(unit.activation_bytes for unit in units) + setting.boundary_bytes
+        own = sum(unit.activation_bytes for unit in units) + setting.entering_bytes("layer")
         assert first.activation_bytes == in_flight * own
         assert first.peak_memory_bytes == sum(unit.resident_bytes for unit in units) + in_flight * own + max(
             unit.transient_bytes for unit in units

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from galvatron.core.errors import ProfileError
 from galvatron.core.hardware import Overlap
+from galvatron.core.model import ParameterSpec
 from galvatron.cost import Setting, unit_memory, unit_times
 from galvatron.cost.communication import overlapped_s, redistribution_s, tied_reduction_s, transfer_s
 from galvatron.cost.compute import interpolate
-from galvatron.cost.memory import runtime_bytes, shard_size, usable_bytes
+from galvatron.cost.memory import runtime_bytes, usable_bytes
+from galvatron.cost.sizes import ShardSize, shard_sizes
+from galvatron.cost.strategies import Strategies
 from galvatron.plan.plan import LayerStrategy
 from unit.profiles import make_hardware, make_model, make_spec
 
@@ -24,11 +28,17 @@ def setting(world: int = 4, pp: int = 1, m: int = 1, batch: int = 16, device: st
     return Setting(model, make_hardware(world, device), pp, m, batch, S, "fp32", "fp32")
 
 
+def shard_size(parameters: Iterable[ParameterSpec], tp: int, shard: int) -> ShardSize:
+    strategy = LayerStrategy.model_validate({"tp": tp, "dp_shard": shard, "zero": 3 * (shard > 1)})
+    return shard_sizes(parameters, Strategies.of([strategy]))[0]
+
+
 def test_compute_is_piecewise_linear_and_goes_on_with_the_last_slope() -> None:
     points = [(1, 1.0), (2, 1.5), (4, 3.5)]
     assert [interpolate(points, b) for b in (1, 2, 3, 4, 6)] == [1.0, 1.5, 2.5, 3.5, 5.5]
     assert interpolate([(2, 1.0)], 8) == 4.0
-    assert interpolate([(2, 1.0), (4, 1.8)], 1) == 0.5
+    assert interpolate([(2, 1.0), (4, 1.8)], 1) == pytest.approx(0.6)  # 0.2 s whatever the batch, 0.4 s a sequence
+    assert interpolate([(2, 1.0), (4, 3.0)], 1) == 0.5  # no time at all for an empty batch, never less
     assert interpolate([(1, 1.0), (2, 0.9)], 8) == pytest.approx(0.9)  # noise never makes more work faster
 
 
@@ -90,15 +100,15 @@ def test_on_cuda_gathers_hide_behind_compute_and_never_cost_more_than_in_series(
 def test_redistribution_moves_all_a_rank_holds_over_the_axes_between() -> None:
     case = setting()
     local = 16 * S * H * 4 // 4
-    assert redistribution_s(case, 2, 2) == 0
-    assert redistribution_s(case, 1, 4) == pytest.approx(case.link("all_to_all", 4, 1).time_s(local))
-    assert redistribution_s(case, 4, 2) == pytest.approx(case.link("all_to_all", 2, 2).time_s(local))
+    assert redistribution_s(case, "layer", 2, 2) == 0
+    assert redistribution_s(case, "layer", 1, 4) == pytest.approx(case.link("all_to_all", 4, 1).time_s(local))
+    assert redistribution_s(case, "layer", 4, 2) == pytest.approx(case.link("all_to_all", 2, 2).time_s(local))
 
 
 def test_transfers_between_stages() -> None:
     case = setting(pp=2, m=4)
-    assert transfer_s(case) == pytest.approx(case.link("p2p", 2, 2).time_s(4 * S * H * 4 // 2))
-    assert transfer_s(setting()) == 0
+    assert transfer_s(case, "layer") == pytest.approx(case.link("p2p", 2, 2).time_s(4 * S * H * 4 // 2))
+    assert transfer_s(setting(), "layer") == 0
 
 
 def test_tied_copies_are_summed_between_the_ends_alone() -> None:

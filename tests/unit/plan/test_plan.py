@@ -7,31 +7,33 @@ from typing import Any
 import pytest
 
 from galvatron.core.errors import PlanError
-from galvatron.core.model import Cut, ModelSpec, ParameterSpec, UnitSpec
-from galvatron.plan import LayerStrategy, Plan
+from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.plan import LayerStrategy, Plan, check_runnable
 from galvatron.plan.schedules import Action, actions
 
 ZERO3 = LayerStrategy(tp=2, dp_shard=2, zero=3)
 SPEC = ModelSpec(
     name="toy",
     family="llama",
-    num_layers=4,
-    hidden_size=8,
-    ffn_size=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=2,
+    layers=(
+        LayerKind(
+            count=4,
+            hidden_size=8,
+            ffn_size=24,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=2,
+            parameters=(
+                ParameterSpec(name="q", shape=(8, 8), cut=Cut(dim=0, blocks=4)),
+                ParameterSpec(name="k", shape=(4, 8), cut=Cut(dim=0, blocks=2, uneven="whole")),
+                ParameterSpec(name="norm", shape=(8,)),
+            ),
+        ),
+    ),
     vocab_size=11,
     max_seq_len=64,
     tied_embeddings=False,
     embedding=UnitSpec(parameters=(ParameterSpec(name="e", shape=(11, 8), cut=Cut(dim=0, blocks=11, uneven="ceil")),)),
-    layer=UnitSpec(
-        parameters=(
-            ParameterSpec(name="q", shape=(8, 8), cut=Cut(dim=0, blocks=4)),
-            ParameterSpec(name="k", shape=(4, 8), cut=Cut(dim=0, blocks=2, uneven="whole")),
-            ParameterSpec(name="norm", shape=(8,)),
-        )
-    ),
     head=UnitSpec(parameters=(ParameterSpec(name="h", shape=(11, 8), cut=Cut(dim=0, blocks=11, uneven="ceil")),)),
 )
 
@@ -74,13 +76,20 @@ def test_runs_of_layers_must_follow_each_other() -> None:
         ({"num_microbatches": 8}, "dp=2 must divide the microbatch of 1"),
         ({"seq_len": 66}, "tp=4 must divide seq_len=66; choose 1, 2"),
         ({"embedding": LayerStrategy(tp=4, recompute="full")}, "recompute=full is for layers"),
-        ({"head": LayerStrategy(ulysses=4)}, "ulysses=4 is not supported yet"),
         ({"layers": (ZERO3,) * 3, "layers_per_stage": (2, 1)}, "the plan has 3 layers but model toy has 4"),
     ],
 )
 def test_every_rule_is_named_with_values_and_a_remedy(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         make(**changes).validate(SPEC)
+
+
+def test_what_the_runtime_cannot_run_is_valid_but_refused_there() -> None:
+    plan = make(head=LayerStrategy(ulysses=4))
+    plan.validate(SPEC)
+    with pytest.raises(PlanError, match="the runtime cannot run ulysses=4 yet"):
+        check_runnable(plan)
+    check_runnable(make())
 
 
 def test_a_plan_for_another_world_is_refused() -> None:

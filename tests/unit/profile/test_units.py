@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from galvatron.core.model import UNITS
 from galvatron.models import build_spec
 from galvatron.profile.units import UnitShape
 
@@ -29,7 +28,7 @@ CONFIGS = {
 def test_units_hold_the_shapes_of_the_first_tp_rank_and_run(family, tp):
     config = CONFIGS[family]
     spec = build_spec(config)
-    for name in UNITS:
+    for name in spec.units:
         shape = UnitShape(config, spec, name, tp, 16, torch.float32)
         unit = shape.build()
         expected = sorted(math.prod(p.local_shape(tp)) for p in spec.unit(name).parameters)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from typing import Any
 
+import pytest
+
+from galvatron.core.model import Origin
 from galvatron.cost import replay
-from galvatron.cost.pipeline import timeline
+from galvatron.cost.pipeline import Pipeline, timeline
 from galvatron.report import draw_svg, draw_text, explain, explain_prediction
-from galvatron.search import SearchResult, search
+from galvatron.search import FAMILIES, Change, SearchResult, search
 from unit.profiles import make_hardware, make_model, make_spec
 
 MODEL, HARDWARE = make_model(make_spec(4, hidden=256, ffn=768, vocab=2000), flops_per_s=2e11), make_hardware(4)
 
 
-def find(limit: int) -> SearchResult:
-    return search(MODEL, HARDWARE, global_batch_size=8, memory_limit_bytes=limit)
+def find(limit: int, **options: Any) -> SearchResult:
+    return search(MODEL, HARDWARE, **{"global_batch_size": 8, "memory_limit_bytes": limit, **options})
 
 
 def test_a_tight_limit_is_named_as_what_binds() -> None:
@@ -33,7 +38,8 @@ def test_enough_memory_does_not_bind() -> None:
     text = explain(find(2**34))
     assert "not memory" in text
     assert "does not fit" not in text
-    assert "one strategy for all layers:" in text
+    for family in FAMILIES.values():
+        assert f"  {family.words}: " in text
 
 
 def test_a_rival_is_slower_by_the_parts_that_grew() -> None:
@@ -45,6 +51,47 @@ def test_a_rival_is_slower_by_the_parts_that_grew() -> None:
     assert any(f"{part} +" in slowest for part in ("communication", "recompute", "bubble", "compute", "optimizer"))
 
 
+def test_a_rival_of_another_batch_is_compared_by_the_sample() -> None:
+    result = find(2**34, global_batch_size=(24, 32))
+    assert any(plan.global_batch_size != result.plan.global_batch_size for plan in result.candidates)
+    lines = explain(result).split("Runners-up")[1].split("Simple plans")[0].strip().split("\n")
+    for line, plan in zip(lines, result.candidates, strict=True):
+        other = plan.global_batch_size != result.plan.global_batch_size
+        assert (f"batch {plan.global_batch_size}, " in line) == other
+        assert line.strip().startswith(("as fast", "+"))
+
+
+def test_without_baselines_nothing_is_said_of_endless_memory() -> None:
+    text = explain(find(30 * 2**20, baselines=False))
+    assert "what more of it would buy was not searched" in text
+    assert "Simple plans" not in text
+
+
+def test_an_interrupted_search_says_so() -> None:
+    assert "the search was interrupted" in explain(replace(find(2**34), interrupted=True))
+
+
+def test_what_would_help_is_listed() -> None:
+    tight, roomy = find(30 * 2**20), find(2**34)
+    changes = [Change(words="more memory", plan=roomy.plan), Change(words="another node", plan=None)]
+    text = explain(tight, changes).split("What would help")[1]
+    assert text.split("\n")[1].startswith("  more memory: +")
+    assert text.split("\n")[2] == "  another node: no plan divides or fits"
+
+
+@pytest.mark.parametrize(
+    ("origins", "words"),
+    [
+        (("measured", "measured"), "(predicted)"),
+        (("estimated", "estimated"), "(predicted from estimated profiles)"),
+        (("imported", "estimated"), "(predicted from an imported model and estimated hardware)"),
+        (("measured", "estimated"), "(predicted from a measured model and estimated hardware)"),
+    ],
+)
+def test_what_the_numbers_rest_on_is_named(origins: tuple[Origin, Origin], words: str) -> None:
+    assert words in explain(replace(find(2**34), origins=origins))
+
+
 def test_a_prediction_alone_lists_time_and_memory_by_part() -> None:
     text = explain_prediction(find(30 * 2**20).plan)
     assert text.startswith("Step time")
@@ -54,9 +101,33 @@ def test_a_prediction_alone_lists_time_and_memory_by_part() -> None:
 
 
 def test_the_text_timeline_of_a_small_pipeline() -> None:
-    events = timeline("1f1b", [[1, 1], [1, 1]], [[2, 2], [2, 2]])
+    events = timeline(Pipeline("1f1b", 2, 2, [1, 1], [2, 2]))
     drawn = draw_text(events, 9.0, width=9)
     assert drawn.split("\n")[:2] == ["stage 0  01..aa.bb", "stage 1  .0aa1bb.."]
+
+
+def test_weight_passes_are_capitals_in_the_text() -> None:
+    events = timeline(Pipeline("zero_bubble", 2, 2, [1, 1], [1, 1], weight_s=[1, 1]))
+    drawn = draw_text(events, max(event.end_s for event in events), width=8).split("\n")
+    assert set(drawn[0].split("  ")[1]) >= {"0", "1", "a", "b", "A", "B"}
+    assert "A-Z weight gradients" in drawn[2]
+
+
+def test_every_kind_and_chunk_has_a_shade_and_a_place_in_the_legend() -> None:
+    chunks = timeline(Pipeline("interleaved", 2, 2, [1] * 4, [2] * 4))
+    root = ElementTree.fromstring(draw_svg(chunks, 20.0))
+    assert len({box.get("fill") for box in root if box.tag.endswith("rect")}) == 4
+    assert any(child.text == "forward, first to last chunk" for child in root)
+    puts_off = timeline(Pipeline("zero_bubble", 2, 2, [1, 1], [1, 1], weight_s=[1, 1]))
+    root = ElementTree.fromstring(draw_svg(puts_off, 20.0))
+    assert len({box.get("fill") for box in root if box.tag.endswith("rect")}) == 3
+    assert any(child.text == "weight gradients" for child in root)
+
+
+def test_a_part_of_a_step_is_called_one() -> None:
+    events = timeline(Pipeline("1f1b", 2, 2, [1, 1], [2, 2]))
+    assert "only the first 2 microbatches, 9 s of 90 s" in draw_svg(events, 9.0, step_time_s=90.0)
+    assert "only the first 2 microbatches, 9 s of 90 s" in draw_text(events, 9.0, step_time_s=90.0)
 
 
 def test_the_svg_has_a_box_for_every_event() -> None:

@@ -1,163 +1,117 @@
-"""Search equals brute force: every plan of a small random space is enumerated from the definitions.
-
-The enumerator shares with the search only the cost of one unit, one redistribution, one transfer and one stage's
-output, and the rules of ``plan``; how they add up, what fits and what is allowed is written here a second time.
-"""
+"""Search equals brute force: every plan of a small random space is enumerated from the definitions."""
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 
 from galvatron.core.errors import InfeasibleError
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ModelProfile, UnitName
-from galvatron.cost import Setting, unit_memory, unit_times
-from galvatron.cost.communication import redistribution_s, transfer_s
-from galvatron.cost.memory import stage_bytes
-from galvatron.plan.plan import LayerStrategy
-from galvatron.plan.rules import check_strategy
-from galvatron.search import search
+from galvatron.core.model import ModelProfile
+from galvatron.search import Limits, search
 from unit.profiles import make_hardware, make_model, make_spec
+from unit.search.enumerate_plans import Choice, every_task, plans_of, size_of
 
-SHAPES = [  # world size, layers, global batch, profiled tp: small enough to enumerate, each with other strategies
-    (2, 3, 2, (1, 2)),
-    (2, 2, 4, (1, 2)),
-    (2, 4, 2, (1,)),
-    (4, 2, 2, (1, 2, 4)),
-    (4, 2, 4, (1, 2)),
-    (4, 4, 2, (1, 4)),
-    (3, 3, 3, (1,)),
-    (4, 3, 1, (1, 2, 4)),
+SHAPES = [  # world size, layers, layers with experts, global batches
+    (2, 3, 0, (2,)),
+    (2, 4, 0, (4,)),
+    (2, 2, 2, (2, 4)),
+    (4, 2, 0, (4,)),
+    (4, 3, 0, (2,)),
+    (4, 1, 2, (4,)),
+    (4, 4, 0, (8,)),
+    (3, 3, 0, (3, 6)),
+    (6, 2, 1, (6,)),
+    (8, 2, 0, (8,)),
 ]
-FAST = 40
-INSTANCES = 200
+SWITCHED = ("tp", "ulysses", "cp", "ep", "zero", "dp_shard", "selective", "full")
+FAST, INSTANCES = 60, 600
+MOST = 200_000  # combinations of strategies that a task of an instance may have
+
+
+def instance(seed: int) -> tuple[ModelProfile, HardwareProfile, tuple[int, ...], Choice, Limits, random.Random]:
+    """A made-up model and cluster, and a random part of the space that is small enough to enumerate."""
+    shake = random.Random(seed)
+    world, layers, others, batches = SHAPES[seed % len(SHAPES)]
+    tied = shake.random() < 0.4
+    spec = make_spec(layers, vocab=shake.choice([30, 250, 1000]), tied=tied, others=others)
+    rate, optimizer = 10 ** shake.uniform(9, 11), 10 ** shake.uniform(-9, -7)
+    tps = tuple(d for d in (1, 2, 4) if world % d == 0)
+    model = make_model(spec, tps=tps, seed=seed, flops_per_s=rate, optimizer_s_per_parameter=optimizer)
+    device = shake.choice(["cpu", "cuda"])
+    hardware = make_hardware(world, device, latency_s=10 ** shake.uniform(-6, -3), seed=seed, memory_bytes=2**40)
+    if device == "cpu":  # ranks that share cores
+        slow = hardware.device.model_copy(update={"full_speed_fraction": (1.0, 0.5, 0.3)[seed // 2 % 3]})
+        hardware = hardware.model_copy(update={"device": slow})
+    schedules = shake.sample([("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1)], shake.choice([1, 3]))
+    on = shake.sample(SWITCHED, shake.choice([3, 4, 5]))
+    while not 0 < size_of(model, hardware, batches, choice_of(on, schedules)) <= MOST:
+        on, schedules = on[1:], [*schedules, ("1f1b", 1)] if ("1f1b", 1) not in schedules else schedules
+    return model, hardware, batches, choice_of(on, schedules), limits_of(on, schedules), shake
+
+
+def choice_of(on: list[str], schedules: list[tuple[str, int]]) -> Choice:
+    degrees = tuple(range(1, 9))
+    values: dict[str, tuple[Any, ...]] = {
+        name: degrees if name in on else (1,) for name in ("tp", "ulysses", "cp", "ep", "dp_shard")
+    }
+    values["zero"] = (0, 1, 2, 3) if "zero" in on else (0,)
+    values["recompute"] = ("none", *(mode for mode in ("selective", "full") if mode in on))
+    return Choice(values, tuple(schedules))
+
+
+def limits_of(on: list[str], schedules: list[tuple[str, int]]) -> Limits:
+    used = {schedule for schedule, _ in schedules}
+    forbidden = {name for name in SWITCHED if name not in on}
+    forbidden |= {"1f1b", "gpipe", "interleaved", "zero_bubble"} - used
+    return Limits("all", forbid=frozenset(forbidden), at_most={"model_chunks": 2})
 
 
 @pytest.mark.parametrize(
     "seed", [pytest.param(s, marks=[pytest.mark.slow] if s >= FAST else []) for s in range(INSTANCES)]
 )
 def test_the_search_equals_brute_force(seed: int) -> None:
-    shake = random.Random(seed)
-    world, layers, batch, tps = SHAPES[seed % len(SHAPES)]
-    spec = make_spec(layers, vocab=shake.choice([30, 250, 1000]), tied=shake.random() < 0.5)
-    rate, optimizer = 10 ** shake.uniform(9, 11), 10 ** shake.uniform(-9, -7)
-    model = make_model(spec, tps=tps, seed=seed, flops_per_s=rate, optimizer_s_per_parameter=optimizer)
-    hardware = make_hardware(
-        world, shake.choice(["cpu", "cuda"]), latency_s=10 ** shake.uniform(-6, -3), seed=seed, memory_bytes=2**40
-    )
-    if hardware.device.type == "cpu":  # ranks that share cores
-        device = hardware.device.model_copy(update={"full_speed_fraction": (1.0, 0.5, 0.3)[seed // 2 % 3]})
-        hardware = hardware.model_copy(update={"device": device})
-    plans = list(every_plan(model, hardware, batch))
-    limit = random_limit(shake, [peak for _, peak in plans], hardware.device.type)
-    fitting = [objective for objective, peak in plans if fits(peak, limit, hardware.device.type)]
-    if not fitting:
+    model, hardware, batches, choice, limits, shake = instance(seed)
+    found = [
+        (objectives / batch, peaks)
+        for batch in batches
+        for setting in every_task(model, hardware, batch, choice)
+        for objectives, peaks in plans_of(setting, choice)
+    ]
+    objectives, peaks = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    limit = random_limit(shake, np.unique(peaks), hardware.device.type)
+    fitting = objectives[peaks <= room_of(limit, hardware.device.type)]
+    arguments: dict[str, Any] = {
+        "global_batch_size": batches,
+        "memory_limit_bytes": limit,
+        "limits": limits,
+        "num_candidates": shake.choice([1, 8]),  # with one, every task but the best may be ruled out by its bound
+    }
+    if not len(fitting):
         with pytest.raises(InfeasibleError):
-            search(model, hardware, global_batch_size=batch, memory_limit_bytes=limit)
+            search(model, hardware, **arguments)
         return
-    candidates = shake.choice([1, 8])  # with one, every task but the best may be ruled out by its bound
-    result = search(model, hardware, global_batch_size=batch, memory_limit_bytes=limit, num_candidates=candidates)
-    prediction = result.plan.prediction
-    assert prediction is not None
-    assert prediction.proof is not None
-    assert prediction.proof.objective_s == pytest.approx(min(fitting), rel=1e-9)
-    assert prediction.proof.lower_bound_s <= min(fitting) * (1 + 1e-9)
-    assert prediction.proof.gap == pytest.approx(0.0, abs=1e-9)
-    assert all(stage.peak_memory_bytes <= limit for stage in prediction.stages)
-    result.plan.validate(spec, world)
+    result = search(model, hardware, baselines=shake.random() < 0.3, **arguments)
+    proof, optimum = result.prediction.proof, float(fitting.min()) * result.plan.global_batch_size
+    assert proof is not None
+    assert proof.objective_s == pytest.approx(optimum, rel=1e-9)
+    assert proof.lower_bound_s <= optimum * (1 + 1e-9)
+    assert proof.gap == pytest.approx(0.0, abs=1e-9)
+    assert all(stage.peak_memory_bytes <= limit for stage in result.prediction.stages)
+    result.plan.validate(model.spec, hardware.world_size)
 
 
-def random_limit(shake: random.Random, peaks: list[int], device: str) -> int:
+def random_limit(shake: random.Random, ordered: Any, device: str) -> int:
     """Too little for any plan, just enough for some (mostly), or plenty."""
-    ordered = sorted(set(peaks))
     kind = shake.random()
-    if kind < 0.1:
-        tensors = ordered[0] - 1
-    elif kind < 0.9:
-        tensors = ordered[int(shake.random() ** 2 * (len(ordered) - 1))]
-    else:
-        tensors = ordered[-1]
+    at = -1 if kind >= 0.9 else int(shake.random() ** 2 * (len(ordered) - 1))
+    tensors = int(ordered[0]) - 1 if kind < 0.1 else int(ordered[at])
     return tensors if device == "cpu" else int(tensors * 1.03) + 2 + 2**30
 
 
-def fits(peak: int, limit: int, device: str) -> bool:
+def room_of(limit: int, device: str) -> int:
     """A process on CUDA takes 1 GiB and 3% of its tensors besides them."""
-    return peak <= limit if device == "cpu" else peak <= int((limit - 2**30) / 1.03)
-
-
-def every_plan(model: ModelProfile, hardware: HardwareProfile, batch: int) -> Iterator[tuple[float, int]]:
-    """(additive objective, tensor bytes of the fullest stage) of every plan of the space."""
-    world, layers = hardware.world_size, model.spec.num_layers
-    for pp in range(1, min(world, layers) + 1):
-        for m in range(1, batch + 1):
-            if world % pp == 0 and batch % m == 0:
-                yield from plans_of(Costs(model, hardware, pp, m, batch))
-
-
-class Costs:
-    """Every allowed strategy of every unit at one (pp, m), with its costs looked up once."""
-
-    def __init__(self, model: ModelProfile, hardware: HardwareProfile, pp: int, m: int, batch: int) -> None:
-        self.setting = Setting(model, hardware, pp, m, batch, model.seq_len, model.precision, "fp32")
-        self.pp, self.m, self.layers = pp, m, model.spec.num_layers
-        self.tied = model.spec.tied_embeddings
-        self.embedding, self.layer, self.head = map(self.choices, ("embedding", "layer", "head"))
-        degrees = {s.tp for s, *_ in self.embedding + self.layer + self.head}
-        self.move = {(a, b): redistribution_s(self.setting, a, b) for a in degrees for b in degrees}
-        self.transfer = transfer_s(self.setting)
-        self.beside = [stage_bytes(self.setting, stage) for stage in range(pp)]
-
-    def choices(self, unit: UnitName) -> list[tuple[LayerStrategy, float, int, int, int]]:
-        found, size = [], self.setting.stage_size
-        degrees = [d for d in range(1, size + 1) if size % d == 0]
-        for tp, shard, zero, recompute in itertools.product(
-            self.setting.model.tp_degrees(), degrees, range(4), ("none", "full")
-        ):
-            if (zero == 0) != (shard == 1) or size % (tp * shard):
-                continue
-            replicate = size // tp // shard
-            strategy = LayerStrategy.model_validate(
-                {"tp": tp, "dp_shard": shard, "dp_replicate": replicate, "zero": zero, "recompute": recompute}
-            )
-            mb, seq = self.setting.micro_batch_size, self.setting.seq_len
-            if check_strategy(strategy, unit, self.setting.model.spec, size, mb, seq) is None:
-                memory = unit_memory(self.setting, unit, strategy)
-                work = unit_times(self.setting, unit, strategy).work_s(self.setting)
-                stays = memory.parameter_bytes + memory.gradient_bytes + memory.optimizer_bytes
-                stays += memory.unsharded_bytes
-                found.append((strategy, work, stays, memory.activation_bytes, memory.transient_bytes))
-        return found
-
-
-def plans_of(costs: Costs) -> Iterator[tuple[float, int]]:
-    pp, m, layers = costs.pp, costs.m, costs.layers
-    divisions = [d for d in itertools.product(range(1, layers + 1), repeat=pp) if sum(d) == layers]
-    for embedding, head in itertools.product(costs.embedding, costs.head):
-        a, b = embedding[0], head[0]
-        if costs.tied and (a.tp, a.dp_shard, a.dp_replicate, a.zero) != (b.tp, b.dp_shard, b.dp_replicate, b.zero):
-            continue
-        for chain in itertools.product(costs.layer, repeat=layers):
-            units = [embedding, *chain, head]
-            moves = [0.0] + [2 * costs.move[p[0].tp, q[0].tp] for p, q in itertools.pairwise(units)]
-            for division in divisions:
-                cuts = [0, *(1 + n for n in itertools.accumulate(division))]
-                cuts[-1] += 1
-                spans = [range(i, j) for i, j in itertools.pairwise(cuts)]
-                works = [
-                    sum(units[i][1] + moves[i] for i in span) + costs.transfer * ((p > 0) + (p < pp - 1))
-                    for p, span in enumerate(spans)
-                ]
-                path, fraction = sum(works) + (m - 1) * max(works), costs.setting.hardware.device.full_speed_fraction
-                objective = max(fraction * path, m * sum(works) / pp)
-                for in_flight in ([m] * pp, [min(m, pp - p) for p in range(pp)]):
-                    peaks = [
-                        sum(units[i][2] + held * units[i][3] for i in span)
-                        + max(units[i][4] for i in span)
-                        + held * costs.beside[p]
-                        for p, (span, held) in enumerate(zip(spans, in_flight, strict=True))
-                    ]
-                    yield objective, max(peaks)
+    return limit if device == "cpu" else int((limit - 2**30) / 1.03)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from galvatron.core.model import Cut, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.testing.plans import pure_plans, random_plans
 
 
@@ -10,21 +10,16 @@ def _spec(num_layers: int = 5, heads: int = 4, tied: bool = False) -> ModelSpec:
     vocabulary = UnitSpec(
         parameters=(ParameterSpec(name="weight", shape=(97, 32), cut=Cut(dim=0, blocks=97, uneven="ceil")),)
     )
-    layer = UnitSpec(parameters=(ParameterSpec(name="q.weight", shape=(32, 32), cut=Cut(dim=0, blocks=heads)),))
+    layer = (ParameterSpec(name="q.weight", shape=(32, 32), cut=Cut(dim=0, blocks=heads)),)
+    sizes = {"hidden_size": 32, "ffn_size": 48, "num_heads": heads, "num_kv_heads": heads, "head_dim": 8}
     return ModelSpec(
         name="toy",
         family="llama",
-        num_layers=num_layers,
-        hidden_size=32,
-        ffn_size=48,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=8,
+        layers=(LayerKind(count=num_layers, parameters=layer, **sizes),),
         vocab_size=97,
         max_seq_len=64,
         tied_embeddings=tied,
         embedding=vocabulary,
-        layer=layer,
         head=vocabulary,
     )
 

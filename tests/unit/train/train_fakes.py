@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from galvatron.core.job import TrainSection
-from galvatron.core.model import ModelSpec, ParameterSpec, UnitSpec
+from galvatron.core.model import LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.parallelize.pieces import LocalParameter, Piece
 from galvatron.plan import LayerStrategy, Plan
 
@@ -78,8 +78,9 @@ class FakeModel:
         unit = UnitSpec(parameters=(ParameterSpec(name="table.weight", shape=(VOCAB, VOCAB)),))
         sizes = {"hidden_size": VOCAB, "ffn_size": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 1}
         return ModelSpec(
-            name="fake", family="fake", num_layers=1, vocab_size=VOCAB, max_seq_len=64, tied_embeddings=False,
-            embedding=unit, layer=unit, head=unit, **sizes,
+            name="fake", family="fake", vocab_size=VOCAB, max_seq_len=64, tied_embeddings=False,
+            embedding=unit, head=unit,
+            layers=(LayerKind(count=1, parameters=unit.parameters, **sizes),),
         )  # fmt: skip
 
     def _loss(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,114 @@
+"""What ``galvatron search`` plans for, from the words of its options: a cluster, a model, batches.
+
+Takes names, texts and files; gives profiles: measured ones as they are, estimated ones for names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from galvatron.core.errors import ConfigError, ProfileError
+from galvatron.core.hardware import HardwareProfile
+from galvatron.core.model import ModelProfile, Precision
+from galvatron.core.records import read_text
+from galvatron.plan.axes import StageAxes, divisors
+
+if TYPE_CHECKING:
+    from galvatron.estimate import ClusterShape
+
+USUAL_TP = 64
+"""The largest tp that models are estimated for unless a larger one is asked for; no preset joins more devices fast."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A hardware profile, and the shape it was estimated for; None where it comes from a file."""
+
+    hardware: HardwareProfile
+    shape: ClusterShape | None = None
+
+    @classmethod
+    def of(cls, text: str, links: list[str]) -> Cluster:
+        """``h100:16x8`` with its ``links`` overridden, or a ``hardware.json``.
+
+        Raises:
+            ConfigError: a preset, a link or both cannot be read.
+            ProfileError: the file cannot be read.
+        """
+        if text.endswith(".json") or Path(text).is_file():
+            if links:
+                raise ConfigError(f"--link {links[0]} is for presets, but {text} is a file; edit the links in it")
+            return cls(HardwareProfile.load(text))
+        from galvatron.estimate import ClusterShape
+
+        shape = ClusterShape.parse(text, links)
+        return cls(shape.profile(), shape)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model by name or file, with what its profile shall be of where it has to be estimated."""
+
+    name: str
+    seq_len: int | None
+    precision: Precision | None
+    tp_asked: int = 1
+
+    def profile(self, hardware: HardwareProfile) -> ModelProfile:
+        """A ``model.json`` as it is; a card or configuration estimated for the cluster's device.
+
+        Raises:
+            ConfigError: it is none of these, or lacks a length.
+            ProfileError: the ``model.json`` is malformed.
+        """
+        path = Path(self.name)
+        if path.is_file() and _has_format(read_text(path, ProfileError)):
+            return ModelProfile.load(path)
+        from galvatron.estimate import estimate_model, model_spec
+
+        spec = model_spec(self.name)
+        if self.seq_len is None:
+            raise ConfigError(
+                f"a model that was not profiled needs the tokens of a sequence, at most {spec.max_seq_len} for "
+                f"{spec.name}; give --seq-len {min(spec.max_seq_len, 4096)}"
+            )
+        degrees = tp_degrees(hardware.world_size, max(USUAL_TP, self.tp_asked))
+        return estimate_model(
+            spec, hardware.device, seq_len=self.seq_len, precision=self.precision or "bf16", tp_degrees=degrees
+        )
+
+
+def _has_format(text: str) -> bool:
+    """Whether this is a file of this project; one that is no JSON is left to its reader to refuse."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(data, dict) and "format" in data
+
+
+def tp_degrees(world_size: int, at_most: int) -> list[int]:
+    """The degrees that some stage of the world has, up to ``at_most``."""
+    degrees = {degree for stage in divisors(world_size) for degree in StageAxes(stage).degrees}
+    return sorted(degree for degree in degrees if degree <= at_most)
+
+
+def batch_sizes(text: str) -> list[int]:
+    """``64``, ``64,96,128``, or ``64-512``: the first, doubled as long as it is within the range.
+
+    Raises:
+        ConfigError: the text is none of these.
+    """
+    if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        return sorted({int(size) for size in text.split(",")})
+    match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ConfigError(
+            f"a global batch is a number of sequences, a range or a list, got {text!r}; write 64, 64-512 or 64,96,128"
+        )
+    first, last = int(match[1]), int(match[2])
+    return [first * 2**i for i in range((last // first).bit_length())]

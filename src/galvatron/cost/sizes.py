@@ -1,0 +1,55 @@
+"""How many elements of a unit the fullest rank holds, cut by tp, ep and ZeRO.
+
+Takes parameters and strategies; gives elements.  Knows nothing of bytes or seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from galvatron.core.model import ParameterSpec
+
+from .strategies import Ints, Strategies
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSize:
+    """Elements of one unit on the fullest rank, one row a strategy.
+
+    ``held``: its shard, padding included; ``whole``: after the cut by tp (and ep), before sharding; ``uncut``: the
+    part of ``held`` that every tp rank has too.
+    """
+
+    held: Ints
+    whole: Ints
+    uncut: Ints
+
+
+def shard_sizes(parameters: Iterable[ParameterSpec], strategies: Strategies) -> tuple[ShardSize, ShardSize]:
+    """Sums over ``parameters`` of what rank 0, the fullest, holds of each: of all but experts, and of experts.
+
+    FSDP2 shards by rows of dim 0; experts, whose dim 0 is short, are taken as sharded by all their elements.
+    """
+    listed = list(parameters)
+    dense = _sizes([p for p in listed if not p.experts], strategies.tp, np.ones_like(strategies.ep), strategies.shard)
+    experts = [p for p in listed if p.experts]
+    return dense, _sizes(experts, strategies.tp, strategies.ep, strategies.expert_shard)
+
+
+def _sizes(parameters: list[ParameterSpec], tp: Ints, ep: Ints, shard: Ints) -> ShardSize:
+    held, whole, uncut = (np.zeros(len(tp), dtype=np.int64) for _ in range(3))
+    for t, e in sorted({*zip(tp.tolist(), ep.tolist(), strict=True)}) if parameters else ():
+        rows = np.flatnonzero((tp == t) & (ep == e))
+        for parameter in parameters:
+            shape = parameter.local_shape(t, ep=e)
+            length, rest = (math.prod(shape), 1) if parameter.experts else (shape[0], math.prod(shape[1:]))
+            part = -(-length // shard[rows]) * rest
+            held[rows] += part
+            whole[rows] += length * rest
+            if parameter.cut is None or parameter.cut.is_whole(t):
+                uncut[rows] += part
+    return ShardSize(held, whole, uncut)

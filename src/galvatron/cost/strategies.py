@@ -1,0 +1,100 @@
+"""Many strategies as columns of integers, so that one formula costs them all at once.
+
+Takes LayerStrategy records or arrays of degrees; gives columns and records back.  Knows nothing of costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galvatron.core.model import Recompute
+from galvatron.plan.plan import LayerStrategy
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+NONE, SELECTIVE, FULL = range(3)
+
+
+@dataclass(frozen=True)
+class Strategies:
+    """One strategy a row: the fields of LayerStrategy, ``recompute`` as an index into ``RECOMPUTES``."""
+
+    tp: Ints
+    ulysses: Ints
+    cp: Ints
+    ep: Ints
+    dp_shard: Ints
+    dp_replicate: Ints
+    zero: Ints
+    recompute: Ints
+
+    @classmethod
+    def of(cls, strategies: Iterable[LayerStrategy]) -> Self:
+        """The columns of some records."""
+        rows = [
+            (s.tp, s.ulysses, s.cp, s.ep, s.dp_shard, s.dp_replicate, s.zero, RECOMPUTES.index(s.recompute))
+            for s in strategies
+        ]
+        return cls.of_rows(rows)
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[tuple[int, ...]]) -> Self:
+        """The columns of tuples in the order of the fields."""
+        table = np.array(rows, dtype=np.int64).reshape(len(rows), len(fields(cls)))
+        return cls(*(np.ascontiguousarray(column) for column in table.T))
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+    def __getitem__(self, row: int) -> LayerStrategy:
+        """One row as a record."""
+        degrees = {field.name: int(getattr(self, field.name)[row]) for field in fields(self)}
+        return LayerStrategy.model_validate({**degrees, "recompute": RECOMPUTES[degrees["recompute"]]})
+
+    def rows(self) -> list[tuple[int, ...]]:
+        """Every row as a tuple of its fields."""
+        return list(zip(*(getattr(self, field.name).tolist() for field in fields(self)), strict=True))
+
+    def take(self, at: Ints | NDArray[np.bool_]) -> Self:
+        """Some rows, by index or mask."""
+        return type(self)(*(getattr(self, field.name)[at] for field in fields(self)))
+
+    @cached_property
+    def sequence_degree(self) -> Ints:
+        """In how many chunks hidden states are cut along the sequence."""
+        return self.tp * self.ulysses * self.cp
+
+    @cached_property
+    def dp(self) -> Ints:
+        """In how many chunks hidden states are cut along the batch."""
+        return self.dp_shard * self.dp_replicate
+
+    @cached_property
+    def shard(self) -> Ints:
+        """Over how many ranks, tp apart, ZeRO shards a parameter."""
+        return np.where(self.zero > 0, self.ulysses * self.cp * self.dp_shard, 1)
+
+    @cached_property
+    def replicas(self) -> Ints:
+        """How many ranks hold the same shard."""
+        replicas: Ints = self.ulysses * self.cp * self.dp // self.shard
+        return replicas
+
+    @cached_property
+    def expert_shard(self) -> Ints:
+        """Over how many ranks, tp x ep apart, ZeRO shards an expert's parameter."""
+        shard: Ints = np.maximum(self.shard // self.ep, 1)
+        return shard
+
+    @cached_property
+    def expert_replicas(self) -> Ints:
+        """How many ranks hold the same shard of an expert."""
+        replicas: Ints = self.ulysses * self.cp * self.dp // (self.ep * self.expert_shard)
+        return replicas

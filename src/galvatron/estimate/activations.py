@@ -1,0 +1,128 @@
+"""Bytes that a microbatch leaves behind, by formula: what autograd keeps of the runtime's own modules.
+
+Takes a model's shapes; gives ActivationSamples.  The formulas follow Korthikanti et al. 2022 (section 4), with flash
+attention in place of scores, the gathered input of a region kept whole on every rank, and Hugging Face's modules as
+they are: an RMS norm in bf16 keeps a float32 copy of its input.  Where ``profile`` can count, they give its counts.
+"""
+
+from __future__ import annotations
+
+import math
+
+from galvatron.core.model import ActivationSample, LayerKind, ModelSpec, Precision, Recompute, UnitName
+from galvatron.core.units import DTYPE_BYTES
+
+from .layer import LocalLayer, local_layer, uses_rms
+
+FLOAT = DTYPE_BYTES["fp32"]
+TOKEN_ID = 8  # bytes of an int64
+VISION = ("vit", "swin")
+LOGIT_COPIES = {"bf16": 12, "fp32": 8}
+"""Workspace bytes of every logit at the peak of the cross entropy's backward: exponentials, gradient and what they
+are made from.  [Empirical: 2026-11, counted on fake tensors of the runtime's head]"""
+NORM_COPIES = {"bf16": 4, "fp32": 2}
+"""Copies of a rank's chunk of hidden states at the peak of an RMS norm's backward; a LayerNorm's are 3.
+[Empirical: 2026-11, counted on fake tensors of the runtime's layers]"""
+LAYER_NORM_COPIES = 3
+
+
+def layer_activations(
+    kind: LayerKind, family: str, tp: int, recompute: Recompute, seq_len: int, precision: Precision
+) -> ActivationSample:
+    """One layer's bytes of one sequence on one of ``tp`` ranks."""
+    layer, size = local_layer(kind, family, tp, seq_len), DTYPE_BYTES[precision]
+    boundary = kind.entering_elements(seq_len) / tp * size
+    every = _saved(layer, size) + boundary - layer.chunk * layer.hidden * size
+    saved = {"none": every, "selective": _selected(layer, size) + boundary, "full": boundary}[recompute]
+    workspace = _workspace(layer, precision)
+    return _sample(kind.name, tp, recompute, seq_len, saved, workspace + every - min(saved, every))
+
+
+def _saved(layer: LocalLayer, size: int) -> float:
+    """All that autograd keeps without recompute, the layer's input included."""
+    return layer.regions * _region(layer, size) + layer.attentions * _attention(layer, size) + _mlp(layer, size)
+
+
+def _region(layer: LocalLayer, size: int) -> float:
+    """Around every region: what its norm keeps, and its input, whole."""
+    norm = _norm_bytes(layer.rms, size, layer.hidden) * layer.chunk
+    return norm + layer.tokens * layer.hidden * size
+
+
+def _norm_bytes(rms: bool, size: int, width: int) -> float:
+    """A token's bytes: in float32 its input (in bf16 a copy), the normed and 1 / rms; or input, mean and 1 / std."""
+    return width * (FLOAT + size) + FLOAT if rms else width * size + 2 * FLOAT
+
+
+def _attention(layer: LocalLayer, size: int) -> float:
+    """Query, key, value and output, a log-sum-exp a head, and the norms inside."""
+    elements = 2 * layer.query + 2 * layer.key_value
+    inner = (FLOAT + size) * layer.inner
+    return layer.tokens * (size * elements + FLOAT * layer.heads + inner)
+
+
+def _mlp(layer: LocalLayer, size: int) -> float:
+    """What activations keep of the width, and of every expert's copy of a token its input and output."""
+    width = layer.kept * (layer.ffn + layer.routed * layer.routed_ffn)
+    return layer.tokens * size * (width + 2 * layer.routed * layer.hidden)
+
+
+def _selected(layer: LocalLayer, size: int) -> float:
+    """What selective recompute keeps beside the input: linears' outputs, attention's output and log-sum-exp."""
+    ups = layer.kept_ups * (layer.ffn + layer.routed * layer.routed_ffn)
+    routed = layer.routed * layer.hidden
+    attention = size * (2 * layer.query + 2 * layer.key_value) + FLOAT * layer.heads
+    outputs = layer.regions * layer.chunk * layer.hidden * size
+    return outputs + layer.tokens * (layer.attentions * attention + size * (ups + routed))
+
+
+def _workspace(layer: LocalLayer, precision: Precision) -> float:
+    """The peak of backward: gradients of the MLP's width, or of a gathered input and its norm."""
+    size = DTYPE_BYTES[precision]
+    width = layer.ffn + layer.routed * (layer.routed_ffn + layer.hidden)
+    mlp = layer.chunk * layer.hidden + 2 * layer.tokens * width
+    copies = NORM_COPIES[precision] if layer.rms else LAYER_NORM_COPIES
+    norm = (2 * layer.tokens + copies * layer.chunk) * layer.hidden
+    return size * max(mlp, norm)
+
+
+def embedding_activations(spec: ModelSpec, tp: int, seq_len: int, precision: Precision) -> ActivationSample:
+    """Token ids (and which of them are this rank's); the tables that all layers share are fixed bytes."""
+    size, kind = DTYPE_BYTES[precision], spec.layers[0]
+    layer = local_layer(kind, spec.family, 1, seq_len)
+    ids = seq_len * (TOKEN_ID + (tp > 1))
+    rotary = 2 * seq_len * kind.head_dim * size if layer.rotary else 0
+    learned = any("position" in p.name or "wpe" in p.name for p in spec.embedding.parameters)
+    positions = min(1 / tp, 0.5) if learned else 0  # one for a microbatch of two sequences or more
+    workspace = seq_len * spec.hidden_size * size * ((3 if tp > 1 else 1) + positions) + ids
+    return _sample("embedding", tp, "none", seq_len, ids, workspace, fixed=seq_len * TOKEN_ID + rotary)
+
+
+def head_tokens(spec: ModelSpec, seq_len: int) -> int:
+    """Tokens of a sequence that are projected: a classifier sees one."""
+    return 1 if spec.family in VISION else spec.layers[-1].tokens(seq_len)
+
+
+def head_activations(spec: ModelSpec, tp: int, seq_len: int, precision: Precision) -> ActivationSample:
+    """The norm's, the projection's whole input, logits in the compute dtype, log-sum-exp and labels."""
+    size, hidden = DTYPE_BYTES[precision], spec.layers[-1].hidden_size
+    normed, tokens = spec.layers[-1].tokens(seq_len), head_tokens(spec, seq_len)
+    logits = tokens * math.ceil(spec.vocab_size / tp)
+    norm = _norm_bytes(uses_rms(spec.head), size, hidden) * normed / tp
+    saved = norm + normed * hidden * size + logits * size + tokens * (FLOAT + TOKEN_ID)
+    workspace = LOGIT_COPIES[precision] * logits + normed * hidden * size
+    return _sample("head", tp, "none", seq_len, saved, workspace)
+
+
+def _sample(
+    unit: UnitName, tp: int, recompute: Recompute, seq_len: int, saved: float, workspace: float, fixed: int = 0
+) -> ActivationSample:
+    return ActivationSample(
+        unit=unit,
+        tp=tp,
+        recompute=recompute,
+        seq_len=seq_len,
+        fixed_bytes=fixed,
+        bytes_per_sequence=math.ceil(saved),
+        workspace_bytes_per_sequence=math.ceil(workspace),
+    )

@@ -1,0 +1,102 @@
+"""What devices can do by their data sheets: one preset a product, every constant with its source.
+
+Takes a preset's name; gives a Preset.  Rates are peaks; the fractions beside them say how much of a peak large
+operations reach.  Bandwidths are bytes a second that one device sends (unidirectional): the *bus* bandwidth of a
+ring that keeps every device busy.  Knows nothing of how devices are joined into clusters.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.hardware import Device
+from galvatron.core.model import Precision
+from galvatron.core.records import Record, validate
+
+
+class Constant(Record):
+    """A number and where it comes from."""
+
+    value: float
+    source: str
+
+
+class Preset(Record):
+    """One product in the server it usually comes in.
+
+    ``intra_*``: between the devices of a node; ``intra_peer_bytes_per_s`` is what one device can send to one other,
+    less than all it can send where every pair has a link of its own.  ``inter_*``: each device's share of the
+    node's network adapters, each adapter a rail of its own.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    product: str
+    memory_bytes: Constant
+    bf16_flops_per_s: Constant
+    fp32_flops_per_s: Constant
+    memory_bytes_per_s: Constant
+    matmul_efficiency: Constant
+    memory_efficiency: Constant
+    devices_per_node: Constant
+    intra_kind: str
+    intra_bytes_per_s: Constant
+    intra_peer_bytes_per_s: Constant
+    intra_efficiency: Constant
+    intra_latency_s: Constant
+    inter_bytes_per_s: Constant
+    inter_efficiency: Constant
+    inter_latency_s: Constant
+    compute_slowdown: Constant
+    communication_slowdown: Constant
+
+    def peak_flops_per_s(self, precision: Precision) -> float:
+        """The data sheet's matrix rate; fp32 means TF32."""
+        return self.bf16_flops_per_s.value if precision == "bf16" else self.fp32_flops_per_s.value
+
+    def matmul_flops_per_s(self, precision: Precision) -> float:
+        """What large matrix products reach."""
+        return self.peak_flops_per_s(precision) * self.matmul_efficiency.value
+
+    @property
+    def achieved_memory_bytes_per_s(self) -> float:
+        """What large elementwise kernels reach, reads and writes together."""
+        return self.memory_bytes_per_s.value * self.memory_efficiency.value
+
+    def device(self) -> Device:
+        """The record that a profile holds; ROCm devices too are of type ``cuda``, as PyTorch calls them."""
+        return Device(
+            name=self.product,
+            type="cuda",
+            memory_bytes=int(self.memory_bytes.value),
+            matmul_flops_per_s={"fp32": self.matmul_flops_per_s("fp32"), "bf16": self.matmul_flops_per_s("bf16")},
+        )
+
+
+class _Presets(Record):
+    devices: tuple[Preset, ...]
+
+
+@cache
+def _presets() -> tuple[Preset, ...]:
+    text = files(__package__).joinpath("devices.json").read_text(encoding="utf-8")
+    return validate(_Presets, json.loads(text), "devices.json", ConfigError).devices
+
+
+DEVICES: tuple[str, ...] = tuple(preset.name for preset in _presets())
+"""The names of all presets."""
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name, alias or product name, in any case.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for candidate in _presets():
+        if name.lower() in (candidate.name, *candidate.aliases, candidate.product.lower()):
+            return candidate
+    raise ConfigError(f"no device is called {name!r}; choose one of {', '.join(DEVICES)}")

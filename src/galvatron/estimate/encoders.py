@@ -1,0 +1,226 @@
+"""Shapes of the families that see whole sequences: BERT, T5, ViT and Swin.
+
+Takes a Config; gives a ModelSpec whose parameters have Hugging Face's names.  Of vision models a sequence is the
+image's patches, and the vocabulary is the classes.
+"""
+
+from __future__ import annotations
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
+
+from .parts import Config, attention, chain, column, layer_norm, row, vocabulary, whole
+
+SELF = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+VIT = ("attention.attention.query", "attention.attention.key", "attention.attention.value", "attention.output.dense")
+T5_NAMES = ("q", "k", "v", "o")
+
+
+def bert(config: Config, name: str) -> ModelSpec:
+    """BERT with its masked-language-model head: transform, then the tied decoder."""
+    hidden, heads, ffn, words = (
+        config.size(key) for key in ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    )
+    positions = config.size("max_position_embeddings")
+    parameters = _encoder_layer(SELF, hidden, heads, ffn, ("attention.output.LayerNorm", "output.LayerNorm"))
+    embedding = chain(
+        [vocabulary("bert.embeddings.word_embeddings.weight", words, hidden)],
+        [whole("bert.embeddings.position_embeddings.weight", positions, hidden)],
+        [whole("bert.embeddings.token_type_embeddings.weight", config.get("type_vocab_size", 2), hidden)],
+        layer_norm("bert.embeddings.LayerNorm", hidden),
+    )
+    head = chain(
+        column("cls.predictions.transform.dense", hidden, hidden, None, True),
+        layer_norm("cls.predictions.transform.LayerNorm", hidden),
+        [vocabulary("cls.predictions.decoder.weight", words, hidden), vocabulary("cls.predictions.bias", words)],
+    )
+    return ModelSpec(
+        name=name,
+        family="bert",
+        layers=(_encoder_kind("layer", config.size("num_hidden_layers"), hidden, heads, ffn, parameters),),
+        vocab_size=words,
+        max_seq_len=positions,
+        tied_embeddings=config.get("tie_word_embeddings", True),
+        embedding=UnitSpec(parameters=embedding),
+        head=UnitSpec(parameters=head),
+    )
+
+
+def vit(config: Config, name: str) -> ModelSpec:
+    """ViT: pre-norm encoder over patches and a class token."""
+    hidden, heads, ffn = (config.size(key) for key in ("hidden_size", "num_attention_heads", "intermediate_size"))
+    patch, channels, classes = config.size("patch_size"), config.size("num_channels"), _classes(config)
+    tokens = (config.size("image_size") // patch) ** 2 + 1
+    parameters = _encoder_layer(VIT, hidden, heads, ffn, ("layernorm_before", "layernorm_after"))
+    embedding = (
+        whole("vit.embeddings.cls_token", 1, 1, hidden),
+        whole("vit.embeddings.position_embeddings", 1, tokens, hidden),
+        whole("vit.embeddings.patch_embeddings.projection.weight", hidden, channels, patch, patch),
+        whole("vit.embeddings.patch_embeddings.projection.bias", hidden),
+    )
+    return ModelSpec(
+        name=name,
+        family="vit",
+        layers=(_encoder_kind("layer", config.size("num_hidden_layers"), hidden, heads, ffn, parameters),),
+        vocab_size=classes,
+        max_seq_len=tokens,
+        tied_embeddings=False,
+        embedding=UnitSpec(parameters=embedding),
+        head=UnitSpec(parameters=_classifier("vit.layernorm", hidden, classes)),
+    )
+
+
+def swin(config: Config, name: str) -> ModelSpec:
+    """Swin: stages of doubling width over a quarter of the patches each, attention within windows.
+
+    The merges between stages, some 2% of the parameters, count with the embedding.
+    """
+    embed, depths, heads = config.size("embed_dim"), config.sizes("depths"), config.sizes("num_heads")
+    if len(depths) != len(heads):
+        raise ConfigError(
+            f"depths={list(depths)} and num_heads={list(heads)} need one entry a stage each; give both equal lengths"
+        )
+    patch, window, channels = (config.size(key) for key in ("patch_size", "window_size", "num_channels"))
+    classes, last = _classes(config), embed * 2 ** (len(depths) - 1)
+    ratio = float(config.get("mlp_ratio", 4.0))
+    kinds = (_swin_stage(i, depth, embed * 2**i, heads[i], ratio, window) for i, depth in enumerate(depths))
+    merges = (_swin_merge(i, embed * 2**i) for i in range(len(depths) - 1))
+    embedding = chain(
+        [whole("swin.embeddings.patch_embeddings.projection.weight", embed, channels, patch, patch)],
+        [whole("swin.embeddings.patch_embeddings.projection.bias", embed)],
+        layer_norm("swin.embeddings.norm", embed),
+        *merges,
+    )
+    return ModelSpec(
+        name=name,
+        family="swin",
+        layers=tuple(kinds),
+        vocab_size=classes,
+        max_seq_len=(config.size("image_size") // patch) ** 2,
+        tied_embeddings=False,
+        embedding=UnitSpec(parameters=embedding),
+        head=UnitSpec(parameters=_classifier("swin.layernorm", last, classes)),
+    )
+
+
+def _swin_stage(index: int, depth: int, hidden: int, heads: int, ratio: float, window: int) -> LayerKind:
+    ffn = int(ratio * hidden)
+    linears = _encoder_layer(SELF, hidden, heads, ffn, ("layernorm_before", "layernorm_after"))
+    table = ParameterSpec(
+        name="attention.self.relative_position_bias_table",
+        shape=((2 * window - 1) ** 2, heads),
+        cut=Cut(dim=1, blocks=heads),
+    )
+    kind = _encoder_kind(f"stage{index}", depth, hidden, heads, ffn, (*linears, table))
+    return kind.model_copy(update={"tokens_divisor": 4**index, "attention_span": window**2})
+
+
+def _swin_merge(index: int, hidden: int) -> tuple[ParameterSpec, ...]:
+    """Four neighbouring patches become one of twice the width."""
+    prefix = f"swin.encoder.layers.{index}.downsample"
+    return chain(
+        [whole(f"{prefix}.reduction.weight", 2 * hidden, 4 * hidden)], layer_norm(f"{prefix}.norm", 4 * hidden)
+    )
+
+
+def t5(config: Config, name: str) -> ModelSpec:
+    """T5: an encoder, then a decoder that is handed the encoder's output; no biases, relative positions.
+
+    Each stack's table of relative positions counts with the embedding, both final norms with the head.  Encoder and
+    decoder sequences are equally long.
+    """
+    hidden, heads, words = config.size("d_model"), config.size("num_heads"), config.size("vocab_size")
+    common = {"hidden_size": hidden, "ffn_size": config.size("d_ff"), "num_heads": heads, "num_kv_heads": heads}
+    count, buckets = config.size("num_layers"), config.get("relative_attention_num_buckets", 32)
+    tables = (
+        whole(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", buckets, heads)
+        for stack in ("encoder", "decoder")
+    )
+    norms = (whole(f"{stack}.final_layer_norm.weight", hidden) for stack in ("encoder", "decoder"))
+    kinds = (
+        LayerKind(
+            name="encoder",
+            count=count,
+            head_dim=config.size("d_kv"),
+            causal=False,
+            parameters=_t5_layer(config, ("SelfAttention",)),
+            **common,
+        ),
+        LayerKind(
+            name="decoder",
+            count=config.get("num_decoder_layers", count),
+            head_dim=config.size("d_kv"),
+            side_inputs=1,
+            regions=3,
+            parameters=_t5_layer(config, ("SelfAttention", "EncDecAttention")),
+            **common,
+        ),
+    )
+    return ModelSpec(
+        name=name,
+        family="t5",
+        layers=kinds,
+        vocab_size=words,
+        max_seq_len=config.get("n_positions", 512),
+        tied_embeddings=config.get("tie_word_embeddings", True),
+        embedding=UnitSpec(parameters=(vocabulary("shared.weight", words, hidden), *tables)),
+        head=UnitSpec(parameters=(*norms, vocabulary("lm_head.weight", words, hidden))),
+    )
+
+
+def _t5_layer(config: Config, attentions: tuple[str, ...]) -> tuple[ParameterSpec, ...]:
+    hidden, ffn, heads = config.size("d_model"), config.size("d_ff"), config.size("num_heads")
+    head_dim, last = config.size("d_kv"), f"layer.{len(attentions)}"
+    gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
+    regions = (
+        chain(
+            attention(f"layer.{i}.{module}.", T5_NAMES, hidden, heads, heads, head_dim),
+            [whole(f"layer.{i}.layer_norm.weight", hidden)],
+        )
+        for i, module in enumerate(attentions)
+    )
+    ups = (
+        column(f"{last}.DenseReluDense.{wi}", ffn, hidden, Cut(dim=0, blocks=ffn))
+        for wi in (("wi_0", "wi_1") if gated else ("wi",))
+    )
+    down = row(f"{last}.DenseReluDense.wo", hidden, ffn, ffn)
+    return chain(*regions, *ups, down, [whole(f"{last}.layer_norm.weight", hidden)])
+
+
+def _encoder_layer(
+    names: tuple[str, str, str, str], hidden: int, heads: int, ffn: int, norms: tuple[str, str]
+) -> tuple[ParameterSpec, ...]:
+    return chain(
+        attention("", names, hidden, heads, heads, hidden // heads, bias=True),
+        column("intermediate.dense", ffn, hidden, Cut(dim=0, blocks=ffn), True),
+        row("output.dense", hidden, ffn, ffn, True),
+        *(layer_norm(norm, hidden) for norm in norms),
+    )
+
+
+def _encoder_kind(
+    name: str, count: int, hidden: int, heads: int, ffn: int, parameters: tuple[ParameterSpec, ...]
+) -> LayerKind:
+    return LayerKind(
+        name=name,
+        count=count,
+        hidden_size=hidden,
+        ffn_size=ffn,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        causal=False,
+        parameters=parameters,
+    )
+
+
+def _classes(config: Config) -> int:
+    """How many classes the configuration names, or counts."""
+    return len(config.get("id2label", {})) or config.size("num_labels")
+
+
+def _classifier(norm: str, hidden: int, classes: int) -> tuple[ParameterSpec, ...]:
+    return chain(
+        layer_norm(norm, hidden),
+        [vocabulary("classifier.weight", classes, hidden), vocabulary("classifier.bias", classes)],
+    )

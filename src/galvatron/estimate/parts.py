@@ -1,0 +1,123 @@
+"""The parameters that families are made of: linears with their tensor-parallel cuts, norms, vocabularies.
+
+Takes names and sizes; gives ParameterSpec.  Knows nothing of families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.model import Cut, ParameterSpec
+
+T = TypeVar("T")
+
+
+class Config:
+    """A configuration's keys with its family's defaults, as the model library fills them in."""
+
+    def __init__(self, data: Mapping[str, Any], **defaults: Any) -> None:
+        self._data = {**defaults, **{key: value for key, value in data.items() if value is not None}}
+
+    def size(self, key: str) -> int:
+        """A positive integer; ConfigError if it is missing or none."""
+        value = self._data.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{key} of a {self._data['model_type']} config must be a positive integer, got {value!r}; "
+                "give a Hugging Face config.json"
+            )
+        return value
+
+    def sizes(self, key: str) -> tuple[int, ...]:
+        """A list of positive integers; ConfigError if it is missing or none."""
+        value = self._data.get(key)
+        if not isinstance(value, (list, tuple)) or not value or any(not isinstance(n, int) or n < 1 for n in value):
+            raise ConfigError(
+                f"{key} of a {self._data['model_type']} config must be a list of positive integers, got {value!r}; "
+                "give a Hugging Face config.json"
+            )
+        return tuple(value)
+
+    def get(self, key: str, default: T) -> T:
+        """The value of a key that may be missing."""
+        value: T = self._data.get(key, default)
+        return value
+
+
+def column(
+    name: str, outputs: int, inputs: int, cut: Cut | None, bias: bool = False, transposed: bool = False
+) -> Iterator[ParameterSpec]:
+    """A linear cut along its outputs, its bias with it; weights are [outputs, inputs] unless ``transposed``."""
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
+    weight_cut = cut.model_copy(update={"dim": 1}) if cut is not None and transposed else cut
+    yield ParameterSpec(name=f"{name}.weight", shape=shape, cut=weight_cut)
+    if bias:
+        yield ParameterSpec(name=f"{name}.bias", shape=(outputs,), cut=cut)
+
+
+def row(
+    name: str, outputs: int, inputs: int, blocks: int, bias: bool = False, transposed: bool = False
+) -> Iterator[ParameterSpec]:
+    """A linear cut along its inputs; every rank adds its bias whole."""
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
+    yield ParameterSpec(name=f"{name}.weight", shape=shape, cut=Cut(dim=0 if transposed else 1, blocks=blocks))
+    if bias:
+        yield whole(f"{name}.bias", outputs)
+
+
+def whole(name: str, *shape: int) -> ParameterSpec:
+    """A parameter that every tensor-parallel rank keeps."""
+    return ParameterSpec(name=name, shape=shape)
+
+
+def layer_norm(name: str, size: int) -> tuple[ParameterSpec, ParameterSpec]:
+    """Weight and bias."""
+    return whole(f"{name}.weight", size), whole(f"{name}.bias", size)
+
+
+def vocabulary(name: str, *shape: int) -> ParameterSpec:
+    """A parameter whose first dim counts words or classes; tensor-parallel ranks may hold one block fewer."""
+    return ParameterSpec(name=name, shape=shape, cut=Cut(dim=0, blocks=shape[0], uneven="ceil"))
+
+
+def attention(
+    prefix: str,
+    names: tuple[str, str, str, str],
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    bias: bool = False,
+    output_bias: bool | None = None,
+) -> Iterator[ParameterSpec]:
+    """Query, key, value and output linears, cut by heads; kv heads fewer than the ranks stay whole."""
+    query, key, value, output = names
+    kv_cut = Cut(dim=0, blocks=kv_heads, uneven="whole")
+    yield from column(f"{prefix}{query}", heads * head_dim, hidden, Cut(dim=0, blocks=heads), bias)
+    yield from column(f"{prefix}{key}", kv_heads * head_dim, hidden, kv_cut, bias)
+    yield from column(f"{prefix}{value}", kv_heads * head_dim, hidden, kv_cut, bias)
+    yield from row(f"{prefix}{output}", hidden, heads * head_dim, heads, bias if output_bias is None else output_bias)
+
+
+def gated_mlp(prefix: str, hidden: int, ffn: int, bias: bool = False) -> Iterator[ParameterSpec]:
+    """Gate, up and down."""
+    cut = Cut(dim=0, blocks=ffn)
+    yield from column(f"{prefix}gate_proj", ffn, hidden, cut, bias)
+    yield from column(f"{prefix}up_proj", ffn, hidden, cut, bias)
+    yield from row(f"{prefix}down_proj", hidden, ffn, ffn, bias)
+
+
+def experts(prefix: str, count: int, hidden: int, ffn: int) -> Iterator[ParameterSpec]:
+    """The router, and the experts' gate, up and down, batched over experts."""
+    gate_up = Cut(dim=1, blocks=ffn, segments=2)
+    down = Cut(dim=2, blocks=ffn)
+    yield whole(f"{prefix}gate.weight", count, hidden)
+    yield ParameterSpec(name=f"{prefix}experts.gate_up_proj", shape=(count, 2 * ffn, hidden), cut=gate_up, experts=True)
+    yield ParameterSpec(name=f"{prefix}experts.down_proj", shape=(count, hidden, ffn), cut=down, experts=True)
+
+
+def chain(*groups: Iterable[ParameterSpec]) -> tuple[ParameterSpec, ...]:
+    """All of them, in order."""
+    return tuple(parameter for group in groups for parameter in group)

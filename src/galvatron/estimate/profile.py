@@ -1,0 +1,108 @@
+"""A model's profile without the model: what each unit would take on a device, by formula.
+
+Takes a ModelSpec and a device; gives a ModelProfile labelled ``estimated``.  Knows nothing of clusters.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.hardware import Device
+from galvatron.core.model import (
+    ENDS,
+    ActivationSample,
+    ComputeSample,
+    ModelProfile,
+    ModelSpec,
+    Precision,
+    Recompute,
+    UnitName,
+)
+
+from .activations import embedding_activations, head_activations, layer_activations
+from .compute import ADAMW_BYTES, Rates, embedding_sample, head_sample, layer_sample
+from .devices import Preset, preset
+
+TP_DEGREES = (1, 2, 4, 8, 16, 32, 64)
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+def estimate_model(
+    spec: ModelSpec,
+    device: str | Preset | Device,
+    *,
+    seq_len: int,
+    precision: Precision = "bf16",
+    tp_degrees: Iterable[int] | None = None,
+    max_batch: int = 64,
+) -> ModelProfile:
+    """Seconds and bytes of every unit of ``spec`` on one rank of ``device``.
+
+    Args:
+        spec: the model.
+        device: a preset, its name, or the device of an estimated hardware profile.
+        seq_len: tokens of a sequence; of vision models patches.
+        precision: compute dtype.
+        tp_degrees: tensor-parallel degrees, by default powers of two up to 64; those that a unit's cuts or
+            tokens refuse are left out.
+        max_batch: most sequences that a rank computes at once.
+
+    Raises:
+        ConfigError: ``seq_len`` is longer than the model's positions, or no preset is of that device.
+    """
+    if not 1 <= seq_len <= spec.max_seq_len:
+        raise ConfigError(
+            f"seq_len={seq_len} must be from 1 to max_seq_len={spec.max_seq_len} of {spec.name}; choose one of these"
+        )
+    found = device if isinstance(device, Preset) else preset(device if isinstance(device, str) else device.name)
+    rates = Rates.of(found, precision)
+    degrees = sorted({1, *(TP_DEGREES if tp_degrees is None else tp_degrees)})
+    units = [(unit, tp) for unit, tp in itertools.product(spec.units, degrees) if _cuts(spec, unit, tp, seq_len)]
+    return ModelProfile(
+        spec=spec,
+        device=found.product,
+        precision=precision,
+        seq_len=seq_len,
+        origin="estimated",
+        compute=tuple(
+            _compute(spec, unit, tp, batch, seq_len, rates)
+            for (unit, tp), batch in itertools.product(units, batches(max_batch))
+        ),
+        activations=tuple(
+            _activations(spec, unit, tp, recompute, seq_len, precision)
+            for (unit, tp), recompute in itertools.product(units, RECOMPUTES)
+            if unit not in ENDS or recompute == "none"
+        ),
+        optimizer_s_per_parameter=ADAMW_BYTES / found.achieved_memory_bytes_per_s,
+    )
+
+
+def batches(max_batch: int) -> tuple[int, ...]:
+    """1, 2, 4 … and at last ``max_batch`` itself."""
+    powers = (2**i for i in range(max_batch.bit_length()))
+    return (*(n for n in powers if n < max_batch), max_batch)
+
+
+def _cuts(spec: ModelSpec, unit: UnitName, tp: int, seq_len: int) -> bool:
+    """Whether the unit's parameters and tokens can be cut ``tp`` ways (see ``core.model.Cut``)."""
+    kind = {ENDS[0]: spec.layers[0], ENDS[1]: spec.layers[-1]}.get(unit) or spec.kind(unit)
+    cuts = [p.cut for p in spec.unit(unit).parameters if p.cut is not None]
+    refused = any(cut.uneven == "refuse" and cut.blocks % tp for cut in cuts)
+    whole = any(cut.uneven == "whole" and cut.blocks % tp and tp % cut.blocks for cut in cuts)
+    return not refused and not whole and kind.tokens(seq_len) % tp == 0
+
+
+def _compute(spec: ModelSpec, unit: UnitName, tp: int, batch: int, seq_len: int, rates: Rates) -> ComputeSample:
+    if unit in ENDS:
+        return (embedding_sample if unit == "embedding" else head_sample)(spec, tp, batch, seq_len, rates)
+    return layer_sample(spec.kind(unit), spec.family, tp, batch, seq_len, rates)
+
+
+def _activations(
+    spec: ModelSpec, unit: UnitName, tp: int, recompute: Recompute, seq_len: int, precision: Precision
+) -> ActivationSample:
+    if unit in ENDS:
+        return (embedding_activations if unit == "embedding" else head_activations)(spec, tp, seq_len, precision)
+    return layer_activations(spec.kind(unit), spec.family, tp, recompute, seq_len, precision)

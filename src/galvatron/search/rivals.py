@@ -1,0 +1,106 @@
+"""What the best plan is held against: simple plans, the same space with endless memory, and what comes nearest.
+
+Takes a bounded Job; gives plans.  Knows nothing of how the best plan was found.
+"""
+
+from __future__ import annotations
+
+import math
+
+from galvatron.core.errors import InfeasibleError
+from galvatron.core.units import format_bytes
+from galvatron.plan.plan import Plan
+
+from .baselines import FAMILIES, leanest, members
+from .job import Job, least
+from .result import Shortfall, predicted
+from .smallest import smallest
+from .solve import UNLIMITED, solve
+from .space import Space
+from .tables import Solution
+
+Found = tuple[Space, Solution]
+
+
+def best_of_family(job: Job, name: str) -> Found | None:
+    """The family's best plan by the additive objective; None when none fits."""
+    best: Found | None = None
+    for bound, i in sorted(job.families[name]):
+        if bound >= least(best, math.inf):
+            break
+        batch, space = job.tasks[i].global_batch_size, job.builder.build(job.tasks[i])
+        for member in members(space, name, job.devices_per_node):
+            limit = least(best, math.inf) * batch
+            if member.bound_s >= limit:
+                break
+            smaller = space.restricted(member.chosen)
+            solution = solve(smaller, limit).solution
+            if solution is not None and solution.value < limit:
+                best = smaller, solution
+    return best
+
+
+def shortfall_of_family(job: Job, name: str) -> Shortfall | None:
+    """How the family's plan of least peak memory fails to fit; None when the family is empty."""
+    found = []
+    for task in job.tasks:
+        if FAMILIES[name].tasks(task) and task.schedule in ("gpipe", "1f1b"):
+            space = job.builder.build(task, UNLIMITED)
+            member = leanest(space, name, job.devices_per_node)
+            if member is not None:
+                smaller = space.restricted(member.chosen)
+                found.append((smaller, smallest(smaller)))
+    nearest = _nearest(found)
+    return None if nearest is None else shortfall(job, nearest)
+
+
+def unlimited(job: Job, optimum: float) -> Plan | None:
+    """The additive optimum with endless memory, where that is faster than ``optimum`` seconds a sample."""
+    best: Found | None = None
+    for i in sorted(range(len(job.tasks)), key=lambda i: (job.free[i], i)):
+        limit = least(best, optimum)
+        if job.free[i] >= limit * (1 - 1e-9):
+            break
+        batch, space = job.tasks[i].global_batch_size, job.builder.build(job.tasks[i], UNLIMITED)
+        solution = solve(space, limit * batch).solution
+        if solution is not None and solution.value / batch < limit:
+            best = space, solution
+    return None if best is None else job.predicted(*best)
+
+
+def infeasible(job: Job) -> InfeasibleError:
+    """Why nothing fits: the plan of least peak memory, and by how much it fails."""
+    leanest_tasks = [task for task in job.tasks if task.schedule in ("gpipe", "1f1b")] or job.tasks
+    spaces = [job.builder.build(task, UNLIMITED) for task in leanest_tasks]
+    nearest = _nearest([(space, smallest(space)) for space in spaces])
+    if nearest is None:
+        return InfeasibleError(
+            "no strategy divides this batch, sequence and model over the devices; "
+            "change global_batch_size, or loosen what is fixed, forbidden or bounded (pp, num_microbatches, tp)",
+            constraint="divisibility",
+        )
+    short = shortfall(job, nearest)
+    if short.bytes_short <= 0:
+        space = job.limits.space
+        return InfeasibleError(f"no plan of space={space} fits, though others do; widen it with space=runtime", space)
+    plan, peak = short.plan, job.limit + short.bytes_short
+    return InfeasibleError(
+        f"no plan fits in {format_bytes(job.limit)} a device: the smallest (pp={plan.pp}, "
+        f"num_microbatches={plan.num_microbatches}; {plan.layers[0]}) needs {format_bytes(peak)} on stage "
+        f"{short.stage}, {format_bytes(short.bytes_short)} too much; allow {math.ceil(peak / 2**20)} MiB, "
+        "take more devices, or lower global_batch_size or seq_len",
+        constraint=f"memory of stage {short.stage}",
+        needed_bytes=peak,
+    )
+
+
+def shortfall(job: Job, found: Found) -> Shortfall:
+    """By how much a plan exceeds the limit, and on which stage."""
+    plan = job.predicted(*found)
+    peaks = [stage.peak_memory_bytes for stage in predicted(plan).stages]
+    return Shortfall(plan=plan, stage=peaks.index(max(peaks)), bytes_short=max(peaks) - job.limit)
+
+
+def _nearest(found: list[tuple[Space, Solution | None]]) -> Found | None:
+    solved = [(space, solution) for space, solution in found if solution is not None]
+    return min(solved, key=lambda item: item[1].value, default=None)

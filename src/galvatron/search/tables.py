@@ -1,0 +1,310 @@
+"""The stages of one task solved exactly: tables from chains of options, then the division among stages.
+
+Takes a Geometry with its bounds and the most that a plan may cost; gives the best plan of what that leaves.  Segments,
+options and chains that cannot be part of such a plan are left out before they cost anything.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from galvatron.core.model import ENDS, UnitName
+from galvatron.cost.strategies import Floats, Ints
+from galvatron.plan.plan import LayerStrategy, Plan
+from galvatron.plan.rules import beyond_runtime
+
+from .bounds import StageBound
+from .geometry import Geometry
+from .layers import ANY, FULL_EFFORT, Chain, ClassOptions, Effort, Goal, Grown, grow, undominated_options
+from .space import Options, Space
+from .stages import Division, Join, Tables, divide
+
+ROUNDING = 1 + 1e-9  # what a chain may cost is stretched by this much, so that rounding cuts off nothing
+
+
+@dataclass(frozen=True)
+class Solution:
+    """``value``: the additive objective in seconds, or the fullest stage's tensor bytes when memory was the aim."""
+
+    value: float
+    layers_per_stage: tuple[int, ...]
+    embedding: LayerStrategy
+    layers: tuple[LayerStrategy, ...]
+    head: LayerStrategy
+
+    def plan(self, space: Space) -> Plan:
+        """The solution as a plan, labelled with what the runtime cannot run yet."""
+        setting, task = space.setting, space.task
+        plan = Plan(
+            model=setting.model.spec.name,
+            world_size=setting.hardware.world_size,
+            layers_per_stage=self.layers_per_stage,
+            schedule=task.schedule,
+            model_chunks=task.model_chunks,
+            num_microbatches=task.num_microbatches,
+            global_batch_size=setting.global_batch_size,
+            seq_len=setting.seq_len,
+            precision=setting.precision,
+            grad_reduce_dtype=setting.grad_reduce_dtype,
+            embedding=self.embedding,
+            layers=self.layers,
+            head=self.head,
+        )
+        return plan.model_copy(update={"what_if": tuple(beyond_runtime(plan, setting.model.spec))})
+
+
+class TaskSolver:
+    """The tables of one task's stages, without what cannot be part of a plan of value ``at_most``.
+
+    ``truncated``: chains had to be dropped for their number alone, so that a better plan may have been missed.
+    """
+
+    def __init__(
+        self, geometry: Geometry, bounds: list[StageBound], at_most: float, effort: Effort = FULL_EFFORT
+    ) -> None:
+        self.geometry, self.bounds, self.space, self.effort = geometry, bounds, geometry.space, effort
+        self.truncated = False
+        self.limit_to(at_most)
+
+    def limit_to(self, at_most: float) -> None:
+        """Leave out what cannot be part of a plan of value ``at_most``."""
+        self.most_s = _most_work_s(self.geometry, self.bounds, at_most * ROUNDING)
+
+    def solve(self) -> Solution | None:
+        """The best plan of what is left; None when there is none."""
+        if not self.geometry.interleaved:
+            return self._solve_layouts(None)
+        best: Solution | None = None
+        for layout in range(len(self.space.layouts)):  # all layers in one, so that chunks meet without redistribution
+            found = self._solve_layouts(layout)
+            if found is not None and (best is None or found.value < best.value):
+                best = found
+                self.limit_to(best.value)
+        return best
+
+    def _solve_layouts(self, layout: int | None) -> Solution | None:
+        tables: list[Tables] = []
+        grown: list[dict[tuple[int, int], Grown]] = []
+        entries = np.array([ANY])
+        for stage in range(len(self.bounds)):
+            table, found = self._stage(stage, entries, layout)
+            reached = [np.isfinite(work).any(axis=(0, 1)) for work in table.values()]
+            entries = np.flatnonzero(np.any(reached, axis=0)) if reached else np.zeros(0, dtype=np.int64)
+            if not len(entries):
+                return None
+            tables.append(table)
+            grown.append(found)
+        division = divide(tables, self.geometry.num_layers, self.space.setting)
+        return None if division is None else self._solution(division, grown)
+
+    def _stage(self, stage: int, entries: Ints, layout: int | None) -> tuple[Tables, dict[tuple[int, int], Grown]]:
+        """The table of one stage, and by (row, k) the chains behind it."""
+        bound, size = self.bounds[stage], len(self.space.layouts)
+        table: Tables = {}
+        found: dict[tuple[int, int], Grown] = {}
+        for members in self._alike(stage):
+            chain = self._chain(stage, members, entries, layout)
+            result = None if chain is None else grow(chain)
+            self.truncated |= result is not None and result.truncated
+            for row, k in members:
+                if result is not None and k in result.work_s:
+                    at = table.setdefault(k, np.full((bound.shape.allowed.shape[0], size, size), np.inf))
+                    at[row] = result.work_s[k] + bound.shape.received_s[row, k]
+                    found[row, k] = result
+        return table, found
+
+    def _alike(self, stage: int) -> list[list[tuple[int, int]]]:
+        """Segments (row, k) worth solving, those together whose units are the first of one chain."""
+        worth = self.bounds[stage].bound_s <= self.most_s[stage]
+        groups: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+        for row in np.flatnonzero(worth.any(axis=1)).tolist():
+            lengths = np.flatnonzero(worth[row]).tolist()
+            for k in lengths:
+                longest = k if self.geometry.interleaved else lengths[-1]
+                layers = tuple(self.geometry.layers_of(stage, row, longest))
+                after = self.geometry.kinds[row + longest : row + longest + 1] if self.geometry.rows > 1 else ()
+                groups.setdefault((layers, *after), []).append((row, k))
+        return list(groups.values())
+
+    def _chain(self, stage: int, members: list[tuple[int, int]], entries: Ints, layout: int | None) -> Chain | None:
+        """The chain that serves all ``members`` (row, k): equal layers up to the longest."""
+        shape = self.bounds[stage].shape
+        row, longest = max(members, key=lambda member: member[1])
+        layers = [self.geometry.class_of(stage, *layer) for layer in self.geometry.layers_of(stage, row, longest)]
+        ends = {unit.unit: at for at, unit in enumerate(shape.classes) if unit.unit in ENDS}
+        goals = self._goals(stage, members, layers, ends)
+        used = sorted({*layers, *ends.values()})
+        options = {at: self._options(stage, at, goals, ends, layout) for at in used}
+        if not all(len(chosen) for chosen in options.values()):
+            return None
+        floor = self._least_transient(options, ends, goals, layers)
+        above = {at: np.maximum(chosen.transient_bytes, floor) for at, chosen in options.items()}
+        transients = np.unique(np.concatenate(list(above.values())))
+        classes = {
+            at: ClassOptions(
+                chosen,
+                chosen.held_bytes(shape.classes[at].in_flight),
+                np.searchsorted(transients, above[at]).astype(np.int64),
+                self.space.moves_s.get(shape.classes[at].unit, np.zeros((0, 0))),
+            )
+            for at, chosen in options.items()
+        }
+        prices, size = self.bounds[stage].prices, len(self.space.layouts)
+        first, last = ends.get("embedding"), ends.get("head")
+        return Chain(classes, first, layers, last, goals, entries, transients, prices, size, self.effort)
+
+    @staticmethod
+    def _least_transient(
+        options: dict[int, Options], ends: dict[UnitName, int], goals: dict[int, Goal], layers: list[int]
+    ) -> int:
+        """A transient that every chain has anyway, by the units that all of them hold: smaller ones count as that."""
+        always = {*ends.values(), *layers[: min(goals)]}
+        return max(int(options[at].transient_bytes.min()) for at in always)
+
+    def _goals(
+        self, stage: int, members: list[tuple[int, int]], layers: list[int], ends: dict[UnitName, int]
+    ) -> dict[int, Goal]:
+        """What every number of layers among ``members`` may take, and what remains after each layer."""
+        bound, goals = self.bounds[stage], {}
+        for k in sorted({k for _, k in members}):
+            rows = [row for row, length in members if length == k]
+            units = [*layers[:k], *([ends["head"]] if "head" in ends else [])]
+            least_s, least_held = (
+                np.zeros((len(units) + 1, len(bound.prices))),
+                np.zeros(len(units) + 1, dtype=np.int64),
+            )
+            for j in range(len(units) - 1, -1, -1):
+                least_s[j] = least_s[j + 1] + bound.least_s[units[j]]
+                least_held[j] = least_held[j + 1] + bound.least_held[units[j]]
+            most_s = max(float(self.most_s[stage][row, k] - bound.shape.received_s[row, k]) for row in rows)
+            goals[k] = Goal(
+                self.space.usable_bytes - int(bound.shape.beside_bytes[rows[0], k]), most_s, least_s, least_held
+            )
+        return goals
+
+    def _options(
+        self, stage: int, at: int, goals: dict[int, Goal], ends: dict[UnitName, int], layout: int | None
+    ) -> Options:
+        """The options of a class that may be part of some goal by the dual bound, and are not dominated."""
+        bound, unit = self.bounds[stage], self.bounds[stage].shape.classes[at]
+        options = self.space.options[unit.unit]
+        peak = options.held_bytes(unit.in_flight) + options.transient_bytes
+        embedding = [ends["embedding"]] if "embedding" in ends else []
+        first_s = bound.least_s[embedding].sum(axis=0) - bound.least_s[at]
+        first_held = int(bound.least_held[embedding].sum()) - int(bound.least_held[at])
+        kept = peak <= max(goal.room - int(goal.least_held[0]) - first_held for goal in goals.values())
+        limits = [goal.most_s + bound.prices * goal.room - goal.least_s[0] - first_s for goal in goals.values()]
+        for price, limit in zip(bound.prices, np.max(limits, axis=0), strict=True):
+            kept &= options.work_s + price * peak <= limit
+        if layout is not None and unit.unit not in ENDS:
+            kept &= options.layout == layout
+        options = options.take(np.flatnonzero(kept))
+        return options.take(undominated_options(options, unit.in_flight, len(self.space.layouts)))
+
+    def _solution(self, division: Division, grown: list[dict[tuple[int, int], Grown]]) -> Solution:
+        pp, chunks = self.space.task.pp, self.space.task.model_chunks
+        ends: dict[UnitName, LayerStrategy] = {}
+        entries: list[list[LayerStrategy]] = [[] for _ in range(pp * chunks)]
+        for stage, (start, k, entry, last) in enumerate(division.segments):
+            result, classes = grown[stage][self.geometry.row(start), k], self.bounds[stage].shape.classes
+            layers = []
+            for at, option in result.options(k, entry, last):
+                strategy = result.chain.classes[at].options.strategies[option]
+                if classes[at].unit in ENDS:
+                    ends[classes[at].unit] = strategy
+                else:
+                    layers.append(strategy)
+            kinds = [kind for kind, _ in self.geometry.layers_of(stage, self.geometry.row(start), k)]
+            for chunk, size in enumerate(self.geometry.chunk_sizes(k)):
+                entries[chunk * pp + stage] = _grouped(layers[:size], kinds[:size])
+                layers, kinds = layers[size:], kinds[size:]
+        return Solution(
+            division.value,
+            tuple(map(len, entries)),
+            ends["embedding"],
+            tuple(itertools.chain(*entries)),
+            ends["head"],
+        )
+
+
+def _grouped(layers: list[LayerStrategy], kinds: list[UnitName]) -> list[LayerStrategy]:
+    """The same with equal strategies side by side: among layers of one kind and layout their order costs nothing."""
+    grouped: list[LayerStrategy] = []
+    pairs = zip(layers, kinds, strict=True)
+    for _, members in itertools.groupby(pairs, key=lambda pair: (pair[1], pair[0].sequence_degree)):
+        run = [strategy for strategy, _ in members]
+        grouped += sorted(run, key=run.index)
+    return grouped
+
+
+def _most_work_s(geometry: Geometry, bounds: list[StageBound], at_most: float) -> list[Floats]:
+    """What every segment's work may be in a plan of value ``at_most``: the other stages take at least their bounds.
+
+    With S their least Σ and X their least possible largest, w must keep s·(φ·(S + w) + (m - φ)·max(w, X)) and
+    m·(S + w) / pp within it (``Setting.combined_s``).
+    """
+    setting = geometry.space.setting
+    m, fill = setting.num_microbatches, setting.fill
+    budget = at_most / setting.hardware.device.full_speed_fraction
+    most = []
+    totals, largests = (_other_stages_s(geometry, bounds, join) for join in (np.add, np.maximum))
+    for total, largest in zip(totals, largests, strict=True):
+        with np.errstate(invalid="ignore"):  # nothing is left where the others cannot divide the rest
+            if_largest = (budget - fill * total) / m
+            if_smaller = (budget - fill * total - (m - fill) * largest) / fill
+            shared = setting.pp * at_most / m - total
+        by_path = np.where(if_largest >= largest, if_largest, if_smaller)
+        most.append(np.where(np.isfinite(total), np.minimum(by_path, shared), -np.inf))
+    return most
+
+
+def _other_stages_s(geometry: Geometry, bounds: list[StageBound], join: Join) -> list[Floats]:
+    """For every stage and segment: the least sum (or maximum) of all other stages' bounds.
+
+    Infinite where they cannot divide the rest.
+    """
+    layers = geometry.num_layers
+    before, after = [_unreached(layers, 0)], [_unreached(layers, layers)]
+    for bound in bounds[:-1]:
+        value = np.full(layers + 1, np.inf)
+        for start, k, work in _segments(geometry, bound):
+            value[start + k] = np.minimum(value[start + k], join(before[-1][start], work))
+        before.append(value)
+    for bound in reversed(bounds[1:]):
+        value = np.full(layers + 1, np.inf)
+        for start, k, work in _segments(geometry, bound):
+            value[start] = np.minimum(value[start], join(after[-1][start + k], work))
+        after.append(value)
+    others = []
+    for bound, first, last in zip(bounds, before, reversed(after), strict=True):
+        least = np.full(bound.bound_s.shape, np.inf)
+        for start, k, _ in _segments(geometry, bound):
+            rest = join(first[start], last[start + k])
+            if geometry.rows == 1:
+                least[0, k] = rest.min()
+            else:
+                least[start, k] = rest
+        others.append(least)
+    return others
+
+
+def _unreached(layers: int, start: int) -> Floats:
+    value = np.full(layers + 1, np.inf)
+    value[start] = 0.0
+    return value
+
+
+def _segments(geometry: Geometry, bound: StageBound) -> Iterator[tuple[Ints, int, Floats]]:
+    """For every k: the first layers of its segments and their bounds."""
+    for k in np.flatnonzero(np.isfinite(bound.bound_s).any(axis=0)).tolist():
+        start = np.arange(geometry.num_layers + 1 - k)
+        work = bound.bound_s[:, k]
+        if geometry.rows == 1:
+            yield start, k, np.broadcast_to(work, start.shape)
+        else:
+            start = start[: len(work)]
+            yield start, k, work[start]

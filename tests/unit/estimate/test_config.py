@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from galvatron.core.errors import ConfigError
+from galvatron.estimate import spec_of_config
+from galvatron.models import build_spec
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 131,
+    "max_position_embeddings": 32,
+}
+SMALL_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 131, "n_positions": 32}
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("make", "keys"),
+    [
+        (LlamaConfig, SMALL),
+        (LlamaConfig, {**SMALL, "attention_bias": True, "mlp_bias": True, "head_dim": 8, "tie_word_embeddings": True}),
+        (LlamaConfig, {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}),
+        (MistralConfig, SMALL),
+        (MistralConfig, {**SMALL, "sliding_window": None, "head_dim": 32}),
+        (Qwen2Config, {**SMALL, "tie_word_embeddings": True}),
+        (Qwen3Config, SMALL),
+        (Qwen3Config, {**SMALL, "head_dim": 16, "attention_bias": True}),
+        (GPT2Config, {**SMALL_GPT2, **SPECIAL}),
+        (GPT2Config, {**SMALL_GPT2, **SPECIAL, "n_inner": 80, "tie_word_embeddings": False}),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, type) else "-",
+)
+def test_specs_equal_those_of_the_models_themselves(make, keys):
+    config: PretrainedConfig = make(**keys)
+    spec = spec_of_config({"model_type": config.model_type, **keys}, "small")
+    assert spec == build_spec(config, "small")
+    assert spec_of_config(config.to_dict(), "small") == spec  # a file with every key says the same
+
+
+def test_an_unknown_family_lists_the_known():
+    with pytest.raises(ConfigError, match=r"model_type='mamba' has no shapes here; choose one of bert, .*vit"):
+        spec_of_config({"model_type": "mamba"}, "small")
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, 1.5, "64", True])
+def test_a_size_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match="hidden_size of a llama config must be a positive integer, got"):
+        spec_of_config({"model_type": "llama", **SMALL, "hidden_size": value}, "small")
+
+
+def test_swin_needs_heads_for_every_stage():
+    keys = {"embed_dim": 32, "window_size": 7, "image_size": 224}
+    with pytest.raises(ConfigError, match="one entry a stage each"):
+        spec_of_config({"model_type": "swin", **keys, "depths": [2, 2], "num_heads": [2]}, "small")
+    with pytest.raises(ConfigError, match="depths of a swin config must be a list"):
+        spec_of_config({"model_type": "swin", **keys, "depths": 2, "num_heads": [2]}, "small")
+
+
+def test_dense_layers_among_experts_are_refused():
+    with pytest.raises(ConfigError, match="experts in every layer"):
+        spec_of_config({"model_type": "qwen3_moe", **SMALL, "mlp_only_layers": [1]}, "small")
+
+
+def test_specs_survive_json():
+    spec = spec_of_config({"model_type": "llama", **SMALL}, "small")
+    assert type(spec).model_validate(json.loads(spec.model_dump_json())) == spec
+
+
+def test_classes_are_those_named_or_counted():
+    keys = {"model_type": "vit", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    image = {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    assert spec_of_config({**keys, **image, "num_labels": 7}, "small").vocab_size == 7
+    named = spec_of_config({**keys, **image, "id2label": {"0": "cat", "1": "dog"}}, "small")
+    assert (named.vocab_size, named.max_seq_len) == (2, 17)
+    assert named.head.parameters[-1].local_shape(4, 3) == (0,)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, Qwen3Config
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.model import ModelProfile
+from galvatron.estimate import CARDS, cluster, estimate_model, model_spec, spec_of_config
+from galvatron.estimate.devices import Constant, preset
+from galvatron.estimate.profile import batches
+from galvatron.models import build_spec
+from galvatron.profile.activations import count_activations
+from galvatron.profile.units import UnitShape
+
+S = 64
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": S,
+}
+LLAMA = LlamaConfig(**SMALL)
+QWEN3 = Qwen3Config(**SMALL, head_dim=16)
+GPT2 = GPT2Config(
+    n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=S, bos_token_id=0, eos_token_id=0,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_every_card_has_samples_of_every_unit_and_survives_its_file(name):
+    spec = model_spec(name)
+    profile = estimate_model(spec, "h100", seq_len=min(spec.max_seq_len, 2048), max_batch=4)
+    assert ModelProfile.from_json(profile.to_json()) == profile
+    assert profile.origin == "estimated"
+    assert 1 in profile.tp_degrees()
+    for unit in spec.units:
+        for tp in {sample.tp for sample in profile.compute if sample.unit == unit}:
+            assert [s.batch for s in profile.compute if (s.unit, s.tp) == (unit, tp)] == [1, 2, 4]
+            kept = {s.recompute: s for s in profile.activations if (s.unit, s.tp) == (unit, tp)}
+            assert set(kept) == ({"none"} if unit in ("embedding", "head") else {"none", "selective", "full"})
+            if len(kept) == 3:
+                saved = [kept[r].bytes_per_sequence for r in ("none", "selective", "full")]
+                assert saved == sorted(saved, reverse=True)
+    assert all(sample.selective_s < sample.forward_s < sample.backward_s * 1.01 for sample in profile.compute)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("config", [LLAMA, QWEN3, GPT2], ids=["llama", "qwen3", "gpt2"])
+def test_activations_are_what_the_runtime_keeps(config, precision):
+    spec = build_spec(config)
+    profile = estimate_model(spec, "a100", seq_len=S, precision=precision, tp_degrees=(1, 2, 4))
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    for sample in profile.activations:
+        if sample.recompute == "selective" or (sample.tp == 4 and sample.unit != "layer"):
+            continue
+        counted = count_activations(UnitShape(config, spec, sample.unit, sample.tp, S, dtype), sample.recompute)
+        assert sample.fixed_bytes == counted.fixed_bytes
+        # float32 statistics of CUDA's LayerNorm, which the CPU keeps in the input's dtype
+        assert sample.bytes_per_sequence == pytest.approx(counted.bytes_per_sequence, rel=0.01)
+        total = sample.bytes_per_sequence + sample.workspace_bytes_per_sequence
+        counted_total = counted.bytes_per_sequence + counted.workspace_bytes_per_sequence
+        assert total == pytest.approx(counted_total, rel=0.1)
+
+
+def test_a_layer_of_llama2_7b_takes_what_was_published():
+    """Forward of one layer on an A100, Hetu-Galvatron's profile: 4.40 ms at batch 1, 3.94 ms a sequence at batch 8."""
+    profile = estimate_model(model_spec("llama2-7b"), "a100-40g", seq_len=2048)
+    forward = {s.batch: s.forward_s for s in profile.compute if (s.unit, s.tp) == ("layer", 1)}
+    assert forward[1] == pytest.approx(4.40e-3, rel=0.2)
+    assert forward[8] / 8 == pytest.approx(3.94e-3, rel=0.2)
+
+
+def test_large_layers_take_their_flops_at_the_best_rate():
+    spec = model_spec("llama3.1-405b")
+    profile = estimate_model(spec, "h100", seq_len=8192, tp_degrees=[1])
+    layer = next(s for s in profile.compute if s.unit == "layer" and s.batch == 4)
+    flops = 4 * 8192 * (2 * spec.layer.num_parameters + spec.layer.attention_flops_per_token(8192) / 2)
+    best_s = flops / preset("h100").matmul_flops_per_s("bf16")
+    assert best_s < layer.forward_s < 1.2 * best_s
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "gpt3-175b", "mixtral-8x7b", "deepseek-v3", "t5-3b", "swin-h"])
+@pytest.mark.parametrize("field", ["bf16_flops_per_s", "memory_bytes_per_s", "matmul_efficiency", "memory_efficiency"])
+def test_a_faster_device_is_never_slower(name, field):
+    device = preset("a100")
+    faster = device.model_copy(update={field: Constant(value=1.2 * getattr(device, field).value, source="made up")})
+    spec = model_spec(name)
+    seq_len = min(spec.max_seq_len, 512)
+    before, after = (estimate_model(spec, d, seq_len=seq_len, max_batch=8) for d in (device, faster))
+    for slow, fast in zip(before.compute, after.compute, strict=True):
+        assert fast.forward_s <= slow.forward_s
+        assert fast.backward_s <= slow.backward_s
+        assert fast.selective_s <= slow.selective_s
+    assert after.optimizer_s_per_parameter <= before.optimizer_s_per_parameter
+
+
+@pytest.mark.parametrize("name", ["llama3.1-8b", "qwen3-30b-a3b", "bert-large"])
+def test_more_work_takes_longer_and_more_ranks_keep_less(name):
+    spec = model_spec(name)
+    profile = estimate_model(spec, "h100", seq_len=512)
+    for unit in spec.units:
+        one = [s.forward_s for s in profile.compute if (s.unit, s.tp) == (unit, 1)]
+        assert one == sorted(one)
+        for recompute in ("none", "selective", "full"):
+            kept = [s.bytes_per_sequence for s in profile.activations if (s.unit, s.recompute) == (unit, recompute)]
+            assert unit == "embedding" or kept == sorted(kept, reverse=True)
+
+
+def test_degrees_that_cuts_refuse_are_left_out():
+    spec = model_spec("llama3.1-8b")  # 32 heads, 8 kv heads
+    profile = estimate_model(spec, "h100", seq_len=768, tp_degrees=[2, 3, 6, 12, 16, 64])
+    assert profile.tp_degrees() == (1, 2, 16)
+    assert {s.tp for s in profile.compute if s.unit == "head"} == {1, 2, 3, 6, 12, 16, 64}
+    gpt = estimate_model(model_spec("gpt3-175b"), "h100", seq_len=1536, tp_degrees=[3, 6, 12, 64])
+    assert gpt.tp_degrees() == (1, 3, 6, 12)  # 96 heads
+
+
+def test_kv_heads_fewer_than_ranks_are_not_cut_further():
+    keys = {**SMALL, "model_type": "llama", "num_key_value_heads": 1}
+    profile = estimate_model(spec_of_config(keys, "small"), "h100", seq_len=S, tp_degrees=[1, 2, 4])
+    assert profile.tp_degrees() == (1, 2, 4)
+
+
+def test_the_device_of_a_profile_will_do():
+    spec = model_spec("llama2-7b")
+    assert estimate_model(spec, cluster("H100:8").device, seq_len=512) == estimate_model(spec, "h100", seq_len=512)
+
+
+def test_wrong_lengths_and_devices_are_refused():
+    with pytest.raises(ConfigError, match="seq_len=8192 must be from 1 to max_seq_len=4096"):
+        estimate_model(model_spec("llama2-7b"), "h100", seq_len=8192)
+    with pytest.raises(ConfigError, match="no device is called 'abacus'"):
+        estimate_model(model_spec("llama2-7b"), "abacus", seq_len=512)
+
+
+def test_batches_end_with_the_largest():
+    assert [batches(n) for n in (1, 2, 6, 8)] == [(1,), (1, 2), (1, 2, 4, 6), (1, 2, 4, 8)]
+
+
+def test_small_layers_wait_for_the_host_and_large_ones_do_not():
+    spec = model_spec("t5-3b")
+    slow, fast = (estimate_model(spec, name, seq_len=512, max_batch=64) for name in ("a100", "b200"))
+    one, many = (
+        [s.forward_s for p in (slow, fast) for s in p.compute if (s.unit, s.tp, s.batch) == ("decoder", 1, batch)]
+        for batch in (1, 64)
+    )
+    assert one[0] == one[1]
+    assert many[0] > 2 * many[1]
