@@ -12,7 +12,7 @@ import typer
 
 from galvatron.core.errors import GalvatronError
 
-from . import convert, profile, run, search, train
+from . import convert, import_, plan, profile, run, search, train
 from .console import rank
 from .launch import WorkerCrash
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-for verb in (profile, convert):
+for verb in (profile, convert, plan, import_):
     app.add_typer(verb.app)
 for command in (search, train, run):
     command.register(app)
