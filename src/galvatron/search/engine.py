@@ -1,4 +1,4 @@
-"""The search: every task bounded, the promising ones solved exactly, the best replayed.
+"""The search: every task bounded, the promising ones solved, the best replayed.
 
 Takes two profiles and a batch; gives a SearchResult.  Deterministic: equal input gives an equal plan.
 """

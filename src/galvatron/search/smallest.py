@@ -9,8 +9,6 @@ and the best division is the one whose largest peak is least.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from galvatron.core.model import ENDS
@@ -109,8 +107,3 @@ def _least(held: Ints, transient: Ints, levels: Ints) -> Ints:
     least = np.concatenate(([NEVER], np.minimum.accumulate(held[order])))
     found: Ints = least[np.searchsorted(transient[order], levels, side="right")]
     return found
-
-
-def without_limit(space: Space) -> Space:
-    """The same choices with endless memory."""
-    return replace(space, usable_bytes=2**62)

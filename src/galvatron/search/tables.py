@@ -1,4 +1,4 @@
-"""The stages of one task solved exactly: tables from chains of options, then the division among stages.
+"""The stages of one task solved: tables from chains of options, then the division among stages.
 
 Takes a Geometry with its bounds and the most that a plan may cost; gives the best plan of what that leaves.  Segments,
 options and chains that cannot be part of such a plan are left out before they cost anything.
