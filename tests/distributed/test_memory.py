@@ -25,6 +25,7 @@ from galvatron.plan import LayerStrategy, Plan
 from galvatron.profile.activations import count_activations
 from galvatron.profile.storages import StorageLog, storage_bytes
 from galvatron.profile.units import UnitShape
+from galvatron.testing.memory import settled_bytes
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool
 from galvatron.train.memory import PeakMemory
@@ -140,7 +141,7 @@ def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) ->
             if not seen:
                 known = [*model.stage.buffers(), *(p.tensor for p in model.parameters), tokens]
                 log.ignore([*model.gathered_buffers(), *known])
-                seen.append(log.live_bytes())
+                seen.append(settled_bytes(log))
             original(is_last)
 
         model._before_backward = before_backward  # type: ignore[method-assign]

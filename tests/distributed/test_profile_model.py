@@ -12,6 +12,7 @@ from galvatron.parallelize import init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.profile import profile_model
 from galvatron.profile.storages import StorageLog
+from galvatron.testing.memory import settled_bytes
 
 S, BATCH = 64, 8
 LLAMA = LlamaConfig(
@@ -52,7 +53,7 @@ def _saved_by_a_real_forward(config: PretrainedConfig, plan: Plan) -> int:
         log.ignore([*model.stage.parameters(), *model.stage.buffers(), ids, positions])
         loss = model.stage(ids.clone(), positions.clone(), labels.clone(), 1.0)
         log.ignore([loss, *model.stage.parameters()])  # now the gathered ones
-        saved_bytes = log.live_bytes()
+        saved_bytes = settled_bytes(log)
     loss.backward()
     return saved_bytes
 
