@@ -13,6 +13,7 @@ their maxima, so a chain that another equals or beats in all three can never bec
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 
@@ -24,6 +25,8 @@ ANY = -1
 
 MAX_CANDIDATES = 16
 """How many times as many labels as may stay are looked at before dominated ones are dropped."""
+
+FEW_LABELS, MIN_BINS = 256, 4_096  # fewer labels are compared at once; bins of bytes over all ranks and layouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,12 @@ class Chain:
     num_layouts: int
     effort: Effort
 
+    @cached_property
+    def critical(self) -> int:
+        """The price at which the chain's dual bound leaves least to spare."""
+        spare = [goal.most_s + self.prices * goal.room - goal.least_s[0] for goal in self.goals.values()]
+        return int(np.max(spare, axis=0).argmin())
+
 
 @dataclass
 class Grown:
@@ -158,43 +167,47 @@ def grow(chain: Chain) -> Grown:
 def _step(grown: Grown, before: Labels, unit: int, done: int, goals: dict[int, Goal]) -> Labels:
     """The labels of all chains ``before`` plus one option of ``unit``, after which ``done`` layers are done."""
     chain = grown.chain
-    own = chain.classes[unit]
+    found, excess = _extended(chain, before, unit, done, goals)
+    most = chain.effort.of_each(len(chain.layers))
+    if len(found) > MAX_CANDIDATES * most:
+        near = _lowest(grown, excess, MAX_CANDIDATES * most)
+        found, excess = found.take(near), excess[near]
+    kept = undominated(found, chain.num_layouts)
+    if len(kept) > most:
+        kept = kept[_lowest(grown, excess[kept], most)]
+    return found.take(kept)
+
+
+def _lowest(grown: Grown, excess: Floats, most: int) -> Ints:
+    """Where the ``most`` lowest are, in order; notes that the others are dropped."""
+    grown.truncated = True
+    return np.sort(np.argpartition(excess, most)[:most])
+
+
+def _extended(chain: Chain, before: Labels, unit: int, done: int, goals: dict[int, Goal]) -> tuple[Labels, Floats]:
+    """Every label with every option of ``unit`` that leaves a goal in reach, and how far its dual bound is beyond.
+
+    One price is tried on all pairs, that which leaves least to spare; the others on the pairs that pass it.
+    """
+    own, prices = chain.classes[unit], chain.prices
+    room = max(goal.room - int(goal.least_held[done]) for goal in goals.values())
+    most = np.max([goal.most_s + prices * goal.room - goal.least_s[done] for goal in goals.values()], axis=0)
+    first = chain.critical
     work = before.work_s[:, None] + own.options.work_s
     if chain.entries[0] != ANY or done > 0:
         work += own.moves_s[before.layout[:, None], own.options.layout]
-    held = before.held[:, None] + own.held
-    rank = np.maximum(before.rank[:, None], own.rank)
-    excess = _excess_s(chain, work, held, rank, done, goals)
-    parent, option = np.nonzero(excess <= 0)
-    layout, excess = own.options.layout[option], excess[parent, option]
-    flat = (work[parent, option], held[parent, option], rank[parent, option])
-    found = Labels(before.entry[parent], layout, *flat, parent, option)
-    most = chain.effort.of_each(len(chain.layers))
-    kept = _lowest(grown, np.arange(len(found)), excess, MAX_CANDIDATES * most)
-    kept = kept[undominated(found.take(kept), chain.num_layouts)]
-    return found.take(_lowest(grown, kept, excess[kept], most))
-
-
-def _lowest(grown: Grown, at: Ints, excess: Floats, most: int) -> Ints:
-    """The ``most`` of the labels ``at`` with the lowest excess, in order; notes where that drops any."""
-    if len(at) <= most:
-        return at
-    grown.truncated = True
-    return np.sort(at[np.argpartition(excess, most)[:most]])
-
-
-def _excess_s(chain: Chain, work: Floats, held: Ints, rank: Ints, done: int, goals: dict[int, Goal]) -> Floats:
-    """By how much the dual bound of each label exceeds what its best goal allows; infinite where it fits none.
-
-    Positive: it cannot be part of a plan that is good enough.
-    """
-    peak = held + chain.transients[rank]
-    room = max(goal.room - int(goal.least_held[done]) for goal in goals.values())
-    most = np.max([goal.most_s + chain.prices * goal.room - goal.least_s[done] for goal in goals.values()], axis=0)
-    excess = np.where(peak <= room, -np.inf, np.inf)
-    for price, limit in zip(chain.prices, most, strict=True):
+    peak = chain.transients[np.maximum(before.rank[:, None], own.rank)]
+    peak += before.held[:, None] + own.held
+    parent, option = np.nonzero((work + prices[first] * peak <= most[first]) & (peak <= room))
+    work, peak = work[parent, option], peak[parent, option]
+    excess = np.full(len(work), -np.inf)
+    for price, limit in zip(prices, most, strict=True):
         np.maximum(excess, work + price * peak - limit, out=excess)
-    return excess
+    within = np.flatnonzero(excess <= 0)
+    parent, option = parent[within], option[within]
+    held, rank = before.held[parent] + own.held[option], np.maximum(before.rank[parent], own.rank[option])
+    layout = own.options.layout[option]
+    return Labels(before.entry[parent], layout, work[within], held, rank, parent, option), excess[within]
 
 
 def undominated(labels: Labels, num_layouts: int) -> Ints:
@@ -203,21 +216,40 @@ def undominated(labels: Labels, num_layouts: int) -> Ints:
     Of two equal in work and bytes both may stay; no more is claimed than that nothing better is lost.
     """
     group = labels.entry * num_layouts + labels.layout
-    order = np.lexsort((labels.rank, labels.held, labels.work_s, group))
-    held, rank, group = labels.held[order], labels.rank[order], group[order]
+    left = _not_far_behind(labels, group)
+    order = left[np.lexsort((labels.held[left], labels.work_s[left], group[left]))]
     if not len(order):
         return order
-    step = int(held.max() - held.min()) + 1
-    _, dense = np.unique(group, return_inverse=True)
-    lowered = held - dense.astype(np.int64) * step  # so that all of a group are below all of the groups before it
+    held, rank, group = labels.held[order], labels.rank[order], group[order]
+    lowered = held - group * (int(held.max() - held.min()) + 1)  # all of a group are below all of the groups before it
     kept = np.zeros(len(order), dtype=bool)
-    for level in np.unique(rank):
+    for level in np.flatnonzero(np.bincount(rank)):
         # of this rank stay those that hold less than all faster ones of their group that are left at lower ranks
         rivals = np.flatnonzero(kept | (rank == level))
         values = lowered[rivals]
         first = np.concatenate(([True], values[1:] < np.minimum.accumulate(values)[:-1]))
         kept[rivals] = np.where(rank[rivals] == level, first, True)
     return np.sort(order[kept])
+
+
+def _not_far_behind(labels: Labels, group: Ints) -> Ints:
+    """Indices without those of labels that another of no higher rank equals in work and beats by a bin of bytes.
+
+    Most dominated labels are far behind: binned, they are found without sorting.
+    """
+    if len(labels) < FEW_LABELS:
+        return np.arange(len(labels))
+    ranks, groups = int(labels.rank.max()) + 1, int(group.max()) + 1
+    bins = max(MIN_BINS, len(labels)) // (ranks * groups)
+    if bins < 2:
+        return np.arange(len(labels))
+    least = int(labels.held.min())
+    bin_ = (labels.held - least) * bins // (int(labels.held.max()) - least + 1) + 1
+    fastest = np.full((ranks, groups, bins + 1), np.inf)
+    np.minimum.at(fastest, (labels.rank, group, bin_), labels.work_s)
+    np.minimum.accumulate(fastest, axis=2, out=fastest)
+    np.minimum.accumulate(fastest, axis=0, out=fastest)
+    return np.flatnonzero(labels.work_s < fastest[labels.rank, group, bin_ - 1])
 
 
 def undominated_options(options: Options, in_flight: int, num_layouts: int) -> Ints:
