@@ -1,6 +1,6 @@
 """Lower bounds on a task's objective, cheap enough to compute for every task.
 
-Takes a Space and its Geometry; gives, for every segment of every stage, seconds that its work cannot go below.  For
+Takes a Space; gives, for every segment of every stage, seconds that its work cannot go below.  For
 one segment with room B the relaxation is a Lagrangian dual: with a price λ ≥ 0 on bytes,
 
     Σ work  ≥  Σ_units min over options of (work + λ·held)  -  λ·B,
@@ -20,7 +20,7 @@ import numpy as np
 
 from galvatron.cost.strategies import Floats, Ints
 
-from .geometry import Geometry, StageShape
+from .geometry import StageShape
 from .space import Options, Space
 from .stages import Division, Tables, divide, least_total_and_largest
 
@@ -45,11 +45,11 @@ class StageBound:
     bound_s: Floats
 
 
-def stage_bounds(geometry: Geometry) -> list[StageBound]:
+def stage_bounds(space: Space) -> list[StageBound]:
     """The bounds of every stage's segments; infinite where a segment surely does not fit."""
-    edges = _level_edges(list(geometry.space.options.values()))
-    staircases = {unit: _Staircase.of(options, edges) for unit, options in geometry.space.options.items()}
-    return [_stage_bound(geometry, shape, staircases, edges) for shape in geometry.stages]
+    edges = _level_edges(list(space.options.values()))
+    staircases = {unit: _Staircase.of(options, edges) for unit, options in space.options.items()}
+    return [_stage_bound(space.usable_bytes, shape, staircases, edges) for shape in space.geometry.stages]
 
 
 def _level_edges(options: list[Options]) -> Ints:
@@ -95,7 +95,7 @@ def _falls(values: Ints, group: Ints) -> np.ndarray:
     return np.concatenate(([True], lowered[1:] < least[:-1]))
 
 
-def _stage_bound(geometry: Geometry, shape: StageShape, staircases: dict[str, _Staircase], edges: Ints) -> StageBound:
+def _stage_bound(usable_bytes: int, shape: StageShape, staircases: dict[str, _Staircase], edges: Ints) -> StageBound:
     own = [staircases[c.unit] for c in shape.classes]
     columns = [(o.options.work_s, o.options.held_bytes(c.in_flight)) for o, c in zip(own, shape.classes, strict=True)]
     prices = _prices(columns)
@@ -109,7 +109,7 @@ def _stage_bound(geometry: Geometry, shape: StageShape, staircases: dict[str, _S
     np.minimum.accumulate(least_held, axis=0, out=least_held)
     # a plan whose largest transient is of level q has the options up to q and loses at least the least of level q
     transient = np.min([staircase.least_transient for staircase in own], axis=0)
-    usable = geometry.space.usable_bytes - shape.beside_bytes
+    usable = usable_bytes - shape.beside_bytes
     bound = np.full(shape.allowed.shape, np.inf)
     for level in np.flatnonzero(transient < NEVER):
         room = usable - transient[level]
@@ -146,9 +146,9 @@ def _turns(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
     return (b[1] - a[1]) * (a[0] - c[0]) >= (c[1] - a[1]) * (a[0] - b[0])
 
 
-def relaxed_division(geometry: Geometry, bounds: list[StageBound]) -> Division | None:
+def relaxed_division(space: Space, bounds: list[StageBound]) -> Division | None:
     """The best division if every segment took its bound; its value bounds the task, None: nothing fits."""
-    return divide(bound_tables(bounds), geometry.num_layers, geometry.space.setting)
+    return divide(bound_tables(bounds), space.geometry.num_layers, space.setting)
 
 
 def bound_tables(bounds: list[StageBound]) -> list[Tables]:
@@ -167,8 +167,7 @@ def lower_bound_s(space: Space) -> float:
     """
     if space.is_empty:
         return math.inf
-    geometry = Geometry(space)
-    least = least_total_and_largest(bound_tables(stage_bounds(geometry)), geometry.num_layers)
+    least = least_total_and_largest(bound_tables(stage_bounds(space)), space.geometry.num_layers)
     if least is None:
         return math.inf
     total, largest = least

@@ -1,6 +1,6 @@
 """Which layers each stage may hold, and what is equal about them: the shape of one task's divisions.
 
-Takes a Space; gives, for every stage and every segment of layers it may hold, the classes of its units (a unit with
+Takes a Setting; gives, for every stage and every segment of layers it may hold, the classes of its units (a unit with
 its microbatches in flight), what the segment receives and what it holds beside its units.  Knows nothing of
 strategies.
 
@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 from galvatron.core.model import ENDS, UnitName
 from galvatron.cost.communication import transfer_s
 from galvatron.cost.memory import shared_bytes
+from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints
 from galvatron.plan.schedules import in_flight
-
-from .space import Space
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +54,14 @@ class StageShape:
 class Geometry:
     """The stages of one task."""
 
-    def __init__(self, space: Space) -> None:
-        self.space, self.task = space, space.task
-        self.kinds = [kind.name for kind in space.setting.model.spec.kind_of_layers()]
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.pp = setting, setting.pp
+        self.kinds = [kind.name for kind in setting.model.spec.kind_of_layers()]
         self.num_layers = len(self.kinds)
         self.one_kind = len(set(self.kinds)) == 1
-        self.interleaved = self.task.model_chunks > 1
+        self.interleaved = setting.model_chunks > 1
         self.rows = 1 if self.one_kind or self.interleaved else self.num_layers
-        self.stages = [self._stage(stage) for stage in range(self.task.pp)]
+        self.stages = [self._stage(stage) for stage in range(self.pp)]
 
     def row(self, start: int) -> int:
         """The row of segments that begin with layer ``start``."""
@@ -70,24 +69,34 @@ class Geometry:
 
     def chunk_sizes(self, k: int) -> list[int]:
         """Layers of every chunk of a stage with ``k`` layers."""
-        v = self.task.model_chunks
+        v = self.setting.model_chunks
         return [k // v + (chunk < k % v) for chunk in range(v)]
 
     @cached_property
     def balanced(self) -> tuple[int, ...]:
         """Layers of every stage, as equal as possible, the larger stages in the middle (the ends have more to do)."""
-        pp = self.task.pp
-        base, left = divmod(self.num_layers, pp)
-        first = (pp - left) // 2
-        return tuple(base + (first <= stage < first + left) for stage in range(pp))
+        base, left = divmod(self.num_layers, self.pp)
+        first = (self.pp - left) // 2
+        return tuple(base + (first <= stage < first + left) for stage in range(self.pp))
 
     @cached_property
     def _held(self) -> list[tuple[int, ...]]:
-        task = self.task
-        return [
-            in_flight(task.schedule, task.pp, stage, task.num_microbatches, task.model_chunks)
-            for stage in range(task.pp)
-        ]
+        s = self.setting
+        return [in_flight(s.schedule, s.pp, stage, s.num_microbatches, s.model_chunks) for stage in range(s.pp)]
+
+    @cached_property
+    def _received(self) -> dict[UnitName, float]:
+        """What a message of the hidden states that enter a unit adds to the work of a stage it is sent to."""
+        setting = self.setting
+        return {unit: setting.received_s(transfer_s(setting, unit)) for unit in {*self.kinds, "head"}}
+
+    @cached_property
+    def _entering_bytes(self) -> dict[UnitName, int]:
+        return {unit: self.setting.entering_bytes(unit) for unit in {*self.kinds, "head"}}
+
+    @cached_property
+    def _shared_bytes(self) -> int:
+        return shared_bytes(self.setting)
 
     def layers_of(self, stage: int, row: int, k: int) -> list[tuple[UnitName, int]]:
         """(kind, chunk) of a segment's layers, in forward order."""
@@ -104,16 +113,16 @@ class Geometry:
 
     def _settled(self, stage: int) -> list[range]:
         """The layers of every chunk of ``stage`` where all stages have their balanced number."""
-        sizes = [self.chunk_sizes(k)[chunk] for chunk in range(self.task.model_chunks) for k in self.balanced]
+        sizes = [self.chunk_sizes(k)[chunk] for chunk in range(self.setting.model_chunks) for k in self.balanced]
         starts = [0, *itertools.accumulate(sizes)]
-        return [range(starts[entry], starts[entry + 1]) for entry in range(stage, len(sizes), self.task.pp)]
+        return [range(starts[entry], starts[entry + 1]) for entry in range(stage, len(sizes), self.pp)]
 
     def _stage(self, stage: int) -> StageShape:
         held = self._held[stage]
         classes = [UnitClass(name, count) for name in dict.fromkeys(self.kinds) for count in dict.fromkeys(held)]
         if stage == 0:
             classes.append(UnitClass("embedding", held[0]))
-        if stage == self.task.pp - 1:
+        if stage == self.pp - 1:
             classes.append(UnitClass("head", held[-1]))
         fill = self._ranges if self.rows > 1 else self._equal_layers if self.one_kind else self._one_segment
         allowed, counts, received_s, beside = fill(stage, classes)
@@ -152,28 +161,27 @@ class Geometry:
     def _ranges(self, stage: int, classes: list[UnitClass]) -> tuple[NDArray[np.bool_], Ints, Floats, Ints]:
         """Every range of layers of a model of several kinds."""
         allowed, counts, received, beside = self._empty(classes)
-        (held,), layers, space = self._held[stage], self.num_layers, self.space
+        (held,), layers = self._held[stage], self.num_layers
         rows, lengths = (np.array(axis) for axis in zip(*self._segments(stage), strict=True))
         ends = rows + lengths
         allowed[rows, lengths] = True
         for at, unit in enumerate(classes):
             before = np.concatenate(([0], np.cumsum([kind == unit.unit for kind in self.kinds])))
             counts[rows, lengths, at] = before[ends] - before[rows]
-        entered = {kind: space.setting.received_s(transfer_s(space.setting, kind)) for kind in {*self.kinds, "head"}}
-        entering = np.array([entered[kind] for kind in self.kinds] + [0.0])
-        output = np.array([space.setting.entering_bytes(kind) for kind in self.kinds] + [0])
+        entering = np.array([self._received[kind] for kind in self.kinds] + [0.0])
+        output = np.array([self._entering_bytes[kind] for kind in self.kinds] + [0])
         is_last = ends == layers
         received[rows, lengths] = (stage > 0) * entering[rows] + np.where(is_last, 0.0, entering[ends])
-        shared = shared_bytes(space.setting) if stage > 0 else 0
+        shared = self._shared_bytes if stage > 0 else 0
         beside[rows, lengths] = held * (shared + np.where(is_last, 0, output[ends]))
         return allowed, counts, received, beside
 
     def _segments(self, stage: int) -> list[tuple[int, int]]:
-        pp, last = self.task.pp, self.num_layers - self.task.pp + 1
+        pp, last = self.pp, self.num_layers - self.pp + 1
         if self.interleaved and not self.one_kind:
             return [(0, self.balanced[stage])]
         if self.interleaved:
-            v, mean = self.task.model_chunks, self.num_layers / pp
+            v, mean = self.setting.model_chunks, self.num_layers / pp
             first, most = max(v, math.ceil(mean) - v), min(math.floor(mean) + v, self.num_layers - v * (pp - 1))
             return [(0, k) for k in range(first, most + 1)]
         if self.rows == 1:
@@ -190,15 +198,14 @@ class Geometry:
 
         ``neighbours``: for every chunk, the kind of its first layer and of the layer that follows it.
         """
-        space, pp, last = self.space, self.task.pp, self.task.model_chunks - 1
-        received_s, beside = 0.0, 0
+        last, received_s, beside = self.setting.model_chunks - 1, 0.0, 0
         for chunk, (first, after) in enumerate(neighbours):
-            entry = chunk * pp + stage
+            entry = chunk * self.pp + stage
             held = self._held[stage][chunk]
             if entry > 0:
-                received_s += space.setting.received_s(transfer_s(space.setting, first))
-                beside += held * shared_bytes(space.setting)
-            if entry < last * pp + pp - 1:
-                received_s += space.setting.received_s(transfer_s(space.setting, after))
-                beside += held * space.setting.entering_bytes(after)
+                received_s += self._received[first]
+                beside += held * self._shared_bytes
+            if entry < last * self.pp + self.pp - 1:
+                received_s += self._received[after]
+                beside += held * self._entering_bytes[after]
         return received_s, beside

@@ -15,7 +15,7 @@ from galvatron.core.model import ENDS
 from galvatron.cost.strategies import Floats, Ints
 from galvatron.plan.plan import LayerStrategy
 
-from .geometry import Geometry, StageShape
+from .geometry import StageShape
 from .solve import undominated_pairs
 from .space import Space
 from .stages import Tables, largest_only
@@ -42,7 +42,7 @@ def _pair_bytes(space: Space, pair: tuple[int, int]) -> int:
 
 
 def _smallest(space: Space) -> Solution | None:
-    geometry = Geometry(space)
+    geometry = space.geometry
     peaks = [_Peaks(space, shape) for shape in geometry.stages]
     tables: list[Tables] = []
     for peak in peaks:

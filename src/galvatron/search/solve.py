@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from .bounds import StageBound, relaxed_division, stage_bounds
-from .geometry import Geometry
 from .layers import FULL_EFFORT, Effort
 from .space import Space
 from .tables import ROUNDING, Solution, TaskSolver
@@ -50,9 +49,8 @@ def solve(space: Space, at_most: float = math.inf, effort: Effort = FULL_EFFORT)
 
 
 def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
-    geometry = Geometry(space)
-    bounds = stage_bounds(geometry)
-    relaxed = relaxed_division(geometry, bounds)
+    bounds = stage_bounds(space)
+    relaxed = relaxed_division(space, bounds)
     if relaxed is None:
         return Solved(None, math.inf)
     lower = relaxed.value * (1 - 1e-12)
@@ -61,7 +59,7 @@ def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
     best: Solution | None = None
     for stretch in GUESSES if effort is FULL_EFFORT else COARSE_GUESSES:
         guess = min(relaxed.value * (1 + stretch), at_most, math.inf if best is None else best.value)
-        solver = TaskSolver(geometry, bounds, guess, effort)
+        solver = TaskSolver(space, bounds, guess, effort)
         best = _better(best, solver.solve())
         if solver.truncated and best is not None:
             break
@@ -73,20 +71,20 @@ def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
             break
     if best is None or best.value > at_most * ROUNDING:
         return Solved(None, lower)
-    return _narrowed(geometry, bounds, best, lower) if effort is FULL_EFFORT else Solved(best, lower)
+    return _narrowed(space, bounds, best, lower) if effort is FULL_EFFORT else Solved(best, lower)
 
 
 def _better(a: Solution | None, b: Solution | None) -> Solution | None:
     return min((s for s in (a, b) if s is not None), key=lambda s: s.value, default=None)
 
 
-def _narrowed(geometry: Geometry, bounds: list[StageBound], best: Solution, lower: float) -> Solved:
+def _narrowed(space: Space, bounds: list[StageBound], best: Solution, lower: float) -> Solved:
     """Where labels had to be dropped: halve the gap between the plan found and the bound a few times."""
     for _ in range(NARROWINGS):
         if best.value <= lower * (1 + GUESSES[0]):
             break
         guess = (lower + best.value) / 2
-        solver = TaskSolver(geometry, bounds, guess)
+        solver = TaskSolver(space, bounds, guess)
         found = solver.solve()
         if solver.truncated and (found is None or found.value >= best.value):
             break

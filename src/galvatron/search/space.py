@@ -23,6 +23,7 @@ from galvatron.plan.axes import StageAxes, divisors
 from galvatron.plan.plan import LayerStrategy, Schedule
 from galvatron.plan.rules import check_cuts, check_schedule
 
+from .geometry import Geometry
 from .limits import Limits
 
 MAX_CHUNKS = 8
@@ -110,7 +111,8 @@ class Space:
     """All choices of one task, costed.
 
     ``moves_s[unit][a, b]``: what a microbatch's redistribution both ways into ``unit`` adds to the work, between
-    layouts a and b, indices into ``layouts`` (sequence degrees); ``usable_bytes``: tensors that fit on a device.
+    layouts a and b, indices into ``layouts`` (sequence degrees); ``usable_bytes``: tensors that fit on a device;
+    ``whole``: the space of which this one has a part of the options.
     """
 
     task: Task
@@ -119,6 +121,12 @@ class Space:
     options: Mapping[UnitName, Options]
     moves_s: Mapping[UnitName, Floats]
     usable_bytes: int
+    whole: Space | None = None
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Of the whole space: what is left of the options makes no difference to it."""
+        return Geometry(self.setting) if self.whole is None else self.whole.geometry
 
     @property
     def is_empty(self) -> bool:
@@ -137,7 +145,7 @@ class Space:
     def restricted(self, chosen: Mapping[UnitName, Ints]) -> Space:
         """This space with only the ``chosen`` options of some units."""
         smaller = {name: options.take(chosen[name]) for name, options in self.options.items() if name in chosen}
-        return replace(self, options={**self.options, **smaller})
+        return replace(self, options={**self.options, **smaller}, whole=self)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The stages of one task solved: tables from chains of options, then the division among stages.
 
-Takes a Geometry with its bounds and the most that a plan may cost; gives the best plan of what that leaves.  Segments,
+Takes a Space with its bounds and the most that a plan may cost; gives the best plan of what that leaves.  Segments,
 options and chains that cannot be part of such a plan are left out before they cost anything.
 """
 
@@ -63,10 +63,8 @@ class TaskSolver:
     ``truncated``: chains had to be dropped for their number alone, so that a better plan may have been missed.
     """
 
-    def __init__(
-        self, geometry: Geometry, bounds: list[StageBound], at_most: float, effort: Effort = FULL_EFFORT
-    ) -> None:
-        self.geometry, self.bounds, self.space, self.effort = geometry, bounds, geometry.space, effort
+    def __init__(self, space: Space, bounds: list[StageBound], at_most: float, effort: Effort = FULL_EFFORT) -> None:
+        self.space, self.geometry, self.bounds, self.effort = space, space.geometry, bounds, effort
         self.truncated = False
         self.limit_to(at_most)
 
@@ -247,7 +245,7 @@ def _most_work_s(geometry: Geometry, bounds: list[StageBound], at_most: float) -
     With S their least Σ and X their least possible largest, w must keep s·(φ·(S + w) + (m - φ)·max(w, X)) and
     m·(S + w) / pp within it (``Setting.combined_s``).
     """
-    setting = geometry.space.setting
+    setting = geometry.setting
     m, fill = setting.num_microbatches, setting.fill
     budget = at_most / setting.hardware.device.full_speed_fraction
     most = []

@@ -18,7 +18,6 @@ from galvatron.plan.rules import check_plan, check_runnable
 from galvatron.search import FAMILIES, Limits, SearchResult, search
 from galvatron.search.baselines import members
 from galvatron.search.bounds import lower_bound_s, stage_bounds
-from galvatron.search.geometry import Geometry
 from galvatron.search.smallest import smallest
 from galvatron.search.solve import solve
 from galvatron.search.space import SpaceBuilder, Task, tasks
@@ -289,8 +288,7 @@ def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
         least = smallest(spaces.build(task))
         for factor in (1.1, 1.3, 1.7) if least is not None else ():
             space = spaces.build(task, int(least.value * factor))  # type: ignore[union-attr]
-            geometry = Geometry(space)
-            unguessed = TaskSolver(geometry, stage_bounds(geometry), math.inf)
+            unguessed = TaskSolver(space, stage_bounds(space), math.inf)
             best, solved = unguessed.solve(), solve(space)
             assert not unguessed.truncated
             assert best is not None
