@@ -12,42 +12,44 @@ their maxima, so a chain that another equals or beats in all three can never bec
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from galvatron.cost.strategies import Floats, Ints
 
+from .labels import Labels, fastest, near_front, undominated
 from .space import Options
 
 ANY = -1
 
 MAX_CANDIDATES = 16
-"""How many times as many labels as may stay are looked at before dominated ones are dropped."""
-
-FEW_LABELS, MIN_BINS = 256, 4_096  # fewer labels are compared at once; bins of bytes over all ranks and layouts
+"""How many times as many labels as may stay are compared with each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How many labels a chain may have: ``labels`` shared out evenly among its lengths, ``least`` to ``most`` of each.
 
-    Beyond it those of the lowest dual bounds are kept, and the answer is no longer proven exact: its bound says by
-    how much it may miss.
+    Beyond it the answer is no longer proven exact.  ``bounds``: the fastest of nearly equal bytes stands for the
+    others as if it held the least of them, so that what the chains come to is a bound, and what of them truly fits an
+    answer.  Else half of those that stay are such fastest ones, half those of the lowest dual bounds, all with bytes
+    of their own: it finds better answers among few labels but bounds nothing.
     """
 
     labels: int
     least: int
     most: int
+    bounds: bool
 
     def of_each(self, lengths: int) -> int:
         """Labels of one length."""
         return min(max(self.labels // lengths, self.least), self.most)
 
 
-FULL_EFFORT = Effort(400_000, 5_000, 20_000)
-LITTLE_EFFORT = Effort(5_000, 100, 1_000)
+FULL_EFFORT = Effort(100_000, 2_000, 5_000, True)
+LITTLE_EFFORT = Effort(5_000, 100, 1_000, False)
 
 
 @dataclass(frozen=True)
@@ -58,26 +60,6 @@ class ClassOptions:
     held: Ints
     rank: Ints
     moves_s: Floats
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Chains of equal length, none dominated; ``parent`` points into the labels before, ``option`` into the class."""
-
-    entry: Ints
-    layout: Ints
-    work_s: Floats
-    held: Ints
-    rank: Ints
-    parent: Ints
-    option: Ints
-
-    def take(self, at: Ints) -> Labels:
-        """Some labels."""
-        return Labels(*(getattr(self, field.name)[at] for field in fields(self)))
-
-    def __len__(self) -> int:
-        return len(self.work_s)
 
 
 @dataclass(frozen=True)
@@ -119,14 +101,18 @@ class Chain:
 
 @dataclass
 class Grown:
-    """For every goal k: work[entry, last layout] and the label that has it; ``history`` leads back from labels."""
+    """For every goal k: work[entry, last layout] and the label that has it; ``history`` leads back from labels.
+
+    ``bound_s[k]``: what no chain's work is below; where labels were ``merged`` it is less than ``work_s[k]``.
+    """
 
     chain: Chain
     history: list[tuple[int, Labels]]
     work_s: dict[int, Floats]
+    bound_s: dict[int, Floats]
     label: dict[int, Ints]
     ends: dict[int, Labels]
-    truncated: bool = False
+    merged: bool = False
 
     def options(self, k: int, entry: int, last: int) -> list[tuple[int, int]]:
         """(class, option) of the best chain's units, in order."""
@@ -142,13 +128,23 @@ class Grown:
             label = int(labels.parent[label])
         return chosen[::-1]
 
+    def true_bytes(self, ends: Labels | None) -> tuple[Ints, Ints]:
+        """(held, rank) of the chains behind the last labels, or behind ``ends`` after them, as if none were merged."""
+        steps = self.history + ([(self.chain.head, ends)] if ends is not None and self.chain.head is not None else [])
+        held, rank = np.zeros((2, len(self.chain.entries)), dtype=np.int64)
+        for unit, labels in steps:
+            own = self.chain.classes[unit]
+            held = held[labels.parent] + own.held[labels.option]
+            rank = np.maximum(rank[labels.parent], own.rank[labels.option])
+        return held, rank
+
 
 def grow(chain: Chain) -> Grown:
     """Label setting over the chain's units."""
     count = len(chain.entries)
     zero = np.zeros(count, dtype=np.int64)
     labels = Labels(np.maximum(chain.entries, 0), np.maximum(chain.entries, 0), np.zeros(count), zero, zero, zero, zero)
-    grown = Grown(chain, [], {}, {}, {})
+    grown = Grown(chain, [], {}, {}, {}, {})
     if chain.embedding is not None:
         labels = _step(grown, labels, chain.embedding, 0, chain.goals)
         grown.history.append((chain.embedding, labels))
@@ -157,31 +153,37 @@ def grow(chain: Chain) -> Grown:
         labels = _step(grown, labels, unit, j, goals)
         grown.history.append((unit, labels))
         if j in goals:
-            ends = labels
+            ends, end = labels, None
             if chain.head is not None:
-                ends = grown.ends[j] = _step(grown, labels, chain.head, j + 1, {j: goals[j]})
-            grown.work_s[j], grown.label[j] = _table(chain, ends, goals[j].room)
+                ends = end = grown.ends[j] = _step(grown, labels, chain.head, j + 1, {j: goals[j]})
+            grown.work_s[j], grown.label[j] = grown.bound_s[j], _ = _table(chain, ends, goals[j].room)
+            if grown.merged and chain.effort.bounds:
+                held, rank = grown.true_bytes(end)
+                grown.work_s[j], grown.label[j] = _table(chain, replace(ends, held=held, rank=rank), goals[j].room)
     return grown
 
 
 def _step(grown: Grown, before: Labels, unit: int, done: int, goals: dict[int, Goal]) -> Labels:
     """The labels of all chains ``before`` plus one option of ``unit``, after which ``done`` layers are done."""
     chain = grown.chain
-    found, excess = _extended(chain, before, unit, done, goals)
-    most = chain.effort.of_each(len(chain.layers))
-    if len(found) > MAX_CANDIDATES * most:
-        near = _lowest(grown, excess, MAX_CANDIDATES * most)
-        found, excess = found.take(near), excess[near]
+    (found, excess), most = _extended(chain, before, unit, done, goals), chain.effort.of_each(len(chain.layers))
+    near = near_front(found, chain.num_layouts)
+    found, excess = _at_most(grown, found.take(near), excess[near], MAX_CANDIDATES * most)
     kept = undominated(found, chain.num_layouts)
-    if len(kept) > most:
-        kept = kept[_lowest(grown, excess[kept], most)]
-    return found.take(kept)
+    return _at_most(grown, found.take(kept), excess[kept], most)[0]
 
 
-def _lowest(grown: Grown, excess: Floats, most: int) -> Ints:
-    """Where the ``most`` lowest are, in order; notes that the others are dropped."""
-    grown.truncated = True
-    return np.sort(np.argpartition(excess, most)[:most])
+def _at_most(grown: Grown, labels: Labels, excess: Floats, most: int) -> tuple[Labels, Floats]:
+    """The labels, merged where they are too many."""
+    if len(labels) <= most:
+        return labels, excess
+    grown.merged, chain = True, grown.chain
+    if chain.effort.bounds:
+        kept, held, rank = fastest(labels, chain.transients, chain.num_layouts, most)
+        return replace(labels.take(kept), held=held, rank=rank), excess[kept]
+    spread, _, _ = fastest(labels, chain.transients, chain.num_layouts, most // 2)
+    kept = np.union1d(spread, np.argpartition(excess, most // 2)[: most // 2])
+    return labels.take(kept), excess[kept]
 
 
 def _extended(chain: Chain, before: Labels, unit: int, done: int, goals: dict[int, Goal]) -> tuple[Labels, Floats]:
@@ -208,48 +210,6 @@ def _extended(chain: Chain, before: Labels, unit: int, done: int, goals: dict[in
     held, rank = before.held[parent] + own.held[option], np.maximum(before.rank[parent], own.rank[option])
     layout = own.options.layout[option]
     return Labels(before.entry[parent], layout, work[within], held, rank, parent, option), excess[within]
-
-
-def undominated(labels: Labels, num_layouts: int) -> Ints:
-    """Indices of the labels that no other of the same entry and layout equals or beats in work, bytes and rank.
-
-    Of two equal in work and bytes both may stay; no more is claimed than that nothing better is lost.
-    """
-    group = labels.entry * num_layouts + labels.layout
-    left = _not_far_behind(labels, group)
-    order = left[np.lexsort((labels.held[left], labels.work_s[left], group[left]))]
-    if not len(order):
-        return order
-    held, rank, group = labels.held[order], labels.rank[order], group[order]
-    lowered = held - group * (int(held.max() - held.min()) + 1)  # all of a group are below all of the groups before it
-    kept = np.zeros(len(order), dtype=bool)
-    for level in np.flatnonzero(np.bincount(rank)):
-        # of this rank stay those that hold less than all faster ones of their group that are left at lower ranks
-        rivals = np.flatnonzero(kept | (rank == level))
-        values = lowered[rivals]
-        first = np.concatenate(([True], values[1:] < np.minimum.accumulate(values)[:-1]))
-        kept[rivals] = np.where(rank[rivals] == level, first, True)
-    return np.sort(order[kept])
-
-
-def _not_far_behind(labels: Labels, group: Ints) -> Ints:
-    """Indices without those of labels that another of no higher rank equals in work and beats by a bin of bytes.
-
-    Most dominated labels are far behind: binned, they are found without sorting.
-    """
-    if len(labels) < FEW_LABELS:
-        return np.arange(len(labels))
-    ranks, groups = int(labels.rank.max()) + 1, int(group.max()) + 1
-    bins = max(MIN_BINS, len(labels)) // (ranks * groups)
-    if bins < 2:
-        return np.arange(len(labels))
-    least = int(labels.held.min())
-    bin_ = (labels.held - least) * bins // (int(labels.held.max()) - least + 1) + 1
-    fastest = np.full((ranks, groups, bins + 1), np.inf)
-    np.minimum.at(fastest, (labels.rank, group, bin_), labels.work_s)
-    np.minimum.accumulate(fastest, axis=2, out=fastest)
-    np.minimum.accumulate(fastest, axis=0, out=fastest)
-    return np.flatnonzero(labels.work_s < fastest[labels.rank, group, bin_ - 1])
 
 
 def undominated_options(options: Options, in_flight: int, num_layouts: int) -> Ints:

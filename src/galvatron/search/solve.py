@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .bounds import StageBound, relaxed_division, stage_bounds
-from .layers import FULL_EFFORT, Effort
+from .layers import FULL_EFFORT, LITTLE_EFFORT, Effort
 from .space import Space
 from .tables import ROUNDING, Solution, TaskSolver
 
@@ -22,7 +22,7 @@ GUESSES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, math.inf)
 """By how much the optimum may exceed its bound before more of the space is let in: labels multiply with it."""
 
 COARSE_GUESSES = GUESSES[4:]
-NARROWINGS = 4  # halvings of a gap: 16 times smaller
+NARROWINGS = 3  # times that a merged search is repeated
 
 
 @dataclass(frozen=True)
@@ -57,43 +57,36 @@ def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
     if lower > at_most:
         return Solved(None, lower)
     best: Solution | None = None
-    for stretch in GUESSES if effort is FULL_EFFORT else COARSE_GUESSES:
+    guess = relaxed.value
+    for stretch in GUESSES if effort.bounds else COARSE_GUESSES:
         guess = min(relaxed.value * (1 + stretch), at_most, math.inf if best is None else best.value)
         solver = TaskSolver(space, bounds, guess, effort)
         best = _better(best, solver.solve())
-        if solver.truncated and best is not None:
-            break
-        if not solver.truncated:
-            if best is not None and best.value <= guess * ROUNDING:
-                return Solved(best, best.value)
-            lower = guess
-        if guess == at_most:
+        lower = max(lower, min(solver.bound_s, guess))
+        if best is not None and best.value <= lower * ROUNDING:
+            return Solved(best, best.value)
+        if solver.merged and effort.bounds:
+            best = _better(best, TaskSolver(space, bounds, guess, LITTLE_EFFORT).solve())
+        if guess == at_most or (solver.merged and best is not None):
             break
     if best is None or best.value > at_most * ROUNDING:
         return Solved(None, lower)
-    return _narrowed(space, bounds, best, lower) if effort is FULL_EFFORT else Solved(best, lower)
+    return _narrowed(space, bounds, best, lower, guess) if effort.bounds else Solved(best, lower)
 
 
 def _better(a: Solution | None, b: Solution | None) -> Solution | None:
     return min((s for s in (a, b) if s is not None), key=lambda s: s.value, default=None)
 
 
-def _narrowed(space: Space, bounds: list[StageBound], best: Solution, lower: float) -> Solved:
-    """Where labels had to be dropped: halve the gap between the plan found and the bound a few times."""
+def _narrowed(space: Space, bounds: list[StageBound], best: Solution, lower: float, guess: float) -> Solved:
+    """Where labels had to be merged: again without what cannot beat the plan found, while that leaves far fewer."""
     for _ in range(NARROWINGS):
-        if best.value <= lower * (1 + GUESSES[0]):
+        if best.value <= lower * (1 + GUESSES[0]) or best.value - lower > (guess - lower) / 2:
             break
-        guess = (lower + best.value) / 2
-        solver = TaskSolver(space, bounds, guess)
-        found = solver.solve()
-        if solver.truncated and (found is None or found.value >= best.value):
-            break
-        best = found if found is not None and found.value < best.value else best
-        if not solver.truncated:
-            if best.value <= guess * ROUNDING:
-                return Solved(best, best.value)
-            lower = guess
-    return Solved(best, lower)
+        guess, solver = best.value, TaskSolver(space, bounds, best.value)
+        best = _better(best, solver.solve()) or best
+        lower = max(lower, min(solver.bound_s, guess))
+    return Solved(best, min(lower, best.value))
 
 
 def _solve_tied(space: Space, at_most: float, effort: Effort) -> Solved:

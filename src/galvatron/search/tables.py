@@ -7,8 +7,10 @@ options and chains that cannot be part of such a plan are left out before they c
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -60,12 +62,13 @@ class Solution:
 class TaskSolver:
     """The tables of one task's stages, without what cannot be part of a plan of value ``at_most``.
 
-    ``truncated``: chains had to be dropped for their number alone, so that a better plan may have been missed.
+    ``bound_s``: what no plan is below, as far as it says anything below ``at_most``.  ``merged``: it may be less than
+    the value of the best plan, because chains were merged for their number.
     """
 
     def __init__(self, space: Space, bounds: list[StageBound], at_most: float, effort: Effort = FULL_EFFORT) -> None:
         self.space, self.geometry, self.bounds, self.effort = space, space.geometry, bounds, effort
-        self.truncated = False
+        self.merged, self.bound_s = False, math.inf
         self.limit_to(at_most)
 
     def limit_to(self, at_most: float) -> None:
@@ -74,8 +77,12 @@ class TaskSolver:
 
     def solve(self) -> Solution | None:
         """The best plan of what is left; None when there is none."""
-        if not self.geometry.interleaved:
-            return self._solve_layouts(None)
+        best = self._solve_layouts(None) if not self.geometry.interleaved else self._solve_interleaved()
+        if self.merged and not self.effort.bounds:
+            self.bound_s = -math.inf
+        return best
+
+    def _solve_interleaved(self) -> Solution | None:
         best: Solution | None = None
         for layout in range(len(self.space.layouts)):  # all layers in one, so that chunks meet without redistribution
             found = self._solve_layouts(layout)
@@ -85,35 +92,46 @@ class TaskSolver:
         return best
 
     def _solve_layouts(self, layout: int | None) -> Solution | None:
-        tables: list[Tables] = []
+        bounds: list[Tables] = []
         grown: list[dict[tuple[int, int], Grown]] = []
         entries = np.array([ANY])
         for stage in range(len(self.bounds)):
-            table, found = self._stage(stage, entries, layout)
+            found = self._stage(stage, entries, layout)
+            table = self._table(stage, found, "bound_s")
             reached = [np.isfinite(work).any(axis=(0, 1)) for work in table.values()]
             entries = np.flatnonzero(np.any(reached, axis=0)) if reached else np.zeros(0, dtype=np.int64)
             if not len(entries):
                 return None
-            tables.append(table)
+            bounds.append(table)
             grown.append(found)
-        division = divide(tables, self.geometry.num_layers, self.space.setting)
+        bound = division = divide(bounds, self.geometry.num_layers, self.space.setting)
+        if bound is None:
+            return None
+        self.bound_s = min(self.bound_s, bound.value)
+        if self.merged:
+            works = [self._table(stage, found, "work_s") for stage, found in enumerate(grown)]
+            division = divide(works, self.geometry.num_layers, self.space.setting)
         return None if division is None else self._solution(division, grown)
 
-    def _stage(self, stage: int, entries: Ints, layout: int | None) -> tuple[Tables, dict[tuple[int, int], Grown]]:
-        """The table of one stage, and by (row, k) the chains behind it."""
-        bound, size = self.bounds[stage], len(self.space.layouts)
-        table: Tables = {}
+    def _stage(self, stage: int, entries: Ints, layout: int | None) -> dict[tuple[int, int], Grown]:
+        """By (row, k) the chains of one stage's segments."""
         found: dict[tuple[int, int], Grown] = {}
         for members in self._alike(stage):
             chain = self._chain(stage, members, entries, layout)
-            result = None if chain is None else grow(chain)
-            self.truncated |= result is not None and result.truncated
-            for row, k in members:
-                if result is not None and k in result.work_s:
-                    at = table.setdefault(k, np.full((bound.shape.allowed.shape[0], size, size), np.inf))
-                    at[row] = result.work_s[k] + bound.shape.received_s[row, k]
-                    found[row, k] = result
-        return table, found
+            if chain is not None:
+                result = grow(chain)
+                self.merged |= result.merged
+                found |= {(row, k): result for row, k in members if k in result.work_s}
+        return found
+
+    def _table(self, stage: int, found: dict[tuple[int, int], Grown], of: Literal["work_s", "bound_s"]) -> Tables:
+        """The table of one stage from its chains: the best that were found, or what none is below."""
+        shape, size = self.bounds[stage].shape, len(self.space.layouts)
+        table: Tables = {}
+        for (row, k), result in found.items():
+            at = table.setdefault(k, np.full((shape.allowed.shape[0], size, size), np.inf))
+            at[row] = getattr(result, of)[k] + shape.received_s[row, k]
+        return table
 
     def _alike(self, stage: int) -> list[list[tuple[int, int]]]:
         """Segments (row, k) worth solving, those together whose units are the first of one chain."""

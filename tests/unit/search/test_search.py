@@ -13,11 +13,12 @@ from galvatron.core.model import ModelProfile, ModelSpec
 from galvatron.cost import Setting, predict
 from galvatron.cost.step import objective_s
 from galvatron.plan.axes import StageAxes
-from galvatron.plan.plan import Plan, Proof
+from galvatron.plan.plan import Plan, Proof, StagePrediction
 from galvatron.plan.rules import check_plan, check_runnable
 from galvatron.search import FAMILIES, Limits, SearchResult, search
 from galvatron.search.baselines import members
 from galvatron.search.bounds import lower_bound_s, stage_bounds
+from galvatron.search.layers import Effort
 from galvatron.search.smallest import smallest
 from galvatron.search.solve import solve
 from galvatron.search.space import SpaceBuilder, Task, tasks
@@ -290,8 +291,38 @@ def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
             space = spaces.build(task, int(least.value * factor))  # type: ignore[union-attr]
             unguessed = TaskSolver(space, stage_bounds(space), math.inf)
             best, solved = unguessed.solve(), solve(space)
-            assert not unguessed.truncated
+            assert not unguessed.merged
             assert best is not None
             assert solved.solution is not None
             assert solved.solution.value == pytest.approx(best.value, rel=1e-12)
             assert solved.lower_bound_s == solved.solution.value
+
+
+def tensor_bytes(stage: StagePrediction) -> int:
+    kept = stage.parameter_bytes + stage.gradient_bytes + stage.optimizer_bytes + stage.activation_bytes
+    return kept + stage.unsharded_bytes + stage.workspace_bytes
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("bounds", [True, False])
+def test_merged_labels_give_plans_that_fit_and_bounds_that_hold(seed: int, bounds: bool) -> None:
+    model = make_model(make_spec(6, hidden=256, ffn=768, vocab=300), seq_len=2048, flops_per_s=2e11, seed=seed)
+    hardware = make_hardware(4, "cuda", seed=seed, memory_bytes=2**40)
+    job = Setting(model, hardware, 1, 1, 8, model.seq_len, model.precision, "fp32")
+    spaces, num_merged = SpaceBuilder(job, Limits("all"), 2**40), 0
+    for task in tasks(4, 6, [8], Limits("all")):
+        least = smallest(spaces.build(task))
+        assert least is not None
+        for factor in (1.05, 1.3, 1.7):
+            space = spaces.build(task, int(least.value * factor))
+            exact = solve(space)
+            solver = TaskSolver(space, stage_bounds(space), math.inf, Effort(0, 12, 12, bounds))
+            found = solver.solve()
+            num_merged += solver.merged
+            assert solver.bound_s <= exact.lower_bound_s * (1 + 1e-9)
+            if found is not None:
+                assert exact.solution is not None
+                assert found.value >= exact.solution.value * (1 - 1e-9)
+                plan = found.plan(space)
+                assert max(map(tensor_bytes, predict(plan, model, hardware).stages)) <= int(least.value * factor)
+    assert num_merged > 20
