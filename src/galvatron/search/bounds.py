@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints
 
 from .geometry import StageShape
@@ -160,18 +161,30 @@ def bound_tables(bounds: list[StageBound]) -> list[Tables]:
     return tables
 
 
-def lower_bound_s(space: Space) -> float:
+def lower_bounds_s(space: Space, *settings: Setting) -> list[float]:
     """Seconds that the task's objective cannot go below; infinite when it surely has no plan.
 
-    Coarser than ``relaxed_division``: Σ and max at their least, each on its own.
+    Coarser than ``relaxed_division``: Σ and max at their least, each on its own.  ``settings``: the interleaved ones of
+    a 1F1B task, for each of which comes a bound too.  Interleaved stages hold no fewer activations, spread what comes
+    once a step over fewer microbatches' worth of time and divide layers in fewer ways, so that their Σ and max are no
+    less than those of 1F1B without what it receives.
     """
     if space.is_empty:
-        return math.inf
-    least = least_total_and_largest(bound_tables(stage_bounds(space)), space.geometry.num_layers)
+        return [math.inf] * (1 + len(settings))
+    bounds = stage_bounds(space)
+    found = [_least_s(space, space.setting, bound_tables(bounds))]
+    if settings:
+        tables = bound_tables([replace(b, bound_s=b.bound_s - b.shape.received_s) for b in bounds])
+        found += [_least_s(space, setting, tables) for setting in settings]
+    return found
+
+
+def _least_s(space: Space, setting: Setting, tables: list[Tables]) -> float:
+    least = least_total_and_largest(tables, space.geometry.num_layers)
     if least is None:
         return math.inf
     total, largest = least
-    return float(space.setting.combined_s(total, max(largest, total / space.task.pp))) * (1 - ROUNDING)
+    return float(setting.combined_s(total, max(largest, total / setting.pp))) * (1 - ROUNDING)
 
 
 def free_bound_s(space: Space) -> float:

@@ -47,7 +47,8 @@ def search(
     """Find the fastest plan that fits.
 
     Exact for the additive objective over the whole space; the ``num_candidates`` best tasks' plans are replayed
-    and the fastest replay is chosen.  An interrupt (KeyboardInterrupt) ends the search with the best plan so far.
+    and the fastest replay is chosen.  An interrupt (KeyboardInterrupt) ends the search with the best plan so far,
+    or with the first that is found quickly where there is none yet.
 
     Args:
         model_profile: measured at ``seq_len`` and ``precision``, which default to the profile's own.
@@ -83,7 +84,7 @@ def search(
     limit = hardware_profile.device.memory_bytes if memory_limit_bytes is None else memory_limit_bytes
     job = Job(setting, limits, limit, batches, progress or (lambda line: None))
     family = limits.space if limits.space in FAMILIES else None
-    job.bound_all(list(FAMILIES) if baselines else [family] if family else [])
+    job.cost_all()
     found = _solve_all(job, num_candidates) if family is None else _solve_family(job, family)
     if not found.solved:
         if found.interrupted:
@@ -126,40 +127,55 @@ class _Found:
 
 def _solve_all(job: Job, num_candidates: int) -> _Found:
     """Solve tasks by ascending bound until no other can be among the best ``num_candidates``."""
-    found, bounds = _Found(), job.bounds
-    order = sorted(range(len(job.tasks)), key=lambda i: (bounds[i], i))
-    for at, i in enumerate(order):
-        task, worst = job.tasks[i], found.best(num_candidates)
-        if math.isinf(bounds[i]) or bounds[i] > worst:
-            left = [bounds[j] for j in order[at:]]
-            found.infeasible += sum(map(math.isinf, left))
-            found.bounded_away += sum(map(math.isfinite, left))
-            found.lowest = min(found.lowest, *left)
-            break
-        try:
-            space = job.builder.build(task)
-            # what cannot be the best is a candidate for the replay alone: near its own best is good enough
-            effort = FULL_EFFORT if bounds[i] <= found.best() else LITTLE_EFFORT
-            solved = solve(space, worst * task.global_batch_size, effort)
-        except KeyboardInterrupt:
-            found.interrupted, found.lowest = True, min(found.lowest, bounds[i])
-            break
-        found.lowest = min(found.lowest, solved.lower_bound_s / task.global_batch_size)
-        if solved.solution is not None:
-            found.solved.append((space, solved.solution))
-        elif math.isinf(solved.lower_bound_s):
-            found.infeasible += 1
-        else:
-            found.bounded_away += 1
-        missed = "does not fit" if math.isinf(worst) else "is slower"
-        outcome = missed if solved.solution is None else f"{solved.solution.value:.4g} s"
-        job.progress(f"{at + 1}/{len(order)}: {describe(task)}: {outcome}")
+    found, order = _Found(), job.ascending()
+    try:
+        while (i := order.first(found.best(num_candidates))) is not None:
+            _solve_one(job, found, i, order.least, num_candidates)
+            order.drop()
+    except KeyboardInterrupt:
+        found.interrupted = True
+        if not found.solved:
+            _solve_any(job, found, [i for _, i in order.left])
+    else:
+        found.infeasible += sum(math.isinf(bound) for bound, _ in order.left)
+        found.bounded_away += sum(math.isfinite(bound) for bound, _ in order.left)
+    found.lowest = min(found.lowest, order.least)
     found.solved.sort(key=score)
     return found
 
 
+def _solve_one(job: Job, found: _Found, i: int, bound: float, num_candidates: int) -> None:
+    task, worst = job.tasks[i], found.best(num_candidates)
+    space = job.builder.build(task)
+    # what cannot be the best is a candidate for the replay alone: near its own best is good enough
+    effort = FULL_EFFORT if bound <= found.best() else LITTLE_EFFORT
+    solved = solve(space, worst * task.global_batch_size, effort)
+    found.lowest = min(found.lowest, solved.lower_bound_s / task.global_batch_size)
+    if solved.solution is not None:
+        found.solved.append((space, solved.solution))
+    elif math.isinf(solved.lower_bound_s):
+        found.infeasible += 1
+    else:
+        found.bounded_away += 1
+    missed = "does not fit" if math.isinf(worst) else "is slower"
+    outcome = missed if solved.solution is None else f"{solved.solution.value:.4g} s"
+    looked_at = len(found.solved) + found.infeasible + found.bounded_away
+    job.progress(f"{looked_at}/{len(job.tasks)}: {describe(task)}: {outcome}")
+
+
+def _solve_any(job: Job, found: _Found, order: Sequence[int]) -> None:
+    """Interrupted before there was any plan: the first that a little effort finds."""
+    job.progress("interrupted; looking for any plan")
+    for i in order:
+        space = job.builder.build(job.tasks[i])
+        solution = solve(space, effort=LITTLE_EFFORT).solution
+        if solution is not None:
+            found.solved.append((space, solution))
+            return
+
+
 def _solve_family(job: Job, name: str) -> _Found:
-    best, others = best_of_family(job, name), len(job.families[name])
+    best, others = best_of_family(job, name), sum(map(FAMILIES[name].tasks, job.tasks))
     return _Found() if best is None else _Found([best], math.inf, others - 1, len(job.tasks) - others)
 
 

@@ -6,14 +6,16 @@ order in which tasks are solved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from galvatron.cost.setting import Setting
 from galvatron.cost.step import predict
 from galvatron.plan.plan import Plan
 
+from .ascending import Ascending
 from .baselines import FAMILIES, members
-from .bounds import free_bound_s, lower_bound_s
+from .bounds import free_bound_s, lower_bounds_s
 from .limits import Limits
 from .space import Space, SpaceBuilder, Task, tasks
 from .tables import Solution
@@ -24,8 +26,7 @@ Progress = Callable[[str], None]
 class Job:
     """The tasks of one search; bounds are in seconds a sample, so that batches compare.
 
-    ``bounds[i]``: of task i; ``free[i]``: of task i with endless memory; ``families[name]``: (bound, task) of every
-    task that has members of that family.
+    ``free[i]``: of task i with endless memory.
     """
 
     def __init__(
@@ -35,29 +36,66 @@ class Job:
         self.builder = SpaceBuilder(setting, limits, limit)
         world, layers = setting.hardware.world_size, setting.model.spec.num_layers
         self.tasks = list(tasks(world, layers, batches, limits))
-        self.bounds: list[float] = []
         self.free: list[float] = []
-        self.families: dict[str, list[tuple[float, int]]] = {name: [] for name in FAMILIES}
         self.strategies = 0
+        self._bounds: dict[int, float] = {}
+        self._floors: dict[int, float] = {}
+        self._plain = {_outside(task): i for i, task in enumerate(self.tasks) if task.schedule == "1f1b"}
+        self._interleaved: dict[int, list[int]] = {}
+        for i, task in enumerate(self.tasks):
+            if task.schedule == "interleaved" and _outside(task) in self._plain:
+                self._interleaved.setdefault(self._plain[_outside(task)], []).append(i)
 
     @property
     def devices_per_node(self) -> int:
         """Devices of a node."""
         return self.setting.hardware.devices_per_node
 
-    def bound_all(self, families: Sequence[str]) -> None:
-        """Fill in the bounds of all tasks, and of ``families``."""
+    def cost_all(self) -> None:
+        """Cost every task's strategies."""
         for i, task in enumerate(self.tasks):
             if i % 32 == 0:
-                self.progress(f"bounding {i}/{len(self.tasks)} combinations of pipeline and microbatches")
-            space, batch = self.builder.build(task), task.global_batch_size
+                self.progress(f"costing {i}/{len(self.tasks)} combinations of pipeline and microbatches")
+            space = self.builder.build(task)
             self.strategies = max(self.strategies, *(len(options) for options in space.options.values()))
-            self.bounds.append(lower_bound_s(space) / batch)
-            self.free.append(free_bound_s(space) / batch)
-            for name in families:
-                first = next(members(space, name, self.devices_per_node), None)
-                if first is not None:
-                    self.families[name].append((first.bound_s / batch, i))
+            self.free.append(free_bound_s(space) / task.global_batch_size)
+
+    def ascending(self) -> Ascending:
+        """The tasks by what none of their plans is below."""
+        return Ascending(self.free, (self._floor, self._bound))
+
+    def family(self, name: str) -> Ascending:
+        """The same by what no plan of a family is below; infinite where a task has none."""
+
+        def bound(i: int) -> float:
+            first = next(members(self.builder.build(self.tasks[i]), name, self.devices_per_node), None)
+            return math.inf if first is None else first.bound_s / self.tasks[i].global_batch_size
+
+        belongs = FAMILIES[name].tasks
+        known = [max(free, self._floors.get(i, 0.0), self._bounds.get(i, 0.0)) for i, free in enumerate(self.free)]
+        return Ascending([b if belongs(t) else math.inf for b, t in zip(known, self.tasks, strict=True)], (bound,))
+
+    def _floor(self, i: int) -> float:
+        """What the 1F1B task of the same stages and microbatches says of an interleaved one."""
+        task = self.tasks[i]
+        if task.schedule == "interleaved" and _outside(task) in self._plain:
+            self._bound(self._plain[_outside(task)])
+        return self._floors.get(i, 0.0)
+
+    def _bound(self, i: int) -> float:
+        """By the dual; what it says of others of the same stages and microbatches is kept."""
+        if i not in self._bounds:
+            if len(self._bounds) % 32 == 0:
+                self.progress(f"bounded {len(self._bounds)} of {len(self.tasks)} combinations")
+            kin, space, batch = (
+                self._interleaved.get(i, []),
+                self.builder.build(self.tasks[i]),
+                self.tasks[i].global_batch_size,
+            )
+            own, *others = lower_bounds_s(space, *(self.builder.setting(self.tasks[j]) for j in kin))
+            self._bounds[i] = own / batch
+            self._floors |= {j: floor / batch for j, floor in zip(kin, others, strict=True)}
+        return self._bounds[i]
 
     def predicted(self, space: Space, solution: Solution) -> Plan:
         """A solution as a plan with its prediction."""
@@ -67,6 +105,10 @@ class Job:
         """``plan`` with its prediction under this job's profiles and memory limit."""
         prediction = predict(plan, self.setting.model, self.setting.hardware, self.limit)
         return plan.model_copy(update={"prediction": prediction})
+
+
+def _outside(task: Task) -> tuple[int, int, int]:
+    return task.global_batch_size, task.pp, task.num_microbatches
 
 
 def score(found: tuple[Space, Solution]) -> float:

@@ -25,9 +25,9 @@ Found = tuple[Space, Solution]
 def best_of_family(job: Job, name: str) -> Found | None:
     """The family's best plan by the additive objective; None when none fits."""
     best: Found | None = None
-    for bound, i in sorted(job.families[name]):
-        if bound >= least(best, math.inf):
-            break
+    order = job.family(name)
+    while (i := order.first(least(best, math.inf))) is not None:
+        order.drop()
         batch, space = job.tasks[i].global_batch_size, job.builder.build(job.tasks[i])
         for member in members(space, name, job.devices_per_node):
             limit = least(best, math.inf) * batch

@@ -31,6 +31,10 @@ MAX_CHUNKS = 8
 messages multiply [Assumed]."""
 
 
+MIN_CACHED, MAX_CACHED_ROWS = 8, 2**18
+"""(batch, pp, microbatches) whose costs are remembered: these, or as many more as have so many strategies in all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """The outside of a plan: what is fixed while layers are divided and strategies chosen."""
@@ -165,11 +169,12 @@ class SpaceBuilder:
         self.job, self.limits = job, limits
         self.usable_bytes = usable_bytes(job, memory_limit_bytes)
         self.rows: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(self._rows)
-        self._costs = lru_cache(maxsize=8)(self._cost)
+        num_rows = sum(len(self.rows(job.hardware.world_size, unit)) for unit in job.model.spec.units)
+        self._costs = lru_cache(maxsize=max(MIN_CACHED, MAX_CACHED_ROWS // (num_rows + 1)))(self._cost)
 
-    def build(self, task: Task, usable: int | None = None) -> Space:
-        """The space of ``task``; ``usable`` replaces the memory limit."""
-        setting = replace(
+    def setting(self, task: Task) -> Setting:
+        """The job's setting, of ``task``."""
+        return replace(
             self.job,
             pp=task.pp,
             num_microbatches=task.num_microbatches,
@@ -177,6 +182,10 @@ class SpaceBuilder:
             schedule=task.schedule,
             model_chunks=task.model_chunks,
         )
+
+    def build(self, task: Task, usable: int | None = None) -> Space:
+        """The space of ``task``; ``usable`` replaces the memory limit."""
+        setting = self.setting(task)
         costs = self._costs(task.global_batch_size, task.pp, task.num_microbatches)
         layouts = StageAxes(setting.stage_size).degrees
         moves = {unit: _moves_s(setting, unit, layouts) for unit in setting.model.spec.units[1:]}

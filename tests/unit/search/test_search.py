@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -17,8 +18,8 @@ from galvatron.plan.plan import Plan, Proof, StagePrediction
 from galvatron.plan.rules import check_plan, check_runnable
 from galvatron.search import FAMILIES, Limits, SearchResult, search
 from galvatron.search.baselines import members
-from galvatron.search.bounds import lower_bound_s, stage_bounds
-from galvatron.search.layers import Effort
+from galvatron.search.bounds import lower_bounds_s, stage_bounds
+from galvatron.search.layers import LITTLE_EFFORT, Effort
 from galvatron.search.smallest import smallest
 from galvatron.search.solve import solve
 from galvatron.search.space import SpaceBuilder, Task, tasks
@@ -158,7 +159,7 @@ def test_no_bound_exceeds_its_task_s_optimum(seq_len: int) -> None:
         for factor in (1.0, 1.05, 1.3, 2.0, 20.0) if least else ():
             assert least is not None
             space = spaces.build(task, int(least.value * factor))
-            bound, solution = lower_bound_s(space), solve(space).solution
+            bound, solution = lower_bounds_s(space)[0], solve(space).solution
             assert solution is not None
             compared += 1
             assert solution.value / 3 <= bound <= solution.value  # true, and worth having
@@ -185,7 +186,7 @@ def test_the_bound_of_a_deep_pipeline_counts_the_emptiest_stage() -> None:
         space = spaces.build(task, int(least.value * factor))
         solution = solve(space).solution
         assert solution is not None
-        assert lower_bound_s(space) <= solution.value
+        assert lower_bounds_s(space)[0] <= solution.value
 
 
 def test_least_memory_is_the_smallest_limit_with_a_plan() -> None:
@@ -296,6 +297,28 @@ def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
             assert solved.solution is not None
             assert solved.solution.value == pytest.approx(best.value, rel=1e-12)
             assert solved.lower_bound_s == solved.solution.value
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("world_size", [4, 6, 8])
+def test_1f1b_bounds_its_interleaved_kin(world_size: int, device: str) -> None:
+    model = make_model(make_spec(12, hidden=256, ffn=768, vocab=300), seq_len=2048, flops_per_s=2e11)
+    hardware = make_hardware(world_size, device, memory_bytes=2**40)
+    job = Setting(model, hardware, 1, 1, 24, model.seq_len, model.precision, "fp32")
+    spaces, ratios = SpaceBuilder(job, Limits("all"), 2**40), []
+    for task in tasks(world_size, 12, [24], Limits("all")):
+        if task.schedule != "interleaved":
+            continue
+        plain, least = dataclasses.replace(task, schedule="1f1b", model_chunks=1), smallest(spaces.build(task))
+        for factor in (1.05, 1.5, 4.0) if least is not None else ():
+            usable = int(least.value * factor)  # type: ignore[union-attr]
+            floor = lower_bounds_s(spaces.build(plain, usable), spaces.setting(task))[1]
+            solved = solve(spaces.build(task, usable), effort=LITTLE_EFFORT)
+            assert solved.solution is not None
+            assert floor <= solved.solution.value
+            ratios.append(floor / lower_bounds_s(spaces.build(task, usable))[0])
+    assert len(ratios) > 20
+    assert 0.5 < min(ratios) <= max(ratios) < 1 + 1e-9
 
 
 def tensor_bytes(stage: StagePrediction) -> int:
