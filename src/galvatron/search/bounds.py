@@ -23,7 +23,7 @@ from galvatron.cost.strategies import Floats, Ints
 
 from .geometry import StageShape
 from .space import Options, Space
-from .stages import Division, Tables, divide, least_total_and_largest
+from .stages import BY_ENDS, Division, Tables, by_ends, divide, least_total_and_largest
 
 ROUNDING = 1e-12  # relative; keeps float rounding from lifting a bound above the optimum that attains it
 NUM_PRICES = 24
@@ -149,16 +149,12 @@ def _turns(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
 
 def relaxed_division(space: Space, bounds: list[StageBound]) -> Division | None:
     """The best division if every segment took its bound; its value bounds the task, None: nothing fits."""
-    return divide(bound_tables(bounds), space.geometry.num_layers, space.setting)
+    return divide(bound_tables(bounds, space.geometry.num_layers), space.geometry.num_layers, space.setting)
 
 
-def bound_tables(bounds: list[StageBound]) -> list[Tables]:
+def bound_tables(bounds: list[StageBound], num_layers: int) -> list[Tables]:
     """Every segment at its bound, whatever the layouts."""
-    tables: list[Tables] = []
-    for bound in bounds:
-        usable = np.flatnonzero(np.isfinite(bound.bound_s).any(axis=0))
-        tables.append({int(k): bound.bound_s[:, k, None, None] for k in usable})
-    return tables
+    return [{BY_ENDS: by_ends(bound.bound_s, num_layers)[None]} for bound in bounds]
 
 
 def lower_bounds_s(space: Space, *settings: Setting) -> list[float]:
@@ -172,9 +168,10 @@ def lower_bounds_s(space: Space, *settings: Setting) -> list[float]:
     if space.is_empty:
         return [math.inf] * (1 + len(settings))
     bounds = stage_bounds(space)
-    found = [_least_s(space, space.setting, bound_tables(bounds))]
+    found = [_least_s(space, space.setting, bound_tables(bounds, space.geometry.num_layers))]
     if settings:
-        tables = bound_tables([replace(b, bound_s=b.bound_s - b.shape.received_s) for b in bounds])
+        without = [replace(bound, bound_s=bound.bound_s - bound.shape.received_s) for bound in bounds]
+        tables = bound_tables(without, space.geometry.num_layers)
         found += [_least_s(space, setting, tables) for setting in settings]
     return found
 

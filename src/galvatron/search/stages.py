@@ -112,9 +112,19 @@ BY_ENDS = -1
 
 def _by_ends_where_single(tables: list[Tables], num_layers: int) -> list[Tables]:
     """Where layouts make no difference: every stage as a matrix, which a path then takes in one step."""
+    if all(BY_ENDS in table for table in tables):
+        return tables
     if not all(work.shape[1:] == (1, 1) for table in tables for work in table.values()) or not all(tables):
         return tables
-    return [{BY_ENDS: _by_ends(table, num_layers)[None]} for table in tables]
+    return [{BY_ENDS: by_ends(_rows(table, num_layers), num_layers)[None]} for table in tables]
+
+
+def _rows(table: Tables, num_layers: int) -> Floats:
+    """work[row, k] of a stage without layouts."""
+    rows = np.full((max(map(len, table.values())), num_layers + 1), np.inf)
+    for k, work in table.items():
+        rows[:, k] = work[:, 0, 0]
+    return rows
 
 
 def _single_layout_path(matrices: list[Floats], num_layers: int, join: Join, limit: float) -> Division | None:
@@ -139,12 +149,11 @@ def _single_layout_path(matrices: list[Floats], num_layers: int, join: Join, lim
     return Division(max(works), total, max(works), tuple(reversed(segments)))
 
 
-def _by_ends(table: Tables, num_layers: int) -> Floats:
-    """work[first layer, end] of a stage without layouts."""
-    matrix = np.full((num_layers + 1, num_layers + 1), np.inf)
-    for k, work in table.items():
-        starts = np.arange(num_layers + 1 - k if len(work) == 1 else min(num_layers + 1 - k, len(work)))
-        matrix[starts, starts + k] = work[0, 0, 0] if len(work) == 1 else work[starts, 0, 0]
+def by_ends(work: Floats, num_layers: int) -> Floats:
+    """work[first layer, end] from work[row, k]; infinite where a segment would end before it begins."""
+    start, end = np.ogrid[: num_layers + 1, : num_layers + 1]
+    row = np.zeros_like(start) if len(work) == 1 else np.minimum(start, len(work) - 1)
+    matrix: Floats = np.where((end >= start) & ((len(work) == 1) | (start == row)), work[row, end - start], np.inf)
     return matrix
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +22,7 @@ from .bounds import StageBound
 from .geometry import Geometry
 from .layers import ANY, FULL_EFFORT, Chain, ClassOptions, Effort, Goal, Grown, grow, undominated_options
 from .space import Options, Space
-from .stages import Division, Join, Tables, divide
+from .stages import Division, Join, Tables, by_ends, divide
 
 ROUNDING = 1 + 1e-9  # what a chain may cost is stretched by this much, so that rounding cuts off nothing
 
@@ -135,7 +134,8 @@ class TaskSolver:
 
     def _alike(self, stage: int) -> list[list[tuple[int, int]]]:
         """Segments (row, k) worth solving, those together whose units are the first of one chain."""
-        worth = self.bounds[stage].bound_s <= self.most_s[stage]
+        bound_s = self.bounds[stage].bound_s
+        worth = np.isfinite(bound_s) & (bound_s <= self.most_s[stage])
         groups: dict[tuple[object, ...], list[tuple[int, int]]] = {}
         for row in np.flatnonzero(worth.any(axis=1)).tolist():
             lengths = np.flatnonzero(worth[row]).tolist()
@@ -284,27 +284,19 @@ def _other_stages_s(geometry: Geometry, bounds: list[StageBound], join: Join) ->
     Infinite where they cannot divide the rest.
     """
     layers = geometry.num_layers
+    matrices = [by_ends(bound.bound_s, layers) for bound in bounds]
     before, after = [_unreached(layers, 0)], [_unreached(layers, layers)]
-    for bound in bounds[:-1]:
-        value = np.full(layers + 1, np.inf)
-        for start, k, work in _segments(geometry, bound):
-            value[start + k] = np.minimum(value[start + k], join(before[-1][start], work))
-        before.append(value)
-    for bound in reversed(bounds[1:]):
-        value = np.full(layers + 1, np.inf)
-        for start, k, work in _segments(geometry, bound):
-            value[start] = np.minimum(value[start], join(after[-1][start + k], work))
-        after.append(value)
+    for matrix in matrices[:-1]:
+        before.append(join(before[-1][:, None], matrix).min(axis=0))
+    for matrix in reversed(matrices[1:]):
+        after.append(join(matrix, after[-1]).min(axis=1))
+    start = np.arange(layers + 1)[:, None]
+    end = start + start.T
+    inside, end = end <= layers, np.minimum(end, layers)
     others = []
-    for bound, first, last in zip(bounds, before, reversed(after), strict=True):
-        least = np.full(bound.bound_s.shape, np.inf)
-        for start, k, _ in _segments(geometry, bound):
-            rest = join(first[start], last[start + k])
-            if geometry.rows == 1:
-                least[0, k] = rest.min()
-            else:
-                least[start, k] = rest
-        others.append(least)
+    for first, last in zip(before, reversed(after), strict=True):
+        least = np.where(inside, join(first[:, None], last)[start, end], np.inf)  # [first layer, k]
+        others.append(least.min(axis=0, keepdims=True) if geometry.rows == 1 else least[: geometry.rows])
     return others
 
 
@@ -312,15 +304,3 @@ def _unreached(layers: int, start: int) -> Floats:
     value = np.full(layers + 1, np.inf)
     value[start] = 0.0
     return value
-
-
-def _segments(geometry: Geometry, bound: StageBound) -> Iterator[tuple[Ints, int, Floats]]:
-    """For every k: the first layers of its segments and their bounds."""
-    for k in np.flatnonzero(np.isfinite(bound.bound_s).any(axis=0)).tolist():
-        start = np.arange(geometry.num_layers + 1 - k)
-        work = bound.bound_s[:, k]
-        if geometry.rows == 1:
-            yield start, k, np.broadcast_to(work, start.shape)
-        else:
-            start = start[: len(work)]
-            yield start, k, work[start]
