@@ -110,13 +110,11 @@ def _stage_bound(usable_bytes: int, shape: StageShape, staircases: dict[str, _St
     np.minimum.accumulate(least_held, axis=0, out=least_held)
     # a plan whose largest transient is of level q has the options up to q and loses at least the least of level q
     transient = np.min([staircase.least_transient for staircase in own], axis=0)
-    usable = usable_bytes - shape.beside_bytes
-    bound = np.full(shape.allowed.shape, np.inf)
-    for level in np.flatnonzero(transient < NEVER):
-        room = usable - transient[level]
-        work_s = (shape.counts @ least_s[level] - room[..., None] * prices).max(axis=-1)
-        fits = shape.allowed & (shape.counts @ least_held[level] <= room)
-        bound = np.minimum(bound, np.where(fits, work_s, np.inf))
+    room = (usable_bytes - shape.beside_bytes)[..., None] - transient  # [row, k, level]
+    work_s = (shape.counts @ np.moveaxis(least_s, 0, 1).reshape(len(own), -1)).reshape(*room.shape, -1)
+    work_s -= room[..., None] * prices
+    fits = shape.allowed[..., None] & (shape.counts @ least_held.T <= room) & (transient < NEVER)
+    bound = np.where(fits, work_s.max(axis=-1), np.inf).min(axis=-1)
     bound_s = np.where(bound < np.inf, bound * (1 - ROUNDING * np.sign(bound)) + shape.received_s, np.inf)
     return StageBound(shape, prices, least_s[-1], least_held[-1], bound_s)
 

@@ -18,10 +18,11 @@ from .space import Space
 from .tables import ROUNDING, Solution, TaskSolver
 
 UNLIMITED = 2**62
-GUESSES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, math.inf)
+GUESSES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, math.inf)
 """By how much the optimum may exceed its bound before more of the space is let in: labels multiply with it."""
 
-COARSE_GUESSES = GUESSES[4:]
+COARSE_GUESSES = GUESSES[2:]
+PROVEN = 1e-4  # a gap that is not worth a search
 NARROWINGS = 3  # times that a merged search is repeated
 
 
@@ -41,11 +42,29 @@ def solve(space: Space, at_most: float = math.inf, effort: Effort = FULL_EFFORT)
 
     With less than full effort the plan may be a little off the best; the bound stays true.
     """
-    if space.is_empty:
-        return Solved(None, math.inf)
+    best: Solution | None = None
+    lower = math.inf
+    for part in parts(space):
+        solved = _solve_within(part, at_most, effort)
+        lower = min(lower, solved.lower_bound_s)
+        if solved.solution is not None and (best is None or solved.solution.value < best.value):
+            best, at_most = solved.solution, min(at_most, solved.solution.value)
+    return Solved(best, lower if best is None else min(lower, best.value))
+
+
+def parts(space: Space) -> list[Space]:
+    """Spaces that are ``space`` together, in each of which any options go together.
+
+    Tied ends have equal strategies: every pair is a part, by what it adds at least.  Interleaved layers are all in one
+    layout, so that chunks meet without redistribution.
+    """
+    parts = [] if space.is_empty else [space]
     if space.end_pairs is not None:
-        return _solve_tied(space, at_most, effort)
-    return _solve_within(space, at_most, effort)
+        pairs = sorted(undominated_pairs(space), key=lambda pair: (_pair_work_s(space, pair), pair))
+        parts = [space.restricted({"embedding": np.array([i]), "head": np.array([j])}) for i, j in pairs]
+    if space.task.model_chunks > 1:
+        parts = [part.in_layout(layout) for part in parts for layout in range(len(space.layouts))]
+    return [part for part in parts if not part.is_empty]
 
 
 def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
@@ -81,26 +100,12 @@ def _better(a: Solution | None, b: Solution | None) -> Solution | None:
 def _narrowed(space: Space, bounds: list[StageBound], best: Solution, lower: float, guess: float) -> Solved:
     """Where labels had to be merged: again without what cannot beat the plan found, while that leaves far fewer."""
     for _ in range(NARROWINGS):
-        if best.value <= lower * (1 + GUESSES[0]) or best.value - lower > (guess - lower) / 2:
+        if best.value <= lower * (1 + PROVEN) or best.value - lower > (guess - lower) / 2:
             break
         guess, solver = best.value, TaskSolver(space, bounds, best.value)
         best = _better(best, solver.solve()) or best
         lower = max(lower, min(solver.bound_s, guess))
     return Solved(best, min(lower, best.value))
-
-
-def _solve_tied(space: Space, at_most: float, effort: Effort) -> Solved:
-    """Embedding and head of one strategy: every pair on its own, by what it adds at least."""
-    assert space.end_pairs is not None
-    best: Solution | None = None
-    lower = math.inf
-    for _, (i, j) in sorted((_pair_work_s(space, pair), pair) for pair in undominated_pairs(space)):
-        pair = space.restricted({"embedding": np.array([i]), "head": np.array([j])})
-        solved = _solve_within(pair, at_most, effort)
-        lower = min(lower, solved.lower_bound_s)
-        if solved.solution is not None and (best is None or solved.solution.value < best.value):
-            best, at_most = solved.solution, min(at_most, solved.solution.value)
-    return Solved(best, lower if best is None else min(lower, best.value))
 
 
 def _pair_work_s(space: Space, pair: tuple[int, int]) -> float:

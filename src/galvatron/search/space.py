@@ -146,6 +146,11 @@ class Space:
         pairs = ((i, head.get(strategy)) for strategy, i in self.options["embedding"].index.items())
         return tuple((i, j) for i, j in pairs if j is not None)
 
+    def in_layout(self, layout: int) -> Space:
+        """This space with only those options of the layers whose layout is ``layout``."""
+        kinds = [kind.name for kind in self.setting.model.spec.layers]
+        return self.restricted({kind: np.flatnonzero(self.options[kind].layout == layout) for kind in kinds})
+
     def restricted(self, chosen: Mapping[UnitName, Ints]) -> Space:
         """This space with only the ``chosen`` options of some units."""
         smaller = {name: options.take(chosen[name]) for name, options in self.options.items() if name in chosen}

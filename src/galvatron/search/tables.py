@@ -68,34 +68,21 @@ class TaskSolver:
     def __init__(self, space: Space, bounds: list[StageBound], at_most: float, effort: Effort = FULL_EFFORT) -> None:
         self.space, self.geometry, self.bounds, self.effort = space, space.geometry, bounds, effort
         self.merged, self.bound_s = False, math.inf
-        self.limit_to(at_most)
-
-    def limit_to(self, at_most: float) -> None:
-        """Leave out what cannot be part of a plan of value ``at_most``."""
         self.most_s = _most_work_s(self.geometry, self.bounds, at_most * ROUNDING)
 
     def solve(self) -> Solution | None:
         """The best plan of what is left; None when there is none."""
-        best = self._solve_layouts(None) if not self.geometry.interleaved else self._solve_interleaved()
+        best = self._solve()
         if self.merged and not self.effort.bounds:
             self.bound_s = -math.inf
         return best
 
-    def _solve_interleaved(self) -> Solution | None:
-        best: Solution | None = None
-        for layout in range(len(self.space.layouts)):  # all layers in one, so that chunks meet without redistribution
-            found = self._solve_layouts(layout)
-            if found is not None and (best is None or found.value < best.value):
-                best = found
-                self.limit_to(best.value)
-        return best
-
-    def _solve_layouts(self, layout: int | None) -> Solution | None:
+    def _solve(self) -> Solution | None:
         bounds: list[Tables] = []
         grown: list[dict[tuple[int, int], Grown]] = []
         entries = np.array([ANY])
         for stage in range(len(self.bounds)):
-            found = self._stage(stage, entries, layout)
+            found = self._stage(stage, entries)
             table = self._table(stage, found, "bound_s")
             reached = [np.isfinite(work).any(axis=(0, 1)) for work in table.values()]
             entries = np.flatnonzero(np.any(reached, axis=0)) if reached else np.zeros(0, dtype=np.int64)
@@ -112,11 +99,11 @@ class TaskSolver:
             division = divide(works, self.geometry.num_layers, self.space.setting)
         return None if division is None else self._solution(division, grown)
 
-    def _stage(self, stage: int, entries: Ints, layout: int | None) -> dict[tuple[int, int], Grown]:
+    def _stage(self, stage: int, entries: Ints) -> dict[tuple[int, int], Grown]:
         """By (row, k) the chains of one stage's segments."""
         found: dict[tuple[int, int], Grown] = {}
         for members in self._alike(stage):
-            chain = self._chain(stage, members, entries, layout)
+            chain = self._chain(stage, members, entries)
             if chain is not None:
                 result = grow(chain)
                 self.merged |= result.merged
@@ -146,7 +133,7 @@ class TaskSolver:
                 groups.setdefault((layers, *after), []).append((row, k))
         return list(groups.values())
 
-    def _chain(self, stage: int, members: list[tuple[int, int]], entries: Ints, layout: int | None) -> Chain | None:
+    def _chain(self, stage: int, members: list[tuple[int, int]], entries: Ints) -> Chain | None:
         """The chain that serves all ``members`` (row, k): equal layers up to the longest."""
         shape = self.bounds[stage].shape
         row, longest = max(members, key=lambda member: member[1])
@@ -154,7 +141,7 @@ class TaskSolver:
         ends = {unit.unit: at for at, unit in enumerate(shape.classes) if unit.unit in ENDS}
         goals = self._goals(stage, members, layers, ends)
         used = sorted({*layers, *ends.values()})
-        options = {at: self._options(stage, at, goals, ends, layout) for at in used}
+        options = {at: self._options(stage, at, goals, ends) for at in used}
         if not all(len(chosen) for chosen in options.values()):
             return None
         floor = self._least_transient(options, ends, goals, layers)
@@ -202,9 +189,7 @@ class TaskSolver:
             )
         return goals
 
-    def _options(
-        self, stage: int, at: int, goals: dict[int, Goal], ends: dict[UnitName, int], layout: int | None
-    ) -> Options:
+    def _options(self, stage: int, at: int, goals: dict[int, Goal], ends: dict[UnitName, int]) -> Options:
         """The options of a class that may be part of some goal by the dual bound, and are not dominated."""
         bound, unit = self.bounds[stage], self.bounds[stage].shape.classes[at]
         options = self.space.options[unit.unit]
@@ -216,8 +201,6 @@ class TaskSolver:
         limits = [goal.most_s + bound.prices * goal.room - goal.least_s[0] - first_s for goal in goals.values()]
         for price, limit in zip(bound.prices, np.max(limits, axis=0), strict=True):
             kept &= options.work_s + price * peak <= limit
-        if layout is not None and unit.unit not in ENDS:
-            kept &= options.layout == layout
         options = options.take(np.flatnonzero(kept))
         return options.take(undominated_options(options, unit.in_flight, len(self.space.layouts)))
 

@@ -21,7 +21,7 @@ from galvatron.search.baselines import members
 from galvatron.search.bounds import lower_bounds_s, stage_bounds
 from galvatron.search.layers import LITTLE_EFFORT, Effort
 from galvatron.search.smallest import smallest
-from galvatron.search.solve import solve
+from galvatron.search.solve import parts, solve
 from galvatron.search.space import SpaceBuilder, Task, tasks
 from galvatron.search.tables import TaskSolver
 from unit.profiles import make_hardware, make_model, make_spec
@@ -290,12 +290,11 @@ def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
         least = smallest(spaces.build(task))
         for factor in (1.1, 1.3, 1.7) if least is not None else ():
             space = spaces.build(task, int(least.value * factor))  # type: ignore[union-attr]
-            unguessed = TaskSolver(space, stage_bounds(space), math.inf)
-            best, solved = unguessed.solve(), solve(space)
-            assert not unguessed.merged
-            assert best is not None
+            unguessed = [TaskSolver(part, stage_bounds(part), math.inf) for part in parts(space)]
+            best, solved = [found.value for solver in unguessed if (found := solver.solve())], solve(space)
+            assert not any(solver.merged for solver in unguessed)
             assert solved.solution is not None
-            assert solved.solution.value == pytest.approx(best.value, rel=1e-12)
+            assert solved.solution.value == pytest.approx(min(best), rel=1e-12)
             assert solved.lower_bound_s == solved.solution.value
 
 
@@ -336,16 +335,16 @@ def test_merged_labels_give_plans_that_fit_and_bounds_that_hold(seed: int, bound
     for task in tasks(4, 6, [8], Limits("all")):
         least = smallest(spaces.build(task))
         assert least is not None
-        for factor in (1.05, 1.3, 1.7):
-            space = spaces.build(task, int(least.value * factor))
-            exact = solve(space)
-            solver = TaskSolver(space, stage_bounds(space), math.inf, Effort(0, 12, 12, bounds))
-            found = solver.solve()
-            num_merged += solver.merged
-            assert solver.bound_s <= exact.lower_bound_s * (1 + 1e-9)
-            if found is not None:
-                assert exact.solution is not None
-                assert found.value >= exact.solution.value * (1 - 1e-9)
-                plan = found.plan(space)
-                assert max(map(tensor_bytes, predict(plan, model, hardware).stages)) <= int(least.value * factor)
+        for usable in (int(least.value * factor) for factor in (1.05, 1.3, 1.7)):
+            for space in parts(spaces.build(task, usable)):
+                exact = solve(space)
+                solver = TaskSolver(space, stage_bounds(space), math.inf, Effort(0, 12, 12, bounds))
+                found = solver.solve()
+                num_merged += solver.merged
+                assert solver.bound_s <= exact.lower_bound_s * (1 + 1e-9)
+                if found is not None:
+                    assert exact.solution is not None
+                    assert found.value >= exact.solution.value * (1 - 1e-9)
+                    plan = predict(found.plan(space), model, hardware)
+                    assert max(map(tensor_bytes, plan.stages)) <= usable
     assert num_merged > 20
