@@ -110,11 +110,13 @@ def _stage_bound(usable_bytes: int, shape: StageShape, staircases: dict[str, _St
     np.minimum.accumulate(least_held, axis=0, out=least_held)
     # a plan whose largest transient is of level q has the options up to q and loses at least the least of level q
     transient = np.min([staircase.least_transient for staircase in own], axis=0)
-    room = (usable_bytes - shape.beside_bytes)[..., None] - transient  # [row, k, level]
-    work_s = (shape.counts @ np.moveaxis(least_s, 0, 1).reshape(len(own), -1)).reshape(*room.shape, -1)
-    work_s -= room[..., None] * prices
-    fits = shape.allowed[..., None] & (shape.counts @ least_held.T <= room) & (transient < NEVER)
-    bound = np.where(fits, work_s.max(axis=-1), np.inf).min(axis=-1)
+    segments = np.nonzero(shape.allowed)
+    counts, room = shape.counts[segments].T, usable_bytes - shape.beside_bytes[segments] - transient[:, None]
+    work_s = least_s.transpose(0, 2, 1) @ counts.astype(np.float64)  # [level, price, segment]
+    work_s -= prices[:, None] * room[:, None]
+    fits = (least_held @ counts <= room) & (transient < NEVER)[:, None]
+    bound = np.full(shape.allowed.shape, np.inf)
+    bound[segments] = np.where(fits, work_s.max(axis=1), np.inf).min(axis=0)
     bound_s = np.where(bound < np.inf, bound * (1 - ROUNDING * np.sign(bound)) + shape.received_s, np.inf)
     return StageBound(shape, prices, least_s[-1], least_held[-1], bound_s)
 
@@ -172,6 +174,12 @@ def lower_bounds_s(space: Space, *settings: Setting) -> list[float]:
         tables = bound_tables(without, space.geometry.num_layers)
         found += [_least_s(space, setting, tables) for setting in settings]
     return found
+
+
+def least_works_s(space: Space) -> tuple[float, float] | None:
+    """What Σ and max of the stages' work cannot go below, each on its own; None: nothing fits."""
+    layers = space.geometry.num_layers
+    return least_total_and_largest(bound_tables(stage_bounds(space), layers), layers)
 
 
 def _least_s(space: Space, setting: Setting, tables: list[Tables]) -> float:

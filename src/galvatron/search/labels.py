@@ -5,6 +5,7 @@ Knows nothing of how chains grow.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -95,7 +96,7 @@ def fastest(labels: Labels, transients: Ints, num_layouts: int, most: int) -> tu
         num_cells = len(np.unique(cell))
         if num_cells <= most or columns == rows == 1:
             break
-        size *= 2
+        size = math.ceil(size * max(1.25, (num_cells / most) ** 0.75))
     order = np.lexsort((labels.work_s, cell))
     starts = np.flatnonzero(np.concatenate(([True], cell[order][1:] != cell[order][:-1])))
     least_held, least_rank = (np.minimum.reduceat(values[order], starts) for values in (labels.held, labels.rank))

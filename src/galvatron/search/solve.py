@@ -8,11 +8,12 @@ it was too low and is raised.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from .bounds import StageBound, relaxed_division, stage_bounds
+from .bounds import StageBound, least_works_s, relaxed_division, stage_bounds
 from .layers import FULL_EFFORT, LITTLE_EFFORT, Effort
 from .space import Space
 from .tables import ROUNDING, Solution, TaskSolver
@@ -44,7 +45,10 @@ def solve(space: Space, at_most: float = math.inf, effort: Effort = FULL_EFFORT)
     """
     best: Solution | None = None
     lower = math.inf
-    for part in parts(space):
+    for floor, part in parts(space):
+        if floor > at_most:
+            lower = min(lower, floor)
+            break
         solved = _solve_within(part, at_most, effort)
         lower = min(lower, solved.lower_bound_s)
         if solved.solution is not None and (best is None or solved.solution.value < best.value):
@@ -52,19 +56,31 @@ def solve(space: Space, at_most: float = math.inf, effort: Effort = FULL_EFFORT)
     return Solved(best, lower if best is None else min(lower, best.value))
 
 
-def parts(space: Space) -> list[Space]:
-    """Spaces that are ``space`` together, in each of which any options go together.
+def parts(space: Space) -> Iterator[tuple[float, Space]]:
+    """Spaces that are ``space`` together, in each of which any options go together; what none of their plans is below.
 
-    Tied ends have equal strategies: every pair is a part, by what it adds at least.  Interleaved layers are all in one
-    layout, so that chunks meet without redistribution.
+    Tied ends have equal strategies: every pair is a part.  Interleaved layers are all in one layout, so that chunks
+    meet without redistribution.
     """
-    parts = [] if space.is_empty else [space]
-    if space.end_pairs is not None:
-        pairs = sorted(undominated_pairs(space), key=lambda pair: (_pair_work_s(space, pair), pair))
-        parts = [space.restricted({"embedding": np.array([i]), "head": np.array([j])}) for i, j in pairs]
-    if space.task.model_chunks > 1:
-        parts = [part.in_layout(layout) for part in parts for layout in range(len(space.layouts))]
-    return [part for part in parts if not part.is_empty]
+    pairs = [(0.0, space)] if space.end_pairs is None else _pairs(space)
+    for floor, pair in [] if space.is_empty else pairs:
+        layouts = range(len(space.layouts)) if space.task.model_chunks > 1 else ()
+        for part in [pair.in_layout(layout) for layout in layouts] or [pair]:
+            if not part.is_empty:
+                yield floor, part
+
+
+def _pairs(space: Space) -> list[tuple[float, Space]]:
+    """Every pair of tied ends, by what they add to layers that have all the room."""
+    layers = least_works_s(space.with_free_ends())
+    if layers is None:
+        return []
+    found = []
+    for i, j in undominated_pairs(space):
+        total = layers[0] + float(space.options["embedding"].work_s[i] + space.options["head"].work_s[j])
+        floor = float(space.setting.combined_s(total, max(layers[1], total / space.task.pp))) * (1 - 1e-12)
+        found.append((floor, space.restricted({"embedding": np.array([i]), "head": np.array([j])})))
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
@@ -106,10 +122,6 @@ def _narrowed(space: Space, bounds: list[StageBound], best: Solution, lower: flo
         best = _better(best, solver.solve()) or best
         lower = max(lower, min(solver.bound_s, guess))
     return Solved(best, min(lower, best.value))
-
-
-def _pair_work_s(space: Space, pair: tuple[int, int]) -> float:
-    return float(space.options["embedding"].work_s[pair[0]] + space.options["head"].work_s[pair[1]])
 
 
 def undominated_pairs(space: Space) -> list[tuple[int, int]]:

@@ -100,6 +100,11 @@ class Options:
             self.layout[at],
         )
 
+    def free(self) -> Options:
+        """The same strategies at no cost."""
+        no_bytes = np.zeros(len(self), dtype=np.int64)
+        return Options(self.strategies, np.zeros(len(self)), no_bytes, no_bytes, no_bytes, self.layout)
+
     def held_bytes(self, in_flight: int) -> Ints:
         """What stays, with the activations of ``in_flight`` microbatches."""
         return self.resident_bytes + in_flight * self.activation_bytes
@@ -145,6 +150,11 @@ class Space:
         head = self.options["head"].index
         pairs = ((i, head.get(strategy)) for strategy, i in self.options["embedding"].index.items())
         return tuple((i, j) for i, j in pairs if j is not None)
+
+    def with_free_ends(self) -> Space:
+        """This space with an embedding and a head that take no time and hold nothing."""
+        ends = {end: self.options[end].take(np.zeros(1, dtype=np.int64)).free() for end in ENDS}
+        return replace(self, options={**self.options, **ends}, whole=self)
 
     def in_layout(self, layout: int) -> Space:
         """This space with only those options of the layers whose layout is ``layout``."""
