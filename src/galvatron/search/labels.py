@@ -6,13 +6,13 @@ Knows nothing of how chains grow.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from galvatron.cost.strategies import Floats, Ints
 
-FEW_LABELS, MIN_BINS = 256, 4_096  # fewer labels are compared at once; bins of bytes over all ranks and layouts
+MIN_BINS = 4_096  # of bytes, over all ranks and layouts
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Labels:
 
     def take(self, at: Ints) -> Labels:
         """Some labels."""
-        return Labels(*(getattr(self, field.name)[at] for field in fields(self)))
+        parent, option = self.parent[at], self.option[at]
+        return Labels(self.entry[at], self.layout[at], self.work_s[at], self.held[at], self.rank[at], parent, option)
 
     def __len__(self) -> int:
         return len(self.work_s)
@@ -43,8 +44,6 @@ def near_front(labels: Labels, num_layouts: int) -> Ints:
 
     Most dominated labels are far behind: binned, they are found without sorting.
     """
-    if len(labels) < FEW_LABELS:
-        return np.arange(len(labels))
     group = labels.entry * num_layouts + labels.layout
     ranks, groups = int(labels.rank.max()) + 1, int(group.max()) + 1
     bins = max(MIN_BINS, len(labels)) // (ranks * groups)

@@ -24,6 +24,8 @@ from .space import Options
 
 ANY = -1
 
+FEW_LABELS = 256  # these are compared at once, without binning
+
 MAX_CANDIDATES = 16
 """How many times as many labels as may stay are compared with each other."""
 
@@ -167,8 +169,9 @@ def _step(grown: Grown, before: Labels, unit: int, done: int, goals: dict[int, G
     """The labels of all chains ``before`` plus one option of ``unit``, after which ``done`` layers are done."""
     chain = grown.chain
     (found, excess), most = _extended(chain, before, unit, done, goals), chain.effort.of_each(len(chain.layers))
-    near = near_front(found, chain.num_layouts)
-    found, excess = _at_most(grown, found.take(near), excess[near], MAX_CANDIDATES * most)
+    if len(found) > FEW_LABELS:
+        near = near_front(found, chain.num_layouts)
+        found, excess = _at_most(grown, found.take(near), excess[near], MAX_CANDIDATES * most)
     kept = undominated(found, chain.num_layouts)
     return _at_most(grown, found.take(kept), excess[kept], most)[0]
 

@@ -32,7 +32,7 @@ messages multiply [Assumed]."""
 
 
 MIN_CACHED, MAX_CACHED_ROWS = 8, 2**18
-"""(batch, pp, microbatches) whose costs are remembered: these, or as many more as have so many strategies in all."""
+"""Tasks whose spaces are remembered: these, or as many more as have so many strategies in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +178,18 @@ class _Costed:
 
 
 class SpaceBuilder:
-    """Builds the spaces of a job's tasks, one (batch, pp, microbatches) at a time; remembers the last few."""
+    """Builds the spaces of a job's tasks; remembers the last few, and what (batch, pp, microbatches) cost.
+
+    ``build(task, usable)``: the space of a task; ``usable`` replaces the memory limit.
+    """
 
     def __init__(self, job: Setting, limits: Limits, memory_limit_bytes: int) -> None:
         self.job, self.limits = job, limits
         self.usable_bytes = usable_bytes(job, memory_limit_bytes)
         self.rows: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(self._rows)
         num_rows = sum(len(self.rows(job.hardware.world_size, unit)) for unit in job.model.spec.units)
-        self._costs = lru_cache(maxsize=max(MIN_CACHED, MAX_CACHED_ROWS // (num_rows + 1)))(self._cost)
+        remembered = lru_cache(maxsize=max(MIN_CACHED, MAX_CACHED_ROWS // (num_rows + 1)))
+        self._costs, self.build = remembered(self._cost), remembered(self._build)
 
     def setting(self, task: Task) -> Setting:
         """The job's setting, of ``task``."""
@@ -198,8 +202,7 @@ class SpaceBuilder:
             model_chunks=task.model_chunks,
         )
 
-    def build(self, task: Task, usable: int | None = None) -> Space:
-        """The space of ``task``; ``usable`` replaces the memory limit."""
+    def _build(self, task: Task, usable: int | None = None) -> Space:
         setting = self.setting(task)
         costs = self._costs(task.global_batch_size, task.pp, task.num_microbatches)
         layouts = StageAxes(setting.stage_size).degrees
