@@ -100,7 +100,7 @@ def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
         lower = max(lower, min(solver.bound_s, guess))
         if best is not None and best.value <= lower * ROUNDING:
             return Solved(best, best.value)
-        if solver.merged and effort.bounds:
+        if solver.merged and effort.bounds and solver.bound_s < math.inf:
             best = _better(best, TaskSolver(space, bounds, guess, LITTLE_EFFORT).solve())
         if guess == at_most or (solver.merged and best is not None):
             break
