@@ -8,7 +8,7 @@ from __future__ import annotations
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 
-from .parts import Config, attention, chain, column, experts, gated_mlp, layer_norm, row, vocabulary, whole
+from .parts import Config, attention, chain, column, experts, gated_mlp, layer_norm, multi_head, row, vocabulary, whole
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -176,7 +176,7 @@ def gpt2(config: Config, name: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         family="gpt2",
-        layers=(_multi_head(config.size("n_layer"), hidden, ffn, heads, parameters),),
+        layers=(multi_head(config.size("n_layer"), hidden, ffn, heads, parameters),),
         vocab_size=words,
         max_seq_len=positions,
         tied_embeddings=config.get("tie_word_embeddings", True),
@@ -202,22 +202,10 @@ def gpt_neox(config: Config, name: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         family="gpt_neox",
-        layers=(_multi_head(config.size("num_hidden_layers"), hidden, ffn, heads, parameters),),
+        layers=(multi_head(config.size("num_hidden_layers"), hidden, ffn, heads, parameters),),
         vocab_size=words,
         max_seq_len=config.size("max_position_embeddings"),
         tied_embeddings=config.get("tie_word_embeddings", False),
         embedding=UnitSpec(parameters=(vocabulary("gpt_neox.embed_in.weight", words, hidden),)),
         head=UnitSpec(parameters=head),
-    )
-
-
-def _multi_head(count: int, hidden: int, ffn: int, heads: int, parameters: tuple[ParameterSpec, ...]) -> LayerKind:
-    return LayerKind(
-        count=count,
-        hidden_size=hidden,
-        ffn_size=ffn,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        parameters=parameters,
     )

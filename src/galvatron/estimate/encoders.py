@@ -9,7 +9,7 @@ from __future__ import annotations
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 
-from .parts import Config, attention, chain, column, layer_norm, row, vocabulary, whole
+from .parts import Config, attention, chain, column, layer_norm, multi_head, row, vocabulary, whole
 
 SELF = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 VIT = ("attention.attention.query", "attention.attention.key", "attention.attention.value", "attention.output.dense")
@@ -37,7 +37,7 @@ def bert(config: Config, name: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         family="bert",
-        layers=(_encoder_kind("layer", config.size("num_hidden_layers"), hidden, heads, ffn, parameters),),
+        layers=(multi_head(config.size("num_hidden_layers"), hidden, ffn, heads, parameters, causal=False),),
         vocab_size=words,
         max_seq_len=positions,
         tied_embeddings=config.get("tie_word_embeddings", True),
@@ -61,7 +61,7 @@ def vit(config: Config, name: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         family="vit",
-        layers=(_encoder_kind("layer", config.size("num_hidden_layers"), hidden, heads, ffn, parameters),),
+        layers=(multi_head(config.size("num_hidden_layers"), hidden, ffn, heads, parameters, causal=False),),
         vocab_size=classes,
         max_seq_len=tokens,
         tied_embeddings=False,
@@ -111,7 +111,7 @@ def _swin_stage(index: int, depth: int, hidden: int, heads: int, ratio: float, w
         shape=((2 * window - 1) ** 2, heads),
         cut=Cut(dim=1, blocks=heads),
     )
-    kind = _encoder_kind(f"stage{index}", depth, hidden, heads, ffn, (*linears, table))
+    kind = multi_head(depth, hidden, ffn, heads, (*linears, table), name=f"stage{index}", causal=False)
     return kind.model_copy(update={"tokens_divisor": 4**index, "attention_span": window**2})
 
 
@@ -195,22 +195,6 @@ def _encoder_layer(
         column("intermediate.dense", ffn, hidden, Cut(dim=0, blocks=ffn), True),
         row("output.dense", hidden, ffn, ffn, True),
         *(layer_norm(norm, hidden) for norm in norms),
-    )
-
-
-def _encoder_kind(
-    name: str, count: int, hidden: int, heads: int, ffn: int, parameters: tuple[ParameterSpec, ...]
-) -> LayerKind:
-    return LayerKind(
-        name=name,
-        count=count,
-        hidden_size=hidden,
-        ffn_size=ffn,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        causal=False,
-        parameters=parameters,
     )
 
 

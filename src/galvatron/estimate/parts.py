@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.model import Cut, ParameterSpec
+from galvatron.core.model import Cut, LayerKind, ParameterSpec
 
 T = TypeVar("T")
 
@@ -121,3 +121,26 @@ def experts(prefix: str, count: int, hidden: int, ffn: int) -> Iterator[Paramete
 def chain(*groups: Iterable[ParameterSpec]) -> tuple[ParameterSpec, ...]:
     """All of them, in order."""
     return tuple(parameter for group in groups for parameter in group)
+
+
+def multi_head(
+    count: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    parameters: tuple[ParameterSpec, ...],
+    name: str = "layer",
+    causal: bool = True,
+) -> LayerKind:
+    """Layers in which every head has keys and values of its own."""
+    return LayerKind(
+        name=name,
+        count=count,
+        hidden_size=hidden,
+        ffn_size=ffn,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        causal=causal,
+        parameters=parameters,
+    )

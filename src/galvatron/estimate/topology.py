@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from galvatron.core.hardware import Link, Op
 from galvatron.core.records import Record
-from galvatron.plan.axes import StageAxes, divisors
+from galvatron.plan.groups import group_shapes, p2p_strides
 
 RING_PASSES: dict[Op, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """How often (n - 1) / n of the tensor passes every link of a ring of n (Thakur et al. 2005, sections 4.1 to 4.4)."""
@@ -44,7 +44,7 @@ class Topology(Record):
     def links(self) -> tuple[Link, ...]:
         """A link for every operation of every group that a stage of this world can form."""
         groups = [link for size, stride in group_shapes(self.world_size) for link in self._group_links(size, stride)]
-        return (*groups, *(self._p2p(n) for n in divisors(self.world_size) if n < self.world_size))
+        return (*groups, *map(self._p2p, p2p_strides(self.world_size)))
 
     def _group_links(self, size: int, stride: int) -> Iterator[Link]:
         members = self.members_per_node(size, stride)
@@ -107,15 +107,6 @@ class Topology(Record):
         rate = self.inter_bytes_per_s if crosses else self._intra_bytes_per_s(2)
         latency_s = self.inter_latency_s if crosses else self.intra_latency_s
         return Link(op="p2p", size=2, stride=stride, latency_s=latency_s, seconds_per_byte=1 / rate)
-
-
-def group_shapes(world_size: int) -> tuple[tuple[int, int], ...]:
-    """Every (size, stride) with size > 1 between two stacked degrees of some stage size of the world, ascending."""
-    shapes = set()
-    for stage_size in divisors(world_size):
-        degrees = StageAxes(stage_size).degrees
-        shapes |= {(outer // inner, inner) for inner in degrees for outer in degrees if outer > inner}
-    return tuple(sorted(shapes))
 
 
 def _hops(count: int) -> int:

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from galvatron.core.errors import ProfileError
+from galvatron.core.fit import Sample, fit_line, residual
 from galvatron.core.hardware import Device, HardwareProfile, Link, Overlap
-from galvatron.plan.axes import StageAxes, divisors
+from galvatron.plan.groups import group_shapes, p2p_strides
 
 from .hetu_files import MIB, read_numbers
 
@@ -30,7 +28,7 @@ A100_BF16_FLOPS_PER_S = 312e12  # NVIDIA A100 datasheet: dense bf16 tensor cores
 A100_MEMORY_BYTES = 40 * 10**9  # the smaller of the two A100s (40 and 80 GB)
 GIGA = 1e9
 
-Samples = tuple[tuple[int, float], ...]
+Samples = tuple[Sample, ...]
 Value = TypeVar("Value")
 
 
@@ -64,10 +62,8 @@ def import_hardware(
     cluster = _read(folder, *_chosen(folder, nodes, gpus_per_node))
     slowdown = _overlap(folder)
     notes: dict[str, None] = {}  # in order, each once
-    links = [
-        link for size, stride in _group_shapes(cluster.world_size) for link in _links(cluster, size, stride, notes)
-    ]
-    links += [_p2p(cluster, stride, notes) for stride in divisors(cluster.world_size)[:-1]]
+    links = [link for size, stride in group_shapes(cluster.world_size) for link in _links(cluster, size, stride, notes)]
+    links += [_p2p(cluster, stride, notes) for stride in p2p_strides(cluster.world_size)]
     if not cluster.times:
         notes["no sp_time file was found: latencies are taken as 0"] = None
     profile = HardwareProfile(
@@ -162,16 +158,6 @@ def _overlap(folder: Path) -> float:
     return slowdown
 
 
-def _group_shapes(world_size: int) -> tuple[tuple[int, int], ...]:
-    """(size, stride) of every group that some stage of this world communicates in (see ``plan.axes``)."""
-    ladders = [StageAxes(stage_size).degrees for stage_size in divisors(world_size)]
-    return tuple(
-        sorted(
-            {(outer // inner, inner) for degrees in ladders for inner in degrees for outer in degrees if outer > inner}
-        )
-    )
-
-
 def _links(cluster: _Cluster, size: int, stride: int, notes: dict[str, None]) -> Iterator[Link]:
     bytes_per_s = _bandwidth(cluster, size, stride, notes)
     share = (size - 1) / size
@@ -237,15 +223,14 @@ def _all_to_all(cluster: _Cluster, size: int, stride: int, seconds_per_byte: flo
     nearest, samples = _nearest(by_size, size)
     if nearest != size:
         notes[f"all-to-all over {size} ranks: taken from {nearest} ranks"] = None
-    latency_s, seconds_per_byte = fit_line(samples)
-    errors = [abs((latency_s + seconds_per_byte * count) / seconds - 1) for count, seconds in samples]
+    line = fit_line(samples)
     return Link(
         op="all_to_all",
         size=size,
         stride=stride,
-        latency_s=latency_s,
-        seconds_per_byte=seconds_per_byte,
-        residual=statistics.median(errors),
+        latency_s=line[0],
+        seconds_per_byte=line[1],
+        residual=residual(line, samples),
         samples=samples,
     )
 
@@ -257,19 +242,3 @@ def _p2p(cluster: _Cluster, stride: int, notes: dict[str, None]) -> Link:
         notes[f"messages {stride} ranks apart: taken from {nearest} ranks apart"] = None
     latency_s = _latency_s(cluster, 2, notes) / 2
     return Link(op="p2p", size=2, stride=stride, latency_s=latency_s, seconds_per_byte=1 / bytes_per_s)
-
-
-def fit_line(samples: Samples) -> tuple[float, float]:
-    """Non-negative (latency_s, seconds_per_byte) with the least sum of squared relative errors.
-
-    Relative, because small sizes set the latency and take a hundredth of the time of large ones.  The problem is
-    convex, so a negative coefficient means that the best point has it at 0.
-    """
-    sizes, seconds = np.array(samples, dtype=np.float64).T
-    columns = np.stack([np.ones_like(sizes), sizes / MIB]) / seconds
-    both = np.linalg.lstsq(columns.T, np.ones_like(sizes), rcond=None)[0]
-    if both[0] < 0:
-        both = np.array([0.0, columns[1].sum() / (columns[1] ** 2).sum()])
-    elif both[1] < 0:
-        both = np.array([columns[0].sum() / (columns[0] ** 2).sum(), 0.0])
-    return float(both[0]), float(both[1] / MIB)

@@ -1,7 +1,7 @@
 """How long collectives and messages take over every group of ranks that a plan may use.
 
 Takes an initialised world and a time budget; gives one fitted ``Link`` for every operation and group shape
-(``shapes``), equal on all ranks.  Knows nothing of models or plans.
+(``plan.groups``), equal on all ranks.  Knows nothing of models or plans.
 
 All groups of one shape run at once, as they do in training, so links shared by several groups show their
 contention.  For p2p every rank of the world sends to the rank ``stride`` above it, all at once.
@@ -15,12 +15,12 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from galvatron.core.fit import Sample, fit_line, residual
 from galvatron.core.hardware import OPS, Link, Op
 from galvatron.core.units import format_bytes, format_seconds
 from galvatron.parallelize.world import World
+from galvatron.plan.groups import group_shapes, groups_of, p2p_strides
 
-from .fit import Sample, fit_line, residual
-from .shapes import group_shapes, groups_of, p2p_strides
 from .timing import Budget, Progress, agree, seconds_of, slowest_median
 
 FIRST_BYTES = 4 * 1024

@@ -9,7 +9,6 @@ import pytest
 from galvatron.core.errors import ProfileError
 from galvatron.core.hardware import HardwareProfile, Link
 from galvatron.exchange import import_hardware
-from galvatron.exchange.hetu_hardware import fit_line
 from unit.exchange.hetu_fixtures import MIB, hardware_files, reference_folder, write
 from unit.profiles import make_hardware
 
@@ -107,18 +106,6 @@ def test_a_malformed_file_is_one_sentence(tmp_path: Path, name: str, data: objec
     write(hardware_files(tmp_path) / f"{name}.json", data)
     with pytest.raises(ProfileError, match=message):
         import_hardware(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("samples", "line"),
-    [
-        (((MIB, 3.0), (2 * MIB, 5.0)), (1.0, 2.0 / MIB)),
-        (((MIB, 1.0), (2 * MIB, 3.0)), (0.0, 15 / 13 / MIB)),
-        (((MIB, 3.0), (2 * MIB, 1.0)), (1.2, 0.0)),
-    ],
-)
-def test_a_fitted_line_is_never_negative(samples: tuple[tuple[int, float], ...], line: tuple[float, float]) -> None:
-    assert fit_line(samples) == pytest.approx(line)
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 4), (1, 8), (2, 8)])

@@ -2,7 +2,9 @@ import random
 
 import pytest
 
-from galvatron.profile.fit import fit_line, residual
+from galvatron.core.fit import fit_line, residual
+
+MIB = 2**20
 
 
 def test_known_line_is_recovered_exactly():
@@ -20,19 +22,6 @@ def test_noise_of_ten_percent_moves_both_coefficients_little():
     assert 0 < residual(line, samples) < 0.1
 
 
-@pytest.mark.parametrize(
-    ("samples", "expected"),
-    [
-        ([(100, 3.0), (200, 2.0), (400, 1.0)], "flat"),  # falling times: the slope would be negative
-        ([(100, 1e-3), (200, 4e-3), (400, 16e-3)], "through the origin"),  # the intercept would be negative
-    ],
-)
-def test_coefficients_are_never_negative(samples, expected):
-    latency_s, seconds_per_byte = fit_line(samples)
-    assert (latency_s == 0) == (expected == "through the origin")
-    assert (seconds_per_byte == 0) == (expected == "flat")
-
-
 def test_no_nearby_line_fits_better():
     samples = [(4096, 1e-3), (65536, 1.4e-3), (2**20, 2e-3), (2**24, 3e-2)]
 
@@ -47,3 +36,15 @@ def test_no_nearby_line_fits_better():
 
 def test_one_sample_is_fitted():
     assert residual(fit_line([(4096, 1e-4)]), [(4096, 1e-4)]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("samples", "line"),
+    [
+        (((MIB, 3.0), (2 * MIB, 5.0)), (1.0, 2.0 / MIB)),
+        (((MIB, 1.0), (2 * MIB, 3.0)), (0.0, 15 / 13 / MIB)),
+        (((MIB, 3.0), (2 * MIB, 1.0)), (1.2, 0.0)),
+    ],
+)
+def test_a_fitted_line_is_never_negative(samples: tuple[tuple[int, float], ...], line: tuple[float, float]) -> None:
+    assert fit_line(samples) == pytest.approx(line)

@@ -9,7 +9,7 @@ size × stride divides n and n divides the world.
 
 from __future__ import annotations
 
-from galvatron.plan.axes import StageAxes, divisors
+from .axes import StageAxes, divisors
 
 
 def group_shapes(world_size: int) -> tuple[tuple[int, int], ...]:

@@ -1,7 +1,7 @@
 import pytest
 
 from galvatron.plan.axes import StageAxes, divisors
-from galvatron.profile.shapes import group_shapes, groups_of, p2p_strides
+from galvatron.plan.groups import group_shapes, groups_of, p2p_strides
 
 
 @pytest.mark.parametrize(
