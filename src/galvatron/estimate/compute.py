@@ -4,9 +4,9 @@ Takes a model's shapes and a device's rates; gives ComputeSamples.  Every term i
 traffic (Williams et al. 2009); large products lose to their shape; below a number of operators a layer is bound by
 the host that launches them.  Communication is left out.
 
-[Empirical: 2026-11, vTrain's 1,440 published runs of GPT on one node of A100: with full recompute, links of
-``a100:8`` and a plain 1F1B sum, predicted over measured step time is 1.02 in the median, off by 11% in the mean; on
-its 109 runs of up to 512 A100 it is 0.88 and 17%, without flash attention there.]
+[Empirical: 2026-11, ``benchmarks/published_runs.py``: of vTrain's 1,440 published runs of GPT on one node of A100 the
+predicted over the measured step time is 1.02 in the median, off by 9% in the mean; of its 109 runs on up to 512 A100 it
+is 0.92 and 13%, without flash attention there.]
 """
 
 from __future__ import annotations
