@@ -161,9 +161,9 @@ def lower_bounds_s(space: Space, *settings: Setting) -> list[float]:
     """Seconds that the task's objective cannot go below; infinite when it surely has no plan.
 
     Coarser than ``relaxed_division``: Σ and max at their least, each on its own.  ``settings``: the interleaved ones of
-    a 1F1B task, for each of which comes a bound too.  Interleaved stages hold no fewer activations, spread what comes
-    once a step over fewer microbatches' worth of time and divide layers in fewer ways, so that their Σ and max are no
-    less than those of 1F1B without what it receives.
+    a 1F1B task of equal layers, for each of which comes a bound too.  Interleaved stages hold no fewer activations,
+    spread what comes once a step over fewer microbatches' worth of time and divide layers in fewer ways, so that their
+    Σ and max are no less than those of 1F1B without what it receives.
     """
     if space.is_empty:
         return [math.inf] * (1 + len(settings))

@@ -42,7 +42,8 @@ class Job:
         self._floors: dict[int, float] = {}
         self._plain = {_outside(task): i for i, task in enumerate(self.tasks) if task.schedule == "1f1b"}
         self._interleaved: dict[int, list[int]] = {}
-        for i, task in enumerate(self.tasks):
+        one_kind = len(setting.model.spec.layers) == 1  # interleaving mixes kinds, which may balance a stage better
+        for i, task in enumerate(self.tasks if one_kind else ()):
             if task.schedule == "interleaved" and _outside(task) in self._plain:
                 self._interleaved.setdefault(self._plain[_outside(task)], []).append(i)
 
@@ -77,9 +78,9 @@ class Job:
 
     def _floor(self, i: int) -> float:
         """What the 1F1B task of the same stages and microbatches says of an interleaved one."""
-        task = self.tasks[i]
-        if task.schedule == "interleaved" and _outside(task) in self._plain:
-            self._bound(self._plain[_outside(task)])
+        plain = self._plain.get(_outside(self.tasks[i]))
+        if plain is not None and i in self._interleaved.get(plain, ()):
+            self._bound(plain)
         return self._floors.get(i, 0.0)
 
     def _bound(self, i: int) -> float:
