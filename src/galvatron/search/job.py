@@ -40,12 +40,8 @@ class Job:
         self.strategies = 0
         self._bounds: dict[int, float] = {}
         self._floors: dict[int, float] = {}
-        self._plain = {_outside(task): i for i, task in enumerate(self.tasks) if task.schedule == "1f1b"}
-        self._interleaved: dict[int, list[int]] = {}
-        one_kind = len(setting.model.spec.layers) == 1  # interleaving mixes kinds, which may balance a stage better
-        for i, task in enumerate(self.tasks if one_kind else ()):
-            if task.schedule == "interleaved" and _outside(task) in self._plain:
-                self._interleaved.setdefault(self._plain[_outside(task)], []).append(i)
+        # several kinds are mixed by interleaving, which may balance stages better: 1F1B then says nothing of them
+        self._plain = _plain(self.tasks) if len(setting.model.spec.layers) == 1 else {}
 
     @property
     def devices_per_node(self) -> int:
@@ -78,9 +74,8 @@ class Job:
 
     def _floor(self, i: int) -> float:
         """What the 1F1B task of the same stages and microbatches says of an interleaved one."""
-        plain = self._plain.get(_outside(self.tasks[i]))
-        if plain is not None and i in self._interleaved.get(plain, ()):
-            self._bound(plain)
+        if i in self._plain:
+            self._bound(self._plain[i])
         return self._floors.get(i, 0.0)
 
     def _bound(self, i: int) -> float:
@@ -88,12 +83,9 @@ class Job:
         if i not in self._bounds:
             if len(self._bounds) % 32 == 0:
                 self.progress(f"bounded {len(self._bounds)} of {len(self.tasks)} combinations")
-            kin, space, batch = (
-                self._interleaved.get(i, []),
-                self.builder.build(self.tasks[i]),
-                self.tasks[i].global_batch_size,
-            )
-            own, *others = lower_bounds_s(space, *(self.builder.setting(self.tasks[j]) for j in kin))
+            kin, batch = [j for j, plain in self._plain.items() if plain == i], self.tasks[i].global_batch_size
+            settings = [self.builder.setting(self.tasks[j]) for j in kin]
+            own, *others = lower_bounds_s(self.builder.build(self.tasks[i]), *settings)
             self._bounds[i] = own / batch
             self._floors |= {j: floor / batch for j, floor in zip(kin, others, strict=True)}
         return self._bounds[i]
@@ -108,8 +100,12 @@ class Job:
         return plan.model_copy(update={"prediction": prediction})
 
 
-def _outside(task: Task) -> tuple[int, int, int]:
-    return task.global_batch_size, task.pp, task.num_microbatches
+def _plain(tasks: Sequence[Task]) -> dict[int, int]:
+    """For every interleaved task the 1F1B task of the same batch, stages and microbatches, where there is one."""
+    outside = [(task.global_batch_size, task.pp, task.num_microbatches) for task in tasks]
+    plain = {outside[i]: i for i, task in enumerate(tasks) if task.schedule == "1f1b"}
+    interleaved = [i for i, task in enumerate(tasks) if task.schedule == "interleaved"]
+    return {i: plain[outside[i]] for i in interleaved if outside[i] in plain}
 
 
 def score(found: tuple[Space, Solution]) -> float:

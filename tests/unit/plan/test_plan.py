@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from galvatron.core.errors import PlanError
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.plan import LayerStrategy, Plan, check_runnable
-from galvatron.plan.schedules import Action, actions
+from galvatron.plan.schedules import Action, actions, in_flight
 
 ZERO3 = LayerStrategy(tp=2, dp_shard=2, zero=3)
 SPEC = ModelSpec(
@@ -138,3 +139,13 @@ def test_every_microbatch_goes_forward_once_then_backward_once(schedule: Any, pp
             peak = max(peak, alive)
             assert alive >= 0
         assert peak == plan.microbatches_in_flight(stage)
+
+
+@pytest.mark.parametrize("pp", [2, 3, 4, 8])
+@pytest.mark.parametrize("chunks", [2, 3, 5])
+def test_interleaving_holds_no_fewer_activations_than_1f1b(pp: int, chunks: int) -> None:
+    for m, stage, layers in itertools.product((pp, 2 * pp, 5 * pp), range(pp), range(chunks, 3 * chunks + 1)):
+        sizes = [layers // chunks + (chunk < layers % chunks) for chunk in range(chunks)]  # the larger chunks first
+        held = in_flight("interleaved", pp, stage, m, chunks)
+        (plain,) = in_flight("1f1b", pp, stage, m)
+        assert sum(size * count for size, count in zip(sizes, held, strict=True)) >= layers * plain
