@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -100,16 +100,16 @@ def dump_json(data: Any) -> str:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Write ``text`` beside ``path``, then rename over it; parent folders are made."""
+    """Write ``text`` beside ``path``, then rename over it; parent folders are made, permissions are the user's own."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
