@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .bounds import StageBound, least_works_s, relaxed_division, stage_bounds
-from .layers import FULL_EFFORT, LITTLE_EFFORT, Effort
+from .layers import FULL_EFFORT, GREAT_EFFORT, LITTLE_EFFORT, Effort
 from .space import Space
 from .tables import ROUNDING, Solution, TaskSolver
 
@@ -24,7 +24,6 @@ GUESSES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, math.inf)
 
 COARSE_GUESSES = GUESSES[2:]
 PROVEN = 1e-4  # a gap that is not worth a search
-NARROWINGS = 3  # times that a merged search is repeated
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,6 @@ def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
     if lower > at_most:
         return Solved(None, lower)
     best: Solution | None = None
-    guess = relaxed.value
     for stretch in GUESSES if effort.bounds else COARSE_GUESSES:
         guess = min(relaxed.value * (1 + stretch), at_most, math.inf if best is None else best.value)
         solver = TaskSolver(space, bounds, guess, effort)
@@ -106,19 +104,17 @@ def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
             break
     if best is None or best.value > at_most * ROUNDING:
         return Solved(None, lower)
-    return _narrowed(space, bounds, best, lower, guess) if effort.bounds else Solved(best, lower)
+    return _narrowed(space, bounds, best, lower) if effort.bounds else Solved(best, lower)
 
 
 def _better(a: Solution | None, b: Solution | None) -> Solution | None:
     return min((s for s in (a, b) if s is not None), key=lambda s: s.value, default=None)
 
 
-def _narrowed(space: Space, bounds: list[StageBound], best: Solution, lower: float, guess: float) -> Solved:
-    """Where labels had to be merged: again without what cannot beat the plan found, while that leaves far fewer."""
-    for _ in range(NARROWINGS):
-        if best.value <= lower * (1 + PROVEN) or best.value - lower > (guess - lower) / 2:
-            break
-        guess, solver = best.value, TaskSolver(space, bounds, best.value)
+def _narrowed(space: Space, bounds: list[StageBound], best: Solution, lower: float) -> Solved:
+    """Where labels had to be merged: again with more of them, without what cannot beat the plan found."""
+    if best.value > lower * (1 + PROVEN):
+        solver, guess = TaskSolver(space, bounds, best.value, GREAT_EFFORT), best.value
         best = _better(best, solver.solve()) or best
         lower = max(lower, min(solver.bound_s, guess))
     return Solved(best, min(lower, best.value))
