@@ -83,6 +83,7 @@ def _pairs(space: Space) -> list[tuple[float, Space]]:
 
 
 def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
+    """The same for one part: guesses rise from its bound until one is not too low."""
     bounds = stage_bounds(space)
     relaxed = relaxed_division(space, bounds)
     if relaxed is None:
@@ -104,14 +105,14 @@ def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
             break
     if best is None or best.value > at_most * ROUNDING:
         return Solved(None, lower)
-    return _narrowed(space, bounds, best, lower) if effort.bounds else Solved(best, lower)
+    return _retried(space, bounds, best, lower) if effort.bounds else Solved(best, lower)
 
 
 def _better(a: Solution | None, b: Solution | None) -> Solution | None:
     return min((s for s in (a, b) if s is not None), key=lambda s: s.value, default=None)
 
 
-def _narrowed(space: Space, bounds: list[StageBound], best: Solution, lower: float) -> Solved:
+def _retried(space: Space, bounds: list[StageBound], best: Solution, lower: float) -> Solved:
     """Where labels had to be merged: again with more of them, without what cannot beat the plan found."""
     if best.value > lower * (1 + PROVEN):
         solver, guess = TaskSolver(space, bounds, best.value, GREAT_EFFORT), best.value
