@@ -19,7 +19,7 @@ from .space import Space
 from .tables import ROUNDING, Solution, TaskSolver
 
 UNLIMITED = 2**62
-GUESSES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, math.inf)
+GUESSES = (2e-3, 8e-3, 1.6e-2, 4e-2, 1e-1, 1.0, math.inf)
 """By how much the optimum may exceed its bound before more of the space is let in: labels multiply with it."""
 
 COARSE_GUESSES = GUESSES[2:]
