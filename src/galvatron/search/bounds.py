@@ -182,12 +182,16 @@ def least_works_s(space: Space) -> tuple[float, float] | None:
     return least_total_and_largest(bound_tables(stage_bounds(space), layers), layers)
 
 
+def bound_of(setting: Setting, total_s: float, largest_s: float) -> float:
+    """Seconds that the objective cannot go below where Σ and max of the work cannot go below these."""
+    return float(setting.combined_s(total_s, max(largest_s, total_s / setting.pp))) * (1 - ROUNDING)
+
+
 def _least_s(space: Space, setting: Setting, tables: list[Tables]) -> float:
     least = least_total_and_largest(tables, space.geometry.num_layers)
     if least is None:
         return math.inf
-    total, largest = least
-    return float(setting.combined_s(total, max(largest, total / setting.pp))) * (1 - ROUNDING)
+    return bound_of(setting, *least)
 
 
 def free_bound_s(space: Space) -> float:
@@ -198,4 +202,4 @@ def free_bound_s(space: Space) -> float:
     least = {unit: float(options.work_s.min()) for unit, options in space.options.items()}
     total = sum(kind.count * least[kind.name] for kind in layers) + least["embedding"] + least["head"]
     share = math.ceil(sum(kind.count for kind in layers) / space.task.pp) * min(least[kind.name] for kind in layers)
-    return float(space.setting.combined_s(total, max(total / space.task.pp, share))) * (1 - ROUNDING)
+    return bound_of(space.setting, total, share)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bounds import StageBound, least_works_s, relaxed_division, stage_bounds
+from .bounds import StageBound, bound_of, least_works_s, relaxed_division, stage_bounds
 from .layers import FULL_EFFORT, GREAT_EFFORT, LITTLE_EFFORT, Effort
 from .space import Space
 from .tables import ROUNDING, Solution, TaskSolver
@@ -77,8 +77,12 @@ def _pairs(space: Space) -> list[tuple[float, Space]]:
     found = []
     for i, j in undominated_pairs(space):
         total = layers[0] + float(space.options["embedding"].work_s[i] + space.options["head"].work_s[j])
-        floor = float(space.setting.combined_s(total, max(layers[1], total / space.task.pp))) * (1 - 1e-12)
-        found.append((floor, space.restricted({"embedding": np.array([i]), "head": np.array([j])})))
+        found.append(
+            (
+                bound_of(space.setting, total, layers[1]),
+                space.restricted({"embedding": np.array([i]), "head": np.array([j])}),
+            )
+        )
     return sorted(found, key=lambda pair: pair[0])
 
 
