@@ -46,7 +46,7 @@ def measure(plan: Plan) -> tuple[list[float], int]:
     memory = PeakMemory(world.device)
     model = parallelize(meta_model(load_config(MODEL)), plan, world=world)
     section = TrainSection(global_batch_size=plan.global_batch_size, seq_len=plan.seq_len, num_steps=1)
-    optimizer = build_optimizer(model.parameters, section)
+    optimizer = build_optimizer(model.local_parameters, section)
     shape = (plan.global_batch_size, plan.seq_len + 1)
     tokens = torch.randint(0, model.spec.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     seconds = []

@@ -35,12 +35,12 @@ def _model() -> SimpleNamespace:
     whole = Piece((0, 0), (0, 0), SHAPE)
     names = ("a.weight", "b.weight")
     parts = [LocalParameter(n, torch.nn.Parameter(torch.zeros(SHAPE)), SHAPE, (whole,), 1, True) for n in names]
-    return SimpleNamespace(parameters=parts, config=SimpleNamespace(to_json_string=lambda: "{}\n"))
+    return SimpleNamespace(local_parameters=parts, config=SimpleNamespace(to_json_string=lambda: "{}\n"))
 
 
 def _tensors(model: SimpleNamespace, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    tensors = [part.tensor.data for part in model.parameters]
-    return tensors + [optimizer.state[part.tensor][moment] for part in model.parameters for moment in MOMENTS]
+    tensors = [part.tensor.data for part in model.local_parameters]
+    return tensors + [optimizer.state[part.tensor][moment] for part in model.local_parameters for moment in MOMENTS]
 
 
 def _save_forever(root: Path, path: list[str]) -> None:
@@ -48,7 +48,7 @@ def _save_forever(root: Path, path: list[str]) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
     model = _model()
-    optimizer = build_optimizer(model.parameters, SECTION)
+    optimizer = build_optimizer(model.local_parameters, SECTION)
     for step in range(1, 1_000_000):
         for tensor in _tensors(model, optimizer):
             tensor.fill_(step)
@@ -68,7 +68,7 @@ def _start(root: Path) -> BaseProcess:
 def _last_good(root: Path) -> tuple[int, int]:
     """(step, value) of the latest checkpoint, all of whose values must be one number."""
     model = _model()
-    optimizer = build_optimizer(model.parameters, SECTION)
+    optimizer = build_optimizer(model.local_parameters, SECTION)
     state = load_checkpoint(find_checkpoint(root, "latest"), model, optimizer)
     values = {value for tensor in _tensors(model, optimizer) for value in tensor.unique().tolist()}
     assert len(values) == 1, f"values of several saves in one checkpoint: {sorted(values)}"
@@ -91,7 +91,7 @@ def test_kill_at_a_random_moment(tmp_path: Path, seed: int) -> None:
     step, value = _last_good(root)
     assert value // 2 == step
     model = _model()
-    optimizer = build_optimizer(model.parameters, SECTION)
+    optimizer = build_optimizer(model.local_parameters, SECTION)
     state = TrainState(step=step + 5, world_size=1, data_fingerprint="", train=SECTION)
     save_checkpoint(root, model, optimizer, state, plan=PLAN, keep=2)
     left = sorted(path.name for path in root.iterdir())

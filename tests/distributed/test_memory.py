@@ -115,7 +115,7 @@ def measure(family: str, plan: Plan) -> Bytes:
     memory = PeakMemory(torch.device("cpu"))
     model = parallelize(tiny_model(family), plan, world=init_world("cpu"))
     section = TrainSection(global_batch_size=BATCH, seq_len=SEQ_LEN, num_steps=2)
-    optimizer = build_optimizer(model.parameters, section)
+    optimizer = build_optimizer(model.local_parameters, section)
     tokens = torch.randint(0, model.spec.vocab_size, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
     with memory.watch(model, optimizer):
         model.train_step(tokens[:, :-1], tokens[:, 1:])
@@ -124,7 +124,7 @@ def measure(family: str, plan: Plan) -> Bytes:
     activations = activations_at_first_backward(model, tokens)
     optimizer.step()
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
-    tensors = [parameter.tensor for parameter in model.parameters]
+    tensors = [parameter.tensor for parameter in model.local_parameters]
     return Bytes(
         storage_bytes(tensors), storage_bytes(t.grad for t in tensors if t.grad is not None), storage_bytes(moments),
         activations, memory.bytes(),
@@ -139,7 +139,7 @@ def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) ->
 
         def before_backward(is_last: bool) -> None:
             if not seen:
-                known = [*model.stage.buffers(), *(p.tensor for p in model.parameters), tokens]
+                known = [*model.stage.buffers(), *(p.tensor for p in model.local_parameters), tokens]
                 log.ignore([*model.gathered_buffers(), *known])
                 seen.append(settled_bytes(log))
             original(is_last)

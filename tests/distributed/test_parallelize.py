@@ -50,7 +50,7 @@ def batch(vocab_size: int = 97) -> tuple[torch.Tensor, torch.Tensor]:
 def mismatches(model: ParallelModel, whole: dict[str, torch.Tensor]) -> list[str]:
     return [
         p.name
-        for p in model.parameters
+        for p in model.local_parameters
         for piece in p.pieces
         if not torch.equal(
             box(p.tensor, piece.local_offset, piece.size), box(whole[p.name], piece.global_offset, piece.size)
@@ -60,7 +60,7 @@ def mismatches(model: ParallelModel, whole: dict[str, torch.Tensor]) -> list[str
 
 def start_from_seed(world_size: int) -> float:
     model = parallelize(meta_model(tiny_config("gpt2")), plan_for(world_size), seed=5)
-    assert not any(p.tensor.is_meta for p in model.parameters)
+    assert not any(p.tensor.is_meta for p in model.local_parameters)
     return model.train_step(*batch())
 
 
@@ -113,7 +113,7 @@ def step_in(world_size: int, precision: str, reduce: str) -> tuple[float, float,
     model = parallelize(tiny_model("llama"), plan_for(world_size, precision, reduce))
     loss = model.train_step(*batch())
     norm = model.clip_grad_norm_(0.5)
-    assert all(p.tensor.grad is not None and p.tensor.grad.dtype == torch.float32 for p in model.parameters)
+    assert all(p.tensor.grad is not None and p.tensor.grad.dtype == torch.float32 for p in model.local_parameters)
     return loss, norm, model.clip_grad_norm_(None)
 
 
@@ -131,7 +131,7 @@ def evaluate_between_steps() -> tuple[float, float, float]:
     model = parallelize(tiny_model("llama"), plan_for(4))
     before = model.train_step(*batch())
     with torch.no_grad():
-        for parameter in model.parameters:
+        for parameter in model.local_parameters:
             parameter.tensor.mul_(0.9)
     return before, model.evaluate(*batch()), model.train_step(*batch())
 

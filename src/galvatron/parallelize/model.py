@@ -38,7 +38,7 @@ class ParallelModel:
     Attributes:
         plan, spec, grid, config: what it was made from.
         stage: this rank's stage as a module.
-        parameters: every parameter this rank holds a part of.
+        local_parameters: every parameter this rank holds a part of.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ParallelModel:
     ) -> None:
         """Made by ``parallelize``; ``sharded`` maps names to the FSDP2 parameters behind ``parameters``."""
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
-        self.stage, self.parameters = stage, parameters
+        self.stage, self.local_parameters = stage, parameters
         self._units, self._sharded, self._replicated = units, sharded, replicated
         self._position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
 
@@ -87,15 +87,15 @@ class ParallelModel:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        for parameter in self.parameters:
+        for parameter in self.local_parameters:
             parameter.tensor.grad = None
             self._sharded[parameter.name].grad = None
 
     def clip_grad_norm_(self, max_norm: float | None) -> float:
         """The global gradient norm, before scaling gradients down to ``max_norm`` if it is given."""
-        norm = global_norm(self.parameters, self.grid.world.device)
+        norm = global_norm(self.local_parameters, self.grid.world.device)
         if max_norm is not None:
-            clip(self.parameters, norm, max_norm)
+            clip(self.local_parameters, norm, max_norm)
         return float(norm)
 
     def gathered_buffers(self) -> Iterator[Tensor]:
@@ -140,7 +140,7 @@ class ParallelModel:
 
     def _collect_gradients(self) -> None:
         """Point the local tensors at the gradients FSDP2 left, then sum what it does not know to be replicated."""
-        for parameter in self.parameters:
+        for parameter in self.local_parameters:
             gradient = self._sharded[parameter.name].grad
             assert isinstance(gradient, DTensor), parameter.name
             parameter.tensor.grad = gradient._local_tensor

@@ -76,7 +76,7 @@ def compare_on_rank(path: Path, plan: Plan) -> RankFindings:
     """Run ``plan`` on this rank of an initialised gloo world against the reference saved at ``path``."""
     reference = Reference.load(path)
     model = parallelize(reference.model(), plan, world=init_world("cpu"))
-    optimizer = reference.recipe.optimizer([parameter.tensor for parameter in model.parameters])
+    optimizer = reference.recipe.optimizer([parameter.tensor for parameter in model.local_parameters])
     deviations: list[Deviation] = []
     scalars: list[float] = []
     for index, step in enumerate(reference.steps):
@@ -85,11 +85,11 @@ def compare_on_rank(path: Path, plan: Plan) -> RankFindings:
         scalars += seen
     scalars.append(model.evaluate(reference.steps[0].input_ids, reference.steps[0].labels))
     deviations.append(_scalar("final_loss", -1, scalars[-1], reference.final_loss))
-    deviations += _final_state(model.parameters, optimizer, reference)
+    deviations += _final_state(model.local_parameters, optimizer, reference)
     return RankFindings(
         deviations=tuple(worth_reporting(deviations)),
-        holdings=tuple(_holding(parameter) for parameter in model.parameters),
-        problems=tuple(_local_problems(model.parameters)),
+        holdings=tuple(_holding(parameter) for parameter in model.local_parameters),
+        problems=tuple(_local_problems(model.local_parameters)),
         scalars=tuple(scalars),
     )
 
@@ -111,7 +111,7 @@ def _train_step(
     model.zero_grad()
     loss = model.train_step(step.input_ids, step.labels)
     deviations = [_scalar("loss", index, loss, step.loss)]
-    for parameter in model.parameters:
+    for parameter in model.local_parameters:
         gradient = parameter.tensor.grad
         error = math.inf  # no gradient at all
         if gradient is not None and gradient.shape == parameter.tensor.shape:

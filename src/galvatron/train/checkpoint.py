@@ -133,7 +133,7 @@ def _latest(root: Path) -> Path:
 
 def _held_state(model: TrainableModel, optimizer: torch.optim.Optimizer, *, primary_only: bool) -> dict[str, Held]:
     tensors: dict[str, Held] = {}
-    for part in model.parameters:
+    for part in model.local_parameters:
         if primary_only and not part.is_primary:
             continue
         assert part.name not in tensors, f"two parts of {part.name} on one rank"
@@ -170,7 +170,7 @@ def _restore_random_states(states: dict[str, Held], saved: TrainState) -> None:
 def _check_model(directory: Path, index: CheckpointIndex, model: TrainableModel) -> None:
     """Names and shapes of the checkpoint's weights must be those of the model, no more and no fewer."""
     saved = {name: stored.shape for name, stored in index.tensors.items() if is_weight(name)}
-    shapes = {part.name: tuple(part.global_shape) for part in model.parameters}
+    shapes = {part.name: tuple(part.global_shape) for part in model.local_parameters}
     wanted = {name: shape for shapes_of_rank in all_gather(shapes) for name, shape in shapes_of_rank.items()}
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):

@@ -45,7 +45,7 @@ def save_hf(
     A collective call; rank 0 writes.  ``directory`` must be new or empty and appears whole or not at all.
     Raises ConfigError if it is not empty, CheckpointError if the disk refuses.
     """
-    parts = {part.name: part for part in model.parameters if part.is_primary}
+    parts = {part.name: part for part in model.local_parameters if part.is_primary}
     table: Table = all_gather({name: (tuple(part.global_shape), _boxes(part)) for name, part in parts.items()})
     shapes = {name: shape for held_by_rank in table for name, (shape, _) in held_by_rank.items()}
     if rank() != 0:

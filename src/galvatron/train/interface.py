@@ -59,7 +59,7 @@ class TrainableModel(Protocol):
     @property
     def config(self) -> Any: ...  # noqa: D102
     @property
-    def parameters(self) -> Sequence[LocalPart]: ...  # noqa: D102
+    def local_parameters(self) -> Sequence[LocalPart]: ...  # noqa: D102
     def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float: ...  # noqa: D102
     def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102

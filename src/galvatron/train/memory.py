@@ -34,7 +34,7 @@ class PeakMemory:
             yield
             return
         states = [value for state in optimizer.state.values() for value in state.values()]
-        lasting = storage_bytes([*(part.tensor for part in model.parameters), *states])
+        lasting = storage_bytes([*(part.tensor for part in model.local_parameters), *states])
         with StorageLog(resized=model.gathered_buffers) as log:
             yield
         self._counted = lasting + log.peak_bytes()

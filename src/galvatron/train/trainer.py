@@ -82,7 +82,7 @@ def train(
     """
     check_train_section(section)
     _check_agreement(model, section, dataset, plan)
-    optimizer = build_optimizer(model.parameters, section)
+    optimizer = build_optimizer(model.local_parameters, section)
     done = 0
     if resume is None:
         on_rank_zero(lambda: _check_unused(run_dir))
@@ -92,7 +92,7 @@ def train(
     last_step = section.num_steps if stop_after is None else min(stop_after, section.num_steps)
     if done >= last_step:
         raise ConfigError(f"{resume} has done {done} of {last_step} steps already; raise num_steps to train on")
-    device = model.parameters[0].tensor.device if model.parameters else communication_device()
+    device = model.local_parameters[0].tensor.device if model.local_parameters else communication_device()
     trainer = Trainer(
         model=model,
         optimizer=optimizer,

@@ -14,16 +14,16 @@ from galvatron.train.optimizer import build_optimizer
 
 def save(root: Path, model: FakeModel, step: int, keep: int = 3) -> tuple[Path, torch.optim.Optimizer]:
     train = section()
-    optimizer = build_optimizer(model.parameters, train)
+    optimizer = build_optimizer(model.local_parameters, train)
     for moment in ("exp_avg", "exp_avg_sq"):
-        for part in model.parameters:
+        for part in model.local_parameters:
             torch.nn.init.normal_(optimizer.state[part.tensor][moment])
     state = TrainState(step=step, world_size=1, data_fingerprint="abc", train=train)
     return save_checkpoint(root, model, optimizer, state, plan=plan_for(train), keep=keep), optimizer
 
 
 def load(directory: Path, model: FakeModel) -> tuple[TrainState, torch.optim.Optimizer]:
-    optimizer = build_optimizer(model.parameters, section())
+    optimizer = build_optimizer(model.local_parameters, section())
     return load_checkpoint(directory, model, optimizer), optimizer
 
 
@@ -46,7 +46,7 @@ def test_another_layout_loads_weights_moments_and_update_count(tmp_path: Path) -
     directory, saved = save(tmp_path, model, step=20)
     state, loaded = load(directory, twin)
     assert state.step == 20
-    for ours, theirs in zip(twin.parameters, model.parameters, strict=True):
+    for ours, theirs in zip(twin.local_parameters, model.local_parameters, strict=True):
         assert torch.equal(global_values(ours), theirs.tensor)
         assert float(loaded.state[ours.tensor]["step"]) == 20
     half = 257 // 2

@@ -13,7 +13,7 @@ MIB = 2**20
 
 def test_the_first_step_is_counted_and_later_ones_are_not() -> None:
     model = FakeModel.make()
-    optimizer = build_optimizer(model.parameters, section())
+    optimizer = build_optimizer(model.local_parameters, section())
     memory = PeakMemory(torch.device("cpu"))
     assert memory.bytes() == 0
     with memory.watch(model, optimizer):
@@ -21,8 +21,8 @@ def test_the_first_step_is_counted_and_later_ones_are_not() -> None:
         second = torch.empty(MIB, dtype=torch.uint8)
         del first, second
         torch.empty(MIB, dtype=torch.uint8)
-    weights = sum(part.tensor.numel() for part in model.parameters)
-    lasting = 3 * 4 * weights + 4 * len(model.parameters)  # weights, two moments, AdamW's count of updates
+    weights = sum(part.tensor.numel() for part in model.local_parameters)
+    lasting = 3 * 4 * weights + 4 * len(model.local_parameters)  # weights, two moments, AdamW's count of updates
     assert memory.bytes() == lasting + 3 * MIB
     with memory.watch(model, optimizer):
         torch.empty(8 * MIB, dtype=torch.uint8)

@@ -95,7 +95,7 @@ def test_resume_continues_as_if_never_stopped(tmp_path: Path, swapped: bool) -> 
     resumed = FakeModel.make(swapped=swapped, seed=9)
     run(resumed, tmp_path / "cut", settings, resume="latest")
     assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
-    for ours, theirs in zip(resumed.parameters, straight.parameters, strict=True):
+    for ours, theirs in zip(resumed.local_parameters, straight.local_parameters, strict=True):
         assert torch.equal(global_values(ours), global_values(theirs))
 
 

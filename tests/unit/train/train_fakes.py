@@ -66,7 +66,7 @@ class FakeModel:
         return FakeModel(table, whole_part("bias", torch.zeros(VOCAB)), swapped)
 
     @property
-    def parameters(self) -> list[LocalParameter]:
+    def local_parameters(self) -> list[LocalParameter]:
         return [self.table, self.bias]
 
     @property
@@ -99,14 +99,16 @@ class FakeModel:
         return float(self._loss(input_ids, labels))
 
     def zero_grad(self) -> None:
-        for part in self.parameters:
+        for part in self.local_parameters:
             part.tensor.grad = None
 
     def gathered_buffers(self) -> list[torch.Tensor]:
         return []
 
     def clip_grad_norm_(self, max_norm: float | None) -> float:
-        return float(torch.nn.utils.clip_grad_norm_([p.tensor for p in self.parameters], max_norm or float("inf")))
+        return float(
+            torch.nn.utils.clip_grad_norm_([p.tensor for p in self.local_parameters], max_norm or float("inf"))
+        )
 
 
 def section(**changes: object) -> TrainSection:
