@@ -129,7 +129,7 @@ def run_leg(ranks: Processes, leg: Leg) -> None:
     if leg.first_step == 1:
         ranks.on_main(lambda: leg.plan.save(leg.run.plan))
     result = ranks.run(_train, leg)
-    if result.interrupted:
+    if result.stopped_by is not None:
         say(f"stopped after step {result.steps}; {result.checkpoint} is complete")
         raise KeyboardInterrupt
 

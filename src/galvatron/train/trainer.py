@@ -30,20 +30,22 @@ from .metrics import METRICS_FILE, MetricsLog, StepMetrics
 from .optimizer import build_optimizer, check_train_section, lr_at, set_lr
 from .ranks import all_max, communication_device, on_rank_zero, rank, world_size
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
     """How a run ended: ``steps`` updates are done and saved in ``checkpoint``.
 
     ``final_loss`` is the last update's training loss, ``eval_loss`` the last evaluation's (None without one);
-    ``interrupted`` says that a signal ended the run early.
+    ``stopped_by`` is the signal that ended the run early, if one did.
     """
 
     steps: int
     final_loss: float
     eval_loss: float | None
     checkpoint: Path
-    interrupted: bool
+    stopped_by: signal.Signals | None
 
 
 def train(
@@ -74,7 +76,7 @@ def train(
         peak_memory: made before the model, so that CUDA's peak counts its making; None counts from now.
 
     Every rank's random generators (dropout) start from (seed, 0, rank), or where the checkpoint left them.
-    SIGTERM and SIGINT end the run after the current step, with a save.
+    SIGINT, SIGTERM and SIGHUP end the run after the current step, with a save.
 
     Raises:
         ConfigError, PlanError, DataError, CheckpointError: settings that contradict each other or the files.
@@ -135,10 +137,10 @@ class Trainer:
             log = MetricsLog(self.run_dir, self.step, tensorboard=self.section.tensorboard)
         self.reporter.started(self.step + 1, self.last_step)
         try:
-            with _stop_requests() as stop_requested:
-                stopped = False
+            with _stop_requests() as request:
+                stopped = 0
                 while self.step < self.last_step and not stopped:
-                    metrics, stopped = self._train_step(stop_requested)
+                    metrics, stopped = self._train_step(request)
                     if log is not None:
                         log.step(metrics)
                     self.reporter.stepped(metrics)
@@ -156,11 +158,11 @@ class Trainer:
             final_loss=self.loss,
             eval_loss=self.eval_loss,
             checkpoint=self.checkpoint,
-            interrupted=self.step < self.last_step,
+            stopped_by=signal.Signals(stopped) if self.step < self.last_step else None,
         )
 
-    def _train_step(self, stop_requested: threading.Event) -> tuple[StepMetrics, bool]:
-        """One update; its metrics, and whether any rank was asked to stop."""
+    def _train_step(self, request: _StopRequest) -> tuple[StepMetrics, int]:
+        """One update; its metrics, and the signal by which any rank was asked to stop, else 0."""
         start = time.perf_counter()
         inputs, labels = self.dataset.batch(self.step)
         lr = lr_at(self.step, self.section)
@@ -174,8 +176,8 @@ class Trainer:
             torch.cuda.synchronize()  # the update runs on after its launch, and belongs to this step
         seconds = time.perf_counter() - start
         self.step += 1
-        peak_bytes, stop = all_max([float(self.peak_memory.bytes()), float(stop_requested.is_set())])
-        return self._metrics(grad_norm, lr, seconds, int(peak_bytes)), stop > 0
+        peak_bytes, stop = all_max([float(self.peak_memory.bytes()), float(request.signum)])
+        return self._metrics(grad_norm, lr, seconds, int(peak_bytes)), int(stop)
 
     def _check_finite(self, grad_norm: float) -> None:
         for name, value in (("loss", self.loss), ("gradient norm", grad_norm)):
@@ -248,11 +250,11 @@ def _check_agreement(model: TrainableModel, section: TrainSection, dataset: Data
 
 
 def _check_unused(run_dir: Path) -> None:
-    metrics = run_dir / METRICS_FILE
-    if (run_dir / "checkpoints" / POINTER).exists() or (metrics.exists() and metrics.stat().st_size > 0):
+    """A run that ended before its first save left nothing to go on from, so it may begin again."""
+    if (run_dir / "checkpoints" / POINTER).exists():
         raise ConfigError(
-            f"{run_dir} already holds a run; resume it, or give another run directory (or delete {METRICS_FILE} and "
-            "checkpoints/ there)"
+            f"{run_dir} already holds a run; resume it, or give another run directory (or delete "
+            f"{METRICS_FILE} and checkpoints/ there)"
         )
 
 
@@ -282,19 +284,26 @@ def _resume(
     return state.step
 
 
+@dataclass
+class _StopRequest:
+    """The last signal that asked this process to stop; 0 until then."""
+
+    signum: int = 0
+
+    def set(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+
+
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets instead of ending the process."""
-    requested = threading.Event()
-
-    def request(signum: int, frame: FrameType | None) -> None:
-        requested.set()
-
+def _stop_requests() -> Iterator[_StopRequest]:
+    """What SIGINT, SIGTERM and SIGHUP ask for, in place of what they did; an ignored signal (nohup) stays ignored."""
+    request = _StopRequest()
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+        asking = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, request.set) for number in asking}
     try:
-        yield requested
+        yield request
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -13,6 +13,7 @@ from train_fakes import FakeModel, global_values, plan_for, section
 from galvatron.core.errors import CheckpointError, ConfigError, DataError, GalvatronError, PlanError
 from galvatron.core.job import TrainSection
 from galvatron.train import Dataset, Reporter, StepMetrics, TrainResult, read_metrics, train
+from galvatron.train.metrics import MetricsLog
 
 TOKENS = np.random.RandomState(0).randint(0, 40, size=2100)
 
@@ -74,7 +75,7 @@ def test_loss_falls_and_everything_is_reported_in_order(tmp_path: Path) -> None:
     assert result.steps == 5
     assert result.final_loss == rows[-1]["loss"]
     assert result.eval_loss is not None
-    assert not result.interrupted
+    assert result.stopped_by is None
 
 
 def test_evaluation_is_the_mean_over_counted_tokens(tmp_path: Path) -> None:
@@ -106,14 +107,32 @@ def test_a_run_may_resume_from_another_run_directory(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "second")) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_the_step_with_a_save(tmp_path: Path, number: int) -> None:
     before = signal.getsignal(number)
     result = run(FakeModel.make(), tmp_path, section(num_steps=9), reporter=StopsAt(3, number))
-    assert (result.steps, result.interrupted, result.checkpoint.name) == (4, True, "step-000004")
+    assert (result.steps, result.stopped_by, result.checkpoint.name) == (4, number, "step-000004")
     assert signal.getsignal(number) is before
     run(FakeModel.make(), tmp_path, section(num_steps=9), resume="latest")
     assert len(losses(tmp_path)) == 9
+
+
+def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        result = run(FakeModel.make(), tmp_path, section(num_steps=5), reporter=StopsAt(3, signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.steps, result.stopped_by) == (5, None)
+
+
+def test_a_run_killed_before_its_first_save_begins_again(tmp_path: Path) -> None:
+    killed = MetricsLog(tmp_path, 0)
+    killed.evaluation(1, 2.5)
+    killed.close()
+    (tmp_path / "checkpoints" / ".step-000002.tmp").mkdir(parents=True)
+    run(FakeModel.make(), tmp_path, section(num_steps=3))
+    assert len(losses(tmp_path)) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: Path) -> None:
