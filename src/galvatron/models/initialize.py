@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+
+from galvatron.internals import TorchDispatchMode, changes_in_place, takes_generator, to_be_initialised, viewed
 
 
 @dataclass(frozen=True)
 class _Step:
     """One in-place operation on a (view of a) parameter."""
 
-    op: Any  # torch._ops.OpOverload
+    op: Any  # a torch.ops overload
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -35,9 +36,9 @@ class _Recorder(TorchDispatchMode):
         self.steps: dict[str, list[_Step]] = {name: [] for name in names.values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.endswith("_") and isinstance(args[0], torch.Tensor):
+        if changes_in_place(func) and isinstance(args[0], torch.Tensor):
             target = args[0]
-            name = self.names.get(id(target)) or self.names.get(id(target._base))
+            name = self.names.get(id(target)) or self.names.get(id(viewed(target)))
             if name is not None:
                 size, stride, offset = tuple(target.shape), tuple(target.stride()), int(target.storage_offset())
                 self.steps[name].append(_Step(func, size, stride, offset, tuple(args[1:]), dict(kwargs or {})))
@@ -51,7 +52,7 @@ class InitialWeights:
         """Record how ``model`` (parameters on meta) initialises itself."""
         parameters = dict(model.named_parameters())
         for module in model.modules():
-            module._is_hf_initialized = False  # type: ignore[assignment]
+            to_be_initialised(module)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with _Recorder({id(p): name for name, p in parameters.items()}) as recorder:
             model.initialize_weights()
@@ -77,7 +78,6 @@ class InitialWeights:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
         value = torch.zeros(self._shapes[name])
         for step in self._steps[name]:
-            random = any(argument.name == "generator" for argument in step.op._schema.arguments)
-            kwargs = {**step.kwargs, "generator": generator} if random else step.kwargs
+            kwargs = {**step.kwargs, "generator": generator} if takes_generator(step.op) else step.kwargs
             step.op(value.as_strided(step.size, step.stride, step.offset), *step.args, **kwargs)
         return value

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
+from galvatron.internals import put_parameter
 
 from .family import family_of
 
@@ -61,7 +62,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(module, name, param)
         if param is not None and not param.is_meta:  # a tied parameter is on meta already and stays shared
-            module._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            put_parameter(module, name, nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad))
 
     nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:

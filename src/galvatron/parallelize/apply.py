@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ModelSpec, ParameterSpec
+from galvatron.internals import put_buffer
 from galvatron.models import Family, InitialWeights, build_spec, family_of
 from galvatron.plan import LayerStrategy, Plan, check_runnable
 
@@ -203,10 +204,10 @@ def _parts(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> list[_P
 
 def _materialise(stage: Stage, device: torch.device) -> None:
     """Give the meta parameters memory on ``device``; buffers keep their values and move there."""
-    buffers = [(module, name, b) for module in stage.modules() for name, b in module._buffers.items() if b is not None]
+    buffers = [(module, name, b) for module in stage.modules() for name, b in module.named_buffers(recurse=False)]
     stage.to_empty(device=device)
     for module, name, buffer in buffers:
-        module._buffers[name] = buffer.to(device)
+        put_buffer(module, name, buffer.to(device))
 
 
 def _local_parameter(part: _Part, sharded: nn.Parameter, spec: ModelSpec, grid: Grid) -> LocalParameter:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from galvatron.internals import call_attention
+
 NAME = "galvatron"
 
 
@@ -20,7 +22,7 @@ def use_attention(model: PreTrainedModel) -> None:
     """Make every attention module of ``model`` call ``attention`` (registered once under ``NAME``)."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, _no_mask)
-    model.config._attn_implementation = NAME
+    call_attention(model.config, NAME)
 
 
 def attention(

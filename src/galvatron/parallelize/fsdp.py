@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from galvatron import internals
 from galvatron.core.model import Precision
 from galvatron.plan import LayerStrategy
 
@@ -66,9 +67,7 @@ def free_gathered(units: Iterable[ShardedUnit]) -> None:
 def gathered_buffers(units: Iterable[ShardedUnit]) -> Iterator[torch.Tensor]:
     """The buffers that FSDP2 gathers parameters into; it resizes them to nothing while they are not in use."""
     for unit in units:
-        for group in _face(unit)._get_fsdp_state()._fsdp_param_groups:
-            for parameter in group.fsdp_params:
-                yield from parameter.all_gather_outputs
+        yield from internals.gathered_buffers(_face(unit))
 
 
 def _face(unit: ShardedUnit) -> FSDPModule:

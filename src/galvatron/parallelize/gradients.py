@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from galvatron.internals import multiply_all_
+
 from .pieces import LocalParameter
 
 
@@ -40,4 +42,4 @@ def clip(parameters: Iterable[LocalParameter], norm: Tensor, max_norm: float) ->
     """Scale all gradients by max_norm / norm where the norm is larger (torch's clip_grad_norm_, eps 1e-6)."""
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     gradients = [p.tensor.grad for p in parameters if p.tensor.grad is not None]
-    torch._foreach_mul_(gradients, scale)
+    multiply_all_(gradients, scale)

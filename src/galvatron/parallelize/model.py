@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from galvatron.core.errors import DataError
 from galvatron.core.model import ModelSpec
+from galvatron.internals import local_part
 from galvatron.plan.schedules import Action, actions
 
 from .fsdp import DTYPES, ShardedUnit, free_gathered, gathered_buffers, prepare_backward
@@ -143,7 +144,7 @@ class ParallelModel:
         for parameter in self.local_parameters:
             gradient = self._sharded[parameter.name].grad
             assert isinstance(gradient, DTensor), parameter.name
-            parameter.tensor.grad = gradient._local_tensor
+            parameter.tensor.grad = local_part(gradient)
         for replicated in self._replicated:
             sum_over(replicated.group, [p.tensor.grad for p in replicated.parameters if p.tensor.grad is not None])
 

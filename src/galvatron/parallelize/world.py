@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from galvatron.core.errors import ConfigError
+from galvatron.internals import HashStore
 
 DeviceType = Literal["cpu", "cuda", "auto"]
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from galvatron.core.model import ActivationSample, Recompute
+from galvatron.internals import FakeTensorMode
 
 from .storages import StorageLog, storage_bytes
 from .units import LocalUnit, UnitShape

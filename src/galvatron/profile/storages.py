@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from galvatron.internals import TorchDispatchMode, storage_address, tree_leaves
 
 _RESIZED = -1  # the serial that all resized storages share
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages under ``tensors``, each counted once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {storage_address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
@@ -77,8 +77,7 @@ class StorageLog(TorchDispatchMode):
             self.ignore(self._resized())
 
     def _serial(self, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        address = storage._cdata
+        storage, address = tensor.untyped_storage(), storage_address(tensor)
         if address not in self._serials:
             self._serials[address] = self._num_seen
             self._num_seen += 1

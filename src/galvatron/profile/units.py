@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.model import ModelSpec, UnitName
+from galvatron.internals import put_buffer, put_parameter, tree_map_only
 from galvatron.models import Family, family_of, meta_model
 from galvatron.parallelize.attention import use_attention
 from galvatron.parallelize.collectives import AxisGroup
@@ -54,12 +54,11 @@ class LocalUnit(nn.Module):
     def allocate(self, dtype: torch.dtype, device: torch.device, place: Callable[[Tensor], Tensor]) -> None:
         """Give the parameters memory and values; ``place`` takes buffers and side inputs where they are needed."""
         for module in self.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, INITIAL_STD)
-                    module._parameters[name] = nn.Parameter(value)
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else place(buffer)
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, INITIAL_STD)
+                put_parameter(module, name, nn.Parameter(value))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                put_buffer(module, name, place(buffer))
         self.args, self.kwargs = tree_map_only(Tensor, place, (self.args, self.kwargs))
 
 

@@ -1,0 +1,105 @@
+"""Private names of PyTorch and transformers, all that are used, each behind a function of ours.
+
+Takes public objects; gives what no public name gives.  Knows nothing of models, plans or processes.  A private name
+may change in any release, so these were run (the tests of this project, ``make test`` and ``make test-lowest``) on
+
+    torch          2.11.0, 2.13.0
+    transformers   5.17.0, 5.23.0
+
+and pyproject.toml admits what lies between them.  What differed:
+
+    FSDPState._fsdp_param_groups   2.13; 2.11 has one group and calls it _fsdp_param_group
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import PretrainedConfig
+
+__all__ = [
+    "FakeTensorMode",
+    "HashStore",
+    "TorchDispatchMode",
+    "call_attention",
+    "changes_in_place",
+    "gathered_buffers",
+    "local_part",
+    "multiply_all_",
+    "put_buffer",
+    "put_parameter",
+    "storage_address",
+    "takes_generator",
+    "to_be_initialised",
+    "tree_leaves",
+    "tree_map_only",
+    "viewed",
+]
+
+
+def gathered_buffers(module: FSDPModule) -> Iterator[torch.Tensor]:
+    """The buffers that FSDP2 gathers the parameters of ``module``'s group into."""
+    state: Any = module._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    for group in groups:
+        for parameter in group.fsdp_params:
+            yield from parameter.all_gather_outputs
+
+
+def local_part(tensor: DTensor) -> torch.Tensor:
+    """This rank's part itself; ``to_local`` may make a view of it, and autograd may watch that."""
+    return tensor._local_tensor
+
+
+def multiply_all_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply every tensor by ``factor``, in few kernels."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def put_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
+    """Replace a parameter without ``register_parameter``."""
+    module._parameters[name] = value
+
+
+def put_buffer(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """Replace a buffer; whether it is saved with the module stays as it is."""
+    module._buffers[name] = value
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """What tells the storage under ``tensor`` from all others alive; fake storages have one too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def changes_in_place(op: Any) -> bool:
+    """Whether a dispatched operation (a ``torch.ops`` overload) writes into its first argument."""
+    return str(op._schema.name).endswith("_")
+
+
+def takes_generator(op: Any) -> bool:
+    """Whether a dispatched operation draws random numbers from a generator it is given."""
+    return any(argument.name == "generator" for argument in op._schema.arguments)
+
+
+def viewed(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor that ``tensor`` is a view of; None where it is no view."""
+    return tensor._base
+
+
+def call_attention(config: PretrainedConfig, name: str) -> None:
+    """Make the modules built from ``config`` call the attention registered as ``name``, without checking the name."""
+    config._attn_implementation = name
+
+
+def to_be_initialised(module: nn.Module) -> None:
+    """Let transformers initialise a module that it has initialised before."""
+    module._is_hf_initialized = False  # type: ignore[assignment]
