@@ -20,7 +20,7 @@ from galvatron.parallelize import init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool, WorkerError
-from galvatron.train import Dataset, Reporter, StepMetrics, checkpoint_to_hf, read_metrics, save_hf, train
+from galvatron.train import Dataset, Reporter, StepMetrics, checkpoint_to_hf, read_metrics, train
 from galvatron.train.checkpoint import is_weight
 from galvatron.train.storage import CheckpointIndex, read_tensor
 
@@ -60,7 +60,7 @@ def _run(family: str, tied: bool, plan: Plan, run_dir: Path, settings: dict[str,
     export = options.pop("export", None)
     result = train(model, section, dataset, plan=plan, run_dir=run_dir, **options)
     if export is not None:
-        save_hf(model, export, max_shard_bytes=20_000)
+        model.save_pretrained(export, max_shard_bytes=20_000)
     return result.steps
 
 

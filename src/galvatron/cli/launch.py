@@ -116,7 +116,7 @@ class Processes:
         """``function()`` once, on rank 0 of a joined world; its result, or its exception, on every rank."""
         if not self.joined:
             return function()
-        from galvatron.train.ranks import on_rank_zero
+        from galvatron.parallelize.ranks import on_rank_zero
 
         return self.here(lambda: on_rank_zero(function))
 

@@ -170,7 +170,7 @@ def _weights(path: str, config: Any) -> Any:
     """The safetensors beside a config file, in a directory, or of a hub name (fetched once by rank 0)."""
     from galvatron.models import family_of
     from galvatron.parallelize import SafetensorsWeights
-    from galvatron.train.ranks import on_rank_zero
+    from galvatron.parallelize.ranks import on_rank_zero
 
     directory = Path(path).parent if Path(path).is_file() else Path(path)
     if not directory.is_dir():

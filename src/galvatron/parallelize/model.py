@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +18,15 @@ from galvatron.core.model import ModelSpec
 from galvatron.internals import local_part
 from galvatron.plan.schedules import Action, actions
 
+from .export import MAX_SHARD_BYTES, write_hf_directory
 from .fsdp import DTYPES, ShardedUnit, free_gathered, gathered_buffers, prepare_backward
+from .gather import Shapes, gather_whole
 from .gradients import clip, global_norm, sum_over
 from .grid import Grid
 from .loss import IGNORED
 from .pieces import LocalParameter
 from .pipeline import Neighbours, run
+from .safetensors_file import Entry
 from .stage import Stage
 
 
@@ -98,6 +103,26 @@ class ParallelModel:
         if max_norm is not None:
             clip(self.local_parameters, norm, max_norm)
         return float(norm)
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        tokenizer: Any = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        """Write weights in ``dtype``, config and, if given, a Hugging Face ``tokenizer`` for ``from_pretrained``.
+
+        A collective call; rank 0 writes, one tensor at a time.  ``directory`` must be new or empty and appears
+        whole or not at all.  Raises ConfigError if it is not empty, CheckpointError if the disk refuses.
+        """
+
+        def write(shapes: Shapes, tensors: Iterator[Tensor]) -> None:
+            entries = [Entry(name, dtype, shape) for name, shape in shapes.items()]
+            write_hf_directory(Path(directory), self.config, entries, tensors, tokenizer, max_shard_bytes)
+
+        gather_whole(self.local_parameters, write)
 
     def gathered_buffers(self) -> Iterator[Tensor]:
         """The buffers for gathered parameters, of no bytes while not in use: for those who count memory."""

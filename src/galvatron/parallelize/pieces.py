@@ -94,3 +94,10 @@ def _at(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
 def box(tensor: torch.Tensor, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
     """The view of ``tensor`` at ``offset`` of ``size``."""
     return tensor[tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))]
+
+
+def boxes_of(local: torch.Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """(offset in the global tensor, view of ``local``) of every piece that holds anything."""
+    for piece in pieces:
+        if math.prod(piece.size) > 0:
+            yield piece.global_offset, box(local.detach(), piece.local_offset, piece.size)

@@ -6,7 +6,7 @@ plans are found, and prints nothing.
 
 from .checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from .data import Dataset, load_dataset, prepare_tokens
-from .export import checkpoint_to_hf, save_hf
+from .export import checkpoint_to_hf
 from .interface import Reporter
 from .memory import PeakMemory
 from .metrics import StepMetrics, read_metrics
@@ -34,6 +34,5 @@ __all__ = [
     "prepare_tokens",
     "read_metrics",
     "save_checkpoint",
-    "save_hf",
     "train",
 ]

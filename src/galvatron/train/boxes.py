@@ -33,9 +33,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from galvatron.parallelize.pieces import box
-
-from .interface import BoxPair
+from galvatron.parallelize.pieces import Piece, box, boxes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +58,14 @@ class Held:
     boxes: tuple[Box, ...]
 
 
-def held(shape: Sequence[int], local: torch.Tensor, pieces: Sequence[BoxPair]) -> Held:
+def held(shape: Sequence[int], local: torch.Tensor, pieces: Sequence[Piece]) -> Held:
     """The boxes of ``local`` (a plain tensor, not copied) in a global tensor of ``shape``."""
-    boxes = tuple(
-        Box(tuple(piece.global_offset), box(local.detach(), piece.local_offset, piece.size))
-        for piece in pieces
-        if math.prod(piece.size) > 0
-    )
-    return Held(tuple(shape), local.dtype, boxes)
+    return Held(tuple(shape), local.dtype, tuple(Box(*found) for found in boxes_of(local, pieces)))
 
 
 def whole(tensor: torch.Tensor) -> Held:
     """A tensor that one rank holds entirely."""
     return Held(tuple(tensor.shape), tensor.dtype, (Box((0,) * tensor.dim(), tensor),))
-
-
-def place(target: torch.Tensor, boxes: Sequence[tuple[Sequence[int], Sequence[int]]], flat: torch.Tensor) -> None:
-    """Copy the concatenated values ``flat`` of ``boxes`` (offset, size) to where they belong in ``target``."""
-    sizes = [math.prod(size) for _, size in boxes]
-    for (offset, size), values in zip(boxes, flat.split(sizes), strict=True):
-        box(target, offset, size).copy_(values.view(tuple(size)))
 
 
 class BoxSavePlanner(SavePlanner):

@@ -25,13 +25,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from galvatron.core.errors import CheckpointError, GalvatronError
 from galvatron.core.job import TrainSection
 from galvatron.core.records import FileRecord, read_text, write_atomic
+from galvatron.parallelize.ranks import all_gather, on_rank_zero, rank, together, world_size
+from galvatron.parallelize.safetensors_file import fsync_directory
 from galvatron.plan import Plan
 
 from .boxes import BoxLoadPlanner, BoxSavePlanner, Held, held, whole
 from .interface import TrainableModel
 from .optimizer import MOMENTS, set_update_count
-from .ranks import all_gather, on_rank_zero, rank, together, world_size
-from .safetensors_file import fsync_directory
 from .storage import INDEX_FILE, CheckpointIndex, PieceReader, PieceWriter
 
 STATE_FILE, PLAN_FILE, CONFIG_FILE, POINTER = "state.json", "plan.json", "config.json", "latest"

@@ -19,8 +19,8 @@ import torch
 from galvatron.core.errors import DataError, GalvatronError
 from galvatron.core.job import DataSection, TrainSection
 from galvatron.core.records import FileRecord
+from galvatron.parallelize.ranks import on_rank_zero, together
 
-from .ranks import on_rank_zero, together
 from .text import Block, read_blocks, source_key
 from .tokenizer import Tokenizer, load_tokenizer
 

@@ -13,38 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from galvatron.core.model import ModelSpec
+from galvatron.parallelize import LocalParameter
 
 if TYPE_CHECKING:
     from .metrics import StepMetrics
-
-
-class BoxPair(Protocol):
-    """A box of a local tensor (``local_offset``, ``size``) and the box of the global tensor that it is."""
-
-    @property
-    def local_offset(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def global_offset(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def size(self) -> tuple[int, ...]: ...  # noqa: D102
-
-
-class LocalPart(Protocol):
-    """The part of one global parameter that this rank holds and its optimizer steps.
-
-    ``tensor`` is a plain fp32 parameter; exactly one rank of the world is primary for each distinct part.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def tensor(self) -> torch.nn.Parameter: ...  # noqa: D102
-    @property
-    def global_shape(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def pieces(self) -> Sequence[BoxPair]: ...  # noqa: D102
-    @property
-    def is_primary(self) -> bool: ...  # noqa: D102
 
 
 class TrainableModel(Protocol):
@@ -59,7 +31,7 @@ class TrainableModel(Protocol):
     @property
     def config(self) -> Any: ...  # noqa: D102
     @property
-    def local_parameters(self) -> Sequence[LocalPart]: ...  # noqa: D102
+    def local_parameters(self) -> Sequence[LocalParameter]: ...  # noqa: D102
     def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float: ...  # noqa: D102
     def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102

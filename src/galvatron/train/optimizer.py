@@ -12,8 +12,7 @@ import torch
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.job import TrainSection
-
-from .interface import LocalPart
+from galvatron.parallelize import LocalParameter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -57,7 +56,7 @@ def lr_at(step: int, train: TrainSection) -> float:
     return train.lr - t * (train.lr - train.min_lr)
 
 
-def build_optimizer(parameters: Sequence[LocalPart], train: TrainSection) -> torch.optim.AdamW:
+def build_optimizer(parameters: Sequence[LocalParameter], train: TrainSection) -> torch.optim.AdamW:
     """AdamW whose moments exist from the start; globally one-dimensional parameters (norms, biases) do not decay.
 
     The fused kernel serves CPU and CUDA alike: 60 fp32 matrices of 256×256 took 6 ms a step on one CPU

@@ -29,8 +29,7 @@ from torch.futures import Future
 
 from galvatron.core.errors import CheckpointError, GalvatronError
 from galvatron.core.records import FileRecord, Record
-
-from .safetensors_file import DTYPE_NAMES, DTYPES, Entry, write_safetensors
+from galvatron.parallelize.safetensors_file import DTYPE_NAMES, DTYPES, Entry, write_safetensors
 
 INDEX_FILE = "metadata.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

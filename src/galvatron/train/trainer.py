@@ -20,6 +20,7 @@ import torch
 
 from galvatron.core.errors import CheckpointError, ConfigError, DataError, GalvatronError
 from galvatron.core.job import TrainSection
+from galvatron.parallelize.ranks import all_max, communication_device, on_rank_zero, rank, world_size
 from galvatron.plan import Plan, check_plan_for_job
 
 from .checkpoint import POINTER, TrainState, find_checkpoint, load_checkpoint, save_checkpoint, seed_rank
@@ -28,7 +29,6 @@ from .interface import Reporter, TrainableModel
 from .memory import PeakMemory
 from .metrics import METRICS_FILE, MetricsLog, StepMetrics
 from .optimizer import build_optimizer, check_train_section, lr_at, set_lr
-from .ranks import all_max, communication_device, on_rank_zero, rank, world_size
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
