@@ -14,6 +14,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from galvatron.core.version import __version__
+
 if TYPE_CHECKING:
     from galvatron.core.errors import GalvatronError
     from galvatron.core.hardware import HardwareProfile
@@ -36,7 +38,6 @@ __all__ = [
     "parallelize",
     "search",
 ]
-__version__ = "0.1.0"
 
 _HOMES = {
     "GalvatronError": "galvatron.core.errors",

@@ -20,10 +20,12 @@ from galvatron.parallelize.pieces import LocalParameter, Piece
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.pool import PRELOAD
 from galvatron.train.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from galvatron.train.lineage import Lineage
 from galvatron.train.optimizer import MOMENTS, build_optimizer
 
 SHAPE = (512, 512)
 SECTION = TrainSection(global_batch_size=1, seq_len=8, num_steps=10)
+LINEAGE = Lineage(train=SECTION, config={}, eval_fraction=0.0, versions={})
 ONE = LayerStrategy()
 PLAN = Plan(
     model="m", world_size=1, layers_per_stage=(1,), embedding=ONE, layers=(ONE,), head=ONE,
@@ -35,7 +37,7 @@ def _model() -> SimpleNamespace:
     whole = Piece((0, 0), (0, 0), SHAPE)
     names = ("a.weight", "b.weight")
     parts = [LocalParameter(n, torch.nn.Parameter(torch.zeros(SHAPE)), SHAPE, (whole,), 1, True) for n in names]
-    return SimpleNamespace(local_parameters=parts, config=SimpleNamespace(to_json_string=lambda: "{}\n"))
+    return SimpleNamespace(local_parameters=parts, config=SimpleNamespace(to_json_string=lambda use_diff: "{}\n"))
 
 
 def _tensors(model: SimpleNamespace, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -53,7 +55,7 @@ def _save_forever(root: Path, path: list[str]) -> None:
         for tensor in _tensors(model, optimizer):
             tensor.fill_(step)
         repeated = step // 2  # each step is saved twice, so replacing is killed too
-        state = TrainState(step=repeated, world_size=1, data_fingerprint="", train=SECTION)
+        state = TrainState(step=repeated, world_size=1, run=LINEAGE)
         save_checkpoint(root, model, optimizer, state, plan=PLAN, keep=2)
 
 
@@ -92,7 +94,7 @@ def test_kill_at_a_random_moment(tmp_path: Path, seed: int) -> None:
     assert value // 2 == step
     model = _model()
     optimizer = build_optimizer(model.local_parameters, SECTION)
-    state = TrainState(step=step + 5, world_size=1, data_fingerprint="", train=SECTION)
+    state = TrainState(step=step + 5, world_size=1, run=LINEAGE)
     save_checkpoint(root, model, optimizer, state, plan=PLAN, keep=2)
     left = sorted(path.name for path in root.iterdir())
     assert not [name for name in left if name.startswith(".")], left

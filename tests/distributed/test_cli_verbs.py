@@ -198,3 +198,36 @@ def test_run_does_it_all_and_goes_on_where_it_ended(
     assert "hardware.json is kept" in out
     assert "has done 4 steps already" in out
     assert list(losses("runs/job")) == [1, 2, 3, 4]
+
+
+def test_a_run_that_would_not_go_on_is_refused_before_anything_is_done(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert galvatron("train", "job.toml", "--plan", "mixed.json") == 0
+    run = folder / "runs/job"
+    assert json.loads((run / "run.json").read_text())["data"]["tokenizer"] == "bytes"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    config = json.dumps({**CONFIG, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    changed = [
+        (JOB.replace("num_steps = 4", "num_steps = 6\nseed = 1"), json.dumps(CONFIG), "seed=1"),
+        (JOB.replace('"text.txt"', '"text.txt"\neval_fraction = 0.1'), json.dumps(CONFIG), "eval_fraction=0.1"),
+        (JOB, config, "'rope_theta': 500000.0"),
+    ]
+    for job, model, words in changed:
+        (folder / "job.toml").write_text(job)
+        (folder / "config.json").write_text(model)
+        for verb in (("run", "job.toml"), ("train", "job.toml", "--plan", "pipeline.json", "--resume", "latest")):
+            capfd.readouterr()
+            assert galvatron(*verb) == 2
+            output = capfd.readouterr()
+            assert words in output.err.split("but the job has")[1]
+            assert output.err.count("\n") == 1
+            assert output.out == ""
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    (folder / "job.toml").write_text(JOB.replace("num_steps = 4", "num_steps = 8"))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    assert galvatron("train", "job.toml", "--plan", "mixed.json", "--resume", "latest") == 0
+    said = "num_steps was 4 and is 8: the learning rate of step 5 is 0.005 in place of 0"
+    assert capfd.readouterr().out.count(said) == 1
+    assert list(losses("runs/job")) == list(range(1, 9))

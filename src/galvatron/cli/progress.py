@@ -49,6 +49,10 @@ class ConsoleReporter(Reporter):
         self._every = max(1, round((num_steps - first_step + 1) / LINES))
         self._status.start()
 
+    def noted(self, text: str) -> None:
+        """Print the sentence."""
+        say(text)
+
     def stepped(self, metrics: StepMetrics) -> None:
         """Print the step, or show it until the next one."""
         self.steps.append(metrics)

@@ -51,7 +51,7 @@ def run(job: JobFile, run_dir: RunDir = None, nproc: Nproc = None) -> None:
     loaded = Job.load(job)
     directory = RunDirectory.of_job(job, run_dir)
     with processes(nproc, loaded.cluster.device, loaded.cluster.num_processes) as ranks:
-        spec = check_job(ranks, loaded, directory)
+        spec = check_job(ranks, loaded, directory, directory.resumable)
         if loaded.resume is not None and loaded.resume.plan != RUNNER_UP:
             other = Plan.load(loaded.resume.plan)
             other.validate(spec, ranks.world_size)
@@ -124,12 +124,10 @@ def _second_plan(name: str, result: SearchResult) -> Plan:
 
 def _train_what_is_left(ranks: Processes, leg: Leg) -> None:
     """Train ``leg`` from the last checkpoint on, if that is not past it already."""
-    from galvatron.train import TrainState, find_checkpoint
-    from galvatron.train.checkpoint import POINTER, STATE_FILE
+    from galvatron.train import find_checkpoint, read_state
 
-    done = 0
-    if (leg.run.checkpoints / POINTER).exists():
-        done = TrainState.load(find_checkpoint(leg.run.checkpoints, POINTER) / STATE_FILE).step
+    resumable = leg.run.resumable
+    done = 0 if resumable is None else read_state(find_checkpoint(leg.run.checkpoints, resumable)).step
     heading("Train" if leg.first_step == 1 else "Resume under another plan")
     if done >= leg.end:
         say(f"{leg.run.path} has done {done} steps already")

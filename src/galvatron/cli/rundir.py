@@ -56,6 +56,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def resumable(self) -> str | None:
+        """What to resume: the latest checkpoint, None before the first save."""
+        return "latest" if (self.checkpoints / "latest").exists() else None
+
+    @property
     def exported(self) -> Path:
         """Trained models as Hugging Face directories, one an exported step."""
         return self.path / "exported"

@@ -81,7 +81,7 @@ def train(
     """
     leg = Leg(Job.load(job), Plan.load(plan), RunDirectory.of_job(job, run_dir), resume)
     with processes(nproc, leg.job.cluster.device, leg.job.cluster.num_processes) as ranks:
-        spec = check_job(ranks, leg.job, leg.run)
+        spec = check_job(ranks, leg.job, leg.run, resume)
         leg.plan.validate(spec, ranks.world_size)
         check_plan_for_job(leg.plan, leg.job.train)
         heading("Train")
@@ -91,13 +91,18 @@ def train(
             show_summary(leg.run, [leg])
 
 
-def check_job(ranks: Processes, job: Job, run: RunDirectory) -> ModelSpec:
-    """Find what is wrong with settings, model and data before anything is measured or trained."""
+def check_job(ranks: Processes, job: Job, run: RunDirectory, resume: str | None) -> ModelSpec:
+    """Find what is wrong with settings, model, data and the checkpoint to resume, before anything else is done."""
     from galvatron.models import build_spec, load_config
-    from galvatron.train import check_train_section, load_dataset
+    from galvatron.train import Lineage, check_goes_on, check_train_section, find_checkpoint, load_dataset, read_state
 
     check_train_section(job.train)
-    spec = build_spec(load_config(job.model.path))
+    config = load_config(job.model.path)
+    spec = build_spec(config)
+    if resume is not None:
+        checkpoint = find_checkpoint(run.checkpoints, resume)
+        before = read_state(checkpoint).run
+        check_goes_on(before, Lineage.of_job(job, config), checkpoint)
     if job.train.seq_len > spec.max_seq_len:
         raise ConfigError(
             f"train.seq_len={job.train.seq_len} must not exceed the model's {spec.max_seq_len} positions; lower it"
@@ -109,6 +114,8 @@ def check_job(ranks: Processes, job: Job, run: RunDirectory) -> ModelSpec:
                 f"tokenizer {job.data.tokenizer} has {dataset.vocab_size} tokens but the model's vocabulary only "
                 f"{spec.vocab_size}; use the model's own tokenizer or a larger vocab_size"
             )
+        if resume is not None:
+            check_goes_on(before, Lineage.of_run(job.train, config, dataset, job), checkpoint)
     return spec
 
 
@@ -161,6 +168,7 @@ def _train(world: World, leg: Leg) -> TrainResult:
             reporter=reporter,
             device_flops_per_s=_device_flops_per_s(leg),
             peak_memory=peak_memory,
+            job=leg.job,
         )
     finally:
         reporter.close()

@@ -4,10 +4,11 @@ Takes a model that ``parallelize`` cut, its plan and a job; gives a run director
 plans are found, and prints nothing.
 """
 
-from .checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import TrainState, find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from .data import Dataset, load_dataset, prepare_tokens
 from .export import checkpoint_to_hf
 from .interface import Reporter
+from .lineage import Lineage, check_goes_on, notable_changes
 from .memory import PeakMemory
 from .metrics import StepMetrics, read_metrics
 from .optimizer import build_optimizer, check_train_section, lr_at
@@ -17,6 +18,7 @@ from .trainer import Trainer, TrainResult, train
 __all__ = [
     "ByteTokenizer",
     "Dataset",
+    "Lineage",
     "PeakMemory",
     "Reporter",
     "StepMetrics",
@@ -24,6 +26,7 @@ __all__ = [
     "TrainState",
     "Trainer",
     "build_optimizer",
+    "check_goes_on",
     "check_train_section",
     "checkpoint_to_hf",
     "find_checkpoint",
@@ -31,8 +34,10 @@ __all__ = [
     "load_dataset",
     "load_tokenizer",
     "lr_at",
+    "notable_changes",
     "prepare_tokens",
     "read_metrics",
+    "read_state",
     "save_checkpoint",
     "train",
 ]

@@ -19,18 +19,19 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import NonNegativeInt, PositiveInt
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from galvatron.core.errors import CheckpointError, GalvatronError
-from galvatron.core.job import TrainSection
-from galvatron.core.records import FileRecord, read_text, write_atomic
+from galvatron.core.records import FileRecord, dump_json, read_text, write_atomic
 from galvatron.parallelize.ranks import all_gather, on_rank_zero, rank, together, world_size
 from galvatron.parallelize.safetensors_file import fsync_directory
 from galvatron.plan import Plan
 
 from .boxes import BoxLoadPlanner, BoxSavePlanner, Held, held, whole
 from .interface import TrainableModel
+from .lineage import Lineage
 from .optimizer import MOMENTS, set_update_count
 from .storage import INDEX_FILE, CheckpointIndex, PieceReader, PieceWriter
 
@@ -42,17 +43,20 @@ _STEP_NAME = re.compile(r"step-\d{6,}")
 class TrainState(FileRecord):
     """``state.json``: what a checkpoint holds besides tensors.
 
-    ``step`` updates are done, so the data stands at sequence ``step`` × ``train.global_batch_size`` of the
-    order that ``train.seed`` gives; ``data_fingerprint`` is the SHA-256 of the tokens.
+    ``step`` batches are behind it, so the data stands at sequence ``step`` × ``run.train.global_batch_size`` of
+    the order that ``run.train.seed`` gives.
     """
 
     FORMAT: ClassVar[str] = "galvatron.train_state"
     ERROR: ClassVar[type[GalvatronError]] = CheckpointError
 
-    step: int
-    world_size: int
-    data_fingerprint: str
-    train: TrainSection
+    step: NonNegativeInt
+    world_size: PositiveInt
+    run: Lineage
+
+    def to_json(self) -> str:
+        """The file's text, defaults written out: another version may have others."""
+        return dump_json({"format": self.FORMAT, "version": self.VERSION, **self.model_dump(mode="json")})
 
 
 def save_checkpoint(
@@ -64,7 +68,11 @@ def save_checkpoint(
     """
     final = root / f"step-{state.step:06d}"
     temporary = root / f".{final.name}.tmp"
-    texts = {STATE_FILE: state.to_json(), PLAN_FILE: plan.to_json(), CONFIG_FILE: model.config.to_json_string()}
+    texts = {
+        STATE_FILE: state.to_json(),
+        PLAN_FILE: plan.to_json(),
+        CONFIG_FILE: model.config.to_json_string(use_diff=False),
+    }
     writer = PieceWriter(temporary)
     with _plain_errors(f"save {final}"):
         on_rank_zero(lambda: _prepare(root, temporary, texts))
@@ -103,6 +111,11 @@ def load_checkpoint(directory: Path, model: TrainableModel, optimizer: torch.opt
     set_update_count(optimizer, state.step)
     together(lambda: _restore_random_states(randoms, state))
     return state
+
+
+def read_state(directory: Path) -> TrainState:
+    """What the checkpoint ``directory`` says of itself; raises CheckpointError if that is missing or malformed."""
+    return TrainState.load(directory / STATE_FILE)
 
 
 def find_checkpoint(root: Path, resume: str | Path) -> Path:
@@ -158,7 +171,7 @@ def seed_rank(seed: int, step: int) -> None:
 
 def _restore_random_states(states: dict[str, Held], saved: TrainState) -> None:
     if not states:
-        seed_rank(saved.train.seed, saved.step)
+        seed_rank(saved.run.train.seed, saved.step)
     for name, state in states.items():
         restore = torch.set_rng_state if name.startswith(f"{RNG_PREFIX}cpu") else torch.cuda.set_rng_state
         try:

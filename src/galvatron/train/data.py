@@ -74,7 +74,7 @@ class Dataset:
             )
         self.tokens, self.seq_len, self.global_batch_size, self.seed = tokens, seq_len, global_batch_size, seed
         self.vocab_size = int(tokens.max()) + 1 if vocab_size is None else vocab_size
-        self.fingerprint = fingerprint
+        self.fingerprint, self.eval_fraction = fingerprint, eval_fraction
         # row i is for evaluation where i·num_eval/num_rows passes an integer: num_eval rows at equal distances
         index = np.arange(num_rows, dtype=np.int64)
         chosen = (index + 1) * num_eval // num_rows > index * num_eval // num_rows

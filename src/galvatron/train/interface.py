@@ -45,6 +45,9 @@ class Reporter:
     def started(self, first_step: int, num_steps: int) -> None:
         """Steps ``first_step`` (1-based) to ``num_steps`` are about to run."""
 
+    def noted(self, text: str) -> None:
+        """Something about the run that its owner should know, in one sentence."""
+
     def stepped(self, metrics: StepMetrics) -> None:
         """A step is done."""
 

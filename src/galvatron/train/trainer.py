@@ -18,14 +18,23 @@ from types import FrameType
 
 import torch
 
-from galvatron.core.errors import CheckpointError, ConfigError, DataError, GalvatronError
-from galvatron.core.job import TrainSection
-from galvatron.parallelize.ranks import all_max, communication_device, on_rank_zero, rank, world_size
+from galvatron.core.errors import ConfigError, DataError, GalvatronError
+from galvatron.core.job import Job, TrainSection
+from galvatron.parallelize.ranks import all_max, communication_device, on_rank_zero, rank, together, world_size
 from galvatron.plan import Plan, check_plan_for_job
 
-from .checkpoint import POINTER, TrainState, find_checkpoint, load_checkpoint, save_checkpoint, seed_rank
+from .checkpoint import (
+    POINTER,
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+    seed_rank,
+)
 from .data import IGNORED_LABEL, Dataset
 from .interface import Reporter, TrainableModel
+from .lineage import RUN_FILE, Lineage, check_goes_on, notable_changes
 from .memory import PeakMemory
 from .metrics import METRICS_FILE, MetricsLog, StepMetrics
 from .optimizer import build_optimizer, check_train_section, lr_at, set_lr
@@ -60,6 +69,7 @@ def train(
     reporter: Reporter | None = None,
     device_flops_per_s: float | None = None,
     peak_memory: PeakMemory | None = None,
+    job: Job | None = None,
 ) -> TrainResult:
     """Train ``model`` for ``section.num_steps`` updates in all.  A collective call.
 
@@ -68,12 +78,13 @@ def train(
         section: the job's ``train`` section.
         dataset: equal on all ranks.
         plan: the plan that cut the model; its prediction goes into the metrics.
-        run_dir: gets ``metrics.jsonl`` and ``checkpoints/``; on a disk that all ranks share.
+        run_dir: gets ``run.json``, ``metrics.jsonl`` and ``checkpoints/``; on a disk that all ranks share.
         resume: ``"latest"`` of this run directory, a checkpoint or another run directory; None starts anew.
         stop_after: end, with a save, once this many updates are done; the learning rate still follows ``num_steps``.
         reporter: told of every step on rank 0.
         device_flops_per_s: one device's matrix-multiply rate, for ``mfu``; None leaves it out.
         peak_memory: made before the model, so that CUDA's peak counts its making; None counts from now.
+        job: what ``section`` and ``dataset`` come from; checkpoints keep it, and a resumed run is held against it.
 
     Every rank's random generators (dropout) start from (seed, 0, rank), or where the checkpoint left them.
     SIGINT, SIGTERM and SIGHUP end the run after the current step, with a save.
@@ -85,12 +96,14 @@ def train(
     check_train_section(section)
     _check_agreement(model, section, dataset, plan)
     optimizer = build_optimizer(model.local_parameters, section)
-    done = 0
+    lineage = Lineage.of_run(section, model.config, dataset, job)
+    done, notes = 0, []
     if resume is None:
         on_rank_zero(lambda: _check_unused(run_dir))
         seed_rank(section.seed, 0)
     else:
-        done = _resume(run_dir, resume, model, optimizer, section, dataset)
+        state = _resume(run_dir, resume, model, optimizer, lineage)
+        done, notes = state.step, notable_changes(state.run, lineage, state.step)
     last_step = section.num_steps if stop_after is None else min(stop_after, section.num_steps)
     if done >= last_step:
         raise ConfigError(f"{resume} has done {done} of {last_step} steps already; raise num_steps to train on")
@@ -105,9 +118,12 @@ def train(
         reporter=(reporter if rank() == 0 else None) or Reporter(),
         peak_memory=peak_memory or PeakMemory(device),
         device_flops_per_s=device_flops_per_s,
+        lineage=lineage,
         step=done,
         last_step=last_step,
     )
+    for note in notes:
+        trainer.reporter.noted(note)
     return trainer.run()
 
 
@@ -124,6 +140,7 @@ class Trainer:
     reporter: Reporter
     peak_memory: PeakMemory
     device_flops_per_s: float | None
+    lineage: Lineage
     step: int
     last_step: int
     loss: float = math.nan
@@ -134,6 +151,7 @@ class Trainer:
         """Step until ``last_step`` or a signal; evaluate and save as the section says, and at the end."""
         log = None
         if rank() == 0:
+            self.lineage.save(self.run_dir / RUN_FILE)
             log = MetricsLog(self.run_dir, self.step, tensorboard=self.section.tensorboard)
         self.reporter.started(self.step + 1, self.last_step)
         try:
@@ -222,12 +240,7 @@ class Trainer:
         self.reporter.evaluated(self.step, self.eval_loss)
 
     def _save(self) -> None:
-        state = TrainState(
-            step=self.step,
-            world_size=world_size(),
-            data_fingerprint=self.dataset.fingerprint,
-            train=self.section,
-        )
+        state = TrainState(step=self.step, world_size=world_size(), run=self.lineage)
         root = self.run_dir / "checkpoints"
         keep = self.section.keep_checkpoints
         self.checkpoint = save_checkpoint(root, self.model, self.optimizer, state, plan=self.plan, keep=keep)
@@ -259,29 +272,12 @@ def _check_unused(run_dir: Path) -> None:
 
 
 def _resume(
-    run_dir: Path,
-    resume: str | Path,
-    model: TrainableModel,
-    optimizer: torch.optim.Optimizer,
-    section: TrainSection,
-    dataset: Dataset,
-) -> int:
-    """Load the checkpoint that ``resume`` means and check that the samples go on from there; its step."""
+    run_dir: Path, resume: str | Path, model: TrainableModel, optimizer: torch.optim.Optimizer, lineage: Lineage
+) -> TrainState:
+    """Load the checkpoint that ``resume`` means, if ``lineage`` goes on from it."""
     directory = Path(on_rank_zero(lambda: str(find_checkpoint(run_dir / "checkpoints", resume))))
-    state = load_checkpoint(directory, model, optimizer)
-    for name in ("seed", "global_batch_size", "seq_len"):
-        before, now = getattr(state.train, name), getattr(section, name)
-        if before != now:
-            raise CheckpointError(
-                f"{directory} was trained with {name}={before} but the job has {name}={now}, so its data order "
-                f"would not go on; set {name}={before}"
-            )
-    if state.data_fingerprint != dataset.fingerprint:
-        raise CheckpointError(
-            f"{directory} was trained on other tokens (SHA-256 {state.data_fingerprint[:12]}, "
-            f"now {dataset.fingerprint[:12]}); give the same data and tokenizer"
-        )
-    return state.step
+    together(lambda: check_goes_on(read_state(directory).run, lineage, directory))
+    return load_checkpoint(directory, model, optimizer)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fakes import FakeModel, global_values, plan_for, section
+from train_fakes import FakeModel, global_values, lineage_for, plan_for, section
 
 from galvatron.core.errors import CheckpointError
 from galvatron.train.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
@@ -18,7 +18,7 @@ def save(root: Path, model: FakeModel, step: int, keep: int = 3) -> tuple[Path, 
     for moment in ("exp_avg", "exp_avg_sq"):
         for part in model.local_parameters:
             torch.nn.init.normal_(optimizer.state[part.tensor][moment])
-    state = TrainState(step=step, world_size=1, data_fingerprint="abc", train=train)
+    state = TrainState(step=step, world_size=1, run=lineage_for(train))
     return save_checkpoint(root, model, optimizer, state, plan=plan_for(train), keep=keep), optimizer
 
 

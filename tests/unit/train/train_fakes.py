@@ -11,6 +11,7 @@ from galvatron.core.job import TrainSection
 from galvatron.core.model import LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.parallelize.pieces import LocalParameter, Piece
 from galvatron.plan import LayerStrategy, Plan
+from galvatron.train import Lineage
 
 VOCAB = 257
 
@@ -114,6 +115,12 @@ class FakeModel:
 def section(**changes: object) -> TrainSection:
     """A small train section."""
     return TrainSection(**{"global_batch_size": 4, "seq_len": 8, "num_steps": 6, "lr": 0.05, "seed": 3, **changes})
+
+
+def lineage_for(train: TrainSection, **changes: object) -> Lineage:
+    """The lineage of a FakeModel's run without a job."""
+    given = {"train": train, "config": {"vocab_size": VOCAB}, "eval_fraction": 0.05, "versions": {"torch": "1"}}
+    return Lineage(**{**given, **changes})
 
 
 def plan_for(train: TrainSection) -> Plan:
