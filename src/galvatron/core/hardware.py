@@ -18,6 +18,7 @@ from pydantic import Field
 
 from .errors import GalvatronError, ProfileError
 from .model import Origin, Precision
+from .numbers import Bytes, Devices, Finite, Rate, Ratio, Seconds
 from .records import FileRecord, Record
 
 Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p"]
@@ -33,9 +34,9 @@ class Device(Record):
 
     name: str
     type: Literal["cpu", "cuda"]
-    memory_bytes: int
-    matmul_flops_per_s: dict[Precision, float]
-    full_speed_fraction: float = Field(default=1.0, gt=0, le=1)
+    memory_bytes: Bytes
+    matmul_flops_per_s: dict[Precision, Rate]
+    full_speed_fraction: float = Field(default=1.0, strict=True, gt=0, le=1)
 
 
 class Link(Record):
@@ -46,12 +47,12 @@ class Link(Record):
     """
 
     op: Op
-    size: int
-    stride: int
-    latency_s: float
-    seconds_per_byte: float
-    residual: float = 0.0
-    samples: tuple[tuple[int, float], ...] = ()
+    size: Devices
+    stride: Devices
+    latency_s: Seconds
+    seconds_per_byte: Seconds
+    residual: Finite = 0.0
+    samples: tuple[tuple[Bytes, Seconds], ...] = ()
 
     def time_s(self, num_bytes: float) -> float:
         """Seconds for one operation on ``num_bytes`` (see the module for what they count)."""
@@ -61,8 +62,8 @@ class Link(Record):
 class Overlap(Record):
     """How many times longer compute and communication take while they run together (≥ 1)."""
 
-    compute_slowdown: float
-    communication_slowdown: float
+    compute_slowdown: Ratio
+    communication_slowdown: Ratio
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class HardwareProfile(FileRecord):
     ERROR: ClassVar[type[GalvatronError]] = ProfileError
 
     device: Device
-    world_size: int
-    devices_per_node: int
+    world_size: Devices
+    devices_per_node: Devices
     backend: Literal["gloo", "nccl"]
     origin: Origin = "measured"
     links: tuple[Link, ...]

@@ -5,7 +5,6 @@ Paths in a job file are relative to the file itself.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Literal, Self
 
@@ -21,7 +20,8 @@ from pydantic import (
 
 from .errors import ConfigError
 from .model import Precision
-from .records import Record, read_text, validate
+from .parsing import parse_toml, read_text
+from .records import Record, validate
 from .units import parse_bytes
 
 
@@ -147,10 +147,7 @@ class Job(Record):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a TOML job; relative paths become relative to the file.  Raises ConfigError."""
-        try:
-            data = tomllib.loads(read_text(path, ConfigError))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not TOML: {error}; mend that line") from None
+        data = parse_toml(read_text(path, ConfigError), str(path), ConfigError)
         job = validate(cls, data, str(path), ConfigError)
         base = Path(path).resolve().parent
         model = job.model.model_copy(update={"path": _relative(job.model.path, base)})

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from .errors import ConfigError, GalvatronError, ProfileError
+from .numbers import Bytes, Count, Devices, Layers, Seconds, Sequences, Tokens, Whole
 from .records import FileRecord, Record
 
 UnitName = str
@@ -33,9 +34,9 @@ class Cut(Record):
     and uses its part: kv heads fewer than tp), or ``ceil`` (ranks hold ceil(blocks / tp) or fewer: vocabulary).
     """
 
-    dim: int
-    blocks: int
-    segments: int = 1
+    dim: Annotated[int, Field(strict=True, ge=0, le=7)]
+    blocks: Count
+    segments: Count = 1
     uneven: Literal["refuse", "whole", "ceil"] = "refuse"
 
     def is_whole(self, tp: int) -> bool:
@@ -61,9 +62,21 @@ class ParameterSpec(Record):
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...] = Field(min_length=1, max_length=8)
     cut: Cut | None = None
-    experts: bool = False
+    experts: StrictBool = False
+
+    @model_validator(mode="after")
+    def _blocks_tile_the_dim(self) -> Self:
+        if self.experts and len(self.shape) != 3:
+            raise ValueError(f"{self.name} of experts must have 3 dims, got shape {list(self.shape)}")
+        cut = self.cut
+        if cut is not None and (cut.dim >= len(self.shape) or self.shape[cut.dim] % (cut.segments * cut.blocks)):
+            raise ValueError(
+                f"{self.name} of shape {list(self.shape)} cannot be cut along dim {cut.dim} into {cut.segments} "
+                f"segments of {cut.blocks} equal blocks"
+            )
+        return self
 
     def local_shape(self, tp: int, tp_rank: int = 0, ep: int = 1) -> tuple[int, ...]:
         """The shape that ``tp_rank`` of any of ``ep`` expert ranks holds; tp rank 0 holds the largest."""
@@ -95,19 +108,19 @@ class LayerKind(UnitSpec):
     """
 
     name: UnitName = "layer"
-    count: PositiveInt
-    hidden_size: PositiveInt
-    ffn_size: PositiveInt
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt
-    tokens_divisor: PositiveInt = 1
-    side_inputs: int = Field(default=0, ge=0)
-    regions: PositiveInt = 2
-    causal: bool = True
-    attention_span: PositiveInt | None = None
-    num_experts: int = Field(default=0, ge=0)
-    experts_per_token: int = Field(default=0, ge=0)
+    count: Layers
+    hidden_size: Count
+    ffn_size: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    tokens_divisor: Count = 1
+    side_inputs: Whole = 0
+    regions: Count = 2
+    causal: StrictBool = True
+    attention_span: Count | None = None
+    num_experts: Whole = 0
+    experts_per_token: Whole = 0
 
     def tokens(self, seq_len: int) -> int:
         """Tokens of one sequence in these layers."""
@@ -136,9 +149,9 @@ class ModelSpec(Record):
     name: str
     family: str
     layers: tuple[LayerKind, ...] = Field(min_length=1)
-    vocab_size: int
-    max_seq_len: int
-    tied_embeddings: bool
+    vocab_size: Count
+    max_seq_len: Tokens
+    tied_embeddings: StrictBool
     embedding: UnitSpec
     head: UnitSpec
 
@@ -223,12 +236,12 @@ class ComputeSample(Record):
     """
 
     unit: UnitName
-    tp: int
-    batch: int
-    seq_len: int
-    forward_s: float
-    backward_s: float
-    selective_s: float = 0.0
+    tp: Devices
+    batch: Sequences
+    seq_len: Tokens
+    forward_s: Seconds
+    backward_s: Seconds
+    selective_s: Seconds = 0.0
 
 
 class ActivationSample(Record):
@@ -242,12 +255,12 @@ class ActivationSample(Record):
     """
 
     unit: UnitName
-    tp: int
+    tp: Devices
     recompute: Recompute
-    seq_len: int
-    fixed_bytes: int
-    bytes_per_sequence: int
-    workspace_bytes_per_sequence: int
+    seq_len: Tokens
+    fixed_bytes: Bytes
+    bytes_per_sequence: Bytes
+    workspace_bytes_per_sequence: Bytes
 
 
 class ModelProfile(FileRecord):
@@ -263,11 +276,11 @@ class ModelProfile(FileRecord):
     spec: ModelSpec
     device: str
     precision: Precision
-    seq_len: int
+    seq_len: Tokens
     origin: Origin = "measured"
     compute: tuple[ComputeSample, ...]
     activations: tuple[ActivationSample, ...]
-    optimizer_s_per_parameter: float = 0.0
+    optimizer_s_per_parameter: Seconds = 0.0
 
     def tp_degrees(self) -> tuple[int, ...]:
         """The tp degrees at which every kind of layer was measured, ascending."""

@@ -14,7 +14,12 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .defects import sentence
 from .errors import ConfigError, GalvatronError
+from .parsing import parse_json, read_text
+from .words import shown
+
+__all__ = ["FileRecord", "Record", "dump_json", "read_text", "validate", "write_atomic"]
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -40,15 +45,12 @@ class FileRecord(Record):
     @classmethod
     def from_json(cls, text: str, source: str = "text") -> Self:
         """Parse the JSON ``text`` of a file; ``source`` names it in error messages."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise cls.ERROR(f"{source} is not JSON ({error}); write it anew with galvatron") from None
+        data = parse_json(text, source, cls.ERROR, "write it anew with galvatron")
         if not isinstance(data, dict) or data.pop("format", None) != cls.FORMAT:
             raise cls.ERROR(f'{source} lacks "format": "{cls.FORMAT}"; give a file of that format')
         version = data.pop("version", None)
-        if version != cls.VERSION:
-            raise cls.ERROR(f"{source} has version {version}; this galvatron reads version {cls.VERSION}")
+        if type(version) is not int or version != cls.VERSION:
+            raise cls.ERROR(f"{source} has version {shown(version)}; this galvatron reads version {cls.VERSION}")
         return validate(cls, data, source, cls.ERROR)
 
     def to_json(self) -> str:
@@ -62,36 +64,11 @@ class FileRecord(Record):
 
 
 def validate(cls: type[R], data: Any, source: str, error: type[GalvatronError]) -> R:
-    """``cls.model_validate`` whose first defect becomes one sentence of class ``error``."""
+    """``cls.model_validate`` whose defects become one sentence of class ``error``."""
     try:
         return cls.model_validate(data)
     except ValidationError as failure:
-        first = failure.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        reason = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(_known_keys(cls, first["loc"]))
-            reason = f"unknown key; known here: {known}" if known else "unknown key; remove it"
-        got = "" if isinstance(first["input"], (dict, list)) else f" (got {first['input']!r})"
-        raise error(f"{source}: {where}: {reason}{got}") from None
-
-
-def _known_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    model: Any = cls
-    for part in loc[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        model = getattr(field, "annotation", None)
-    return sorted(getattr(model, "model_fields", {}))
-
-
-def read_text(path: str | Path, error: type[GalvatronError]) -> str:
-    """The text of ``path``, or one sentence of class ``error`` that says why it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise error(f"{path} does not exist; check the path") from None
-    except (OSError, UnicodeDecodeError) as failure:
-        raise error(f"{path} cannot be read: {failure}") from None
+        raise error(f"{source}: {sentence(cls, failure)}") from None
 
 
 def dump_json(data: Any) -> str:

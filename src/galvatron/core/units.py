@@ -5,21 +5,37 @@ from __future__ import annotations
 import re
 
 from .errors import ConfigError
+from .numbers import MAX_BYTES
+from .words import shown
 
-_BYTES = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGTP", start=1):
-    _BYTES[f"{_letter}iB"] = 1024**_power
-    _BYTES[f"{_letter}B"] = 1000**_power
+_BYTES = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgtp", start=1):
+    _BYTES[f"{_letter}ib"] = _BYTES[f"{_letter}i"] = _BYTES[_letter] = 1024**_power
+    _BYTES[f"{_letter}b"] = 1000**_power
+LEAST_WITHOUT_UNIT = 2**20
+"""A bare number below is taken for GiB with the unit forgotten, and refused."""
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def parse_bytes(text: str | int) -> int:
-    """``"36GiB"`` → 38654705664.  ``GB`` is 10⁹ bytes, ``GiB`` is 2³⁰; a bare number is bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if match is None or match[2] not in _BYTES:
-        raise ConfigError(f"a memory size is a number with a unit, got {text!r}; write 512MiB, 36GiB or 80GB")
-    return int(float(match[1]) * _BYTES[match[2]])
+    """``"36GiB"`` → 38654705664, in any case, with or without a space.
+
+    ``GB`` is 10⁹ bytes; ``GiB``, ``Gi`` and ``G`` are 2³⁰, as GNU's tools and Slurm have it.  A bare number is bytes.
+
+    Raises:
+        ConfigError: it is none of these, zero, a small number without a unit, or beyond an exbibyte.
+    """
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
+    unit = None if match is None else _BYTES.get(match[2].lower())
+    if match is None or unit is None:
+        raise ConfigError(f"a memory size is a number with a unit, got {shown(text)}; write 512MiB, 36GiB or 80GB")
+    count = int(float(match[1]) * unit)
+    if not 1 <= count <= MAX_BYTES:
+        raise ConfigError(f"a memory size is from 1 byte to {MAX_BYTES} bytes, got {text!r}; write 512MiB or 36GiB")
+    if not match[2] and count < LEAST_WITHOUT_UNIT:
+        raise ConfigError(f"a memory size needs its unit, got {text!r}; write {match[1]}GiB or {match[1]}MiB")
+    return count
 
 
 def format_bytes(count: float) -> str:
