@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from galvatron.core.errors import ConfigError
 from galvatron.core.model import ParameterSpec, UnitSpec
 from galvatron.models import Family
 
@@ -40,15 +41,19 @@ def cut_layer(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -
 
 
 def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> None:
-    """Cut an embedding along the vocabulary: ids [B, S] → hidden [B, S/tp, H]."""
+    """Cut an embedding along the vocabulary: ids [B, S] → hidden [B, S/tp, H]; the padding row gets no gradient."""
     if tp.size == 1:
         return
+    _check_replaceable(embedding, nn.Embedding)
+    assert isinstance(embedding, nn.Embedding)
     embedding.weight = _shrunk(embedding.weight, parameter, tp)
     start, stop = vocabulary_range(parameter, tp)
+    padding = embedding.padding_idx
+    own_padding = padding - start if padding is not None and start <= padding < stop else None
 
     def forward(ids_BS: Tensor) -> Tensor:
         own = (ids_BS >= start) & (ids_BS < stop)
-        partial = F.embedding(torch.where(own, ids_BS - start, 0), embedding.weight)  # type: ignore[arg-type]
+        partial = F.embedding(torch.where(own, ids_BS - start, 0), embedding.weight, own_padding)
         return reduce_scatter_sequence(partial * own.unsqueeze(-1), tp)
 
     embedding.forward = forward
@@ -78,6 +83,15 @@ def vocabulary_range(parameter: ParameterSpec, tp: AxisGroup) -> tuple[int, int]
     if parameter.cut is None:
         return 0, parameter.shape[0]
     return parameter.cut.ranges(parameter.shape[0], tp.size, tp.rank)[0]
+
+
+def _check_replaceable(module: nn.Module, *classes: type[nn.Module]) -> None:
+    """Refuse to replace the forward of a class whose arithmetic ours does not repeat (scaled lookups, adapters)."""
+    if type(module) not in classes:
+        known = " or ".join(known.__name__ for known in classes)
+        raise ConfigError(
+            f"tensor parallelism replaces the forward of {known} alone, got {type(module).__name__}; use tp=1 for it"
+        )
 
 
 def _shrunk(value: Any, parameter: ParameterSpec, tp: AxisGroup) -> nn.Parameter:
@@ -114,6 +128,7 @@ def _keep_own_outputs(linear: nn.Module, parameter: ParameterSpec, tp: AxisGroup
 def _block_forward(linear: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> Callable[[Tensor], Tensor]:
     """Forward of a linear kept whole whose rank needs one block alone (kv heads fewer than tp)."""
     assert parameter.cut is not None
+    _check_replaceable(linear, nn.Linear)
     width = parameter.shape[0] // parameter.cut.blocks
     start = tp.rank * parameter.cut.blocks // tp.size * width
 
@@ -126,6 +141,7 @@ def _block_forward(linear: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -
 
 def _row_forward(linear: nn.Module, tp: AxisGroup) -> Callable[[Tensor], Tensor]:
     """Forward of a row-cut linear: partial product, reduce-scatter along the sequence, then the bias."""
+    _check_replaceable(linear, nn.Linear, Conv1D)
 
     def forward(x: Tensor) -> Tensor:
         weight = linear.weight

@@ -7,6 +7,7 @@ divide by stages, Mistral's window is shorter than the test sequences.  Knows no
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,12 +85,13 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("gpt2-untied", "gpt2", {"tie_word_embeddings": False}),
     Variant("llama", "llama", {"num_hidden_layers": 5}),
     Variant("llama-tied-one-kv-head", "llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    Variant("llama-tied-pad-is-eos", "llama", {"tie_word_embeddings": True, "pad_token_id": 2, "eos_token_id": 2}),
     Variant("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     Variant("qwen2", "qwen2"),
     Variant("qwen3", "qwen3"),
     Variant("mistral", "mistral"),
 )
-"""GQA and MHA, tied and untied, with and without biases, fused and separate projections."""
+"""GQA and MHA, tied and untied, with and without biases and a padding row, fused and separate projections."""
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
@@ -104,7 +106,7 @@ def tiny_model(family: str | PretrainedConfig, seed: int = 0, **overrides: Any) 
     Hugging Face starts biases at zero and norms at one, values under which a lost bias or a doubled norm
     goes unseen; here biases and the offsets of norm weights from one are random too.
     """
-    config = tiny_config(family, **overrides) if isinstance(family, str) else family
+    config = tiny_config(family, **overrides) if isinstance(family, str) else copy.deepcopy(family)
     return draw_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed)
 
 
