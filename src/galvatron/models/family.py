@@ -48,7 +48,11 @@ class Family:
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The record of ``config``'s family; raises ConfigError for a model that no record describes."""
+    """The record of ``config``'s family; raises ConfigError for a model that no record describes.
+
+    That is a family without a record, and what makes another model of one: quantised weights, attention that is
+    not causal, cross attention.
+    """
     from .gpt2 import GPT2
     from .llama import LLAMA_LIKE
 
@@ -58,4 +62,16 @@ def family_of(config: PretrainedConfig) -> Family:
             f"model_type={config.model_type!r} is not supported; choose one of {', '.join(sorted(families))} "
             "or add a record (docs/add-a-model.md)"
         )
+    for key, usual in (("quantization_config", None), ("is_causal", True), ("add_cross_attention", False)):
+        value = getattr(config, key, usual)
+        if value != usual:
+            raise ConfigError(
+                f"{key} of this {config.model_type} config must be {usual}, got {_short(value)}; only plain causal "
+                "language models can be trained"
+            )
     return families[config.model_type]
+
+
+def _short(value: object) -> str:
+    """A nested config by its method alone."""
+    return str(value.get("quant_method", value)) if isinstance(value, dict) else str(value)

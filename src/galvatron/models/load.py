@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,19 +51,23 @@ def _config_from_file(path: Path) -> PretrainedConfig:
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The causal language model of ``config``: float32 parameters on meta, buffers real (rotary tables)."""
+    """The causal language model of ``config``: float32 parameters on meta, buffers real (rotary tables).
+
+    ``config`` itself stays as it is: transformers writes dtype and attention into the one it is given.
+    """
     with _parameters_on_meta():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Within, every new parameter moves to meta as it is registered; buffers stay where they are made."""
-    original = nn.Module.register_parameter
+    """Within, this thread's new parameters move to meta as they are registered; buffers stay where they are made."""
+    original, thread = nn.Module.register_parameter, threading.get_ident()
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(module, name, param)
-        if param is not None and not param.is_meta:  # a tied parameter is on meta already and stays shared
+        # a tied parameter is on meta already and stays shared
+        if param is not None and not param.is_meta and threading.get_ident() == thread:
             put_parameter(module, name, nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad))
 
     nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]

@@ -2,27 +2,44 @@
 
 Causal, on the local heads of whole sequences; a sliding window becomes a mask only where it is shorter
 than the sequence.  Masks are described, never materialised by the model: documents are packed, not padded.
+What training never asks for (padding, a KV cache, soft caps, attention sinks) is refused, not ignored.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+
+from galvatron.core.errors import ConfigError
 
 from galvatron.internals import call_attention
 
 NAME = "galvatron"
 
+IGNORED = ("position_ids", "use_cache", "past_key_values", "output_attentions", "output_hidden_states")
+"""What modules pass to every attention function and training leaves at its default, or rotary tables have used."""
+
 
 def use_attention(model: PreTrainedModel) -> None:
-    """Make every attention module of ``model`` call ``attention`` (registered once under ``NAME``)."""
+    """Make every attention module of ``model`` call ``attention`` (registered once under ``NAME``).
+
+    The modules get a config of their own: ``model.config`` is the user's, and other models may be made from it.
+    """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, _no_mask)
-    call_attention(model.config, NAME)
+    own: dict[int, PretrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if module is not model and isinstance(config, PretrainedConfig):
+            if id(config) not in own:
+                own[id(config)] = copy.deepcopy(config)
+                call_attention(own[id(config)], NAME)
+            module.config = own[id(config)]  # type: ignore[assignment]
 
 
 def attention(
@@ -34,10 +51,19 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of N query heads over K key/value heads (K divides N); returns ([B, S, N, D], None)."""
+    """Causal attention of N query heads over K key/value heads (K divides N); returns ([B, S, N, D], None).
+
+    Raises:
+        ConfigError: it is asked for anything but causal attention of whole sequences.
+    """
     seq_len = query_BNSD.shape[2]
+    unknown = [name for name, value in options.items() if name not in IGNORED and value is not None]
+    if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
+        asked = ", ".join(["a mask"] * (attention_mask is not None) + unknown) or "attention that is not causal"
+        raise ConfigError(f"a parallel model attends causally to whole sequences, asked for {asked}; leave it out")
+    _check_whole(seq_len, key_BKSD.shape[2])
     mask = None
     if sliding_window is not None and sliding_window < seq_len:
         mask = _window_mask(seq_len, sliding_window, query_BNSD.device)
@@ -60,5 +86,15 @@ def _window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+def _no_mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **_: Any) -> None:
+    _check_whole(q_length, kv_length)
+    if attention_mask is not None:
+        raise ConfigError("a parallel model takes packed sequences without padding, got an attention_mask; leave it out")
+
+
+def _check_whole(num_queries: int, num_keys: int) -> None:
+    if num_queries != num_keys:
+        raise ConfigError(
+            f"a parallel model sees whole sequences, got {num_queries} queries for {num_keys} keys; set use_cache=False, "
+            "or generate with a model loaded from its checkpoint"
+        )
