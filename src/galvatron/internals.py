@@ -13,7 +13,7 @@ and pyproject.toml admits what lies between them.  What differed:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ __all__ = [
     "call_attention",
     "changes_in_place",
     "gathered_buffers",
+    "has_tensor_hooks",
+    "hooks",
+    "is_compiled",
     "local_part",
     "multiply_all_",
     "put_buffer",
@@ -73,6 +76,22 @@ def put_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
 def put_buffer(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
     """Replace a buffer; whether it is saved with the module stays as it is."""
     module._buffers[name] = value
+
+
+def hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """Whatever is called before or after the module's own forward or backward."""
+    for kind in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        yield from getattr(module, kind).values()
+
+
+def has_tensor_hooks(tensor: torch.Tensor) -> bool:
+    """Whether anything is called with the tensor's gradient."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called: calls then go to the compiled code."""
+    return module._compiled_call_impl is not None
 
 
 def storage_address(tensor: torch.Tensor) -> int:

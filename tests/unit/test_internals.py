@@ -76,6 +76,22 @@ def test_a_buffer_stays_unsaved_when_it_is_replaced() -> None:
     assert not module.state_dict()
 
 
+def test_hooks_and_compilation_are_seen() -> None:
+    module = nn.Linear(1, 1)
+    assert not list(internals.hooks(module))
+    assert not internals.has_tensor_hooks(module.weight)
+    assert not internals.is_compiled(module)
+    module.register_forward_pre_hook(lambda *_: None)
+    module.register_full_backward_hook(lambda *_: None)
+    module.weight.register_hook(lambda gradient: gradient)
+    module.bias.register_post_accumulate_grad_hook(lambda _: None)
+    assert len(list(internals.hooks(module))) == 2
+    assert internals.has_tensor_hooks(module.weight)
+    assert internals.has_tensor_hooks(module.bias)
+    module._compiled_call_impl = module.forward  # as compile() does, which takes long
+    assert internals.is_compiled(module)
+
+
 def test_operations_are_known_by_what_they_do() -> None:
     normal, add = torch.ops.aten.normal_.default, torch.ops.aten.add.Tensor
     assert internals.changes_in_place(normal)

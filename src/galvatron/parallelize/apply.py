@@ -15,12 +15,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from galvatron.core.errors import ConfigError
+from galvatron.core.errors import ConfigError, PlanError
 from galvatron.core.model import ModelSpec, ParameterSpec
 from galvatron.internals import put_buffer
 from galvatron.models import Family, InitialWeights, build_spec, family_of
 from galvatron.plan import LayerStrategy, Plan, check_runnable
 
+from .accept import check_model
 from .attention import use_attention
 from .fsdp import ShardedUnit, mixed_precision, shard_unit
 from .grid import Grid
@@ -50,7 +51,8 @@ def parallelize(
 
     Args:
         model: an unmodified Hugging Face causal language model.  It is consumed: its modules become this rank's
-            stage.  Parameters may be real or on meta (``galvatron.models.meta_model``).
+            stage (``model.config`` stays as it is).  Parameters may be real or on meta
+            (``galvatron.models.meta_model``).
         plan: which must fit the model and the world.
         world: from ``init_world``; made if absent.
         weights: where values come from; by default the model's own if it has any, else ``seed``.
@@ -58,9 +60,13 @@ def parallelize(
 
     Raises:
         PlanError: the plan breaks a rule of the model or of the world.
-        ConfigError: the model's family has no record.
+        ConfigError: the model's family has no record, or the model is not what its config describes; it is
+            left as it was.
         CheckpointError: ``weights`` lacks a parameter.
     """
+    check_model(model)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"parallelize takes a Plan, got {type(plan).__name__}; load a file with Plan.load(path)")
     world = world or init_world()
     family, spec = family_of(model.config), build_spec(model.config)
     plan.validate(spec, world.world_size)
@@ -88,8 +94,6 @@ def _own_weights(model: PreTrainedModel, seed: int) -> Weights:
     if on_meta == {True, False}:
         raise ConfigError("a model's parameters must be all real or all on meta; load it without a device_map")
     if on_meta == {True}:
-        if any(buffer.is_meta for buffer in model.buffers()):
-            raise ConfigError("a meta model needs real buffers; build it with galvatron.models.meta_model")
         return InitialWeights(model, seed)
     return StateDictWeights(dict(model.named_parameters()))
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
-
 from galvatron.internals import call_attention
 
 NAME = "galvatron"
@@ -89,12 +88,12 @@ def _window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
 def _no_mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **_: Any) -> None:
     _check_whole(q_length, kv_length)
     if attention_mask is not None:
-        raise ConfigError("a parallel model takes packed sequences without padding, got an attention_mask; leave it out")
+        raise ConfigError("a parallel model takes sequences without padding, got an attention_mask; leave it out")
 
 
 def _check_whole(num_queries: int, num_keys: int) -> None:
     if num_queries != num_keys:
         raise ConfigError(
-            f"a parallel model sees whole sequences, got {num_queries} queries for {num_keys} keys; set use_cache=False, "
-            "or generate with a model loaded from its checkpoint"
+            f"a parallel model sees whole sequences, got {num_queries} queries for {num_keys} keys; set "
+            "use_cache=False, or generate with a model loaded from its checkpoint"
         )

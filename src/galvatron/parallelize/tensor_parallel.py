@@ -45,15 +45,14 @@ def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup)
     if tp.size == 1:
         return
     _check_replaceable(embedding, nn.Embedding)
-    assert isinstance(embedding, nn.Embedding)
     embedding.weight = _shrunk(embedding.weight, parameter, tp)
     start, stop = vocabulary_range(parameter, tp)
-    padding = embedding.padding_idx
+    padding: Any = embedding.padding_idx
     own_padding = padding - start if padding is not None and start <= padding < stop else None
 
     def forward(ids_BS: Tensor) -> Tensor:
         own = (ids_BS >= start) & (ids_BS < stop)
-        partial = F.embedding(torch.where(own, ids_BS - start, 0), embedding.weight, own_padding)
+        partial = F.embedding(torch.where(own, ids_BS - start, 0), embedding.weight, own_padding)  # type: ignore[arg-type]
         return reduce_scatter_sequence(partial * own.unsqueeze(-1), tp)
 
     embedding.forward = forward
