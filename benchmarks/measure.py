@@ -27,7 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from galvatron.core.errors import InfeasibleError
-from galvatron.core.records import dump_json, write_atomic
+from galvatron.core.files import write_atomic
+from galvatron.core.records import dump_json
 from galvatron.plan import Plan
 from galvatron.search import SearchResult
 

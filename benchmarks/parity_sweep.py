@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import transformers
 
-from galvatron.core.records import dump_json, write_atomic
+from galvatron.core.files import write_atomic
+from galvatron.core.records import dump_json
 from galvatron.plan import Plan
 from galvatron.testing import Pool, Recipe, WorkerError
 from galvatron.testing.compare import TOLERANCES

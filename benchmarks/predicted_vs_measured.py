@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from galvatron.core.files import write_atomic
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import TrainSection
 from galvatron.core.model import ModelProfile
-from galvatron.core.records import dump_json, write_atomic
+from galvatron.core.records import dump_json
 from galvatron.core.units import parse_bytes
 from galvatron.models import load_config, meta_model
 from galvatron.parallelize import init_world, parallelize

@@ -17,8 +17,8 @@ from typing import Any
 import measure
 import plot
 
+from galvatron.core.files import write_atomic
 from galvatron.core.model import ModelSpec
-from galvatron.core.records import write_atomic
 from galvatron.estimate import ClusterShape, estimate_model, model_spec
 from galvatron.search import Limits, search
 

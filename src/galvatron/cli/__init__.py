@@ -10,11 +10,10 @@ import sys
 
 import typer
 
-from galvatron.core.errors import GalvatronError
-
 from . import convert, import_, plan, profile, run, search, train
 from .console import rank
 from .launch import WorkerCrash
+from .mistakes import as_mistake
 
 INTERRUPTED = 130  # the exit code of a process that SIGINT ended
 
@@ -36,8 +35,6 @@ def main() -> None:
     """Run the command line and exit: 0 done, 1 a crash, 2 a mistake the user can mend, 130 interrupted."""
     try:
         app()
-    except GalvatronError as error:
-        _fail(f"galvatron: {error}", 2)
     except WorkerCrash as crash:
         _fail(f"galvatron: {crash}", 1)
     except KeyboardInterrupt:
@@ -46,6 +43,11 @@ def main() -> None:
         if stop.code == INTERRUPTED:  # typer says nothing of a Ctrl-C within a verb
             _fail("galvatron: interrupted", INTERRUPTED)
         raise
+    except Exception as error:
+        mistake = as_mistake(error)
+        if mistake is None:
+            raise
+        _fail(f"galvatron: {mistake}", 2)
 
 
 def _fail(message: str, code: int) -> None:

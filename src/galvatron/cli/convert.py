@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.files import check_folder, new_folder
 
 from .console import say
 from .options import Precision, examples
@@ -28,6 +29,7 @@ def to_hf(
     ] = None,
 ) -> None:
     """Export a checkpoint, whatever plan saved it, to a directory that from_pretrained loads."""
+    check_folder(out, "OUT", new=True)
     import torch
 
     from galvatron.train import checkpoint_to_hf, find_checkpoint, load_tokenizer
@@ -48,17 +50,17 @@ def from_hf(
 
     A directory or hub model that has such files already needs no conversion.
     """
+    check_folder(out, "OUT", new=True)
     from transformers import AutoModelForCausalLM
 
     from galvatron.models import load_config
 
     load_config(model)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} must be a new or empty directory to write into; give another one")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{model} has no weights that load ({reason}); give a directory or hub name") from None
-    loaded.save_pretrained(out)
+    with new_folder(out) as folder:
+        loaded.save_pretrained(folder)
     say(f"wrote {out} from {model}")

@@ -10,13 +10,15 @@ from typing import Annotated
 
 import typer
 
-from galvatron.core.errors import ConfigError
+from galvatron.core.files import check_folder, check_output
 from galvatron.core.units import parse_bytes
 
 from .console import say
 from .options import examples
 
 app = typer.Typer(name="import", help="Bring in profiles that another system measured.", no_args_is_help=True)
+
+OUTPUTS = ("model.json", "hardware.json")
 
 
 @app.callback()
@@ -55,15 +57,16 @@ def hetu(
     """
     from galvatron.exchange import card_of_file, import_hardware, import_model, named_spec
 
+    check_folder(out)
+    for name in OUTPUTS:
+        check_output(out / name, computation, memory)
     device_memory_bytes = parse_bytes(device_memory)
     spec = named_spec(model or card_of_file(computation))
     model_profile = import_model(computation, memory, spec, seq_len)
     hardware_profile, notes = import_hardware(hardware, nodes, gpus_per_node, device_memory_bytes)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} must be a folder to write two files into; give another one")
-    model_profile.save(out / "model.json")
-    hardware_profile.save(out / "hardware.json")
+    for name, profile in zip(OUTPUTS, (model_profile, hardware_profile), strict=True):
+        profile.save(out / name)
     say("backward times, tp above 1 and all of embedding's time are Hetu-Galvatron's assumptions, not measured")
     for note in notes:
         say(note)
-    say(f"wrote {out / 'model.json'} and {out / 'hardware.json'}")
+    say(f"wrote {' and '.join(str(out / name) for name in OUTPUTS)}")

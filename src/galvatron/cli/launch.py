@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from galvatron.core import errors
 from galvatron.core.errors import ConfigError, GalvatronError
-from galvatron.core.records import write_atomic
+from galvatron.core.files import write_atomic
+
+from .mistakes import as_mistake
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -200,14 +202,14 @@ def _child(work: Callable[[World, A], R], argument: A, device: DeviceName, folde
         destroy_world()
         return result
     except Exception as error:
-        is_ours = isinstance(error, GalvatronError)
-        message = str(error) if is_ours else traceback.format_exc()
-        report = {"time_s": time.time(), "rank": rank, "kind": type(error).__name__ if is_ours else "", "text": message}
+        mistake = as_mistake(error)
+        kind, message = (type(mistake).__name__, str(mistake)) if mistake else ("", traceback.format_exc())
+        report = {"time_s": time.time(), "rank": rank, "kind": kind, "text": message}
         write_atomic(Path(folder) / f"failure-{rank}.json", json.dumps(report))
         sys.stdout.flush()
-        if not is_ours:
+        if mistake is None:
             time.sleep(1)  # perhaps the echo of a rank that was killed: let the agent see that one first
-        os._exit(2 if is_ours else 1)  # no shutdown that waits for ranks which hang in a collective
+        os._exit(2 if mistake else 1)  # no shutdown that waits for ranks which hang in a collective
 
 
 def _first_failure(folder: Path, failure: ChildFailedError) -> Exception:

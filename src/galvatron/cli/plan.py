@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from galvatron.core.errors import PlanError
-from galvatron.core.records import read_text, write_atomic
+from galvatron.core.files import check_output, write_output
+from galvatron.core.records import read_text
 
 from .console import say
 from .options import examples
@@ -66,11 +67,13 @@ def export(
     """
     from galvatron.plan import Plan
 
+    if out is not None:
+        check_output(out, path)
     text = _exported(Plan.load(path), format)
     if out is None:
         typer.echo(text, nl=False)
     else:
-        write_atomic(out, text)
+        write_output(out, text)
         say(f"wrote {out}")
 
 
@@ -109,6 +112,7 @@ def import_(
     """Bring in a plan that Hetu-Galvatron found; it is checked by all rules that plans obey here."""
     from galvatron.exchange import import_plan, named_spec
 
+    check_output(out, path, *([] if model is None else [model]))
     spec = None if model is None else named_spec(model)
     text = read_text(path, PlanError)
     plan = import_plan(text, world_size, seq_len, spec, precision, model=path.stem, source=str(path))

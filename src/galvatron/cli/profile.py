@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from galvatron.core.files import check_output
+
 from .console import say
 from .launch import Processes, processes
 from .options import Device, Nproc, Precision, examples
@@ -52,6 +54,7 @@ def hardware(
 
     Every collective is timed over every group of ranks that a plan for this world can use.
     """
+    check_output(out)
     with processes(nproc, device) as ranks:
         measure(ranks, Measurement(hardware_out=out))
     say(f"wrote {out}")
@@ -75,6 +78,7 @@ def model(
 
     Weights are never loaded: only the config is read.
     """
+    check_output(out, path)
     with processes(nproc, device) as ranks:
         measure(ranks, Measurement(model_out=out, model=ModelRequest(path, seq_len, precision)))
     say(f"wrote {out}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from galvatron.core.files import check_folder
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -17,8 +19,13 @@ class RunDirectory:
 
     @classmethod
     def of_job(cls, job_file: Path, run_dir: Path | None) -> RunDirectory:
-        """``run_dir``, or ``runs/<job file's stem>`` under the current directory."""
-        return cls(run_dir or Path("runs") / job_file.stem)
+        """``run_dir``, or ``runs/<job file's stem>`` under the current directory.
+
+        Raises OutputError where no files could be written into it.
+        """
+        path = run_dir or Path("runs") / job_file.stem
+        check_folder(path, "the run directory")
+        return cls(path)
 
     @property
     def hardware(self) -> Path:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from galvatron.core.errors import InfeasibleError
+from galvatron.core.errors import InfeasibleError, OutputError
+from galvatron.core.files import check_output, is_special, write_output
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job, SearchSection
 from galvatron.core.model import ModelProfile, Precision
-from galvatron.core.records import dump_json, write_atomic
+from galvatron.core.records import dump_json
 from galvatron.core.units import parse_bytes
 
 from .console import error_console, say
@@ -129,6 +130,7 @@ def search(
     """
     from galvatron.search import Limits, sensitivity
 
+    picture = picture_beside(out, model, cluster)
     limits = Limits.parse(space, fix or (), forbid or (), at_most or ())
     batches, limit = batch_sizes(global_batch_size), None if memory is None else parse_bytes(memory)
     where = Cluster.of(cluster, link or [])
@@ -151,7 +153,7 @@ def search(
         typer.echo(dump_json(summary(result, changes)), nl=False)
     else:
         show(result, changes)
-        draw(result.plan, profile, where.hardware, out.with_suffix(".svg"))
+        draw(result.plan, profile, where.hardware, picture)
         say(f"wrote {out}")
 
 
@@ -249,16 +251,29 @@ def show(result: SearchResult, changes: Sequence[Change] = ()) -> None:
     say(explain(result, changes))
 
 
-def draw(plan: Plan, model: ModelProfile, hardware: HardwareProfile, path: Path) -> None:
+def picture_beside(out: Path, *inputs: str) -> Path | None:
+    """Where the picture of the plan at ``out`` goes; None beside what is no file.  Raises OutputError."""
+    check_output(out, *inputs)
+    picture = out.with_suffix(".svg")
+    if picture == out:
+        raise OutputError(f"--out {out} is where the plan's picture goes; name the plan {out.with_suffix('.json')}")
+    if is_special(out):
+        return None
+    check_output(picture, *inputs, option="the picture beside --out")
+    return picture
+
+
+def draw(plan: Plan, model: ModelProfile, hardware: HardwareProfile, path: Path | None) -> None:
     """Write the plan's replayed step as a picture, and print it where a pipeline makes it worth looking at."""
     from galvatron.cost import replay
     from galvatron.report import draw_svg, draw_text
 
     replayed = replay(plan, model, hardware)
     step_time_s = replayed.step_time_s if replayed.is_partial else None
-    write_atomic(path, draw_svg(replayed.events, replayed.shown_s, step_time_s=step_time_s))
+    if path is not None:
+        write_output(path, draw_svg(replayed.events, replayed.shown_s, step_time_s=step_time_s))
     if 1 < plan.pp <= MAX_ROWS:
-        say(f"\nPipeline (predicted; {path} is a picture of it)")
+        say(f"\nPipeline (predicted{f'; {path} is a picture of it' if path else ''})")
         say(indent(draw_text(replayed.events, replayed.shown_s, step_time_s=step_time_s), "  "))
 
 

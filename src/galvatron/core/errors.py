@@ -6,7 +6,8 @@
     ├── InfeasibleError    no plan fits; carries the tightest constraint
     ├── PlanError          a plan breaks a rule of its model, its batch or its world
     ├── CheckpointError    a checkpoint is missing, truncated or of another model
-    └── DataError          a dataset is empty, unreadable or too short
+    ├── DataError          a dataset is empty, unreadable or too short
+    └── OutputError        a file cannot be written: a folder in its place, no permission, a full disk
 
 A message is rule + values + remedy: ``tp=3 must divide num_heads=32; choose 1, 2, 4, 8, 16 or 32``.
 The command line prints the message alone and exits with code 2.
@@ -51,3 +52,7 @@ class CheckpointError(GalvatronError):
 
 class DataError(GalvatronError):
     """A dataset is empty, unreadable or too short."""
+
+
+class OutputError(GalvatronError):
+    """A file cannot be written: a folder in its place, no permission, a full disk."""

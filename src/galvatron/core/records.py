@@ -7,8 +7,6 @@ atomic, and a malformed file is one sentence that names the key and the value.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -16,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .defects import sentence
 from .errors import ConfigError, GalvatronError
+from .files import write_output
 from .parsing import parse_json, read_text
 from .words import shown
 
-__all__ = ["FileRecord", "Record", "dump_json", "read_text", "validate", "write_atomic"]
+__all__ = ["FileRecord", "Record", "dump_json", "read_text", "validate"]
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -59,8 +58,8 @@ class FileRecord(Record):
         return dump_json({"format": self.FORMAT, "version": self.VERSION, **body})
 
     def save(self, path: str | Path) -> None:
-        """Write the file atomically: readers see the old text or the new, never a part."""
-        write_atomic(path, self.to_json())
+        """Write the file whole or not at all; raises OutputError, which says where it was kept instead."""
+        write_output(path, self.to_json())
 
 
 def validate(cls: type[R], data: Any, source: str, error: type[GalvatronError]) -> R:
@@ -74,19 +73,3 @@ def validate(cls: type[R], data: Any, source: str, error: type[GalvatronError]) 
 def dump_json(data: Any) -> str:
     """Indented JSON with a trailing newline; non-finite numbers are our own bug."""
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_atomic(path: str | Path, text: str) -> None:
-    """Write ``text`` beside ``path``, then rename over it; parent folders are made, permissions are the user's own."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from galvatron.core.errors import CheckpointError, ConfigError
-from galvatron.core.records import write_atomic
+from galvatron.core.files import check_folder, new_folder, write_atomic
 
 from .safetensors_file import Entry, fsync_directory, write_safetensors
 
@@ -34,24 +32,15 @@ def write_hf_directory(
     """Write ``tensors`` (as ``entries`` say), ``config`` and, if given, a Hugging Face ``tokenizer``.
 
     ``directory`` must be new or empty and appears whole or not at all.
-    Raises ConfigError if it is not empty, CheckpointError if the disk refuses.
+    Raises OutputError if it is not empty or the disk refuses.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} must be a new or empty directory to export into; give another one")
-    temporary = directory.parent / f".{directory.name}.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    check_folder(directory, "an export's directory", new=True)
+    with new_folder(directory) as temporary:
         _write_shards(temporary, entries, tensors, max_shard_bytes)
         _export_config(config, entries[0].dtype).save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         fsync_directory(temporary)
-        temporary.rename(directory)
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be written: {error}; check the disk") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_shards(

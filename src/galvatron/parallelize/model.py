@@ -115,7 +115,7 @@ class ParallelModel:
         """Write weights in ``dtype``, config and, if given, a Hugging Face ``tokenizer`` for ``from_pretrained``.
 
         A collective call; rank 0 writes, one tensor at a time.  ``directory`` must be new or empty and appears
-        whole or not at all.  Raises ConfigError if it is not empty, CheckpointError if the disk refuses.
+        whole or not at all.  Raises OutputError if it is not empty or the disk refuses.
         """
 
         def write(shapes: Shapes, tensors: Iterator[Tensor]) -> None:

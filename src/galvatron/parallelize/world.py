@@ -44,7 +44,7 @@ def init_world(device: DeviceType = "auto") -> World:
     """Join the world that the environment describes (torchrun's RANK, WORLD_SIZE, ...), or make one of one process.
 
     Raises:
-        ConfigError: ``device="cuda"`` without a usable GPU for this process.
+        ConfigError: ``device="cuda"`` without a usable GPU for this process, or an address where nobody can meet.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,10 +54,21 @@ def init_world(device: DeviceType = "auto") -> World:
     if not dist.is_initialized():
         device_id = place if backend == "nccl" else None
         if "RANK" in os.environ:
-            dist.init_process_group(backend, device_id=device_id)
+            _join(backend, device_id)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=device_id)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, place, backend)
+
+
+def _join(backend: str, device_id: torch.device | None) -> None:
+    try:
+        dist.init_process_group(backend, device_id=device_id)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"the processes cannot meet at MASTER_ADDR:MASTER_PORT={where} ({str(error).splitlines()[0]}); "
+            "give a host that all reach and a port that is free on it"
+        ) from None
 
 
 def _cuda_device(local_rank: int) -> torch.device:

@@ -24,7 +24,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from galvatron.core.errors import CheckpointError, GalvatronError
-from galvatron.core.records import FileRecord, dump_json, read_text, write_atomic
+from galvatron.core.files import write_atomic
+from galvatron.core.records import FileRecord, dump_json, read_text
 from galvatron.parallelize.ranks import all_gather, on_rank_zero, rank, together, world_size
 from galvatron.parallelize.safetensors_file import fsync_directory
 from galvatron.plan import Plan

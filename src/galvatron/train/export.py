@@ -26,7 +26,7 @@ def checkpoint_to_hf(
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
-        ConfigError: ``directory`` is not empty.
+        OutputError: ``directory`` is not empty or cannot be written.
     """
     from transformers import AutoConfig
 

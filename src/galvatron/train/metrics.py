@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from galvatron.core.errors import DataError
-from galvatron.core.records import Record, read_text, write_atomic
+from galvatron.core.files import write_atomic
+from galvatron.core.records import Record, read_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -68,7 +69,9 @@ class MetricsLog:
             self._board.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        os.write(self._file, (json.dumps(row) + "\n").encode())
+        line = (json.dumps(row) + "\n").encode()
+        while line:  # a disk that is nearly full takes a part
+            line = line[os.write(self._file, line) :]
         if self._board is not None:
             for key, value in row.items():
                 if key != "step" and value is not None:

@@ -80,7 +80,7 @@ def test_imported_profiles_predict_a_plan(run: Run) -> None:
         (["--seq-len", "64"], "but was measured at 128"),
         (["--device-memory", "lots"], "a memory size is a number with a unit"),
         (["--memory", "none.json"], "none.json does not exist"),
-        (["--out", "plan.json"], "plan.json must be a folder"),
+        (["--out", "plan.json"], "must be a folder to write files into but plan.json is a file"),
     ],
 )
 def test_a_wrong_import_is_one_sentence_and_writes_nothing(run: Run, extra: list[str], message: str) -> None:

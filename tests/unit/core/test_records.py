@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from galvatron.core.errors import ConfigError, PlanError, ProfileError
 from galvatron.core.hardware import Device, HardwareProfile, Link, Overlap
 from galvatron.core.job import Job
-from galvatron.core.records import write_atomic
 from galvatron.core.units import format_bytes, format_seconds, parse_bytes
 
 HARDWARE = HardwareProfile(
@@ -87,13 +85,3 @@ def test_units_for_people() -> None:
     assert format_seconds(0.0123) == "12.3 ms"
     with pytest.raises(ProfileError, match="no all_gather over groups of size=2"):
         HARDWARE.link("all_gather", 2, 1)
-
-
-def test_a_file_has_the_permissions_that_its_owner_gives_new_files(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        write_atomic(tmp_path / "new" / "plan.json", "{}")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "new/plan.json").stat().st_mode & 0o777 == 0o640
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["plan.json"]
