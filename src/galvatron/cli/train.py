@@ -94,9 +94,8 @@ def train(
 def check_job(ranks: Processes, job: Job, run: RunDirectory, resume: str | None) -> ModelSpec:
     """Find what is wrong with settings, model, data and the checkpoint to resume, before anything else is done."""
     from galvatron.models import build_spec, load_config
-    from galvatron.train import Lineage, check_goes_on, check_train_section, find_checkpoint, load_dataset, read_state
+    from galvatron.train import Lineage, check_goes_on, find_checkpoint, load_dataset, read_state
 
-    check_train_section(job.train)
     config = load_config(job.model.path)
     spec = build_spec(config)
     if resume is not None:

@@ -6,7 +6,7 @@ Paths in a job file are relative to the file itself.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -79,29 +79,55 @@ class SearchSection(Record):
         return None if self.memory is None else parse_bytes(self.memory)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainSection(Record):
-    """How to train: batch, optimiser, learning-rate schedule, and how often to evaluate, log and save."""
+    """How to train: batch, optimiser, learning-rate schedule, and how often to evaluate, log and save.
+
+    ``seed`` is what torch's generators take.  ``max_skipped_steps`` steps in a row may be skipped, unlearnt, because
+    their loss or gradient is not finite; the next one ends the run.
+    """
 
     global_batch_size: PositiveInt
     seq_len: PositiveInt
     num_steps: PositiveInt
     precision: Precision = "fp32"
     grad_reduce_dtype: Precision = "fp32"
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**64)
     lr: PositiveFloat = 3e-4
     min_lr: NonNegativeFloat = 0.0
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     decay_steps: NonNegativeInt = 0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     max_grad_norm: PositiveFloat | None = 1.0
+    max_skipped_steps: NonNegativeInt = 0
     eval_every: NonNegativeInt = 0
     eval_batches: PositiveInt = 4
     save_every: NonNegativeInt = 0
     keep_checkpoints: PositiveInt = 3
     tensorboard: bool = False
+
+    @model_validator(mode="after")
+    def _schedule_agrees(self) -> Self:
+        steps, warmup, decay = self.num_steps, self.warmup_steps, self.decay_steps
+        if warmup > steps:
+            raise ValueError(f"warmup_steps={warmup} must not exceed num_steps={steps}; lower warmup_steps")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must not exceed lr={self.lr}; lower min_lr")
+        if self.min_lr > 0 and self.lr_schedule == "constant":
+            raise ValueError(f"min_lr={self.min_lr} has no meaning for a constant schedule; remove it or choose cosine")
+        if self.lr_schedule == "wsd" and not 0 < decay <= steps - warmup:
+            raise ValueError(
+                f"a wsd schedule needs decay_steps from 1 to num_steps - warmup_steps = {steps - warmup}, got {decay}; "
+                "a tenth of num_steps is usual"
+            )
+        if self.lr_schedule != "wsd" and decay > 0:
+            raise ValueError(f"decay_steps={decay} belongs to the wsd schedule, not to {self.lr_schedule}; remove it")
+        return self
 
 
 class ResumeSection(Record):

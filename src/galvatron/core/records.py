@@ -24,9 +24,9 @@ R = TypeVar("R", bound=BaseModel)
 
 
 class Record(BaseModel):
-    """A frozen value: compared and hashed by content, unknown keys rejected."""
+    """A frozen value: compared and hashed by content; unknown keys and numbers that are not finite are rejected."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class FileRecord(Record):

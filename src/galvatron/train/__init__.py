@@ -11,7 +11,7 @@ from .interface import Reporter
 from .lineage import Lineage, check_goes_on, notable_changes
 from .memory import PeakMemory
 from .metrics import StepMetrics, read_metrics
-from .optimizer import build_optimizer, check_train_section, lr_at
+from .optimizer import build_optimizer, lr_at
 from .tokenizer import ByteTokenizer, load_tokenizer
 from .trainer import Trainer, TrainResult, train
 
@@ -27,7 +27,6 @@ __all__ = [
     "Trainer",
     "build_optimizer",
     "check_goes_on",
-    "check_train_section",
     "checkpoint_to_hf",
     "find_checkpoint",
     "load_checkpoint",

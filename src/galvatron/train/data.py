@@ -49,7 +49,8 @@ class Dataset:
     (seed, epoch) and nothing else: the same on every rank, for every plan and after every resume.
 
     Raises:
-        DataError: too few tokens for one row, or too few training rows for one batch.
+        DataError: too few tokens for one row, too few training rows for one batch, or a seed or ``eval_fraction``
+            outside of its range.
     """
 
     def __init__(
@@ -63,6 +64,10 @@ class Dataset:
         vocab_size: int | None = None,
         fingerprint: str = "",
     ) -> None:
+        if not 0 <= seed < 2**64 or not 0 <= eval_fraction < 1:
+            raise DataError(
+                f"seed={seed} must be from 0 to 2^64 - 1 and eval_fraction={eval_fraction} from 0 to below 1"
+            )
         num_rows = (len(tokens) - 1) // seq_len
         num_eval = max(1, round(num_rows * eval_fraction)) if eval_fraction > 0 else 0
         if num_rows - num_eval < global_batch_size:

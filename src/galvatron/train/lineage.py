@@ -26,7 +26,8 @@ from .optimizer import lr_at
 RUN_FILE = "run.json"
 _SAMPLES = ("seed", "global_batch_size", "seq_len")
 _RATE = ("lr", "min_lr", "lr_schedule", "warmup_steps", "decay_steps", "num_steps")
-_UNHEARD = ("eval_every", "save_every", "keep_checkpoints", "tensorboard")  # what a run keeps and shows, not what it is
+# what a run keeps, shows and endures, not what it is
+_UNHEARD = ("eval_every", "save_every", "keep_checkpoints", "max_skipped_steps", "tensorboard")
 _UNREAD = frozenset(  # keys of a configuration that no training step reads
     {
         "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",

@@ -10,32 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from galvatron.core.errors import ConfigError
 from galvatron.core.job import TrainSection
 from galvatron.parallelize import LocalParameter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def check_train_section(train: TrainSection) -> None:
-    """Raise ConfigError at the first setting that contradicts another."""
-    steps, warmup, decay = train.num_steps, train.warmup_steps, train.decay_steps
-    if warmup > steps:
-        raise ConfigError(f"warmup_steps={warmup} must not exceed num_steps={steps}; lower warmup_steps")
-    if train.min_lr > train.lr:
-        raise ConfigError(f"min_lr={train.min_lr} must not exceed lr={train.lr}; lower min_lr")
-    if train.min_lr > 0 and train.lr_schedule == "constant":
-        raise ConfigError(f"min_lr={train.min_lr} has no meaning for a constant schedule; remove it or choose cosine")
-    if train.lr_schedule == "wsd" and not 0 < decay <= steps - warmup:
-        raise ConfigError(
-            f"a wsd schedule needs decay_steps from 1 to num_steps - warmup_steps = {steps - warmup}, got {decay}; "
-            "a tenth of num_steps is usual"
-        )
-    if train.lr_schedule != "wsd" and decay > 0:
-        raise ConfigError(f"decay_steps={decay} belongs to the wsd schedule, not to {train.lr_schedule}; remove it")
-    for beta in train.betas:
-        if not 0 <= beta < 1:
-            raise ConfigError(f"betas={list(train.betas)} must lie in [0, 1); 0.9 and 0.95 are usual")
 
 
 def lr_at(step: int, train: TrainSection) -> float:

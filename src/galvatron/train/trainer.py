@@ -37,7 +37,7 @@ from .interface import Reporter, TrainableModel
 from .lineage import RUN_FILE, Lineage, check_goes_on, notable_changes
 from .memory import PeakMemory
 from .metrics import METRICS_FILE, MetricsLog, StepMetrics
-from .optimizer import build_optimizer, check_train_section, lr_at, set_lr
+from .optimizer import build_optimizer, lr_at, set_lr
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -93,7 +93,6 @@ def train(
         ConfigError, PlanError, DataError, CheckpointError: settings that contradict each other or the files.
         GalvatronError: the loss or the gradient norm is not finite.
     """
-    check_train_section(section)
     _check_agreement(model, section, dataset, plan)
     optimizer = build_optimizer(model.local_parameters, section)
     lineage = Lineage.of_run(section, model.config, dataset, job)

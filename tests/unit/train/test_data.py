@@ -189,3 +189,9 @@ def test_a_damaged_cache_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DataError, match="cannot be read"):
         load_dataset(data, train, tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"seed": -1}, {"seed": 2**64}, {"eval_fraction": 1.0}, {"eval_fraction": -0.1}])
+def test_a_seed_or_fraction_out_of_range_is_named(changes: dict[str, float]) -> None:
+    with pytest.raises(DataError, match=r"seed=.* must be from 0 to 2\^64 - 1 and eval_fraction=.* from 0 to below 1"):
+        Dataset(np.arange(100), seq_len=4, global_batch_size=2, **changes)
