@@ -43,6 +43,10 @@ class Cut(Record):
         """Whether every tp rank keeps the whole parameter."""
         return tp == 1 or (self.uneven == "whole" and self.blocks % tp != 0)
 
+    def leaves_ranks_empty(self, tp: int) -> bool:
+        """Whether the first ranks take so many blocks that the last has none."""
+        return self.uneven == "ceil" and (tp - 1) * math.ceil(self.blocks / tp) >= self.blocks
+
     def ranges(self, size: int, tp: int, tp_rank: int) -> list[tuple[int, int]]:
         """The (start, stop) ranges along ``dim`` of a ``size``-long dim that ``tp_rank`` of ``tp`` holds."""
         if self.is_whole(tp):
@@ -161,6 +165,19 @@ class ModelSpec(Record):
         if len(set(names)) != len(names):
             raise ValueError(f"units need different names, got {', '.join(names)}; rename a kind of layer")
         return self
+
+    def sequence_problem(self, seq_len: int) -> str | None:
+        """Why sequences of ``seq_len`` tokens cannot pass, as a sentence; None if they can."""
+        if not 1 <= seq_len <= self.max_seq_len:
+            return (
+                f"seq_len={seq_len} must be from 1 to max_seq_len={self.max_seq_len} of {self.name}; "
+                "choose one of these"
+            )
+        merged = math.lcm(*(kind.tokens_divisor for kind in self.layers))
+        if seq_len % merged:
+            whole = max(seq_len // merged, 1) * merged
+            return f"seq_len={seq_len} must be a multiple of {merged}, as {self.name} merges tokens; choose {whole}"
+        return None
 
     @property
     def units(self) -> tuple[UnitName, ...]:

@@ -12,11 +12,12 @@ from pydantic import Field
 
 MAX_BYTES = 2**60
 """An exbibyte: a million devices have less [Assumed]."""
+MAX_LAYERS = 2**14
 
 Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 Whole = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Devices = Annotated[int, Field(strict=True, ge=1, le=2**20)]
-Layers = Annotated[int, Field(strict=True, ge=1, le=2**14)]
+Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)]
 Sequences = Annotated[int, Field(strict=True, ge=1, le=2**24)]
 """Sequences of a step, or microbatches of one."""
 Tokens = Annotated[int, Field(strict=True, ge=1, le=2**27)]

@@ -6,18 +6,32 @@ In the file, runs of equal layers are one entry: ``{"layers": "0-11", "tp": 2, "
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, field_serializer, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from galvatron.core.errors import GalvatronError, PlanError
 from galvatron.core.model import ModelSpec, Precision, Recompute
+from galvatron.core.numbers import (
+    MAX_LAYERS,
+    Bytes,
+    Devices,
+    Finite,
+    Layers,
+    Seconds,
+    Sequences,
+    Tokens,
+    Whole,
+)
 from galvatron.core.records import FileRecord, Record
+from galvatron.core.words import shown
 
 from .axes import StageAxes
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
+EXAMPLE_RUN = '{"layers": "0-11", "tp": 2}'
 
 
 class LayerStrategy(Record):
@@ -28,12 +42,12 @@ class LayerStrategy(Record):
     the axes next to tp's, whatever their other role.  Hashable, canonical: equal meaning is equal value.
     """
 
-    tp: PositiveInt = 1
-    ulysses: PositiveInt = 1
-    cp: PositiveInt = 1
-    ep: PositiveInt = 1
-    dp_shard: PositiveInt = 1
-    dp_replicate: PositiveInt = 1
+    tp: Devices = 1
+    ulysses: Devices = 1
+    cp: Devices = 1
+    ep: Devices = 1
+    dp_shard: Devices = 1
+    dp_replicate: Devices = 1
     zero: Literal[0, 1, 2, 3] = 0
     recompute: Recompute = "none"
 
@@ -84,37 +98,37 @@ class StagePrediction(Record):
     ``low_memory_bytes`` is surely alive at once; ``peak_memory_bytes`` is the upper end, held against the limit.
     """
 
-    parameter_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    unsharded_bytes: int
-    activation_bytes: int
-    workspace_bytes: int
-    runtime_bytes: int
-    low_memory_bytes: int
-    peak_memory_bytes: int
-    microbatch_forward_s: float
-    microbatch_backward_s: float
+    parameter_bytes: Bytes
+    gradient_bytes: Bytes
+    optimizer_bytes: Bytes
+    unsharded_bytes: Bytes
+    activation_bytes: Bytes
+    workspace_bytes: Bytes
+    runtime_bytes: Bytes
+    low_memory_bytes: Bytes
+    peak_memory_bytes: Bytes
+    microbatch_forward_s: Seconds
+    microbatch_backward_s: Seconds
 
 
 class Proof(Record):
     """What the search can prove: its additive objective, a bound no plan of the space beats, and the gap."""
 
-    objective_s: float
-    lower_bound_s: float
-    gap: float
-    num_candidates: int
-    cpu_s: float
+    objective_s: Seconds
+    lower_bound_s: Seconds
+    gap: Finite
+    num_candidates: Whole
+    cpu_s: Seconds
 
 
 class Prediction(Record):
     """What a plan promises.  ``parts_s`` splits the step: compute, tensor_parallel, context_parallel, expert_parallel,
     data_parallel, recompute, redistribution, pipeline_p2p, pipeline_bubble, optimizer."""
 
-    step_time_s: float
-    parts_s: dict[str, float]
-    stages: tuple[StagePrediction, ...]
-    memory_limit_bytes: int | None = None
+    step_time_s: Seconds
+    parts_s: dict[str, Finite]
+    stages: tuple[StagePrediction, ...] = Field(min_length=1)
+    memory_limit_bytes: Bytes | None = None
     proof: Proof | None = None
 
     @property
@@ -135,13 +149,13 @@ class Plan(FileRecord):
     ERROR: ClassVar[type[GalvatronError]] = PlanError
 
     model: str
-    world_size: PositiveInt
-    layers_per_stage: tuple[PositiveInt, ...] = Field(min_length=1)
+    world_size: Devices
+    layers_per_stage: tuple[Layers, ...] = Field(min_length=1)
     schedule: Schedule = "1f1b"
-    model_chunks: PositiveInt = 1
-    num_microbatches: PositiveInt = 1
-    global_batch_size: PositiveInt
-    seq_len: PositiveInt
+    model_chunks: Layers = 1
+    num_microbatches: Sequences = 1
+    global_batch_size: Sequences
+    seq_len: Tokens
     precision: Precision = "fp32"
     grad_reduce_dtype: Precision = "fp32"
     embedding: LayerStrategy
@@ -153,10 +167,12 @@ class Plan(FileRecord):
     @field_validator("layers", mode="before")
     @classmethod
     def _expand_runs(cls, value: Any) -> Any:
-        if not (isinstance(value, (list, tuple)) and value and isinstance(value[0], dict)):
+        if not isinstance(value, (list, tuple)) or all(isinstance(run, LayerStrategy) for run in value):
             return value
         layers: list[Any] = []
         for run in value:
+            if not isinstance(run, dict):
+                raise ValueError(f"a run of layers must be an object such as {EXAMPLE_RUN}, got {shown(run)}")
             fields = dict(run)
             first, last = _parse_range(fields.pop("layers", None))
             if first != len(layers):
@@ -259,7 +275,10 @@ def runs(layers: tuple[LayerStrategy, ...]) -> list[tuple[int, int, LayerStrateg
 
 
 def _parse_range(text: object) -> tuple[int, int]:
-    first, _, last = str(text).partition("-")
-    if not (first.isdigit() and (last or first).isdigit() and int(last or first) >= int(first)):
-        raise ValueError(f'a run needs "layers": "first-last" such as "0-11", got {text!r}')
-    return int(first), int(last or first)
+    match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text, re.ASCII) if isinstance(text, str) else None
+    first, last = (-1, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
+    if not 0 <= first <= last < MAX_LAYERS:
+        raise ValueError(
+            f'a run needs "layers": "first-last" such as "0-11", below layer {MAX_LAYERS:,}, got {shown(text)}'
+        )
+    return first, last

@@ -14,6 +14,7 @@ from .plan import LayerStrategy, Plan, Schedule
 RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
 RUNTIME_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 RUNTIME_ONLY_ONE = ("ulysses", "cp", "ep")
+MAX_LISTED = 8
 
 
 def check_plan(plan: Plan, spec: ModelSpec | None = None, world_size: int | None = None) -> None:
@@ -48,6 +49,9 @@ def check_plan(plan: Plan, spec: ModelSpec | None = None, world_size: int | None
             f"tied embeddings need equal cuts of embedding ({plan.embedding}) and head ({plan.head}); "
             "give both the same tp, dp_shard, dp_replicate and zero"
         )
+    problem = None if spec is None else spec.sequence_problem(plan.seq_len)
+    if problem:
+        raise PlanError(problem)
 
 
 def _check_units(plan: Plan, spec: ModelSpec | None) -> None:
@@ -232,8 +236,8 @@ def _parameter_problem(strategy: LayerStrategy, unit: UnitName, spec: ModelSpec,
                 f"tp={strategy.tp} must divide or be a multiple of the {cut.blocks} blocks of {parameter.name}; "
                 f"choose {_choices(cut.blocks, axes)}"
             )
-        if cut is not None and cut.uneven == "ceil" and cut.blocks < strategy.tp:
-            return f"tp={strategy.tp} must not exceed the {cut.blocks} rows of {parameter.name}; lower tp"
+        if cut is not None and cut.leaves_ranks_empty(strategy.tp):
+            return f"tp={strategy.tp} leaves a rank without any of the {cut.blocks} rows of {parameter.name}; lower tp"
     return None
 
 
@@ -247,4 +251,6 @@ def _choices(n: int, axes: StageAxes) -> str:
 
 
 def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
+    """All of them, or the first and the last where there are many."""
+    texts = list(map(str, numbers))
+    return ", ".join(texts if len(texts) <= 2 * MAX_LISTED else [*texts[:MAX_LISTED], "...", *texts[-MAX_LISTED:]])

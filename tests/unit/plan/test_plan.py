@@ -31,11 +31,11 @@ SPEC = ModelSpec(
             ),
         ),
     ),
-    vocab_size=11,
+    vocab_size=15,
     max_seq_len=64,
     tied_embeddings=False,
-    embedding=UnitSpec(parameters=(ParameterSpec(name="e", shape=(11, 8), cut=Cut(dim=0, blocks=11, uneven="ceil")),)),
-    head=UnitSpec(parameters=(ParameterSpec(name="h", shape=(11, 8), cut=Cut(dim=0, blocks=11, uneven="ceil")),)),
+    embedding=UnitSpec(parameters=(ParameterSpec(name="e", shape=(15, 8), cut=Cut(dim=0, blocks=15, uneven="ceil")),)),
+    head=UnitSpec(parameters=(ParameterSpec(name="h", shape=(15, 8), cut=Cut(dim=0, blocks=15, uneven="ceil")),)),
 )
 
 
@@ -105,7 +105,7 @@ def test_heads_bound_tp_and_few_kv_heads_are_kept_whole() -> None:
     k = SPEC.layer.parameters[1]
     assert k.local_shape(2) == (2, 8)
     assert k.local_shape(4) == (4, 8)
-    assert SPEC.embedding.parameters[0].local_shape(4, 3) == (2, 8)
+    assert SPEC.embedding.parameters[0].local_shape(4, 3) == (3, 8)
 
 
 def test_zero_and_dp_shard_go_together() -> None:
@@ -149,3 +149,55 @@ def test_interleaving_holds_no_fewer_activations_than_1f1b(pp: int, chunks: int)
         held = in_flight("interleaved", pp, stage, m, chunks)
         (plain,) = in_flight("1f1b", pp, stage, m)
         assert sum(size * count for size, count in zip(sizes, held, strict=True)) >= layers * plain
+
+
+def test_every_rank_has_rows_of_the_vocabulary() -> None:
+    """5 rows over 4 ranks are 2, 2, 1 and none: the last rank has nothing to compute with."""
+
+    def unit(words: int) -> UnitSpec:
+        word = ParameterSpec(name="e", shape=(words, 8), cut=Cut(dim=0, blocks=words, uneven="ceil"))
+        return UnitSpec(parameters=(word,))
+
+    for words, fits in ((5, False), (6, False), (7, True), (8, True), (3, False)):
+        small = SPEC.model_copy(update={"vocab_size": words, "embedding": unit(words), "head": unit(words)})
+        plan = make(head=LayerStrategy(tp=4))
+        if fits:
+            plan.validate(small)
+        else:
+            with pytest.raises(PlanError, match=f"embedding: tp=4 leaves a rank without any of the {words} rows of e"):
+                plan.validate(small)
+
+
+def test_a_plan_does_not_exceed_the_models_positions() -> None:
+    with pytest.raises(PlanError, match="seq_len=128 must be from 1 to max_seq_len=64 of toy"):
+        make(seq_len=128).validate(SPEC)
+    make(seq_len=128).validate()
+
+
+def test_a_plan_has_whole_sequences_in_every_kind_of_layer() -> None:
+    merging = SPEC.model_copy(update={"layers": (SPEC.layer.model_copy(update={"tokens_divisor": 16}),)})
+    whole = LayerStrategy(dp_replicate=4)
+    with pytest.raises(PlanError, match="seq_len=40 must be a multiple of 16, as toy merges tokens; choose 32"):
+        make(seq_len=40, embedding=whole, head=whole, layers=(whole,) * 4).validate(merging)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('{"layers": "2"', '5, {"layers": "2"', r"a run of layers must be an object such as .* got 5"),
+        ('"layers": "3"', '"layers": "3-99999999999999"', "below layer 16,384, got \"?'3-99999999999999'"),
+        ('"layers": "3"', '"layers": "²"', 'needs "layers": "first-last"'),
+        ('"layers": "3"', '"layers": 3', 'needs "layers": "first-last" .* got 3'),
+        ('"layers": "3"', '"layer": "3"', 'needs "layers": "first-last" .* got None'),
+        ('"tp": 4', '"tp": "4"', r"embedding.tp: Input should be a valid integer \(got '4'\)"),
+        ('"tp": 4', '"tps": 4', r"embedding.tps: unknown key; did you mean 'tp'\? known here: cp, dp_replicate"),
+        ('"world_size": 8', '"world_size": 100000000000', "less than or equal to 1048576"),
+        ('"global_batch_size": 8', '"global_batch_size": 1000000000000', "less than or equal to 16777216"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_one_sentence(old: str, new: str, message: str) -> None:
+    text = " ".join(make().to_json().split()).replace("{ ", "{").replace(" }", "}")
+    assert old in text
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.from_json(text.replace(old, new, 1))
+    assert "\n" not in str(caught.value)
