@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galvatron.cli import main
 from galvatron.plan import LayerStrategy, Plan
@@ -109,6 +109,7 @@ def test_train_resume_under_another_plan_and_export(folder: Path, galvatron: Ver
     assert galvatron("convert", "from-hf", "hf", "again") == 0
     first, second = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("hf", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert AutoTokenizer.from_pretrained("hf")("fox")["input_ids"] == list(b"fox")
 
 
 def test_a_used_run_directory_is_not_overwritten(

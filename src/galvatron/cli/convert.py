@@ -6,29 +6,41 @@ Takes a checkpoint, or a model's name; gives a directory of safetensors with its
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from galvatron.core.errors import ConfigError
+from galvatron.core.errors import ConfigError, DataError
 from galvatron.core.files import check_folder, new_folder
 
 from .console import say
-from .options import Precision, examples
+from .options import examples
+
+if TYPE_CHECKING:
+    from galvatron.train.tokenizer import Tokenizer
 
 app = typer.Typer(name="convert", help="Move weights to and from Hugging Face directories.", no_args_is_help=True)
 
 
-@app.command("to-hf", epilog=examples("galvatron convert to-hf runs/quickstart exported"))
+@app.command(
+    "to-hf",
+    epilog=examples(
+        "galvatron convert to-hf runs/quickstart exported",
+        "galvatron convert to-hf runs/first exported --precision bf16",
+    ),
+)
 def to_hf(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
-    precision: Precision = "fp32",
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option("--precision", help="What weights are stored in; training keeps fp32.")
+    ] = "fp32",
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="A Hugging Face tokenizer to put beside the weights.")
+        str | None,
+        typer.Option("--tokenizer", help="The tokenizer to put beside the weights; the run's own if left out."),
     ] = None,
 ) -> None:
-    """Export a checkpoint, whatever plan saved it, to a directory that from_pretrained loads."""
+    """Export a checkpoint, whatever plan saved it, with its tokenizer, to a directory that from_pretrained loads."""
     check_folder(out, "OUT", new=True)
     import torch
 
@@ -36,9 +48,23 @@ def to_hf(
 
     source = find_checkpoint(checkpoint, checkpoint)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    beside = None if tokenizer is None else getattr(load_tokenizer(tokenizer), "tokenizer", None)
-    checkpoint_to_hf(source, out, dtype=dtype, tokenizer=beside)
+    beside = _own_tokenizer(source) if tokenizer is None else load_tokenizer(tokenizer)
+    checkpoint_to_hf(source, out, dtype=dtype, tokenizer=beside and beside.for_transformers())
     say(f"wrote {out} from {source}")
+
+
+def _own_tokenizer(checkpoint: Path) -> Tokenizer | None:
+    """The tokenizer of the run that saved ``checkpoint``; where it is not known or gone, that is said."""
+    from galvatron.train import load_tokenizer, read_state
+
+    data = read_state(checkpoint).run.data
+    try:
+        if data is not None:
+            return load_tokenizer(data.tokenizer)
+        say("no tokenizer is written, as the run had no job file; give --tokenizer to add one")
+    except DataError as error:
+        say(f"no tokenizer is written: {error}; give --tokenizer to add one")
+    return None
 
 
 @app.command("from-hf", epilog=examples("galvatron convert from-hf openai-community/gpt2 models/gpt2"))

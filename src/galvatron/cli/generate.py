@@ -28,10 +28,10 @@ def generate(job: Job, run: RunDirectory) -> None:
     heading("Generate")
     checkpoint = find_checkpoint(run.checkpoints, "latest")
     directory = run.exported / checkpoint.name
-    if not directory.exists():
-        checkpoint_to_hf(checkpoint, directory)
-    say(f"{directory} loads with AutoModelForCausalLM.from_pretrained; it continues the prompt:")
     tokenizer = load_tokenizer(job.data.tokenizer)
+    if not directory.exists():
+        checkpoint_to_hf(checkpoint, directory, tokenizer=tokenizer.for_transformers())
+    say(f"{directory} loads with from_pretrained; it continues the prompt:")
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     prompt = torch.as_tensor(tokenizer.encode_batch([section.prompt])[0].copy()).long()[None]

@@ -11,6 +11,7 @@ import numpy as np
 from galvatron.core.errors import DataError
 
 BYTES = "bytes"
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for it
 
 
 class Tokenizer(Protocol):
@@ -23,6 +24,7 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
         ...
     def decode(self, ids: Sequence[int]) -> str: ...  # noqa: D102
+    def for_transformers(self) -> Any: ...  # noqa: D102
 
 
 class ByteTokenizer:
@@ -44,6 +46,31 @@ class ByteTokenizer:
         values = np.asarray(ids, dtype=np.int64).reshape(-1)
         return values[values < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
+    def for_transformers(self) -> Any:
+        """The same ids as a tokenizer of ``transformers``, to save beside a model."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        # byte-pair encoding without pairs: every byte, in GPT-2's printable alphabet, is a token
+        vocabulary = {character: byte for byte, character in enumerate(_printable_bytes())}
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token=END_OF_TEXT,  # added to the vocabulary: 256
+            pad_token=END_OF_TEXT,
+            split_special_tokens=True,  # a text that spells it is text
+            clean_up_tokenization_spaces=False,
+        )
+
+
+def _printable_bytes() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies (``bytes_to_unicode`` of GPT-2's encoder)."""
+    own = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    moved = iter(range(256, 512))
+    return [chr(byte if byte in own else next(moved)) for byte in range(256)]
+
 
 class HuggingFaceTokenizer:
     """A tokenizer of ``transformers``, without its own special tokens around each text."""
@@ -64,6 +91,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def for_transformers(self) -> Any:
+        """The tokenizer of ``transformers`` itself."""
+        return self.tokenizer
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -93,14 +93,6 @@ def test_too_short_says_what_is_there_and_what_is_needed(num_tokens: int, change
     dataset(needed, **changes)
 
 
-def test_byte_tokens_round_trip_and_broken_utf8_does_not_raise() -> None:
-    tokenizer = ByteTokenizer()
-    ids = tokenizer.encode("Größe ✓\n")
-    assert ids.tolist() == list("Größe ✓\n".encode())
-    assert tokenizer.decode([*ids.tolist(), END]) == "Größe ✓\n"
-    assert tokenizer.decode([0xE2, 0x9C]) == "\ufffd"
-
-
 def test_documents_end_with_end_of_text_and_empty_ones_vanish(tmp_path: Path) -> None:
     lines = [{"text": "ab"}, {"text": ""}, {"text": "c"}]
     (tmp_path / "d").mkdir()
