@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,10 +29,15 @@ from transformers import PretrainedConfig
 
 __all__ = [
     "FakeTensorMode",
+    "FileStore",
     "HashStore",
+    "PrefixStore",
+    "Store",
+    "TCPStore",
     "TorchDispatchMode",
     "call_attention",
     "changes_in_place",
+    "default_store",
     "gathered_buffers",
     "has_tensor_hooks",
     "hooks",
@@ -47,6 +53,11 @@ __all__ = [
     "tree_map_only",
     "viewed",
 ]
+
+
+def default_store() -> Store:
+    """The store at which the ranks of the default process group met."""
+    return _get_default_store()
 
 
 def gathered_buffers(module: FSDPModule) -> Iterator[torch.Tensor]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from galvatron.cli.launch import WorkerCrash, processes
+from galvatron.cli.launch import processes
+from galvatron.cli.workers import WorkerCrash
 from galvatron.core.errors import PlanError
 from galvatron.parallelize.world import World
 

@@ -6,16 +6,27 @@ one sentence on standard error and exit code 2.  Nothing heavy is imported befor
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 import typer
 
+from galvatron.core.errors import WorldError
+
 from . import convert, import_, plan, profile, run, search, train
 from .console import rank
-from .launch import WorkerCrash
 from .mistakes import as_mistake
+from .workers import WorkerCrash
 
-INTERRUPTED = 130  # the exit code of a process that SIGINT ended
+ENDINGS = {
+    128 + signal.SIGINT: "interrupted",
+    128 + signal.SIGTERM: "terminated",
+    128 + signal.SIGHUP: "ended, its terminal hung up",
+}
+"""Exit codes of a signal, as a shell gives them, in words."""
 
 app = typer.Typer(
     name="galvatron",
@@ -32,25 +43,44 @@ for command in (search, train, run):
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 a crash, 2 a mistake the user can mend, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 a crash, 2 a mistake the user can mend, 128 + a signal."""
     try:
-        app()
+        with _signals_exit():
+            app()
     except WorkerCrash as crash:
         _fail(f"galvatron: {crash}", 1)
     except KeyboardInterrupt:
-        _fail("galvatron: interrupted", INTERRUPTED)
+        _fail("galvatron: interrupted", 128 + signal.SIGINT)
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:  # typer says nothing of a Ctrl-C within a verb
-            _fail("galvatron: interrupted", INTERRUPTED)
+        if stop.code in ENDINGS:
+            _fail(f"galvatron: {ENDINGS[stop.code]}", stop.code)
         raise
     except Exception as error:
         mistake = as_mistake(error)
         if mistake is None:
             raise
-        _fail(f"galvatron: {mistake}", 2)
+        _fail(f"galvatron: {mistake}", 2, every_rank=isinstance(mistake, WorldError))
 
 
-def _fail(message: str, code: int) -> None:
-    if rank() == 0:
-        print(message, file=sys.stderr)
+@contextmanager
+def _signals_exit() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave as Ctrl-C does, through every ``finally``; ignored (nohup) they stay so."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    asking = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in asking:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in asking:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _fail(message: str, code: int, *, every_rank: bool = False) -> None:
+    if rank() == 0 or every_rank:
+        with suppress(OSError):  # a terminal that is gone
+            print(message, file=sys.stderr)
     sys.exit(code)

@@ -7,7 +7,8 @@
     ├── PlanError          a plan breaks a rule of its model, its batch or its world
     ├── CheckpointError    a checkpoint is missing, truncated or of another model
     ├── DataError          a dataset is empty, unreadable or too short
-    └── OutputError        a file cannot be written: a folder in its place, no permission, a full disk
+    ├── OutputError        a file cannot be written: a folder in its place, no permission, a full disk
+    └── WorldError         this process and the others of its run cannot meet, or no longer hear each other
 
 A message is rule + values + remedy: ``tp=3 must divide num_heads=32; choose 1, 2, 4, 8, 16 or 32``.
 The command line prints the message alone and exits with code 2.
@@ -56,3 +57,7 @@ class DataError(GalvatronError):
 
 class OutputError(GalvatronError):
     """A file cannot be written: a folder in its place, no permission, a full disk."""
+
+
+class WorldError(GalvatronError):
+    """This process and the others of its run cannot meet, or no longer hear each other: each speaks for itself."""

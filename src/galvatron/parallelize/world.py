@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from galvatron.core.errors import ConfigError
-from galvatron.internals import HashStore
+from galvatron.internals import HashStore, Store
 
 DeviceType = Literal["cpu", "cuda", "auto"]
 
@@ -40,8 +40,12 @@ class World:
         return self._groups[key]
 
 
-def init_world(device: DeviceType = "auto") -> World:
+def init_world(device: DeviceType = "auto", store: Store | None = None) -> World:
     """Join the world that the environment describes (torchrun's RANK, WORLD_SIZE, ...), or make one of one process.
+
+    Args:
+        device: ``auto`` takes a GPU where there is one.
+        store: where the ranks meet; without it, at MASTER_ADDR and MASTER_PORT.
 
     Raises:
         ConfigError: ``device="cuda"`` without a usable GPU for this process, or an address where nobody can meet.
@@ -53,7 +57,10 @@ def init_world(device: DeviceType = "auto") -> World:
     backend: Literal["gloo", "nccl"] = "nccl" if device == "cuda" else "gloo"
     if not dist.is_initialized():
         device_id = place if backend == "nccl" else None
-        if "RANK" in os.environ:
+        if store is not None:
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
+        elif "RANK" in os.environ:
             _join(backend, device_id)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=device_id)

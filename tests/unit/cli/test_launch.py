@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from galvatron.cli.launch import Processes, first_host, slurm_world
+from galvatron.cli.launch import Processes, first_host, run_name, slurm_world
 from galvatron.core.errors import ConfigError
 
 STEP = {
@@ -14,6 +14,7 @@ STEP = {
     "SLURM_STEP_NODELIST": "gpu[003-004]",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_ID": "0",
 }
 
 
@@ -37,8 +38,22 @@ def test_a_job_step_is_a_world() -> None:
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "gpu003",
-        "MASTER_PORT": "34567",
+        "MASTER_PORT": "23343",
     }
+
+
+def test_steps_of_a_job_and_its_requeues_meet_apart() -> None:
+    others = [{"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "1234568"}]
+    ports = {slurm_world({**STEP, **other})["MASTER_PORT"] for other in ({}, *others)}
+    names = {run_name({**STEP, **other}, ["train", "job.toml"]) for other in ({}, *others)}
+    assert len(ports) == len(names) == 4
+    assert all(12000 <= int(port) < 32768 for port in ports), "Linux hands out the ports above to anyone"
+
+
+def test_a_run_s_name_is_its_launcher_s_and_its_command_s() -> None:
+    assert run_name(STEP, ["train", "a.toml"]) == "'galvatron train a.toml' (Slurm job 1234567 step 0 start 0)"
+    assert run_name({"TORCHELASTIC_RUN_ID": "x"}, ["run"]) == "'galvatron run' (torchrun x)"
+    assert run_name({}, ["run", "b.toml"]) == "'galvatron run b.toml'"
 
 
 def test_a_batch_script_is_no_world() -> None:
