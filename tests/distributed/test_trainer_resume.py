@@ -22,7 +22,7 @@ from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool, WorkerError
 from galvatron.train import Dataset, Reporter, StepMetrics, checkpoint_to_hf, read_metrics, train
 from galvatron.train.checkpoint import is_weight
-from galvatron.train.storage import CheckpointIndex, read_tensor
+from galvatron.train.index import CheckpointIndex, read_tensor
 
 BATCH, SEQ_LEN = 4, 16
 TOKENS = np.random.RandomState(0).randint(0, 97, size=3000)
@@ -86,7 +86,7 @@ def _losses(run_dir: Path) -> list[float]:
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     index = CheckpointIndex.load(checkpoint / "metadata.json")
-    return {name: read_tensor(checkpoint, stored) for name, stored in index.tensors.items()}
+    return {name: read_tensor(checkpoint, name, stored) for name, stored in index.tensors.items()}
 
 
 @pytest.mark.parametrize("plan", ["mixed", "pipeline"])

@@ -49,7 +49,10 @@ class FileRecord(Record):
             raise cls.ERROR(f'{source} lacks "format": "{cls.FORMAT}"; give a file of that format')
         version = data.pop("version", None)
         if type(version) is not int or version != cls.VERSION:
-            raise cls.ERROR(f"{source} has version {shown(version)}; this galvatron reads version {cls.VERSION}")
+            raise cls.ERROR(
+                f"{source} has version {shown(version)}; this galvatron reads version {cls.VERSION}: use the release "
+                "that wrote it"
+            )
         return validate(cls, data, source, cls.ERROR)
 
     def to_json(self) -> str:

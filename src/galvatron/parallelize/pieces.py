@@ -101,3 +101,8 @@ def boxes_of(local: torch.Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[tup
     for piece in pieces:
         if math.prod(piece.size) > 0:
             yield piece.global_offset, box(local.detach(), piece.local_offset, piece.size)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite, found without a copy: a NaN is both least and largest."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -34,24 +35,37 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> list[int]:
-    """Write ``tensors`` (any device, in the order and of the shapes of ``entries``) to ``path`` and fsync it.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Where a tensor's data starts in its file, in bytes, and their checksum."""
 
-    Returns:
-        the absolute byte offset of every tensor's data in the file.
+    byte_offset: int
+    checksum: str
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """XXH3 of ``data``, 64 bits as 16 hexadecimal digits: against damage, not against forgery.
+
+    9.3 GB/s on one core, where CRC-32 took 3.4, SHA-256 1.4 and BLAKE2b 0.7 [Empirical: November 2026, shared CPU].
     """
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> list[Written]:
+    """Write ``tensors`` (any device, in the order and of the shapes of ``entries``) to ``path`` and fsync it."""
     header = _header(entries)
-    offsets = []
+    written = []
     with path.open("wb") as file:
         file.write(header)
         for entry, tensor in zip(entries, tensors, strict=True):
             assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} is not {entry.shape}"
-            offsets.append(file.tell())
             flat = tensor.detach().to(device="cpu", dtype=entry.dtype).contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            data = flat.view(torch.uint8).numpy().data
+            written.append(Written(file.tell(), checksum(data)))
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return offsets
+    return written
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

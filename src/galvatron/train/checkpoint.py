@@ -26,15 +26,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from galvatron.core.errors import CheckpointError, GalvatronError
 from galvatron.core.files import write_atomic
 from galvatron.core.records import FileRecord, dump_json, read_text
+from galvatron.parallelize.pieces import is_finite
 from galvatron.parallelize.ranks import all_gather, on_rank_zero, rank, together, world_size
 from galvatron.parallelize.safetensors_file import fsync_directory
 from galvatron.plan import Plan
 
 from .boxes import BoxLoadPlanner, BoxSavePlanner, Held, held, whole
+from .index import INDEX_FILE, CheckpointIndex
 from .interface import TrainableModel
 from .lineage import Lineage
 from .optimizer import MOMENTS, set_update_count
-from .storage import INDEX_FILE, CheckpointIndex, PieceReader, PieceWriter
+from .storage import PieceReader, PieceWriter
 
 STATE_FILE, PLAN_FILE, CONFIG_FILE, POINTER = "state.json", "plan.json", "config.json", "latest"
 OPTIMIZER_PREFIX, RNG_PREFIX = "optimizer.", "rng."
@@ -45,15 +47,19 @@ class TrainState(FileRecord):
     """``state.json``: what a checkpoint holds besides tensors.
 
     ``step`` batches are behind it, so the data stands at sequence ``step`` × ``run.train.global_batch_size`` of
-    the order that ``run.train.seed`` gives.
+    the order that ``run.train.seed`` gives.  ``skipped_steps`` of them taught nothing, the last ``skipped_in_a_row``
+    among them.
     """
 
     FORMAT: ClassVar[str] = "galvatron.train_state"
+    VERSION: ClassVar[int] = 2
     ERROR: ClassVar[type[GalvatronError]] = CheckpointError
 
     step: NonNegativeInt
     world_size: PositiveInt
     run: Lineage
+    skipped_steps: NonNegativeInt = 0
+    skipped_in_a_row: NonNegativeInt = 0
 
     def to_json(self) -> str:
         """The file's text, defaults written out: another version may have others."""
@@ -85,23 +91,27 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(directory: Path, model: TrainableModel, optimizer: torch.optim.Optimizer) -> TrainState:
+def load_checkpoint(
+    directory: Path, model: TrainableModel, optimizer: torch.optim.Optimizer
+) -> tuple[TrainState, str | None]:
     """Fill ``model`` and ``optimizer`` from ``directory``, whatever plan and world saved it.
 
-    A collective call.  Under the saving world size every rank's random states continue too; under another
-    one they start anew from (seed, step, rank).
+    A collective call.  Every rank's random states continue too where as many ranks saved them, on the same kind of
+    device; elsewhere they start anew from (seed, step, rank).
+
+    Returns:
+        what was saved, and a sentence on why random states did not continue, if they did not.
 
     Raises:
-        CheckpointError: a file is missing, truncated or malformed, or the model is another one; nothing
+        CheckpointError: a file is missing or not as it was saved, or the model is another one; nothing
             is loaded then.
     """
     index = together(lambda: CheckpointIndex.load(directory / INDEX_FILE))
-    on_rank_zero(lambda: index.check_files(directory))
+    together(lambda: index.check(directory, part=rank(), of=world_size()))
     state = together(lambda: TrainState.load(directory / STATE_FILE))
     together(lambda: _check_model(directory, index, model))
     targets = _held_state(model, optimizer, primary_only=False)
-    randoms = _random_states() if state.world_size == world_size() else {}
-    randoms = {name: target for name, target in randoms.items() if name in index.tensors}
+    randoms, interruption = _continuing_random_states(index, state)
     with _plain_errors(f"load {directory}"):
         state_dict_loader.load(
             {**targets, **randoms},
@@ -109,13 +119,16 @@ def load_checkpoint(directory: Path, model: TrainableModel, optimizer: torch.opt
             planner=BoxLoadPlanner(),
             no_dist=not dist.is_initialized(),
         )
-    set_update_count(optimizer, state.step)
-    together(lambda: _restore_random_states(randoms, state))
-    return state
+    together(lambda: _check_finite(directory, targets))
+    set_update_count(optimizer, state.step - state.skipped_steps)
+    seed_rank(state.run.train.seed, state.step)  # for generators that no state was saved of
+    together(lambda: _restore_random_states(randoms))
+    return state, interruption
 
 
 def read_state(directory: Path) -> TrainState:
-    """What the checkpoint ``directory`` says of itself; raises CheckpointError if that is missing or malformed."""
+    """What the checkpoint ``directory`` says of itself; raises CheckpointError if that is missing or damaged."""
+    CheckpointIndex.load(directory / INDEX_FILE).check_heads(directory, STATE_FILE)
     return TrainState.load(directory / STATE_FILE)
 
 
@@ -170,15 +183,34 @@ def seed_rank(seed: int, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1)[0]))
 
 
-def _restore_random_states(states: dict[str, Held], saved: TrainState) -> None:
-    if not states:
-        seed_rank(saved.run.train.seed, saved.step)
+def _continuing_random_states(index: CheckpointIndex, saved: TrainState) -> tuple[dict[str, Held], str | None]:
+    """Where the saved random states of this rank's generators go, and why they cannot, if so."""
+    anew = "random states (dropout) start anew from the seed and the step"
+    if saved.world_size != world_size():
+        return {}, f"saved by {saved.world_size} processes, goes on with {world_size()}: {anew}"
+    states = _random_states()
+    known = {n: held for n, held in states.items() if n in index.tensors and index.tensors[n].shape == held.shape}
+    if known.keys() != states.keys():
+        lost = ", ".join(sorted(states.keys() - known.keys()))
+        return known, f"saved without {lost} of this machine's kind: these {anew}"
+    if any(name.startswith(f"{RNG_PREFIX}cuda") for name in index.tensors) and not torch.cuda.is_available():
+        return known, f"saved on GPUs, goes on without: {anew}"
+    return known, None
+
+
+def _restore_random_states(states: dict[str, Held]) -> None:
     for name, state in states.items():
         restore = torch.set_rng_state if name.startswith(f"{RNG_PREFIX}cpu") else torch.cuda.set_rng_state
         try:
             restore(state.boxes[0].values)
         except RuntimeError as error:
             raise CheckpointError(f"{name} is no random state ({error}); resume from another checkpoint") from None
+
+
+def _check_finite(directory: Path, tensors: dict[str, Held]) -> None:
+    for name, tensor in tensors.items():
+        if not all(is_finite(box.values) for box in tensor.boxes):
+            raise CheckpointError(f"{directory} was saved with NaN or inf in {name}; resume from an earlier checkpoint")
 
 
 def _check_model(directory: Path, index: CheckpointIndex, model: TrainableModel) -> None:

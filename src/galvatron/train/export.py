@@ -11,7 +11,7 @@ from galvatron.parallelize.export import MAX_SHARD_BYTES, write_hf_directory
 from galvatron.parallelize.safetensors_file import Entry
 
 from .checkpoint import CONFIG_FILE, is_weight
-from .storage import INDEX_FILE, CheckpointIndex, read_tensor
+from .index import INDEX_FILE, CheckpointIndex, read_tensor
 
 
 def checkpoint_to_hf(
@@ -32,9 +32,9 @@ def checkpoint_to_hf(
 
     source = Path(checkpoint)
     index = CheckpointIndex.load(source / INDEX_FILE)
-    index.check_files(source)
+    index.check_heads(source)
     config = AutoConfig.from_pretrained(source / CONFIG_FILE)
     weights = {name: stored for name, stored in index.tensors.items() if is_weight(name)}
     entries = [Entry(name, dtype, stored.shape) for name, stored in weights.items()]
-    tensors = (read_tensor(source, stored) for stored in weights.values())
+    tensors = (read_tensor(source, name, stored) for name, stored in weights.items())
     write_hf_directory(Path(directory), config, entries, tensors, tokenizer, max_shard_bytes)

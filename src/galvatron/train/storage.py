@@ -1,21 +1,16 @@
-"""How a checkpoint lies on disk: one safetensors file a rank, and ``metadata.json`` that says what is where.
+"""Storage for torch.distributed.checkpoint: one safetensors file a rank, and the index of what is where.
 
-Storage for torch.distributed.checkpoint that neither writes nor reads pickles: PyTorch's own metadata file
-is a pickle, and loading a crafted one runs its code.  Knows nothing of models or optimizers.
+Neither writes nor reads pickles: PyTorch's own metadata file is one, and loading a crafted one runs its code.
+Knows nothing of models or optimizers.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
-from pydantic import NonNegativeInt, model_validator
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,106 +22,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from galvatron.core.errors import CheckpointError, GalvatronError
-from galvatron.core.records import FileRecord, Record
-from galvatron.parallelize.safetensors_file import DTYPE_NAMES, DTYPES, Entry, write_safetensors
+from galvatron.core.errors import CheckpointError
+from galvatron.parallelize.safetensors_file import DTYPE_NAMES, Entry, write_safetensors
 
-INDEX_FILE = "metadata.json"
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class Chunk(Record):
-    """A box of a global tensor and where its row-major bytes start."""
-
-    offset: tuple[NonNegativeInt, ...]
-    shape: tuple[NonNegativeInt, ...]
-    file: str
-    byte_offset: NonNegativeInt
-
-
-class StoredTensor(Record):
-    """A global tensor: its shape, safetensors dtype name and the chunks that tile it."""
-
-    shape: tuple[NonNegativeInt, ...]
-    dtype: str
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch names it."""
-        return DTYPES[self.dtype]
-
-
-class CheckpointIndex(FileRecord):
-    """``metadata.json``: the size of every other file of the directory, and every tensor's chunks."""
-
-    FORMAT: ClassVar[str] = "galvatron.checkpoint"
-    ERROR: ClassVar[type[GalvatronError]] = CheckpointError
-
-    files: dict[str, NonNegativeInt]
-    tensors: dict[str, StoredTensor]
-
-    @model_validator(mode="after")
-    def _chunks_lie_within(self) -> CheckpointIndex:
-        for name in self.files:
-            if not _FILE_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is no plain file name")
-        for name, tensor in self.tensors.items():
-            _check_tensor(name, tensor, self.files)
-        return self
-
-    def to_json(self) -> str:
-        """One line: there are as many chunks as ranks × tensors."""
-        body = self.model_dump(mode="json")
-        return json.dumps({"format": self.FORMAT, "version": self.VERSION, **body}, separators=(",", ":")) + "\n"
-
-    def check_files(self, directory: Path) -> None:
-        """Raise CheckpointError naming the first file that is missing or of another size than recorded."""
-        for name, size in self.files.items():
-            path = directory / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes"
-                raise CheckpointError(
-                    f"{path} must have {size} bytes but {state}; the checkpoint is damaged, resume from another one"
-                )
-
-
-def _check_tensor(name: str, tensor: StoredTensor, files: dict[str, int]) -> None:
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {tensor.dtype}, known are {', '.join(DTYPES)}")
-    for chunk in tensor.chunks:
-        ranks_agree = len(chunk.offset) == len(chunk.shape) == len(tensor.shape)
-        ends = (o + s for o, s in zip(chunk.offset, chunk.shape, strict=False))
-        if not ranks_agree or any(end > size for end, size in zip(ends, tensor.shape, strict=False)):
-            raise ValueError(f"{name} of shape {tensor.shape} has a chunk outside: {chunk.offset} + {chunk.shape}")
-        if chunk.byte_offset + _num_bytes(chunk.shape, tensor.torch_dtype) > files.get(chunk.file, -1):
-            raise ValueError(f"{name} has a chunk beyond the end of {chunk.file}")
-    offsets = {chunk.offset for chunk in tensor.chunks}
-    volume = sum(math.prod(chunk.shape) for chunk in tensor.chunks)
-    if len(offsets) != len(tensor.chunks) or volume != math.prod(tensor.shape):
-        raise ValueError(f"the chunks of {name} do not tile its shape {tensor.shape}")
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def map_chunk(directory: Path, tensor: StoredTensor, chunk: Chunk) -> torch.Tensor:
-    """The chunk's values [*chunk.shape] as a CPU tensor over a private, copy-on-write map of the file."""
-    num_bytes = _num_bytes(chunk.shape, tensor.torch_dtype)
-    path = directory / chunk.file
-    raw = np.memmap(path, dtype=np.uint8, mode="c", offset=chunk.byte_offset, shape=(num_bytes,))
-    return torch.from_numpy(raw).view(tensor.torch_dtype).reshape(chunk.shape)
-
-
-def read_tensor(directory: Path, tensor: StoredTensor) -> torch.Tensor:
-    """The whole global tensor [*tensor.shape], put together from its chunks, on the CPU."""
-    whole = torch.empty(tensor.shape, dtype=tensor.torch_dtype)
-    for chunk in tensor.chunks:
-        box = tuple(slice(o, o + s) for o, s in zip(chunk.offset, chunk.shape, strict=True))
-        whole[box] = map_chunk(directory, tensor, chunk)
-    return whole
+from .index import CheckpointIndex, Chunk, StoredTensor, map_chunk
 
 
 class PieceWriter(StorageWriter):
@@ -162,10 +61,10 @@ class PieceWriter(StorageWriter):
             shape = tuple(item.tensor_data.chunk.sizes)
             entries.append(Entry(f"{item.index.fqn}@{offset}", item.tensor_data.properties.dtype, shape))
         chunks = (planner.resolve_data(item) for item in plan.items)
-        offsets = write_safetensors(self.directory / plan.storage_data, entries, chunks)  # type: ignore[arg-type]
+        written = write_safetensors(self.directory / plan.storage_data, entries, chunks)  # type: ignore[arg-type]
         results = [
-            WriteResult(index=item.index, size_in_bytes=entry.num_bytes, storage_data=(plan.storage_data, offset))
-            for item, entry, offset in zip(plan.items, entries, offsets, strict=True)
+            WriteResult(index=item.index, size_in_bytes=entry.num_bytes, storage_data=(plan.storage_data, place))
+            for item, entry, place in zip(plan.items, entries, written, strict=True)
         ]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -179,20 +78,25 @@ class PieceWriter(StorageWriter):
             assert isinstance(stored, TensorStorageMetadata)
             chunks = []
             for chunk in stored.chunks:
-                file, byte_offset = places[MetadataIndex(name, chunk.offsets)]
+                file, place = places[MetadataIndex(name, chunk.offsets)]
                 chunks.append(
-                    Chunk(offset=tuple(chunk.offsets), shape=tuple(chunk.sizes), file=file, byte_offset=byte_offset)
+                    Chunk(
+                        offset=tuple(chunk.offsets),
+                        shape=tuple(chunk.sizes),
+                        file=file,
+                        byte_offset=place.byte_offset,
+                        checksum=place.checksum,
+                    )
                 )
             dtype = DTYPE_NAMES[stored.properties.dtype]
             tensors[name] = StoredTensor(shape=tuple(stored.size), dtype=dtype, chunks=tuple(chunks))
-        files = {path.name: path.stat().st_size for path in sorted(self.directory.iterdir())}
-        unseen = {file for file, _ in places.values()} - files.keys()
+        unseen = {file for file, _ in places.values()} - {path.name for path in self.directory.iterdir()}
         if unseen:
             raise CheckpointError(
                 f"rank 0 does not see {', '.join(sorted(unseen))} in {self.directory}; "
                 "put the run directory on a disk that all nodes share"
             )
-        self.index = CheckpointIndex(files=files, tensors=tensors)
+        self.index = CheckpointIndex.of_directory(self.directory, tensors)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

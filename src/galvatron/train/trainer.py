@@ -101,8 +101,9 @@ def train(
         on_rank_zero(lambda: _check_unused(run_dir))
         seed_rank(section.seed, 0)
     else:
-        state = _resume(run_dir, resume, model, optimizer, lineage)
+        state, interruption = _resume(run_dir, resume, model, optimizer, lineage)
         done, notes = state.step, notable_changes(state.run, lineage, state.step)
+        notes += [] if interruption is None else [interruption]
     last_step = section.num_steps if stop_after is None else min(stop_after, section.num_steps)
     if done >= last_step:
         raise ConfigError(f"{resume} has done {done} of {last_step} steps already; raise num_steps to train on")
@@ -272,10 +273,11 @@ def _check_unused(run_dir: Path) -> None:
 
 def _resume(
     run_dir: Path, resume: str | Path, model: TrainableModel, optimizer: torch.optim.Optimizer, lineage: Lineage
-) -> TrainState:
+) -> tuple[TrainState, str | None]:
     """Load the checkpoint that ``resume`` means, if ``lineage`` goes on from it."""
     directory = Path(on_rank_zero(lambda: str(find_checkpoint(run_dir / "checkpoints", resume))))
-    together(lambda: check_goes_on(read_state(directory).run, lineage, directory))
+    before = on_rank_zero(lambda: read_state(directory)).run
+    together(lambda: check_goes_on(before, lineage, directory))
     return load_checkpoint(directory, model, optimizer)
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from galvatron.core.errors import CheckpointError
 from galvatron.train.boxes import Box, BoxLoadPlanner, BoxSavePlanner, Held
-from galvatron.train.storage import CheckpointIndex, PieceReader, PieceWriter, read_tensor
+from galvatron.train.index import CheckpointIndex, read_tensor
+from galvatron.train.storage import PieceReader, PieceWriter
 
 State = dict[str, Held]
 
@@ -67,7 +68,7 @@ def test_random_cuts_load_into_random_cuts(
     whole = torch.randn(shape)
     saved = data.draw(tilings(shape, data.draw(st.integers(1, 4))))
     index = save(directory, [{"w": as_held(whole, boxes)} for boxes in saved])
-    assert torch.equal(read_tensor(directory, index.tensors["w"]), whole)
+    assert torch.equal(read_tensor(directory, "w", index.tensors["w"]), whole)
     for boxes in data.draw(tilings(shape, data.draw(st.integers(1, 4)))):
         state = {"w": as_held(torch.full(shape, torch.nan), boxes)}
         load(directory, index, state)
@@ -92,7 +93,9 @@ def test_a_hole_in_the_checkpoint_is_refused(tmp_path: Path) -> None:
         ('"offset":[0,0]', '"offset":[3,0]', "has a chunk outside"),
         ('"F32"', '"O"', "has dtype O"),
         ('"rank-00000.safetensors":', '"../../etc/passwd":', "is no plain file name"),
-        ('"version":1', '"version":2', "has version 2"),
+        ('"version":2', '"version":1', "has version 1; this galvatron reads version 2: use the release that wrote it"),
+        ('"tensors":{"w"', '"tensors":{"v"', "its entries are not those that were saved"),
+        ('"num_bytes":', '"num_bytes":1', "its entries are not those that were saved"),
         ('{"format"', '[{"format"', "is not JSON"),
     ],
 )

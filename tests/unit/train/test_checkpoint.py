@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pickle
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -8,23 +10,29 @@ import torch
 from train_fakes import FakeModel, global_values, lineage_for, plan_for, section
 
 from galvatron.core.errors import CheckpointError
+from galvatron.train import checkpoint
+from galvatron.train.boxes import whole
 from galvatron.train.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from galvatron.train.export import checkpoint_to_hf
+from galvatron.train.index import CheckpointIndex, _share
 from galvatron.train.optimizer import build_optimizer
 
 
-def save(root: Path, model: FakeModel, step: int, keep: int = 3) -> tuple[Path, torch.optim.Optimizer]:
+def save(
+    root: Path, model: FakeModel, step: int, keep: int = 3, world_size: int = 1
+) -> tuple[Path, torch.optim.Optimizer]:
     train = section()
     optimizer = build_optimizer(model.local_parameters, train)
     for moment in ("exp_avg", "exp_avg_sq"):
         for part in model.local_parameters:
             torch.nn.init.normal_(optimizer.state[part.tensor][moment])
-    state = TrainState(step=step, world_size=1, run=lineage_for(train))
+    state = TrainState(step=step, world_size=world_size, run=lineage_for(train))
     return save_checkpoint(root, model, optimizer, state, plan=plan_for(train), keep=keep), optimizer
 
 
 def load(directory: Path, model: FakeModel) -> tuple[TrainState, torch.optim.Optimizer]:
     optimizer = build_optimizer(model.local_parameters, section())
-    return load_checkpoint(directory, model, optimizer), optimizer
+    return load_checkpoint(directory, model, optimizer)[0], optimizer
 
 
 def names(root: Path) -> list[str]:
@@ -61,15 +69,46 @@ def test_random_states_continue_under_the_same_world_and_start_anew_under_anothe
     expected = torch.rand(4)
     load(directory, FakeModel.make())
     assert torch.equal(torch.rand(4), expected)
-    state = directory / "state.json"
-    text = state.read_text()
-    state.write_text(text.replace('"world_size": 1', '"world_size": 2'))
+    other, _ = save(tmp_path, FakeModel.make(), step=2, world_size=2)
     draws = []
     for _ in range(2):
-        load(directory, FakeModel.make())
+        model = FakeModel.make()
+        _, note = load_checkpoint(other, model, build_optimizer(model.local_parameters, section()))
+        assert note == (
+            "saved by 2 processes, goes on with 1: random states (dropout) start anew from the seed and the step"
+        )
         draws.append(torch.rand(4))
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "words"),
+    [
+        ({"cuda.00000": torch.zeros(16, dtype=torch.uint8)}, "saved on GPUs, goes on without"),
+        ({"cpu.00000": torch.zeros(99, dtype=torch.uint8)}, r"saved without rng\.cpu\.00000 of this machine's kind"),
+        ({"cpu.00000": None}, r"saved without rng\.cpu\.00000 of this machine's kind"),
+    ],
+)
+def test_random_states_of_another_machine_are_said_and_start_from_the_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_with: dict[str, torch.Tensor | None], words: str
+) -> None:
+    states = checkpoint._random_states()
+    for name, state in saved_with.items():
+        states.pop(f"rng.{name}", None)
+        if state is not None:
+            states[f"rng.{name}"] = whole(state)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_random_states", lambda: states)
+        directory, _ = save(tmp_path, FakeModel.make(), step=1)
+    draws = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = FakeModel.make()
+        _, note = load_checkpoint(directory, model, build_optimizer(model.local_parameters, section()))
+        assert re.match(words, note or "")
+        draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[1])
 
 
 def test_old_checkpoints_go_and_the_pointer_moves(tmp_path: Path) -> None:
@@ -138,9 +177,11 @@ def test_no_pickle_is_ever_read(tmp_path: Path) -> None:
     trace.unlink()
     (directory / ".metadata").write_bytes(bomb)
     data = directory / "rank-00000.safetensors"
-    data.write_bytes(bomb.ljust(data.stat().st_size, b"."))
-    with pytest.raises(CheckpointError, match=r"rng\.cpu\.00000 is no random state"):
+    saved = data.read_bytes()
+    data.write_bytes(bomb.ljust(len(saved), b"."))
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors holds other bytes than were saved"):
         load(directory, FakeModel.make())
+    data.write_bytes(saved)
     for file in ("metadata.json", "state.json"):
         content = (directory / file).read_bytes()
         (directory / file).write_bytes(bomb.ljust(len(content), b"."))
@@ -164,3 +205,66 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "root").write_text("a file where the directory should be")
     with pytest.raises(CheckpointError, match="could not save"):
         save(tmp_path / "root", FakeModel.make(), 10)
+
+
+FILES = ["rank-00000.safetensors", "state.json", "config.json", "plan.json", "metadata.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_bytes_that_changed_in_place_are_found_wherever_they_are(tmp_path: Path, file: str) -> None:
+    directory, _ = save(tmp_path, FakeModel.make(seed=1), 10)
+    path = directory / file
+    content = path.read_bytes()
+    twin = FakeModel.make(seed=2)
+    before = twin.table.tensor.clone()
+    places = random.Random(file).sample(range(len(content)), 12)
+    for place in (0, len(content) - 1, *places):
+        changed = bytearray(content)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=file):
+            load(directory, twin)
+    path.write_bytes(content)
+    load(directory, FakeModel.make())
+    assert torch.equal(twin.table.tensor, before)
+
+
+def test_a_zeroed_weight_is_named(tmp_path: Path) -> None:
+    directory, _ = save(tmp_path, FakeModel.make(seed=1), 10)
+    index = CheckpointIndex.load(directory / "metadata.json")
+    (chunk,) = index.tensors["table.weight"].chunks
+    with (directory / chunk.file).open("r+b") as file:
+        file.seek(chunk.byte_offset)
+        file.write(bytes(257 * 257 * 4))
+    with pytest.raises(CheckpointError, match=r"holds other bytes than were saved: table\.weight changed"):
+        load(directory, FakeModel.make())
+    with pytest.raises(CheckpointError, match=r"table\.weight changed"):
+        checkpoint_to_hf(directory, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_shares_of_a_check_see_every_byte_once(tmp_path: Path) -> None:
+    directory, _ = save(tmp_path, FakeModel.make(seed=1), 10)
+    index = CheckpointIndex.load(directory / "metadata.json")
+    spans = index._spans()
+    for of in (1, 2, 3, 7, 50):
+        assert [span for part in range(of) for span in _share(spans, part, of)] == spans
+    assert sum(span.num_bytes for span in spans) == index.num_bytes
+    for place in [(span.file, span.start) for span in spans if span.num_bytes]:
+        path = directory / place[0]
+        content = path.read_bytes()
+        path.write_bytes(content[: place[1]] + bytes([content[place[1]] ^ 1]) + content[place[1] + 1 :])
+        assert sum(1 for part in range(3) for _ in index.damage(directory, part=part, of=3)) == 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["table.weight", "optimizer.exp_avg_sq.bias"])
+def test_numbers_that_are_not_finite_are_named_with_their_tensor(tmp_path: Path, name: str) -> None:
+    model = FakeModel.make()
+    directory, optimizer = save(tmp_path, model, 10)
+    spoilt = model.table.tensor.data if name == "table.weight" else optimizer.state[model.bias.tensor]["exp_avg_sq"]
+    spoilt.view(-1)[7] = torch.nan
+    state = TrainState(step=20, world_size=1, run=lineage_for(section()))
+    directory = save_checkpoint(tmp_path, model, optimizer, state, plan=plan_for(section()), keep=3)
+    with pytest.raises(CheckpointError, match=rf"step-000020 was saved with NaN or inf in {name}; resume"):
+        load(directory, FakeModel.make())
