@@ -96,7 +96,9 @@ def losses(run: str) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(Path(run) / "metrics.jsonl") if "loss" in row}
 
 
-def test_train_resume_under_another_plan_and_export(folder: Path, galvatron: Verb) -> None:
+def test_train_resume_under_another_plan_and_export(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert galvatron("train", "job.toml", "--plan", "mixed.json", "--run-dir", "whole") == 0
     assert galvatron("train", "job.toml", "--plan", "pipeline.json", "--resume", "whole/checkpoints/step-000002") == 0
     whole, resumed = losses("whole"), losses("runs/job")
@@ -105,6 +107,12 @@ def test_train_resume_under_another_plan_and_export(folder: Path, galvatron: Ver
     assert resumed[4] == pytest.approx(whole[4], rel=1e-4)
     assert Plan.load("runs/job/plan.json") == PIPELINE
 
+    capfd.readouterr()
+    assert galvatron("checkpoint", "verify", "whole") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split(" (")[0] for line in lines] == [
+        f"whole/checkpoints/step-00000{step} is whole: step {step} by 2 processes" for step in (2, 4)
+    ]
     assert galvatron("convert", "to-hf", "whole", "hf") == 0
     assert galvatron("convert", "from-hf", "hf", "again") == 0
     first, second = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("hf", "again"))
@@ -122,20 +130,22 @@ def test_a_used_run_directory_is_not_overwritten(
     assert losses("runs/job") == before
 
 
-def test_a_truncated_checkpoint_is_one_sentence(
-    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damage", ["truncated", "64 flipped bytes"])
+def test_a_damaged_checkpoint_is_one_sentence(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str], damage: str
 ) -> None:
     assert galvatron("train", "job.toml", "--plan", "mixed.json") == 0
     checkpoint = folder / "runs/job/checkpoints/step-000004"
-    largest = max(
-        (path for path in checkpoint.iterdir() if path.suffix != ".json"), key=lambda path: path.stat().st_size
-    )
-    with largest.open("r+b") as file:
-        file.truncate(largest.stat().st_size // 2)
+    largest = max(checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    start = len(content) // 2  # among the first layer's and the head's weights, well before random states
+    flipped = bytes(byte ^ 0xFF for byte in content[start : start + 64])
+    largest.write_bytes(content[:start] + (flipped + content[start + 64 :] if damage != "truncated" else b""))
     capfd.readouterr()
     for arguments in (
         ("train", "job.toml", "--plan", "mixed.json", "--resume", str(checkpoint), "--run-dir", "other"),
-        ("convert", "to-hf", str(checkpoint), "hf"),
+        ("checkpoint", "verify", str(checkpoint)),
+        ("checkpoint", "verify", "runs/job"),
     ):
         assert galvatron(*arguments) == 2
         error = capfd.readouterr().err
@@ -143,7 +153,6 @@ def test_a_truncated_checkpoint_is_one_sentence(
         assert largest.name in error
         assert error.count("\n") == 1
     assert not (folder / "other" / "checkpoints").exists()
-    assert not (folder / "hf").exists()
 
 
 def test_a_plan_for_another_job_is_one_sentence(

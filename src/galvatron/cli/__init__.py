@@ -16,7 +16,7 @@ import typer
 
 from galvatron.core.errors import WorldError
 
-from . import convert, import_, plan, profile, run, search, train
+from . import checkpoint, convert, import_, plan, profile, run, search, train
 from .console import rank
 from .mistakes import as_mistake
 from .workers import WorkerCrash
@@ -36,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-for verb in (profile, convert, plan, import_):
+for verb in (profile, checkpoint, convert, plan, import_):
     app.add_typer(verb.app)
 for command in (search, train, run):
     command.register(app)

@@ -4,7 +4,7 @@ Takes a model that ``parallelize`` cut, its plan and a job; gives a run director
 plans are found, and prints nothing.
 """
 
-from .checkpoint import TrainState, find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from .checkpoint import TrainState, all_checkpoints, find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from .data import Dataset, load_dataset, prepare_tokens
 from .export import checkpoint_to_hf
 from .interface import Reporter
@@ -25,6 +25,7 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "Trainer",
+    "all_checkpoints",
     "build_optimizer",
     "check_goes_on",
     "checkpoint_to_hf",

@@ -148,6 +148,16 @@ def find_checkpoint(root: Path, resume: str | Path) -> Path:
     raise CheckpointError(f"{path} holds no checkpoint ({INDEX_FILE}); give a checkpoint, a run directory or 'latest'")
 
 
+def all_checkpoints(directory: Path) -> list[Path]:
+    """``directory`` if it is a checkpoint, else all of that run, by step; raises CheckpointError if there is none."""
+    if (directory / INDEX_FILE).exists():
+        return [directory]
+    found = [path for root in (directory, directory / "checkpoints") for path in sorted(root.glob("step-*"))]
+    if not found:
+        raise CheckpointError(f"{directory} holds no checkpoint; give a checkpoint or a run directory")
+    return found
+
+
 def _latest(root: Path) -> Path:
     if not (root / POINTER).exists():
         raise CheckpointError(f"{root} holds no finished checkpoint; start without resuming")
