@@ -30,7 +30,7 @@ def _defect(loc: tuple[int | str, ...], error: Any, known: list[str] | None) -> 
     where = ".".join(map(_name, loc)) or "the file"
     if known is not None:
         choices = f"known here: {', '.join(known)}" if known else "remove it"
-        return f"{where}: unknown key{did_you_mean(str(loc[-1]), known)}; {choices}".replace("?;", "?")
+        return f"{where}: unknown key{did_you_mean(str(loc[-1]), known)}{choices}"
     reason = error["msg"].removeprefix("Value error, ")
     got = "" if isinstance(error["input"], (dict, list, tuple)) else f" (got {shown(error['input'])})"
     return f"{where}: {reason}{got}"

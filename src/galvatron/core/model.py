@@ -126,6 +126,16 @@ class LayerKind(UnitSpec):
     num_experts: Whole = 0
     experts_per_token: Whole = 0
 
+    @model_validator(mode="after")
+    def _heads_and_experts_divide(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads} of {self.name}")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must not exceed num_experts={self.num_experts}"
+            )
+        return self
+
     def tokens(self, seq_len: int) -> int:
         """Tokens of one sequence in these layers."""
         return seq_len // self.tokens_divisor

@@ -19,10 +19,10 @@ def plain(word: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'lr'?`` for the known word nearest to ``word``; nothing where none is near."""
+    """What joins a complaint to its remedy: ``; did you mean 'lr'? ``, or a mere semicolon where none is near."""
     names = {plain(name): name for name in known}
-    near = difflib.get_close_matches(plain(word)[:SHOWN_CHARACTERS], names, n=1, cutoff=0.6)
-    return f"; did you mean {names[near[0]]!r}?" if near else ""
+    near = difflib.get_close_matches(plain(word)[:SHOWN_CHARACTERS], names, n=1, cutoff=0.76)
+    return f"; did you mean {names[near[0]]!r}? " if near else "; "
 
 
 def shown(value: object) -> str:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from galvatron.core.errors import ConfigError
+from galvatron.core.hardware import Device
 from galvatron.core.model import ComputeSample, LayerKind, ModelSpec, Precision, UnitName
 from galvatron.core.units import DTYPE_BYTES
 
 from .activations import FLOAT, TOKEN_ID, head_tokens
-from .devices import Preset
+from .devices import Preset, find_preset
 from .layer import LocalLayer, local_layer, matrices, uses_rms
 
 HALF_EFFICIENT = 64
@@ -43,6 +45,9 @@ OPERATORS = {"embedding": 8, "head": 30, "region": 18, "window": 40}
 Face's LLaMA and Swin]"""
 ADAMW_BYTES = 7 * FLOAT
 """AdamW reads parameter, gradient and two moments, writes all but the gradient: float32 (fused kernel)."""
+FLOPS_PER_BYTE = {"cuda": 200.0, "cpu": 10.0}
+"""Best matrix rate over memory bandwidth of a device without a preset.  [Assumed: presets have 130 to 370, server CPUs
+some 5 to 20]"""
 ROTARY_MOVED = 10  # elements moved for each of q and k: two products 4, half turned 3, sum 3
 RESIDUAL_MOVED = 3  # two read, one written
 COPY_MOVED = 2  # one read, one written
@@ -58,9 +63,23 @@ class Rates:
     element_bytes: int
 
     @classmethod
-    def of(cls, device: Preset, precision: Precision) -> Rates:
-        """The rates of ``device`` in ``precision``."""
-        return cls(device.matmul_flops_per_s(precision), device.achieved_memory_bytes_per_s, DTYPE_BYTES[precision])
+    def of(cls, device: Preset | Device, precision: Precision) -> Rates:
+        """The rates of ``device`` in ``precision``: of a measured one its own matrix rate, and its preset's memory.
+
+        Raises:
+            ConfigError: matrix products were not measured in that precision.
+        """
+        if isinstance(device, Preset):
+            return cls(device.matmul_flops_per_s(precision), device.achieved_memory_bytes_per_s, DTYPE_BYTES[precision])
+        rates, found = device.matmul_flops_per_s, find_preset(device.name)
+        if precision not in rates:
+            raise ConfigError(
+                f"{device.name} has no matrix rate in {precision} to estimate by; choose --precision "
+                f"{' or '.join(rates) or 'of a device that has one'}, or profile the model"
+            )
+        balanced = max(rates.values()) / FLOPS_PER_BYTE[device.type]
+        moved = found.achieved_memory_bytes_per_s if found else balanced
+        return cls(rates[precision], moved, DTYPE_BYTES[precision])
 
     def matmul_s(self, count: int, rows: float, inner: int, outer: int) -> float:
         """``count`` products of [rows, inner] and [inner, outer]: arithmetic at its shape's rate, or traffic."""

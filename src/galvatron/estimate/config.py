@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ModelSpec
+from galvatron.core.words import shown
 
 from .decoders import deepseek_v3, gpt2, gpt_neox, llama, mixtral, qwen3_moe
 from .encoders import bert, swin, t5, vit
@@ -45,10 +49,15 @@ def spec_of_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     ``vocab_size`` is the number of classes.
 
     Raises:
-        ConfigError: its family is unknown, or a size is missing.
+        ConfigError: its family is unknown, a size is missing, or sizes contradict each other.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ConfigError(f"model_type={model_type!r} has no shapes here; choose one of {', '.join(sorted(FAMILIES))}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type={shown(model_type)} has no shapes here; choose one of {', '.join(sorted(FAMILIES))}"
+        )
     family, defaults = FAMILIES[model_type]
-    return family(Config(config, **defaults), name)
+    try:
+        return family(Config(config, **defaults), name)
+    except ValidationError as failure:
+        raise ConfigError(f"model {name}: {sentence(ModelSpec, failure)}; give a Hugging Face config.json") from None

@@ -39,9 +39,8 @@ def qwen3_moe(config: Config, name: str) -> ModelSpec:
 def _mixture(config: Config, name: str, count_key: str, ffn_key: str) -> ModelSpec:
     mlp = experts("mlp.", config.size(count_key), config.size("hidden_size"), config.size(ffn_key))
     parameters = chain(_llama_attention(config), mlp, _llama_norms(config))
-    kind = _llama_kind(config, ffn_key, parameters)
     routed = {"num_experts": config.size(count_key), "experts_per_token": config.size("num_experts_per_tok")}
-    return _llama_model(config, name, (kind.model_copy(update=routed),))
+    return _llama_model(config, name, (_llama_kind(config, ffn_key, parameters, **routed),))
 
 
 def deepseek_v3(config: Config, name: str) -> ModelSpec:
@@ -125,7 +124,7 @@ def _llama_norms(config: Config) -> tuple[ParameterSpec, ...]:
     return whole("input_layernorm.weight", hidden), whole("post_attention_layernorm.weight", hidden)
 
 
-def _llama_kind(config: Config, ffn_key: str, parameters: tuple[ParameterSpec, ...]) -> LayerKind:
+def _llama_kind(config: Config, ffn_key: str, parameters: tuple[ParameterSpec, ...], **routed: int) -> LayerKind:
     return LayerKind(
         count=config.size("num_hidden_layers"),
         hidden_size=config.size("hidden_size"),
@@ -134,6 +133,7 @@ def _llama_kind(config: Config, ffn_key: str, parameters: tuple[ParameterSpec, .
         num_kv_heads=_kv_heads(config),
         head_dim=_head_dim(config),
         parameters=parameters,
+        **routed,
     )
 
 
@@ -156,12 +156,15 @@ def _kv_heads(config: Config) -> int:
 
 
 def _head_dim(config: Config) -> int:
-    return config.get("head_dim", config.size("hidden_size") // config.size("num_attention_heads"))
+    if "head_dim" in config:
+        return config.size("head_dim")
+    hidden, heads = config.heads("hidden_size", "num_attention_heads")
+    return hidden // heads
 
 
 def gpt2(config: Config, name: str) -> ModelSpec:
     """GPT-2 and GPT-3: learned positions, biases everywhere, q, k and v fused, weights [inputs, outputs]."""
-    hidden, heads, words = (config.size(key) for key in ("n_embd", "n_head", "vocab_size"))
+    (hidden, heads), words = config.heads("n_embd", "n_head"), config.size("vocab_size")
     ffn, positions = config.get("n_inner", 4 * hidden), config.size("n_positions")
     parameters = chain(
         layer_norm("ln_1", hidden),
@@ -187,7 +190,7 @@ def gpt2(config: Config, name: str) -> ModelSpec:
 
 def gpt_neox(config: Config, name: str) -> ModelSpec:
     """GPT-NeoX and Pythia: rotary, biases everywhere, q, k and v fused head by head."""
-    hidden, heads, words = (config.size(key) for key in ("hidden_size", "num_attention_heads", "vocab_size"))
+    (hidden, heads), words = config.heads("hidden_size", "num_attention_heads"), config.size("vocab_size")
     ffn = config.size("intermediate_size")
     bias = config.get("attention_bias", True)
     parameters = chain(

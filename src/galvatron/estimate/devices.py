@@ -8,6 +8,7 @@ ring that keeps every device busy.  Knows nothing of how devices are joined into
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from importlib.resources import files
 
@@ -15,6 +16,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import Device
 from galvatron.core.model import Precision
 from galvatron.core.records import Record, validate
+from galvatron.core.words import did_you_mean, plain, shown
 
 
 class Constant(Record):
@@ -25,7 +27,9 @@ class Constant(Record):
 
 
 class Preset(Record):
-    """One product in the server it usually comes in.
+    """One product in the server it usually comes in; ``product`` is the name that its driver gives.
+
+    ``memory_bytes``: what PyTorch finds there, as a measured profile has it: less than the data sheet says.
 
     ``intra_*``: between the devices of a node; ``intra_peer_bytes_per_s`` is what one device can send to one other,
     less than all it can send where every pair has a link of its own.  ``inter_*``: each device's share of the
@@ -90,13 +94,36 @@ DEVICES: tuple[str, ...] = tuple(preset.name for preset in _presets())
 """The names of all presets."""
 
 
+@cache
+def _names() -> dict[str, Preset]:
+    return {_called(name): p for p in _presets() for name in (p.name, *p.aliases, p.product)}
+
+
+def _called(name: str) -> str:
+    """A name without case, dashes, maker and where it was brought in from."""
+    return re.sub(r"nvidia|amdinstinct|geforce|imported$", "", plain(name))
+
+
+def find_preset(name: str) -> Preset | None:
+    """The preset of that name, alias or name that the driver gives; None if there is none."""
+    return _names().get(_called(name))
+
+
 def preset(name: str) -> Preset:
-    """The preset of that name, alias or product name, in any case.
+    """The preset of that name, alias or product name; case and dashes make no difference.
 
     Raises:
         ConfigError: there is none.
     """
-    for candidate in _presets():
-        if name.lower() in (candidate.name, *candidate.aliases, candidate.product.lower()):
-            return candidate
-    raise ConfigError(f"no device is called {name!r}; choose one of {', '.join(DEVICES)}")
+    found = find_preset(name)
+    if found is None:
+        raise ConfigError(
+            f"no device is called {shown(name)}{did_you_mean(name, DEVICES)}choose one of {', '.join(DEVICES)}"
+        )
+    return found
+
+
+def same_device(first: str, second: str) -> bool:
+    """Whether two names are of one product: ``NVIDIA H100 80GB HBM3`` and ``h100`` are."""
+    known = find_preset(first), find_preset(second)
+    return known[0] is known[1] if all(known) else first == second

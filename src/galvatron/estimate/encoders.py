@@ -18,9 +18,8 @@ T5_NAMES = ("q", "k", "v", "o")
 
 def bert(config: Config, name: str) -> ModelSpec:
     """BERT with its masked-language-model head: transform, then the tied decoder."""
-    hidden, heads, ffn, words = (
-        config.size(key) for key in ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-    )
+    hidden, heads = config.heads("hidden_size", "num_attention_heads")
+    ffn, words = config.size("intermediate_size"), config.size("vocab_size")
     positions = config.size("max_position_embeddings")
     parameters = _encoder_layer(SELF, hidden, heads, ffn, ("attention.output.LayerNorm", "output.LayerNorm"))
     embedding = chain(
@@ -48,9 +47,9 @@ def bert(config: Config, name: str) -> ModelSpec:
 
 def vit(config: Config, name: str) -> ModelSpec:
     """ViT: pre-norm encoder over patches and a class token."""
-    hidden, heads, ffn = (config.size(key) for key in ("hidden_size", "num_attention_heads", "intermediate_size"))
+    (hidden, heads), ffn = config.heads("hidden_size", "num_attention_heads"), config.size("intermediate_size")
     patch, channels, classes = config.size("patch_size"), config.size("num_channels"), _classes(config)
-    tokens = (config.size("image_size") // patch) ** 2 + 1
+    tokens = _patches(config) + 1
     parameters = _encoder_layer(VIT, hidden, heads, ffn, ("layernorm_before", "layernorm_after"))
     embedding = (
         whole("vit.embeddings.cls_token", 1, 1, hidden),
@@ -82,7 +81,7 @@ def swin(config: Config, name: str) -> ModelSpec:
         )
     patch, window, channels = (config.size(key) for key in ("patch_size", "window_size", "num_channels"))
     classes, last = _classes(config), embed * 2 ** (len(depths) - 1)
-    ratio = float(config.get("mlp_ratio", 4.0))
+    ratio = config.get("mlp_ratio", 4.0)
     kinds = (_swin_stage(i, depth, embed * 2**i, heads[i], ratio, window) for i, depth in enumerate(depths))
     merges = (_swin_merge(i, embed * 2**i) for i in range(len(depths) - 1))
     embedding = chain(
@@ -96,7 +95,7 @@ def swin(config: Config, name: str) -> ModelSpec:
         family="swin",
         layers=tuple(kinds),
         vocab_size=classes,
-        max_seq_len=(config.size("image_size") // patch) ** 2,
+        max_seq_len=_patches(config),
         tied_embeddings=False,
         embedding=UnitSpec(parameters=embedding),
         head=UnitSpec(parameters=_classifier("swin.layernorm", last, classes)),
@@ -200,7 +199,16 @@ def _encoder_layer(
 
 def _classes(config: Config) -> int:
     """How many classes the configuration names, or counts."""
-    return len(config.get("id2label", {})) or config.size("num_labels")
+    names: dict[str, str] = config.get("id2label", {})
+    return len(names) or config.size("num_labels")
+
+
+def _patches(config: Config) -> int:
+    """How many patches an image has."""
+    image, patch = config.size("image_size"), config.size("patch_size")
+    if patch > image:
+        raise ConfigError(f"patch_size={patch} must not exceed image_size={image}; give a Hugging Face config.json")
+    return int((image // patch) ** 2)
 
 
 def _classifier(norm: str, hidden: int, classes: int) -> tuple[ParameterSpec, ...]:

@@ -6,12 +6,15 @@ Takes names and sizes; gives ParameterSpec.  Knows nothing of families.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import Cut, LayerKind, ParameterSpec
+from galvatron.core.words import shown
 
 T = TypeVar("T")
+WANTED = {bool: "true or false", float: "a positive number", str: "a word", list: "a list", dict: "an object"}
+MAX_SIZE = 2**31 - 1  # of core.numbers.Count
 
 
 class Config:
@@ -23,27 +26,50 @@ class Config:
     def size(self, key: str) -> int:
         """A positive integer; ConfigError if it is missing or none."""
         value = self._data.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"{key} of a {self._data['model_type']} config must be a positive integer, got {value!r}; "
-                "give a Hugging Face config.json"
-            )
+        if not _is_size(value):
+            raise self._refuse(key, "a positive integer")
+        assert isinstance(value, int)
         return value
 
     def sizes(self, key: str) -> tuple[int, ...]:
         """A list of positive integers; ConfigError if it is missing or none."""
         value = self._data.get(key)
-        if not isinstance(value, (list, tuple)) or not value or any(not isinstance(n, int) or n < 1 for n in value):
-            raise ConfigError(
-                f"{key} of a {self._data['model_type']} config must be a list of positive integers, got {value!r}; "
-                "give a Hugging Face config.json"
-            )
+        if not isinstance(value, (list, tuple)) or not value or not all(map(_is_size, value)):
+            raise self._refuse(key, "a list of positive integers")
         return tuple(value)
 
+    def heads(self, hidden_key: str, heads_key: str) -> tuple[int, int]:
+        """The two sizes, of which the second divides the first: every head has the same width."""
+        hidden, heads = self.size(hidden_key), self.size(heads_key)
+        if hidden % heads:
+            raise self._refuse(heads_key, f"a divisor of {hidden_key}={hidden}")
+        return hidden, heads
+
     def get(self, key: str, default: T) -> T:
-        """The value of a key that may be missing."""
-        value: T = self._data.get(key, default)
+        """The value of a key that may be missing, of its default's type; sizes are positive."""
+        if key not in self:
+            return default
+        value, kind = self._data[key], type(default)
+        if kind is int:
+            return cast(T, self.size(key))
+        if kind is float and not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value <= MAX_SIZE:
+            return cast(T, float(value))
+        if kind is float or not isinstance(value, kind):
+            raise self._refuse(key, WANTED[kind])
         return value
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._data
+
+    def _refuse(self, key: str, wanted: str) -> ConfigError:
+        return ConfigError(
+            f"{key} of a {self._data['model_type']} config must be {wanted}, got {shown(self._data.get(key))}; "
+            "give a Hugging Face config.json"
+        )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
 
 
 def column(

@@ -42,7 +42,7 @@ def estimate_model(
 
     Args:
         spec: the model.
-        device: a preset, its name, or the device of an estimated hardware profile.
+        device: a preset, its name, or the device of a hardware profile: of a measured one its matrix rate counts.
         seq_len: tokens of a sequence; of vision models patches.
         precision: compute dtype.
         tp_degrees: tensor-parallel degrees, by default powers of two up to 64; those that a unit's cuts or
@@ -50,19 +50,19 @@ def estimate_model(
         max_batch: most sequences that a rank computes at once.
 
     Raises:
-        ConfigError: ``seq_len`` is longer than the model's positions, or no preset is of that device.
+        ConfigError: ``seq_len`` does not suit the model, no preset is of that name, or no rate of that precision is
+            known.
     """
-    if not 1 <= seq_len <= spec.max_seq_len:
-        raise ConfigError(
-            f"seq_len={seq_len} must be from 1 to max_seq_len={spec.max_seq_len} of {spec.name}; choose one of these"
-        )
-    found = device if isinstance(device, Preset) else preset(device if isinstance(device, str) else device.name)
+    problem = spec.sequence_problem(seq_len)
+    if problem:
+        raise ConfigError(problem)
+    found = preset(device) if isinstance(device, str) else device
     rates = Rates.of(found, precision)
     degrees = sorted({1, *(TP_DEGREES if tp_degrees is None else tp_degrees)})
     units = [(unit, tp) for unit, tp in itertools.product(spec.units, degrees) if _cuts(spec, unit, tp, seq_len)]
     return ModelProfile(
         spec=spec,
-        device=found.product,
+        device=found.product if isinstance(found, Preset) else found.name,
         precision=precision,
         seq_len=seq_len,
         origin="estimated",
@@ -75,7 +75,7 @@ def estimate_model(
             for (unit, tp), recompute in itertools.product(units, RECOMPUTES)
             if unit not in ENDS or recompute == "none"
         ),
-        optimizer_s_per_parameter=ADAMW_BYTES / found.achieved_memory_bytes_per_s,
+        optimizer_s_per_parameter=ADAMW_BYTES / rates.bytes_per_s,
     )
 
 
@@ -91,7 +91,8 @@ def _cuts(spec: ModelSpec, unit: UnitName, tp: int, seq_len: int) -> bool:
     cuts = [p.cut for p in spec.unit(unit).parameters if p.cut is not None]
     refused = any(cut.uneven == "refuse" and cut.blocks % tp for cut in cuts)
     whole = any(cut.uneven == "whole" and cut.blocks % tp and tp % cut.blocks for cut in cuts)
-    return not refused and not whole and kind.tokens(seq_len) % tp == 0
+    empty = any(cut.leaves_ranks_empty(tp) for cut in cuts)
+    return not (refused or whole or empty) and kind.tokens(seq_len) % tp == 0
 
 
 def _compute(spec: ModelSpec, unit: UnitName, tp: int, batch: int, seq_len: int, rates: Rates) -> ComputeSample:

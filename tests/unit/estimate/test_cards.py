@@ -64,6 +64,41 @@ def test_names_in_any_case_and_paths(tmp_path):
         assert model_spec(str(path)) == spec.model_copy(update={"name": "mine"})
 
 
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("meta-llama/Llama-3.1-8B", "llama3.1-8b"),
+        ("meta-llama/Meta-Llama-3.1-70B-Instruct", "llama3.1-70b"),
+        ("llama-3.1-405b", "llama3.1-405b"),
+        ("LLAMA_3.1_405B", "llama3.1-405b"),
+        ("meta-llama/Llama-2-7b-hf", "llama2-7b"),
+        ("meta-llama/Llama-2-13b-chat-hf", "llama2-13b"),
+        ("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x7b"),
+        ("Qwen/Qwen2.5-72B-Instruct", "qwen2.5-72b"),
+        ("Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b"),
+        ("deepseek-ai/DeepSeek-V3", "deepseek-v3"),
+        ("gpt-3-175b", "gpt3-175b"),
+    ],
+)
+def test_names_of_the_hub(name, card):
+    assert model_spec(name) == model_spec(card)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("llama3.1-8", r"'llama3.1-8' is no card, .*; did you mean 'llama3.1-8b'\? give a path or one of bert-large"),
+        ("mistralai/Mixtral-8x22B-v0.1", "did you mean 'mixtral-8x7b'"),
+        ("a\0b", "is no card"),
+        ("x" * 5000, r"\.\.\. is no card"),
+        ("", "'' is no card"),
+    ],
+)
+def test_a_name_of_no_card_is_one_sentence(name, says):
+    with pytest.raises(ConfigError, match=says):
+        model_spec(name)
+
+
 def test_what_is_neither_lists_the_cards(tmp_path):
     with pytest.raises(ConfigError, match=r"'llama9' is no card, .*bert-large, .*vit-h"):
         model_spec("llama9")

@@ -8,6 +8,7 @@ import pytest
 from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import OPS, HardwareProfile
 from galvatron.estimate import DEVICES, ClusterShape, cluster
+from galvatron.estimate.devices import preset, same_device
 from galvatron.estimate.topology import Topology
 from galvatron.plan.axes import divisors
 from unit.profiles import _shapes
@@ -155,3 +156,56 @@ def test_sixteen_thousand_devices_take_a_moment():
     assert time.perf_counter() - start < 0.3
     assert profile.world_size == 16384
     assert math.isfinite(sum(link.time_s(1e6) for link in profile.links))
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("a100-80gb", "a100-80g"),
+        ("A100-SXM4-40GB", "a100-40g"),
+        ("H100-SXM", "h100"),
+        ("h100_sxm5", "h100"),
+        ("NVIDIA-H100-80GB-HBM3", "h100"),
+        ("RTX-4090", "rtx4090"),
+        ("H200", "h200"),
+    ],
+)
+def test_devices_by_the_names_that_people_give_them(name, device):
+    assert ClusterShape.parse(f"{name}:2x8").preset == device
+
+
+def test_devices_by_the_names_that_drivers_give_them():
+    drivers = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80g"}
+    for driver, name in {**drivers, "NVIDIA GeForce RTX 4090": "rtx4090", "AMD Instinct MI300X": "mi300x"}.items():
+        assert same_device(driver, name)
+        assert preset(name).product == driver
+    for other in ("NVIDIA H100 PCIe", "NVIDIA A100 80GB PCIe", "NVIDIA H100 NVL", "h200"):
+        assert not same_device(other, "h100")
+    assert not same_device("Intel Xeon", "AMD EPYC")
+    assert same_device("Intel Xeon", "Intel Xeon")
+
+
+def test_a_misspelt_device_is_guessed():
+    with pytest.raises(ConfigError, match=r"no device is called 'rtx490'; did you mean 'rtx4090'\? choose one of"):
+        cluster("rtx490:8")
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "board_gib"),
+    [
+        ("a100-40g", 39.50, 40),
+        ("a100-80g", 79.25, 80),
+        ("h100", 79.11, 81559 / 1024),
+        ("h200", 139.80, 143771 / 1024),
+        ("b200", 178.35, 180),
+        ("mi300x", 191.98, 192),
+        ("l40s", 44.42, 48),
+        ("rtx4090", 23.64, 24564 / 1024),
+    ],
+)
+def test_a_preset_has_the_memory_that_pytorch_finds(name, gib, board_gib):
+    """What a profile measured there would hold: below what the driver or the data sheet says."""
+    memory_gib = cluster(f"{name}:1").device.memory_bytes / 2**30
+    assert memory_gib == pytest.approx(gib, abs=0.005)
+    assert memory_gib < board_gib
+    assert "reports of it" in preset(name).memory_bytes.source

@@ -81,3 +81,32 @@ def test_classes_are_those_named_or_counted():
     named = spec_of_config({**keys, **image, "id2label": {"0": "cat", "1": "dog"}}, "small")
     assert (named.vocab_size, named.max_seq_len) == (2, 17)
     assert named.head.parameters[-1].local_shape(4, 3) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\] has no shapes here"),
+        ({"hidden_size": 10**10}, "hidden_size of a llama config must be a positive integer, got 10000000000"),
+        ({"num_key_value_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads of a llama config must be a positive integer, got 0"),
+        ({"head_dim": "8"}, "head_dim of a llama config must be a positive integer, got '8'"),
+        ({"attention_bias": "yes"}, "attention_bias of a llama config must be true or false, got 'yes'"),
+        ({"hidden_size": 2}, "num_attention_heads of a llama config must be a divisor of hidden_size=2, got 4"),
+        ({"num_hidden_layers": 10**6}, "less than or equal to 16384"),
+        ({"max_position_embeddings": 2**30}, "less than or equal to 134217728"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "mlp_only_layers of a qwen3_moe config must be a list"),
+    ],
+)
+def test_sizes_that_contradict_are_one_sentence(keys, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        spec_of_config({"model_type": "llama", **SMALL, **keys}, "small")
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_of_unequal_width_are_refused():
+    with pytest.raises(ConfigError, match="n_head of a gpt2 config must be a divisor of n_embd=64, got 5"):
+        spec_of_config({"model_type": "gpt2", **SMALL_GPT2, "n_head": 5}, "small")
+    keys = {"model_type": "vit", "patch_size": 32, "image_size": 16, "num_attention_heads": 4, "hidden_size": 64}
+    with pytest.raises(ConfigError, match="patch_size=32 must not exceed image_size=16"):
+        spec_of_config({**keys, "intermediate_size": 96, "num_hidden_layers": 2}, "small")

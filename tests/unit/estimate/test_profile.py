@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.hardware import Device
 from galvatron.core.model import ModelProfile
 from galvatron.estimate import CARDS, cluster, estimate_model, model_spec, spec_of_config
 from galvatron.estimate.devices import Constant, preset
@@ -151,3 +152,44 @@ def test_small_layers_wait_for_the_host_and_large_ones_do_not():
     )
     assert one[0] == one[1]
     assert many[0] > 2 * many[1]
+
+
+H100 = Device(
+    name="NVIDIA H100 80GB HBM3",
+    type="cuda",
+    memory_bytes=84_900_000_000,
+    matmul_flops_per_s={"bf16": 6e14, "fp32": 5e13},
+)
+
+
+def test_a_measured_device_counts_by_its_own_rate():
+    spec = model_spec("llama2-7b")
+    measured = estimate_model(spec, H100, seq_len=2048, tp_degrees=[1])
+    assert measured.device == H100.name
+    fast = H100.model_copy(update={"matmul_flops_per_s": {"bf16": 12e14}})
+    slow_s, fast_s = (
+        next(s.forward_s for s in p.compute if s.unit == "layer" and s.batch == 8)
+        for p in (measured, estimate_model(spec, fast, seq_len=2048, tp_degrees=[1]))
+    )
+    assert 0.5 < fast_s / slow_s < 0.65  # products take half, what moves memory as long as before
+    same_memory = estimate_model(spec, "h100", seq_len=2048, tp_degrees=[1])
+    assert measured.optimizer_s_per_parameter == same_memory.optimizer_s_per_parameter
+
+
+def test_a_device_without_a_preset_is_estimated_by_its_rate_alone():
+    xeon = Device(name="Intel Xeon", type="cpu", memory_bytes=2**34, matmul_flops_per_s={"fp32": 1e12})
+    profile = estimate_model(model_spec("llama2-7b"), xeon, seq_len=512, precision="fp32", tp_degrees=[1])
+    assert (profile.device, profile.precision) == ("Intel Xeon", "fp32")
+    head_s = next(s.forward_s for s in profile.compute if s.unit == "head" and s.batch == 8)
+    assert head_s > 8 * 512 * 2 * 32000 * 4096 / 1e12
+    with pytest.raises(ConfigError, match=r"Intel Xeon has no matrix rate in bf16 .*; choose --precision fp32"):
+        estimate_model(model_spec("llama2-7b"), xeon, seq_len=512)
+
+
+def test_sequences_that_a_stage_would_merge_to_nothing_are_refused():
+    spec = model_spec("swin-h")
+    with pytest.raises(ConfigError, match="seq_len=49 must be a multiple of 64, as swin-h merges tokens; choose 64"):
+        estimate_model(spec, "h100", seq_len=49)
+    with pytest.raises(ConfigError, match=r"seq_len=100 must be a multiple of 64, .*; choose 64"):
+        estimate_model(spec, "h100", seq_len=100)
+    assert estimate_model(spec, "h100", seq_len=64, tp_degrees=[1], max_batch=1).seq_len == 64
