@@ -6,7 +6,7 @@
     ├── InfeasibleError    no plan fits; carries the tightest constraint
     ├── PlanError          a plan breaks a rule of its model, its batch or its world
     ├── CheckpointError    a checkpoint is missing, truncated or of another model
-    ├── DataError          a dataset is empty, unreadable or too short
+    ├── DataError          a dataset is empty, unreadable or too short; a batch is not what the plan or model takes
     ├── OutputError        a file cannot be written: a folder in its place, no permission, a full disk
     └── WorldError         this process and the others of its run cannot meet, or no longer hear each other
 
@@ -52,7 +52,7 @@ class CheckpointError(GalvatronError):
 
 
 class DataError(GalvatronError):
-    """A dataset is empty, unreadable or too short."""
+    """A dataset is empty, unreadable or too short; a batch is not what the plan or model takes."""
 
 
 class OutputError(GalvatronError):

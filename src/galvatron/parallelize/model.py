@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from galvatron.core.errors import DataError
 from galvatron.core.model import ModelSpec
 from galvatron.internals import local_part
 from galvatron.plan.schedules import Action, actions
 
+from .batch import BatchCheck
 from .export import MAX_SHARD_BYTES, write_hf_directory
 from .fsdp import DTYPES, ShardedUnit, free_gathered, gathered_buffers, prepare_backward
 from .gather import Shapes, gather_whole
 from .gradients import clip, global_norm, sum_over
 from .grid import Grid
-from .loss import IGNORED
 from .pieces import LocalParameter
 from .pipeline import Neighbours, run
 from .safetensors_file import Entry
@@ -62,6 +61,9 @@ class ParallelModel:
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
         self.stage, self.local_parameters = stage, parameters
         self._units, self._sharded, self._replicated = units, sharded, replicated
+        shape, device = (self.plan.global_batch_size, self.plan.seq_len), grid.world.device
+        self._train_batches = BatchCheck(shape, spec.vocab_size, device)
+        self._evaluation_batches = BatchCheck(shape, spec.vocab_size, device)
         self._position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
 
     def train_step(self, input_ids: Tensor, labels: Tensor) -> float:
@@ -74,19 +76,26 @@ class ParallelModel:
         Returns:
             The mean loss over all counted tokens, equal on all ranks.  Every ``LocalParameter.tensor.grad``
             is then this rank's part of that loss's gradient; earlier gradients are forgotten.
+
+        Raises:
+            DataError: a batch of another shape or dtype, with ids that the vocabulary lacks, or not equal on all
+                ranks.  Nothing has changed then.
         """
+        weight = self._train_batches.weight(input_ids, labels)
         self.zero_grad()
         plan, grid = self.plan, self.grid
         order = actions(plan.schedule, plan.pp, grid.stage, plan.num_microbatches)
-        loss = self._run(order, input_ids, labels)
+        loss = self._run(order, input_ids, labels, weight)
         self._collect_gradients()
         return loss
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor) -> float:
         """The mean loss of a batch of the plan's shape, without gradients or dropout; equal on all ranks."""
+        weight = self._evaluation_batches.weight(input_ids, labels)
         self.stage.eval()
-        loss = self._run([Action("forward", i) for i in range(self.plan.num_microbatches)], input_ids, labels)
+        order = [Action("forward", i) for i in range(self.plan.num_microbatches)]
+        loss = self._run(order, input_ids, labels, weight)
         self.stage.train()
         free_gathered(self._units)
         return loss
@@ -128,9 +137,7 @@ class ParallelModel:
         """The buffers for gathered parameters, of no bytes while not in use: for those who count memory."""
         return gathered_buffers(self._units)
 
-    def _run(self, order: list[Action], input_ids: Tensor, labels: Tensor) -> float:
-        self._check_batch(input_ids, labels)
-        weight = 1.0 / max(int((labels != IGNORED).sum()), 1)
+    def _run(self, order: list[Action], input_ids: Tensor, labels: Tensor, weight: float) -> float:
         forward = self._forward(input_ids, labels, weight)
         losses = run(order, forward, self._neighbours(), self._before_backward)
         total = torch.zeros((), device=self.grid.world.device)
@@ -172,11 +179,3 @@ class ParallelModel:
             parameter.tensor.grad = local_part(gradient)
         for replicated in self._replicated:
             sum_over(replicated.group, [p.tensor.grad for p in replicated.parameters if p.tensor.grad is not None])
-
-    def _check_batch(self, input_ids: Tensor, labels: Tensor) -> None:
-        expected = (self.plan.global_batch_size, self.plan.seq_len)
-        if tuple(input_ids.shape) != expected or labels.shape != input_ids.shape:
-            raise DataError(
-                f"a batch must have the plan's shape {list(expected)}, got ids {list(input_ids.shape)} and labels "
-                f"{list(labels.shape)}; give global_batch_size x seq_len tokens"
-            )
