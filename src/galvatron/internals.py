@@ -38,6 +38,7 @@ __all__ = [
     "call_attention",
     "changes_in_place",
     "default_store",
+    "forget_forwards",
     "gathered_buffers",
     "has_tensor_hooks",
     "hooks",
@@ -62,11 +63,21 @@ def default_store() -> Store:
 
 def gathered_buffers(module: FSDPModule) -> Iterator[torch.Tensor]:
     """The buffers that FSDP2 gathers the parameters of ``module``'s group into."""
-    state: Any = module._get_fsdp_state()
-    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-    for group in groups:
+    for group in _groups(module):
         for parameter in group.fsdp_params:
             yield from parameter.all_gather_outputs
+
+
+def forget_forwards(module: FSDPModule) -> None:
+    """Drop the order of forwards, which FSDP2 keeps for prefetching until a backward of the whole model ends."""
+    for group in _groups(module):
+        group.comm_ctx.post_forward_order.clear()
+        group._post_forward_indices.clear()
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    state: Any = module._get_fsdp_state()
+    return state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
 
 
 def local_part(tensor: DTensor) -> torch.Tensor:

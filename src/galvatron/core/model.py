@@ -63,12 +63,14 @@ class ParameterSpec(Record):
     """One parameter of a unit: its name within the model's unit, full shape and tensor-parallel cut.
 
     ``experts``: dim 0 counts experts, which expert parallelism deals out; every expert is cut by tp alike.
+    ``trainable``: whether it has a gradient and optimizer states; a frozen one is held and gathered alone.
     """
 
     name: str
     shape: tuple[Count, ...] = Field(min_length=1, max_length=8)
     cut: Cut | None = None
     experts: StrictBool = False
+    trainable: StrictBool = True
 
     @model_validator(mode="after")
     def _blocks_tile_the_dim(self) -> Self:
@@ -100,6 +102,11 @@ class UnitSpec(Record):
     def num_parameters(self) -> int:
         """Elements of the whole unit, uncut."""
         return sum(math.prod(p.shape) for p in self.parameters)
+
+    @property
+    def trained_share(self) -> float:
+        """Which part of its elements is trainable."""
+        return sum(math.prod(p.shape) for p in self.parameters if p.trainable) / max(self.num_parameters, 1)
 
 
 class LayerKind(UnitSpec):
@@ -234,6 +241,16 @@ class ModelSpec(Record):
         """The kind of every layer, first to last."""
         return tuple(kind for kind in self.layers for _ in range(kind.count))
 
+    def is_reached(self, unit: UnitName) -> bool:
+        """Whether the backward pass reaches ``unit``: whether it or a unit before it has a trainable parameter."""
+        upto = self.units[: self.units.index(unit) + 1]
+        return any(p.trainable for name in upto for p in self.unit(name).parameters)
+
+    def trains_before(self, layer: int) -> bool:
+        """Whether a gradient goes on from layer ``layer`` (0-based) to what comes before it, to be used there."""
+        units = (self.embedding, *self.kind_of_layers()[:layer])
+        return any(p.trainable for unit in units for p in unit.parameters)
+
     @property
     def num_parameters(self) -> int:
         """Elements of the whole model; a tied weight counts once."""
@@ -245,11 +262,16 @@ class ModelSpec(Record):
         """Training FLOPs a token, forward + backward: 6 × active matmul parameters + 12·L·h·s (PaLM, appendix B).
 
         The input embedding is a lookup and does not count; the output projection does.  Kinds whose sequences are
-        shorter count by their share of tokens.
+        shorter count by their share of tokens.  Of the 6, 2 are the forward, 2 the gradient of the input, which units
+        before the first trainable one do not need, and 2 the gradient of the weight, for what is trainable.
         """
-        total = 6.0 * self.vocab_size * self.layers[-1].hidden_size
+        projection = self.head.parameters[-1]
+        reached = 2.0 * self.is_reached(self.layers[-1].name)
+        total = (2.0 + reached + 2.0 * projection.trainable) * self.vocab_size * self.layers[-1].hidden_size
         for kind in self.layers:
-            layer = 6.0 * kind.active_parameters + 3.0 * kind.attention_flops_per_token(seq_len)
+            reached = 2.0 * self.is_reached(kind.name)
+            matmuls = (2.0 + reached + 2.0 * kind.trained_share) * kind.active_parameters
+            layer = matmuls + (1.0 + reached) * kind.attention_flops_per_token(seq_len)
             total += kind.count * layer / kind.tokens_divisor
         return total
 

@@ -5,8 +5,20 @@ the meta device.  Knows nothing of processes, plans or costs.  To add a model, a
 """
 
 from .family import Family, Region, family_of
+from .freeze import check_trains, freeze_parameters
 from .initialize import InitialWeights
 from .load import load_config, meta_model
-from .spec import build_spec
+from .spec import build_spec, spec_of
 
-__all__ = ["Family", "InitialWeights", "Region", "build_spec", "family_of", "load_config", "meta_model"]
+__all__ = [
+    "Family",
+    "InitialWeights",
+    "Region",
+    "build_spec",
+    "check_trains",
+    "family_of",
+    "freeze_parameters",
+    "load_config",
+    "meta_model",
+    "spec_of",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -11,13 +12,28 @@ from transformers.pytorch_utils import Conv1D
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 
 from .family import Blocks, Family, family_of
+from .freeze import freeze_parameters
 from .load import meta_model
 
 
-def build_spec(config: PretrainedConfig, name: str | None = None) -> ModelSpec:
-    """Describe the model of ``config`` without allocating it; ``name`` defaults to its family and size."""
-    family = family_of(config)
+def build_spec(config: PretrainedConfig, name: str | None = None, freeze: Collection[str] = ()) -> ModelSpec:
+    """Describe the model of ``config`` without allocating it; ``name`` defaults to its family and size.
+
+    ``freeze``: parameters that are not trained, by name or pattern (see ``models.freeze``).
+    """
+    family_of(config)
     model = meta_model(config)
+    freeze_parameters(model, freeze)
+    return spec_of(model, name)
+
+
+def spec_of(model: PreTrainedModel, name: str | None = None) -> ModelSpec:
+    """Describe a model that is what its config says; what does not require a gradient is frozen.
+
+    Layers that follow each other and train alike are of one kind, named by their indices where there are several.
+    """
+    config = model.config
+    family = family_of(config)
     decoder = model.get_submodule(family.decoder)
     counts = block_counts(config, model, family)
     layers: nn.ModuleList = decoder.get_submodule(family.layers)  # type: ignore[assignment]
@@ -25,16 +41,18 @@ def build_spec(config: PretrainedConfig, name: str | None = None) -> ModelSpec:
     return ModelSpec(
         name=name or f"{config.model_type}-{millions:.3g}M",
         family=config.model_type,
-        layers=(
+        layers=tuple(
             LayerKind(
-                count=len(layers),
+                name=kind,
+                count=count,
                 hidden_size=config.hidden_size,
                 ffn_size=counts["ffn"],
                 num_heads=counts["heads"],
                 num_kv_heads=counts["kv_heads"],
                 head_dim=getattr(config, "head_dim", None) or config.hidden_size // counts["heads"],
-                parameters=layer_parameters(layers[0], family, counts),
-            ),
+                parameters=parameters,
+            )
+            for kind, count, parameters in _kinds(layers, family, counts)
         ),
         vocab_size=config.vocab_size,
         max_seq_len=config.max_position_embeddings,
@@ -42,6 +60,17 @@ def build_spec(config: PretrainedConfig, name: str | None = None) -> ModelSpec:
         embedding=UnitSpec(parameters=tuple(_embedding_parameters(model, family))),
         head=UnitSpec(parameters=tuple(_head_parameters(model, family))),
     )
+
+
+def _kinds(
+    layers: nn.ModuleList, family: Family, counts: dict[Blocks, int]
+) -> Iterator[tuple[str, int, tuple[ParameterSpec, ...]]]:
+    """(name, count, parameters) of every run of layers that train alike."""
+    start = 0
+    for parameters, members in itertools.groupby(layer_parameters(layer, family, counts) for layer in layers):
+        count = len(list(members))
+        yield "layer" if count == len(layers) else f"layers {start}-{start + count - 1}", count, parameters
+        start += count
 
 
 def block_counts(config: PretrainedConfig, model: PreTrainedModel, family: Family) -> dict[Blocks, int]:
@@ -67,7 +96,8 @@ def layer_parameters(layer: nn.Module, family: Family, counts: dict[Blocks, int]
     """Every parameter of an uncut ``layer`` with its cut, in the module's own order."""
     cuts = dict(_layer_cuts(layer, family, counts))
     return tuple(
-        ParameterSpec(name=name, shape=tuple(p.shape), cut=cuts.get(name)) for name, p in layer.named_parameters()
+        ParameterSpec(name=name, shape=tuple(p.shape), cut=cuts.get(name), trainable=p.requires_grad)
+        for name, p in layer.named_parameters()
     )
 
 
@@ -92,16 +122,18 @@ def _embedding_parameters(model: PreTrainedModel, family: Family) -> Iterator[Pa
     yield _vocabulary_cut(f"{family.decoder}.{family.embedding}.weight", embedding)
     if family.position_embedding:
         name = f"{family.decoder}.{family.position_embedding}.weight"
-        yield ParameterSpec(name=name, shape=tuple(model.get_parameter(name).shape))
+        positions = model.get_parameter(name)
+        yield ParameterSpec(name=name, shape=tuple(positions.shape), trainable=positions.requires_grad)
 
 
 def _head_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
     norm = f"{family.decoder}.{family.norm}"
     for name, parameter in model.get_submodule(norm).named_parameters():
-        yield ParameterSpec(name=f"{norm}.{name}", shape=tuple(parameter.shape))
+        yield ParameterSpec(name=f"{norm}.{name}", shape=tuple(parameter.shape), trainable=parameter.requires_grad)
     yield _vocabulary_cut(f"{family.head}.weight", model.get_submodule(family.head))
 
 
 def _vocabulary_cut(name: str, module: nn.Module) -> ParameterSpec:
-    shape: tuple[int, ...] = tuple(module.weight.shape)  # type: ignore[arg-type]
-    return ParameterSpec(name=name, shape=shape, cut=Cut(dim=0, blocks=shape[0], uneven="ceil"))
+    weight = module.get_parameter("weight")
+    cut = Cut(dim=0, blocks=weight.shape[0], uneven="ceil")
+    return ParameterSpec(name=name, shape=tuple(weight.shape), cut=cut, trainable=weight.requires_grad)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.internals import has_tensor_hooks, hooks, is_compiled
-from galvatron.models import family_of, meta_model
+from galvatron.models import check_trains, family_of, meta_model
 
 from .model import ParallelModel
 
@@ -41,6 +41,7 @@ def check_model(model: object) -> None:
         )
     for problem in _differences(model, twin):
         raise ConfigError(problem)
+    check_trains(model)
 
 
 def _check_class(model: object) -> None:

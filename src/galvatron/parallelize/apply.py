@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from galvatron.core.errors import ConfigError, PlanError
 from galvatron.core.model import ModelSpec, ParameterSpec
 from galvatron.internals import put_buffer
-from galvatron.models import Family, InitialWeights, build_spec, family_of
+from galvatron.models import Family, InitialWeights, family_of, spec_of
 from galvatron.plan import LayerStrategy, Plan, check_runnable
 
 from .accept import check_model
@@ -52,7 +52,7 @@ def parallelize(
     Args:
         model: an unmodified Hugging Face causal language model.  It is consumed: its modules become this rank's
             stage (``model.config`` stays as it is).  Parameters may be real or on meta
-            (``galvatron.models.meta_model``).
+            (``galvatron.models.meta_model``); those that do not require a gradient stay as they are.
         plan: which must fit the model and the world.
         world: from ``init_world``; made if absent.
         weights: where values come from; by default the model's own if it has any, else ``seed``.
@@ -68,7 +68,7 @@ def parallelize(
     if not isinstance(plan, Plan):
         raise PlanError(f"parallelize takes a Plan, got {type(plan).__name__}; load a file with Plan.load(path)")
     world = world or init_world()
-    family, spec = family_of(model.config), build_spec(model.config)
+    family, spec = family_of(model.config), spec_of(model)
     plan.validate(spec, world.world_size)
     check_runnable(plan)
     weights = weights or _own_weights(model, seed)
@@ -112,14 +112,14 @@ def _to_meta(model: PreTrainedModel) -> None:
 def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
     """Tensor cuts, changes of layout on entry, and recompute, for every module this stage owns."""
     plan = grid.plan
-    degrees = [strategy.sequence_degree for strategy in plan.strategies()]
+    degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
     chain = stage.decoder.get_submodule(family.layers)
     assert isinstance(chain, nn.ModuleList)
     if grid.is_first:
         _cut_embedding(stage, family, spec, grid)
     for index in plan.stage_layers(grid.stage):
         strategy = plan.layers[index]
-        cut_layer(chain[index], family, spec.layer, grid.axis_group(1, strategy.tp))
+        cut_layer(chain[index], family, kinds[index], grid.axis_group(1, strategy.tp))
         if strategy.recompute == "full":
             recompute_in_backward(chain[index])
         _enter(chain[index], grid, degrees[index], degrees[index + 1])
@@ -185,13 +185,13 @@ def _units(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> Iterato
 
 def _parts(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> list[_Part]:
     """Every parameter this stage owns, once; a tied head on the embedding's stage is the embedding."""
-    plan = grid.plan
+    plan, kinds = grid.plan, spec.kind_of_layers()
     named: list[tuple[str, str, ParameterSpec, LayerStrategy]] = []
     if grid.is_first:
         named += [(p.name, p.name, p, plan.embedding) for p in spec.embedding.parameters]
     for index in plan.stage_layers(grid.stage):
         prefix = f"{family.decoder}.{family.layers}.{index}."
-        named += [(prefix + p.name, prefix + p.name, p, plan.layers[index]) for p in spec.layer.parameters]
+        named += [(prefix + p.name, prefix + p.name, p, plan.layers[index]) for p in kinds[index].parameters]
     if grid.is_last:
         *norm, projection = spec.head.parameters
         named += [(p.name, p.name, p, plan.head) for p in norm]
@@ -221,7 +221,7 @@ def _local_parameter(part: _Part, sharded: nn.Parameter, spec: ModelSpec, grid: 
     assert isinstance(sharded, DTensor)
     return LocalParameter(
         name=part.name,
-        tensor=nn.Parameter(sharded.to_local().detach()),
+        tensor=nn.Parameter(sharded.to_local().detach(), requires_grad=part.spec.trainable),
         global_shape=part.spec.shape,
         pieces=pieces_of(part.spec, strategy.tp, tp_rank, strategy.dp_shard, grid.shard_rank(strategy)),
         replicas=strategy.dp_replicate * (strategy.tp if whole else 1) * (2 if twice else 1),
@@ -237,14 +237,15 @@ def _is_tied_copy(part: _Part, spec: ModelSpec, grid: Grid) -> bool:
 def _replicated(
     parts: list[_Part], parameters: list[LocalParameter], spec: ModelSpec, grid: Grid
 ) -> tuple[Replicated, ...]:
-    """Parameters whole on several tp ranks, by tp degree, then the tied embedding's two copies."""
+    """Trainable parameters whole on several tp ranks, by tp degree, then the tied embedding's two copies."""
     by_tp: dict[int, list[LocalParameter]] = {}
-    for part, parameter in zip(parts, parameters, strict=True):
+    pairs = [pair for pair in zip(parts, parameters, strict=True) if pair[0].spec.trainable]
+    for part, parameter in pairs:
         tp = part.strategy.tp
         if tp > 1 and (part.spec.cut is None or part.spec.cut.is_whole(tp)):
             by_tp.setdefault(tp, []).append(parameter)
     result = [Replicated(grid.group(1, tp), tuple(by_tp[tp])) for tp in sorted(by_tp)]
-    tied = tuple(p for part, p in zip(parts, parameters, strict=True) if _is_tied_copy(part, spec, grid))
+    tied = tuple(parameter for part, parameter in pairs if _is_tied_copy(part, spec, grid))
     if tied and grid.tied_group is not None:
         result.append(Replicated(grid.tied_group, tied))
     return tuple(result)

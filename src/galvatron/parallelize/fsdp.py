@@ -62,6 +62,7 @@ def free_gathered(units: Iterable[ShardedUnit]) -> None:
     """Drop gathered parameters, as after a forward pass that no backward follows."""
     for unit in units:
         _face(unit).reshard()
+        internals.forget_forwards(_face(unit))
 
 
 def gathered_buffers(units: Iterable[ShardedUnit]) -> Iterator[torch.Tensor]:

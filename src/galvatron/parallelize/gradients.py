@@ -32,7 +32,9 @@ def global_norm(parameters: Iterable[LocalParameter], device: torch.device) -> T
     """
     total = torch.zeros((), device=device)
     for parameter in parameters:
-        assert parameter.tensor.grad is not None
+        if not parameter.tensor.requires_grad:
+            continue
+        assert parameter.tensor.grad is not None, parameter.name
         total += parameter.tensor.grad.float().square().sum() / parameter.replicas
     dist.all_reduce(total)
     return total.sqrt()
@@ -42,4 +44,5 @@ def clip(parameters: Iterable[LocalParameter], norm: Tensor, max_norm: float) ->
     """Scale all gradients by max_norm / norm where the norm is larger (torch's clip_grad_norm_, eps 1e-6)."""
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     gradients = [p.tensor.grad for p in parameters if p.tensor.grad is not None]
-    multiply_all_(gradients, scale)
+    if gradients:
+        multiply_all_(gradients, scale)

@@ -64,6 +64,9 @@ class ParallelModel:
         shape, device = (self.plan.global_batch_size, self.plan.seq_len), grid.world.device
         self._train_batches = BatchCheck(shape, spec.vocab_size, device)
         self._evaluation_batches = BatchCheck(shape, spec.vocab_size, device)
+        layers = self.plan.stage_layers(grid.stage)
+        self._trains_before = not grid.is_first and spec.trains_before(layers.start)
+        self._trains_until = grid.is_last or spec.trains_before(layers.stop)
         self._position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
 
     def train_step(self, input_ids: Tensor, labels: Tensor) -> float:
@@ -86,6 +89,8 @@ class ParallelModel:
         plan, grid = self.plan, self.grid
         order = actions(plan.schedule, plan.pp, grid.stage, plan.num_microbatches)
         loss = self._run(order, input_ids, labels, weight)
+        if not self._trains_until:
+            free_gathered(self._units)  # which the end of a backward does elsewhere
         self._collect_gradients()
         return loss
 
@@ -166,7 +171,9 @@ class ParallelModel:
         plan, stage = self.plan, self.grid.stage
         previous = plan.embedding if stage == 0 else plan.layers[plan.stage_layers(stage).start - 1]
         shape = (plan.micro_batch_size // previous.dp, plan.seq_len // previous.sequence_degree, self.spec.hidden_size)
-        return Neighbours(self.grid, shape, DTYPES[plan.precision])
+        return Neighbours(
+            self.grid, shape, DTYPES[plan.precision], trains_before=self._trains_before, trains_until=self._trains_until
+        )
 
     def _before_backward(self, is_last: bool) -> None:
         prepare_backward(self.stage, self._units, is_last=is_last)
@@ -174,6 +181,8 @@ class ParallelModel:
     def _collect_gradients(self) -> None:
         """Point the local tensors at the gradients FSDP2 left, then sum what it does not know to be replicated."""
         for parameter in self.local_parameters:
+            if not parameter.tensor.requires_grad:
+                continue
             gradient = self._sharded[parameter.name].grad
             assert isinstance(gradient, DTensor), parameter.name
             parameter.tensor.grad = local_part(gradient)

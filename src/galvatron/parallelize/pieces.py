@@ -33,7 +33,8 @@ class LocalParameter:
     Attributes:
         name: the parameter's Hugging Face name; a tied head goes by the embedding's.
         tensor: float32 on the run's device, of this rank's shape; shares memory with the FSDP2 shard.
-            ``tensor.grad`` is this rank's part of the exact gradient after ``ParallelModel.train_step``.
+            ``tensor.grad`` is this rank's part of the exact gradient after ``ParallelModel.train_step``; a frozen
+            parameter's ``requires_grad`` is False and its gradient None.
         global_shape: the shape of the whole parameter.
         pieces: the boxes of ``tensor``; together they cover it.  Empty where FSDP2 left this rank nothing.
         replicas: how many ranks of the world hold this same part.

@@ -24,16 +24,17 @@ Forward = Callable[[int, Tensor | None], Tensor]
 
 @dataclass
 class Inbox:
-    """A microbatch's hidden states as received, and later their gradient."""
+    """A microbatch's hidden states as received, and later their gradient where the sender ``trains``."""
 
     hidden: Tensor | None
+    trains: bool = True
     gradient: Tensor | None = None
 
     def open(self) -> Tensor:
         """The hidden states, once: from then on only autograd keeps them, and only if their values are needed."""
         assert self.hidden is not None
         hidden, self.hidden = self.hidden, None
-        if not torch.is_grad_enabled():
+        if not (self.trains and torch.is_grad_enabled()):
             return hidden
         anchor = torch.empty((), device=hidden.device, requires_grad=True)
         opened: Tensor = _Open.apply(anchor, hidden, self)
@@ -59,23 +60,32 @@ class Neighbours:
 
     What was sent is held until it has surely left: a stage output until its gradient arrives (it is needed so
     long anyway), a gradient until the next one is sent.
+
+    ``trains_before``, ``trains_until``: whether stages before this one, or this one and those before, have trainable
+    parameters: gradients go no further back than the first of them.
     """
 
     grid: Grid
     in_shape: tuple[int, ...]
     dtype: torch.dtype
+    trains_before: bool = True
+    trains_until: bool = True
     _outputs: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
     _gradients: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
 
     def receive_hidden(self) -> Inbox:
         """The next microbatch's hidden states from the previous stage."""
-        return Inbox(self._receive(self.in_shape, self.grid.stage - 1, self.grid.forward_group))
+        return Inbox(self._receive(self.in_shape, self.grid.stage - 1, self.grid.forward_group), self.trains_before)
 
     def receive_gradient(self, like: Tensor) -> Tensor:
         """The gradient of the stage output ``like`` from the next stage."""
         gradient = self._receive(tuple(like.shape), self.grid.stage + 1, self.grid.backward_group)
-        _let_go(self._outputs)
+        self.let_go_of_hidden()
         return gradient
+
+    def let_go_of_hidden(self) -> None:
+        """Wait until the oldest stage output has left, and forget it."""
+        _let_go(self._outputs)
 
     def send_hidden(self, hidden: Tensor) -> None:
         """Send a stage output on."""
@@ -140,10 +150,13 @@ def run(
         else:
             inbox, output = alive.pop(action.microbatch)
             backwards_left -= 1
+            if not neighbours.trains_until:  # nothing here or before has a gradient, and none comes
+                neighbours.let_go_of_hidden()
+                continue
             before_backward(backwards_left == 0)
             gradient = None if grid.is_last else neighbours.receive_gradient(output)
             torch.autograd.backward(output, gradient)
-            if inbox is not None:
+            if inbox is not None and inbox.trains:
                 assert inbox.gradient is not None
                 neighbours.send_gradient(inbox.gradient)
     neighbours.finish()

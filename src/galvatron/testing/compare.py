@@ -76,7 +76,8 @@ def compare_on_rank(path: Path, plan: Plan) -> RankFindings:
     """Run ``plan`` on this rank of an initialised gloo world against the reference saved at ``path``."""
     reference = Reference.load(path)
     model = parallelize(reference.model(), plan, world=init_world("cpu"))
-    optimizer = reference.recipe.optimizer([parameter.tensor for parameter in model.local_parameters])
+    tensors = [parameter.tensor for parameter in model.local_parameters]
+    optimizer = reference.recipe.optimizer([tensor for tensor in tensors if tensor.requires_grad])
     deviations: list[Deviation] = []
     scalars: list[float] = []
     for index, step in enumerate(reference.steps):
@@ -114,7 +115,9 @@ def _train_step(
     for parameter in model.local_parameters:
         gradient = parameter.tensor.grad
         error = math.inf  # no gradient at all
-        if gradient is not None and gradient.shape == parameter.tensor.shape:
+        if parameter.name not in step.gradients:
+            error = 0.0 if gradient is None else math.inf
+        elif gradient is not None and gradient.shape == parameter.tensor.shape:
             error = _error(gradient, parameter, step.gradients)
         deviations.append(_deviation("gradient", parameter.name, index, error))
     grad_norm = model.clip_grad_norm_(max_grad_norm)
@@ -127,6 +130,10 @@ def _final_state(
     parameters: list[LocalParameter], optimizer: torch.optim.AdamW, reference: Reference
 ) -> Iterator[Deviation]:
     for parameter in parameters:
+        if parameter.name in reference.frozen:
+            moved = _error(parameter.tensor, parameter, reference.initial)
+            yield _deviation("parameter", parameter.name, -1, math.inf if moved else 0.0)
+            continue
         state = optimizer.state[parameter.tensor]
         for kind, local, truth in (
             ("parameter", parameter.tensor.detach(), reference.parameters),

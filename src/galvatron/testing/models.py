@@ -23,6 +23,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from galvatron.models import freeze_parameters
+
 WEIGHT_STD = 0.15
 """Standard deviation of drawn weights, about 1/√hidden: every layer changes its input visibly."""
 
@@ -63,11 +65,12 @@ FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
 
 @dataclass(frozen=True)
 class Variant:
-    """A family with overrides: one row of the parity tables."""
+    """A family with overrides, some parameters perhaps frozen (``models.freeze``): one row of the parity tables."""
 
     name: str
     family: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
 
     @staticmethod
     def named(name: str) -> Variant:
@@ -79,6 +82,12 @@ class Variant:
         heads = "n_head" if self.family == "gpt2" else "num_attention_heads"
         return tiny_config(self.family, **{heads: num_heads, **self.overrides})
 
+    def model(self, num_heads: int = 4, seed: int = 0) -> PreTrainedModel:
+        """The tiny model, with what is frozen not requiring gradients."""
+        model = tiny_model(self.config(num_heads), seed)
+        freeze_parameters(model, self.freeze)
+        return model
+
 
 VARIANTS: tuple[Variant, ...] = (
     Variant("gpt2", "gpt2", {"n_layer": 5}),
@@ -86,12 +95,17 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("llama", "llama", {"num_hidden_layers": 5}),
     Variant("llama-tied-one-kv-head", "llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     Variant("llama-tied-pad-is-eos", "llama", {"tie_word_embeddings": True, "pad_token_id": 2, "eos_token_id": 2}),
+    Variant("llama-lower-half-frozen", "llama", freeze=("model.embed_tokens.*", "model.layers.[01].*")),
+    Variant(
+        "gpt2-parts-frozen", "gpt2", freeze=("transformer.wte.*", "transformer.h.[13].*", "*.ln_1.*", "*c_proj.bias")
+    ),
     Variant("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     Variant("qwen2", "qwen2"),
     Variant("qwen3", "qwen3"),
     Variant("mistral", "mistral"),
 )
-"""GQA and MHA, tied and untied, with and without biases and a padding row, fused and separate projections."""
+"""GQA and MHA, tied and untied, with and without biases and a padding row, fused and separate projections; frozen
+from below, and here and there (a tied weight, whole layers among others, norms and biases)."""
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:

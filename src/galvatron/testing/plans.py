@@ -62,7 +62,7 @@ def pure_plans(spec: ModelSpec, world_size: int, seq_len: int = SEQ_LEN) -> dict
     plans = {
         name: _uniform_plan(spec, strategy, world, seq_len)
         for name, strategy in strategies.items()
-        if _legal(strategy, "layer", spec, world, seq_len)
+        if all(_legal(strategy, kind.name, spec, world, seq_len) for kind in spec.layers)
     }
     pp = max(d for d in divisors(world) if d <= min(MAX_PP, spec.num_layers))
     if pp > 1:
@@ -99,7 +99,7 @@ def _random_plan(
     cuts = sorted(rng.sample(range(1, spec.num_layers), pp - 1))
     embedding = rng.choice(choices["embedding"])
     head = embedding if spec.tied_embeddings else rng.choice(choices["head"])
-    layers = tuple(rng.choice(choices["layer"]) for _ in range(spec.num_layers))
+    layers = tuple(rng.choice(choices[kind.name]) for kind in spec.kind_of_layers())
     num_microbatches = rng.randint(1, MAX_MICROBATCHES)
     micro_batch_size = math.lcm(*(strategy.dp for strategy in (embedding, *layers, head))) * rng.randint(1, 2)
     plan = Plan(

@@ -7,6 +7,7 @@ AdamW states of a few steps in float32.  Knows nothing of plans or processes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,12 @@ class Recipe:
     seed: int = 0
 
     def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
-        """AdamW over ``parameters``, all of them decayed: the rule is elementwise, so any cut must obey it."""
-        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+        """AdamW over ``parameters``, all of them decayed: the rule is elementwise, so any cut must obey it.
+
+        There may be none: all that a rank holds may be frozen.
+        """
+        groups = [{"params": parameters}]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +69,14 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A whole run: where it started, its steps, and where it ended (loss of the first batch included)."""
+    """A whole run: where it started, its steps, and where it ended (loss of the first batch included).
+
+    ``frozen`` parameters have no gradients and no AdamW states.
+    """
 
     recipe: Recipe
     config: PretrainedConfig
+    frozen: frozenset[str]
     initial: Tensors
     steps: tuple[Step, ...]
     final_loss: float
@@ -77,7 +86,7 @@ class Reference:
 
     def model(self) -> PreTrainedModel:
         """A new Hugging Face model with the initial weights."""
-        return restore(self.config, self.initial)
+        return restore(self.config, self.initial, self.frozen)
 
     def save(self, path: Path) -> None:
         """Write it for other processes of this machine."""
@@ -96,15 +105,19 @@ def train_reference(
 ) -> Reference:
     """Train a copy of ``model`` in float32 for ``recipe.num_steps`` steps of AdamW; ``model`` stays as it is.
 
+    What does not require a gradient in ``model`` is frozen in the copy.
+
     Raises:
         ConfigError: the model has dropout, which no two layouts draw alike.
     """
     recipe = recipe or Recipe()
     _refuse_dropout(model)
     initial = _snapshot(dict(model.named_parameters()))
-    twin = restore(model.config, initial)
+    frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    twin = restore(model.config, initial, frozen)
     parameters = dict(twin.named_parameters())
-    optimizer = recipe.optimizer(list(parameters.values()))
+    trained = {name: parameter for name, parameter in parameters.items() if name not in frozen}
+    optimizer = recipe.optimizer(list(trained.values()))
     batches = make_batches(recipe, model.config.vocab_size, global_batch_size, seq_len)
     steps = tuple(_step(twin, optimizer, batch, recipe.max_grad_norm) for batch in batches)
     with torch.no_grad():
@@ -112,12 +125,13 @@ def train_reference(
     return Reference(
         recipe=recipe,
         config=model.config,
+        frozen=frozen,
         initial=initial,
         steps=steps,
         final_loss=final_loss,
         parameters=_snapshot(parameters),
-        exp_avg={name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()},
-        exp_avg_sq={name: optimizer.state[p]["exp_avg_sq"] for name, p in parameters.items()},
+        exp_avg={name: optimizer.state[p]["exp_avg"] for name, p in trained.items()},
+        exp_avg_sq={name: optimizer.state[p]["exp_avg_sq"] for name, p in trained.items()},
     )
 
 
@@ -148,12 +162,13 @@ def token_loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Te
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
-def restore(config: PretrainedConfig, weights: Tensors) -> PreTrainedModel:
-    """A float32 Hugging Face model of ``config`` in training mode with copies of ``weights``."""
+def restore(config: PretrainedConfig, weights: Tensors, frozen: Collection[str] = ()) -> PreTrainedModel:
+    """A float32 Hugging Face model of ``config`` in training mode with copies of ``weights``; ``frozen`` ones stay."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
+            parameter.requires_grad_(name not in frozen)
     return model.train()
 
 

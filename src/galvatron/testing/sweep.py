@@ -13,7 +13,7 @@ from galvatron.core.model import ModelSpec
 from galvatron.models import build_spec
 from galvatron.plan import Plan
 
-from .models import Variant, tiny_model
+from .models import Variant
 from .parity import ParityReport, parity_with
 from .pool import Pool
 from .reference import Recipe, train_reference
@@ -27,7 +27,8 @@ def heads_for(world_size: int) -> int:
 @cache
 def variant_spec(variant: str, world_size: int) -> ModelSpec:
     """The ModelSpec of the variant of that name for a world of that size."""
-    return build_spec(Variant.named(variant).config(heads_for(world_size)), variant)
+    found = Variant.named(variant)
+    return build_spec(found.config(heads_for(world_size)), variant, found.freeze)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,6 @@ class Sweep:
         clip = recipe.max_grad_norm
         path = self.folder / f"{variant}-{heads}-{plan.global_batch_size}x{plan.seq_len}-{clip}-{recipe.seed}.pt"
         if not path.exists():
-            model = tiny_model(Variant.named(variant).config(heads), seed=recipe.seed)
+            model = Variant.named(variant).model(heads, recipe.seed)
             train_reference(model, plan.global_batch_size, plan.seq_len, recipe).save(path)
         return path

@@ -175,7 +175,7 @@ def _held_state(model: TrainableModel, optimizer: torch.optim.Optimizer, *, prim
             continue
         assert part.name not in tensors, f"two parts of {part.name} on one rank"
         tensors[part.name] = held(part.global_shape, part.tensor, part.pieces)
-        for moment in MOMENTS:
+        for moment in MOMENTS if part.tensor.requires_grad else ():
             name = f"{OPTIMIZER_PREFIX}{moment}.{part.name}"
             tensors[name] = held(part.global_shape, optimizer.state[part.tensor][moment], part.pieces)
     return tensors
@@ -224,7 +224,10 @@ def _check_finite(directory: Path, tensors: dict[str, Held]) -> None:
 
 
 def _check_model(directory: Path, index: CheckpointIndex, model: TrainableModel) -> None:
-    """Names and shapes of the checkpoint's weights must be those of the model, no more and no fewer."""
+    """Names and shapes of the checkpoint's weights must be those of the model, no more and no fewer.
+
+    What is trainable must have been so: there are no moments of what was frozen.
+    """
     saved = {name: stored.shape for name, stored in index.tensors.items() if is_weight(name)}
     shapes = {part.name: tuple(part.global_shape) for part in model.local_parameters}
     wanted = {name: shape for shapes_of_rank in all_gather(shapes) for name, shape in shapes_of_rank.items()}
@@ -233,6 +236,12 @@ def _check_model(directory: Path, index: CheckpointIndex, model: TrainableModel)
             raise CheckpointError(
                 f"{directory} is of another model: {name} has shape {_shape(saved.get(name))} there and "
                 f"{_shape(wanted.get(name))} in the model; resume with the model that was trained"
+            )
+    for part in model.local_parameters:
+        if part.tensor.requires_grad and f"{OPTIMIZER_PREFIX}{MOMENTS[0]}.{part.name}" not in index.tensors:
+            raise CheckpointError(
+                f"{directory} has no optimizer state of {part.name}, which was frozen when it was saved and is "
+                "trainable now; freeze it, or start a new run from the exported weights"
             )
 
 

@@ -14,7 +14,7 @@ from galvatron.train import checkpoint
 from galvatron.train.boxes import whole
 from galvatron.train.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from galvatron.train.export import checkpoint_to_hf
-from galvatron.train.index import CheckpointIndex, _share
+from galvatron.train.index import INDEX_FILE, CheckpointIndex, _share
 from galvatron.train.optimizer import build_optimizer
 
 
@@ -23,9 +23,9 @@ def save(
 ) -> tuple[Path, torch.optim.Optimizer]:
     train = section()
     optimizer = build_optimizer(model.local_parameters, train)
-    for moment in ("exp_avg", "exp_avg_sq"):
-        for part in model.local_parameters:
-            torch.nn.init.normal_(optimizer.state[part.tensor][moment])
+    for moments in optimizer.state.values():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            torch.nn.init.normal_(moments[moment])
     state = TrainState(step=step, world_size=world_size, run=lineage_for(train))
     return save_checkpoint(root, model, optimizer, state, plan=plan_for(train), keep=keep), optimizer
 
@@ -62,6 +62,23 @@ def test_another_layout_loads_weights_moments_and_update_count(tmp_path: Path) -
         whole = saved.state[model.table.tensor][moment]
         swapped = loaded.state[twin.table.tensor][moment]
         assert torch.equal(swapped, torch.cat([whole[half:], whole[:half]]))
+
+
+def test_what_is_frozen_is_saved_without_moments(tmp_path: Path) -> None:
+    model, twin = FakeModel.make(seed=1), FakeModel.make(seed=2)
+    for frozen in (model.table, twin.table):
+        frozen.tensor.requires_grad_(False)
+    directory, _ = save(tmp_path, model, step=20)
+    assert "table.weight" in CheckpointIndex.load(directory / INDEX_FILE).tensors
+    assert "optimizer.exp_avg.bias" in CheckpointIndex.load(directory / INDEX_FILE).tensors
+    assert "optimizer.exp_avg.table.weight" not in CheckpointIndex.load(directory / INDEX_FILE).tensors
+    load(directory, twin)
+    assert torch.equal(twin.table.tensor, model.table.tensor)
+    thawed = FakeModel.make(seed=3)
+    before = thawed.table.tensor.detach().clone()
+    with pytest.raises(CheckpointError, match=r"no optimizer state of table\.weight, which was frozen"):
+        load(directory, thawed)
+    assert torch.equal(thawed.table.tensor, before)
 
 
 def test_random_states_continue_under_the_same_world_and_start_anew_under_another(tmp_path: Path) -> None:

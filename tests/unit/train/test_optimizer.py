@@ -68,3 +68,14 @@ def test_an_empty_shard_can_step() -> None:
     optimizer = build_optimizer([part], section())
     part.tensor.grad = torch.empty(0, 2)
     optimizer.step()
+
+
+def test_frozen_parameters_have_no_state_and_stay() -> None:
+    trained, frozen = whole_part("a", torch.ones(2, 2)), whole_part("b", torch.ones(2))
+    frozen.tensor.requires_grad_(False)
+    optimizer = build_optimizer([trained, frozen], section())
+    assert list(optimizer.state) == [trained.tensor]
+    trained.tensor.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(frozen.tensor, torch.ones(2))
+    build_optimizer([frozen], section()).step()  # a rank may hold nothing else
