@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
     "FakeTensorMode",
@@ -45,6 +45,7 @@ __all__ = [
     "is_compiled",
     "local_part",
     "multiply_all_",
+    "needless_names",
     "put_buffer",
     "put_parameter",
     "storage_address",
@@ -144,3 +145,8 @@ def call_attention(config: PretrainedConfig, name: str) -> None:
 def to_be_initialised(module: nn.Module) -> None:
     """Let transformers initialise a module that it has initialised before."""
     module._is_hf_initialized = False  # type: ignore[assignment]
+
+
+def needless_names(model: PreTrainedModel) -> list[str]:
+    """Patterns of tensors that old files have and ``model`` computes itself: masks, rotary tables, positions."""
+    return [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]

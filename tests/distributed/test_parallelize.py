@@ -95,6 +95,23 @@ def load_broken(directory: str) -> str:
     return "loaded"
 
 
+def load_on_four(directory: str) -> str:
+    try:
+        parallelize(meta_model(tiny_config("llama")), plan_for(4), weights=SafetensorsWeights(directory))
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_nan_that_one_rank_reads_is_the_same_error_on_all(pool: Pool, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    name = "model.layers.3.mlp.up_proj.weight"
+    model.get_parameter(name).data[-1, -1] = torch.nan
+    model.save_pretrained(tmp_path)
+    expected = f"weights of {name} hold NaN or inf (in fp32, which training keeps); give sound weights"
+    assert pool.run(load_on_four, str(tmp_path), world_size=4) == [expected] * 4
+
+
 def test_broken_checkpoints_are_refused(pool: Pool, tmp_path: Path) -> None:
     assert "has no model.safetensors" in pool.run(load_broken, str(tmp_path), world_size=1)[0]
     tiny_model("gpt2", n_embd=16).save_pretrained(tmp_path)

@@ -177,15 +177,15 @@ def _weights(path: str, config: Any) -> Any:
     """The safetensors beside a config file, in a directory, or of a hub name (fetched once by rank 0)."""
     from galvatron.models import family_of
     from galvatron.parallelize import SafetensorsWeights
-    from galvatron.parallelize.ranks import on_rank_zero
+    from galvatron.parallelize.ranks import on_rank_zero, together
 
     directory = Path(path).parent if Path(path).is_file() else Path(path)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json"]
         directory = Path(on_rank_zero(lambda: snapshot_download(path, allow_patterns=patterns)))
-    return SafetensorsWeights(directory, base_prefix=family_of(config).decoder)
+    return together(lambda: SafetensorsWeights(directory, base_prefix=family_of(config).decoder))
 
 
 def _device_flops_per_s(leg: Leg) -> float | None:

@@ -19,9 +19,7 @@ from galvatron.internals import has_tensor_hooks, hooks, is_compiled
 from galvatron.models import check_trains, family_of, meta_model
 
 from .model import ParallelModel
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Parameter dtypes whose values are plain numbers; 8-bit ones mean something only with their scales."""
+from .weights import FLOATS
 
 _RECORDER = "transformers.utils.output_capturing"  # leaves hooks behind that do nothing while nobody records
 _WRAPPED = ("module", "_orig_mod")  # where DistributedDataParallel and torch.compile keep the model

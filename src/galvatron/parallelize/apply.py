@@ -27,9 +27,10 @@ from .fsdp import ShardedUnit, mixed_precision, shard_unit
 from .grid import Grid
 from .model import ParallelModel, Replicated
 from .pieces import LocalParameter, pieces_of
+from .ranks import together
 from .stage import Stage, enter_with_layout, recompute_in_backward
 from .tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, vocabulary_range
-from .weights import StateDictWeights, Weights, fill
+from .weights import GivenWeights, StateDictWeights, Weights, check_names, fill
 from .world import World, init_world
 
 
@@ -45,7 +46,12 @@ class _Part:
 
 
 def parallelize(
-    model: PreTrainedModel, plan: Plan, *, world: World | None = None, weights: Weights | None = None, seed: int = 0
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    world: World | None = None,
+    weights: GivenWeights | None = None,
+    seed: int = 0,
 ) -> ParallelModel:
     """Run ``model`` under ``plan`` on this process's part of the world.  Collective over the world.
 
@@ -62,7 +68,7 @@ def parallelize(
         PlanError: the plan breaks a rule of the model or of the world.
         ConfigError: the model's family has no record, or the model is not what its config describes; it is
             left as it was.
-        CheckpointError: ``weights`` lacks a parameter.
+        CheckpointError: ``weights`` are not those of the model, quantised or not finite.
     """
     check_model(model)
     if not isinstance(plan, Plan):
@@ -71,7 +77,11 @@ def parallelize(
     family, spec = family_of(model.config), spec_of(model)
     plan.validate(spec, world.world_size)
     check_runnable(plan)
-    weights = weights or _own_weights(model, seed)
+    twins: dict[str, str] = {}  # a tied head that given weights have a copy of
+    if weights is not None:
+        tied = {spec.embedding.parameters[0].name: spec.head.parameters[-1].name} if spec.tied_embeddings else {}
+        twins = check_names(weights, model, tied)
+    values = weights or _own_weights(model, seed)
     grid = Grid(plan, world, tied=spec.tied_embeddings)
     use_attention(model)
     _to_meta(model)
@@ -82,7 +92,7 @@ def parallelize(
     _materialise(stage, world.device)
     sharded = {part.name: getattr(part.module, part.attribute) for part in parts}
     parameters = [_local_parameter(part, sharded[part.name], spec, grid) for part in parts]
-    fill(parameters, weights)
+    together(lambda: fill(parameters, values, twins))
     stage.train()
     return ParallelModel(
         grid, spec, model.config, stage, units, sharded, parameters, _replicated(parts, parameters, spec, grid)

@@ -5,18 +5,29 @@ A source reads boxes of named parameters, so every rank reads just the bytes it 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from galvatron.core.errors import CheckpointError
+from galvatron.core.parsing import parse_json
 from galvatron.core.records import read_text
+from galvatron.internals import needless_names
 
-from .pieces import LocalParameter, box
+from .pieces import LocalParameter, box, is_finite
+from .ranks import rank
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes whose values are plain numbers; 8-bit ones mean something only with their scales."""
+
+_SHOWN = 3  # names that a sentence gives of many
 
 
 class Weights(Protocol):
@@ -31,8 +42,57 @@ class Weights(Protocol):
         ...
 
 
-def fill(parameters: list[LocalParameter], weights: Weights) -> None:
-    """Copy every piece of ``parameters`` from ``weights``; raises CheckpointError if one is missing or misshapen."""
+class GivenWeights(Weights, Protocol):
+    """A source that may be of another model than the one it is given for."""
+
+    @property
+    def origin(self) -> str:
+        """Where they come from, for people."""
+        ...
+
+    @property
+    def keys(self) -> Collection[str]:
+        """The names of all its tensors, as it has them."""
+        ...
+
+    def find(self, name: str) -> str | None:
+        """The key under which it has parameter ``name``; None if it has not."""
+        ...
+
+
+def check_names(weights: GivenWeights, model: PreTrainedModel, twins: Mapping[str, str]) -> dict[str, str]:
+    """Hold the names of ``weights`` against those that ``model``, whole, has; no value is read.
+
+    Warns, on rank 0, of tensors that the model has no use for.  Returns those ``twins`` (parameter → the name of
+    its second copy) that ``weights`` has.  Raises CheckpointError where parameters lack.
+    """
+    found = {name: weights.find(name) for name, _ in model.named_parameters()}
+    if missing := [name for name, key in found.items() if key is None]:
+        raise CheckpointError(
+            f"{weights.origin} lacks {len(missing):,} of the model's {len(found):,} parameters: {_examples(missing)}; "
+            "give weights of the same model (and, for a head that is its embedding, tie_word_embeddings)"
+        )
+    used = {*found.values(), *map(weights.find, twins.values())}
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in needless_names(model)))
+    unread = sorted(key for key in weights.keys if key not in used and not ignored.search(key))
+    if unread and rank() == 0:
+        warnings.warn(
+            f"{weights.origin} holds {len(unread):,} tensors that the model lacks and that are left out: "
+            f"{_examples(unread)}",
+            stacklevel=3,
+        )
+    return {name: twin for name, twin in twins.items() if weights.find(twin) is not None}
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def fill(parameters: list[LocalParameter], weights: Weights, twins: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Copy every piece of ``parameters`` from ``weights``; ``twins`` names second copies, which must be equal.
+
+    Raises CheckpointError if a parameter is missing, misshapen, quantised, not finite or unlike its twin.
+    """
     with torch.no_grad():
         for parameter in parameters:
             # a larger tensor would load too: its first rows, in silence
@@ -44,14 +104,44 @@ def fill(parameters: list[LocalParameter], weights: Weights) -> None:
                 )
             for piece in parameter.pieces:
                 value = weights.read(parameter.name, piece.global_offset, piece.size)
+                if value.dtype not in FLOATS:
+                    raise CheckpointError(
+                        f"weights of {parameter.name} are {str(value.dtype).removeprefix('torch.')}, which mean "
+                        "something only with their scales; give fp32, bf16, fp16 or fp64 (dequantise them first)"
+                    )
                 box(parameter.tensor, piece.local_offset, piece.size).copy_(value)
+                if twin := twins.get(parameter.name):
+                    _check_twin(parameter.name, twin, value, weights.read(twin, piece.global_offset, piece.size))
+            if not is_finite(parameter.tensor):
+                raise CheckpointError(
+                    f"weights of {parameter.name} hold NaN or inf (in fp32, which training keeps); give sound weights"
+                )
+
+
+def _check_twin(name: str, twin: str, value: torch.Tensor, other: torch.Tensor) -> None:
+    if not torch.equal(value.float(), other.float()):
+        raise CheckpointError(
+            f"weights of {twin} differ from those of {name}, to which the model ties it; set tie_word_embeddings = "
+            "false in its config, or give weights without it"
+        )
 
 
 class StateDictWeights:
     """Weights already in memory, by Hugging Face name."""
 
+    origin = "the state dict"
+
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
+
+    @property
+    def keys(self) -> Collection[str]:
+        """See GivenWeights."""
+        return self._tensors.keys()
+
+    def find(self, name: str) -> str | None:
+        """See GivenWeights."""
+        return name if name in self._tensors else None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See Weights."""
@@ -68,8 +158,12 @@ class SafetensorsWeights:
     """A Hugging Face directory of ``model.safetensors`` or its shards, read by slices."""
 
     def __init__(self, directory: str | Path, base_prefix: str = "") -> None:
-        """Open ``directory``; ``base_prefix`` (``"transformer"``) is what hub files may lack before a name."""
+        """Open ``directory``; ``base_prefix`` (``"transformer"``) is what hub files may lack before a name.
+
+        Raises CheckpointError if it has no safetensors or says that they are quantised.
+        """
         self._directory = Path(directory)
+        _check_unquantised(self._directory)
         self._prefix = f"{base_prefix}." if base_prefix else ""
         self._files: dict[str, Any] = {}
         self._file_of = self._index()
@@ -83,20 +177,40 @@ class SafetensorsWeights:
         value: torch.Tensor = self._view(name)[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
         return value
 
+    @property
+    def origin(self) -> str:
+        """See GivenWeights."""
+        return str(self._directory)
+
+    @property
+    def keys(self) -> Collection[str]:
+        """See GivenWeights."""
+        return self._file_of.keys()
+
+    def find(self, name: str) -> str | None:
+        """See GivenWeights."""
+        return next((key for key in (name, name.removeprefix(self._prefix)) if key in self._file_of), None)
+
     def _view(self, name: str) -> Any:
         """The tensor ``name`` on disk, of which slices can be read."""
-        key = name if name in self._file_of else name.removeprefix(self._prefix)
-        if key not in self._file_of:
+        key = self.find(name)
+        if key is None:
             raise CheckpointError(f"{self._directory} lacks {name}; give a checkpoint of the same model")
-        return self._open(self._file_of[key]).get_slice(key)
+        file = self._file_of[key]
+        try:
+            return self._open(file).get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self._directory / file} has no {key} that can be read ({error}); download it again"
+            ) from None
 
     def _index(self) -> dict[str, str]:
         index = self._directory / "model.safetensors.index.json"
         if index.is_file():
-            try:
-                return dict(json.loads(read_text(index, CheckpointError))["weight_map"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise CheckpointError(f"{index} is not a safetensors index; download it again") from None
+            files = _json(index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise CheckpointError(f"{index} is not a safetensors index; download it again")
+            return files
         single = "model.safetensors"
         if not (self._directory / single).is_file():
             raise CheckpointError(f"{self._directory} has no model.safetensors or its index; give a safetensors model")
@@ -109,3 +223,20 @@ class SafetensorsWeights:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self._directory / file} cannot be read ({error}); download it again") from None
         return self._files[file]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    data = parse_json(read_text(path, CheckpointError), str(path), CheckpointError, "download it again")
+    return data if isinstance(data, dict) else {}
+
+
+def _check_unquantised(directory: Path) -> None:
+    """By its config; tensors that are no plain numbers are refused when they are read."""
+    config = directory / "config.json"
+    found = _json(config).get("quantization_config") if config.is_file() else None
+    if found is not None:
+        method = found.get("quant_method", "some method") if isinstance(found, dict) else found
+        raise CheckpointError(
+            f"{directory} holds weights quantised by {method} (quantization_config in its config.json), whose numbers "
+            "mean something only with their scales; give weights in fp32, bf16, fp16 or fp64"
+        )
