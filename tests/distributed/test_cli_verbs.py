@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galvatron.cli import main
@@ -153,6 +154,21 @@ def test_a_damaged_checkpoint_is_one_sentence(
         assert largest.name in error
         assert error.count("\n") == 1
     assert not (folder / "other" / "checkpoints").exists()
+
+
+def test_weights_of_another_model_are_refused_before_anything_is_done(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "model").mkdir()
+    save_file({"lm_head.weight": torch.zeros(257, 32)}, folder / "model/model.safetensors")
+    (folder / "model/config.json").write_text(json.dumps(CONFIG))
+    (folder / "job.toml").write_text(JOB.replace('path = "config.json"', 'path = "model"\nweights = true'))
+    for verb in (("run", "job.toml"), ("train", "job.toml", "--plan", "mixed.json")):
+        assert galvatron(*verb) == 2
+        error = capfd.readouterr().err
+        assert "lacks 20 of the model's 21 parameters: model.embed_tokens.weight, " in error
+        assert error.count("\n") == 1
+    assert not (folder / "runs").exists()
 
 
 def test_a_plan_for_another_job_is_one_sentence(

@@ -5,6 +5,7 @@ Takes a job, a plan and where to start; gives metrics and checkpoints.  Knows no
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -93,7 +94,8 @@ def train(
 
 def check_job(ranks: Processes, job: Job, run: RunDirectory, resume: str | None) -> ModelSpec:
     """Find what is wrong with settings, model, data and the checkpoint to resume, before anything else is done."""
-    from galvatron.models import build_spec, load_config
+    from galvatron.models import build_spec, load_config, meta_model
+    from galvatron.parallelize.weights import check_names
     from galvatron.train import Lineage, check_goes_on, find_checkpoint, load_dataset, read_state
 
     config = load_config(job.model.path)
@@ -106,6 +108,10 @@ def check_job(ranks: Processes, job: Job, run: RunDirectory, resume: str | None)
         raise ConfigError(
             f"train.seq_len={job.train.seq_len} must not exceed the model's {spec.max_seq_len} positions; lower it"
         )
+    if job.model.weights and resume is None:
+        given = ranks.here(lambda: _weights(job.model.path, config))
+        with warnings.catch_warnings(action="ignore"):  # said once, where they are loaded
+            check_names(given, meta_model(config), {})
     with _no_empty_directories(run.path, run.path / "data"):
         dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path))
         if dataset.vocab_size > spec.vocab_size:
