@@ -40,6 +40,7 @@ def give_each_rank_its_own() -> list[str]:
     ids, labels = batch()
     found = [message(model, method, *batch(world.rank)) for method in ("train_step", "evaluate")]
     found.append(message(model, "train_step", ids, labels.roll(world.rank)))
+    found.append(message(model, "train_step", ids, labels, num_tokens=64 + world.rank))
     bad = ids.clone()
     bad[3, 2] = 97 if world.rank else 0
     found.append(message(model, "train_step", bad, labels))

@@ -8,7 +8,8 @@
     ├── CheckpointError    a checkpoint is missing, truncated or of another model
     ├── DataError          a dataset is empty, unreadable or too short; a batch is not what the plan or model takes
     ├── OutputError        a file cannot be written: a folder in its place, no permission, a full disk
-    └── WorldError         this process and the others of its run cannot meet, or no longer hear each other
+    ├── WorldError         this process and the others of its run cannot meet, or no longer hear each other
+    └── UnsupportedError   a parallel model is asked for what only a model in one process has
 
 A message is rule + values + remedy: ``tp=3 must divide num_heads=32; choose 1, 2, 4, 8, 16 or 32``.
 The command line prints the message alone and exits with code 2.
@@ -61,3 +62,7 @@ class OutputError(GalvatronError):
 
 class WorldError(GalvatronError):
     """This process and the others of its run cannot meet, or no longer hear each other: each speaks for itself."""
+
+
+class UnsupportedError(GalvatronError, AttributeError):
+    """A parallel model is asked for what only a model in one process has; ``hasattr`` is False of it."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
+from galvatron.core.errors import ConfigError, UnsupportedError
 from galvatron.core.model import ModelSpec
 from galvatron.internals import local_part
 from galvatron.plan.schedules import Action, actions
@@ -25,8 +26,10 @@ from .gradients import clip, global_norm, sum_over
 from .grid import Grid
 from .pieces import LocalParameter
 from .pipeline import Neighbours, run
+from .refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .safetensors_file import Entry
 from .stage import Stage
+from .state import load_local_state, load_whole_state, local_state, whole_state
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Replicated:
 
 class ParallelModel:
     """A model under a plan: parameters are local shards, losses and norms are global.
+
+    It has what a module has where that means something for one process of many; the rest is refused by name.
 
     Attributes:
         plan, spec, grid, config: what it was made from.
@@ -61,30 +66,38 @@ class ParallelModel:
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
         self.stage, self.local_parameters = stage, parameters
         self._units, self._sharded, self._replicated = units, sharded, replicated
-        shape, device = (self.plan.global_batch_size, self.plan.seq_len), grid.world.device
-        self._train_batches = BatchCheck(shape, spec.vocab_size, device)
-        self._evaluation_batches = BatchCheck(shape, spec.vocab_size, device)
+        shape, vocabulary = (self.plan.global_batch_size, self.plan.seq_len), spec.vocab_size
+        self._train_batches = BatchCheck(shape, vocabulary, self.device)
+        self._evaluation_batches = BatchCheck(shape, vocabulary, self.device)
         layers = self.plan.stage_layers(grid.stage)
         self._trains_before = not grid.is_first and spec.trains_before(layers.start)
         self._trains_until = grid.is_last or spec.trains_before(layers.stop)
         self._position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
 
-    def train_step(self, input_ids: Tensor, labels: Tensor) -> float:
-        """Forward and backward of one global batch under the plan's schedule.
+    def train_step(
+        self, input_ids: Tensor, labels: Tensor, *, accumulate: bool = False, num_tokens: int | None = None
+    ) -> float:
+        """Forward and backward of one global batch under the plan's schedule.  Collective over the world.
 
         Args:
-            input_ids: int64 [global_batch_size, seq_len], equal on all ranks, on any device.
+            input_ids: int64 [global_batch_size, seq_len], the whole batch and equal on all ranks, on any device.
             labels: the same shape, already shifted; -100 does not count.
+            accumulate: add to the gradients there are, at the cost of one more copy of this rank's while it runs.
+            num_tokens: what the summed token losses are divided by; by default how many labels count here.  Where
+                several calls add up, give all of them the number of all of them: losses and gradients then add up
+                to those of the mean over all their tokens.
 
         Returns:
-            The mean loss over all counted tokens, equal on all ranks.  Every ``LocalParameter.tensor.grad``
-            is then this rank's part of that loss's gradient; earlier gradients are forgotten.
+            The mean loss over all counted tokens, equal on all ranks.  The ``grad`` of every one of
+            ``parameters()`` is then this rank's part of that loss's gradient.
 
         Raises:
             DataError: a batch of another shape or dtype, with ids that the vocabulary lacks, or not equal on all
                 ranks.  Nothing has changed then.
         """
-        weight = self._train_batches.weight(input_ids, labels)
+        self._check_parameters()
+        weight = self._train_batches.weight(input_ids, labels, num_tokens=num_tokens, accumulate=accumulate)
+        earlier = {p.name: p.tensor.grad for p in self.local_parameters if accumulate}
         self.zero_grad()
         plan, grid = self.plan, self.grid
         order = actions(plan.schedule, plan.pp, grid.stage, plan.num_microbatches)
@@ -92,21 +105,58 @@ class ParallelModel:
         if not self._trains_until:
             free_gathered(self._units)  # which the end of a backward does elsewhere
         self._collect_gradients()
+        self._add_gradients(earlier)
         return loss
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor) -> float:
-        """The mean loss of a batch of the plan's shape, without gradients or dropout; equal on all ranks."""
+        """The mean loss of a batch of the plan's shape, without gradients or dropout; equal on all ranks.
+
+        Collective over the world; raises as ``train_step`` does.
+        """
+        self._check_parameters()
         weight = self._evaluation_batches.weight(input_ids, labels)
-        self.stage.eval()
+        training = self.training
+        self.eval()
         order = [Action("forward", i) for i in range(self.plan.num_microbatches)]
         loss = self._run(order, input_ids, labels, weight)
-        self.stage.train()
+        self.train(training)
         free_gathered(self._units)
         return loss
 
+    @property
+    def training(self) -> bool:
+        """Whether ``train_step`` draws dropout."""
+        return self.stage.training
+
+    def train(self, mode: bool = True) -> Self:
+        """Let ``train_step`` draw dropout, or not."""
+        self.stage.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Let ``train_step`` draw no dropout; ``evaluate`` never does."""
+        return self.train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.grid.world.device
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's part of every parameter it has one of, by Hugging Face name; a part may be of no elements.
+
+        Any optimizer of ``torch.optim`` takes them.  One that treats elements alone (SGD, Adam, Lion) computes what
+        it would on whole tensors; one that looks at whole matrices (Muon, Adafactor, LAMB) sees this rank's part.
+        """
+        return ((part.name, part.tensor) for part in self.local_parameters)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The same without names.  Norms of their gradients are local: clip with ``clip_grad_norm_`` of the model."""
+        return (part.tensor for part in self.local_parameters)
+
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Forget all gradients; ``train_step`` does so itself unless it accumulates."""
         for parameter in self.local_parameters:
             parameter.tensor.grad = None
             self._sharded[parameter.name].grad = None
@@ -117,6 +167,27 @@ class ParallelModel:
         if max_norm is not None:
             clip(self.local_parameters, norm, max_norm)
         return float(norm)
+
+    def state_dict(self, *, full: bool = True) -> dict[str, Tensor]:
+        """The weights.
+
+        Args:
+            full: whole tensors by Hugging Face name, float32 on the CPU, on rank 0; {} on the others.  Collective.
+                ``hf_model.load_state_dict`` takes them.  Otherwise this rank's parts by name and place, as they
+                are (``clone`` what shall not change): no communication, and of use to the same rank and plan alone.
+        """
+        return whole_state(self.local_parameters, self._ties) if full else local_state(self.local_parameters)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *, full: bool = True) -> None:
+        """Take weights as ``state_dict`` gives them; of full ones rank 0's count, whatever plan they come from.
+
+        Raises CheckpointError if names, shapes or dtypes are not the model's; no weight has changed then.
+        """
+        if full:
+            load_whole_state(self.local_parameters, state_dict, self._ties)
+        else:
+            load_local_state(self.local_parameters, state_dict)
 
     def save_pretrained(
         self,
@@ -141,6 +212,25 @@ class ParallelModel:
     def gathered_buffers(self) -> Iterator[Tensor]:
         """The buffers for gathered parameters, of no bytes while not in use: for those who count memory."""
         return gathered_buffers(self._units)
+
+    @property
+    def _ties(self) -> dict[str, str]:
+        if not self.spec.tied_embeddings:
+            return {}
+        return {self.spec.head.parameters[-1].name: self.spec.embedding.parameters[0].name}
+
+    if not TYPE_CHECKING:  # a type checker knows what is missing without it
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise refusal(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: there is no forward without its backward, nor one process that has all logits."""
+        raise UnsupportedError(f"a parallel model cannot be called: {INSTEAD_OF_FORWARD}")
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refused: a copy would lack the processes that hold the rest."""
+        raise UnsupportedError(f"a parallel model cannot be copied or pickled: {INSTEAD_OF_COPYING}")
 
     def _run(self, order: list[Action], input_ids: Tensor, labels: Tensor, weight: float) -> float:
         forward = self._forward(input_ids, labels, weight)
@@ -188,3 +278,21 @@ class ParallelModel:
             parameter.tensor.grad = local_part(gradient)
         for replicated in self._replicated:
             sum_over(replicated.group, [p.tensor.grad for p in replicated.parameters if p.tensor.grad is not None])
+
+    def _add_gradients(self, earlier: Mapping[str, Tensor | None]) -> None:
+        for parameter in self.local_parameters:
+            before = earlier.get(parameter.name)
+            if before is not None and parameter.tensor.grad is not None:
+                parameter.tensor.grad.add_(before)
+
+    def _check_parameters(self) -> None:
+        """Raise ConfigError if a caller put something else in a parameter's place, which would not be trained."""
+        for parameter in self.local_parameters:
+            sharded = self._sharded[parameter.name]
+            if parameter.tensor.data_ptr() != local_part(sharded).data_ptr():  # type: ignore[arg-type]
+                raise ConfigError(f"{parameter.name} has lost its storage; change it in place (copy_), not by .data =")
+            if parameter.tensor.requires_grad != sharded.requires_grad:
+                raise ConfigError(
+                    f"requires_grad of {parameter.name} was changed after parallelize, which no longer takes effect; "
+                    "set it on the Hugging Face model before"
+                )

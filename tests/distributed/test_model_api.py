@@ -1,0 +1,199 @@
+"""A ParallelModel as a module: parameters, gradients that add up, state dicts, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from galvatron.core.errors import CheckpointError, ConfigError, UnsupportedError
+from galvatron.parallelize import ParallelModel, World, init_world, parallelize
+from galvatron.parallelize.pieces import box
+from galvatron.plan import LayerStrategy, Plan
+from galvatron.testing.models import tiny_model
+from galvatron.testing.pool import Pool
+
+TP, ZERO3, REPLICAS = LayerStrategy(tp=2), LayerStrategy(dp_shard=2, zero=3), LayerStrategy(dp_replicate=2)
+WIDE = LayerStrategy(tp=2, dp_shard=2, zero=2)
+
+
+def plan_for(stages: tuple[int, ...], ends: LayerStrategy, *layers: LayerStrategy, microbatches: int = 1) -> Plan:
+    return Plan(
+        model="tiny", world_size=4, layers_per_stage=stages, embedding=ends, layers=layers, head=ends,
+        num_microbatches=microbatches, global_batch_size=4, seq_len=16,
+    )  # fmt: skip
+
+
+PIPELINE = plan_for((1, 3), TP, ZERO3, TP, REPLICAS, ZERO3, microbatches=2)
+MIXED = plan_for((4,), WIDE, LayerStrategy(tp=4), LayerStrategy(dp_shard=4, zero=1), WIDE, LayerStrategy(tp=4))
+
+
+def batch(seed: int, ignored: int = 0) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 97, (4, 17), generator=torch.Generator().manual_seed(seed))
+    labels = tokens[:, 1:].clone()
+    labels.view(-1)[:ignored] = -100
+    return tokens[:, :-1], labels
+
+
+def make(plan: Plan, seed: int = 0, world: World | None = None) -> tuple[ParallelModel, PreTrainedModel]:
+    """The same weights under ``plan`` and in one process."""
+    return parallelize(tiny_model("gpt2", seed), plan, world=world or init_world("cpu")), tiny_model("gpt2", seed)
+
+
+def worst_error(model: ParallelModel, truth: PreTrainedModel) -> float:
+    """Of this rank's gradients, relative to the largest of each whole one."""
+    wholes = dict(truth.named_parameters())
+    errors = [0.0]
+    for part in model.local_parameters:
+        whole = wholes[part.name].grad
+        assert whole is not None
+        assert part.tensor.grad is not None
+        for piece in part.pieces:
+            mine, theirs = (
+                box(part.tensor.grad, piece.local_offset, piece.size),
+                box(whole, piece.global_offset, piece.size),
+            )
+            errors.append(float((mine - theirs).abs().max() / whole.abs().max()))
+    return max(errors)
+
+
+def accumulate(plan: Plan) -> tuple[list[float], list[float]]:
+    model, plain = make(plan)
+    batches = [batch(0), batch(1, ignored=40), batch(2, ignored=64)]  # the last one counts nothing
+    num_tokens = 64 + 24
+    total = 0.0
+    for index, (ids, labels) in enumerate(batches):
+        total += model.train_step(ids, labels, accumulate=index > 0, num_tokens=num_tokens)
+    losses = [
+        F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum") for ids, labels in batches
+    ]
+    loss = torch.stack(losses).sum() / num_tokens
+    loss.backward()
+    errors = [worst_error(model, plain)]
+    model.train_step(*batches[0])  # forgets what was before
+    plain.zero_grad()
+    ids, labels = batches[0]
+    F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten()).backward()
+    errors.append(worst_error(model, plain))
+    return [total, float(loss)], errors
+
+
+@pytest.mark.parametrize("plan", [PIPELINE, MIXED], ids=["pipeline", "mixed"])
+def test_gradients_of_several_calls_add_up_to_the_mean_over_all_tokens(pool: Pool, plan: Plan) -> None:
+    for (total, expected), errors in pool.run(accumulate, plan, world_size=4):
+        assert total == pytest.approx(expected, rel=1e-5)
+        assert max(errors) < 1e-5
+
+
+def trains_with(optimizer_class: type[torch.optim.Optimizer]) -> tuple[float, float]:
+    model, plain = make(PIPELINE)
+    optimizers = [optimizer_class(module.parameters(), lr=1e-2) for module in (model, plain)]
+    ids, labels = batch(0)
+    for _ in range(2):
+        model.train_step(ids, labels)
+        F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    return model.evaluate(ids, labels), float(F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_any_elementwise_optimizer_takes_the_parameters(
+    pool: Pool, optimizer_class: type[torch.optim.Optimizer]
+) -> None:
+    for ours, plain in pool.run(trains_with, optimizer_class, world_size=4):
+        assert ours == pytest.approx(plain, rel=1e-4)
+
+
+def states(world_plan: Plan, other_plan: Plan) -> None:
+    world = init_world("cpu")
+    model, plain = make(world_plan, world=world)
+    names = [name for name, _ in model.named_parameters()]
+    assert names == [part.name for part in model.local_parameters]
+    assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
+    full = model.state_dict()
+    if world.rank == 0:
+        assert full.keys() == plain.state_dict().keys()
+        assert all(torch.equal(full[name], value) for name, value in plain.state_dict().items())
+        tiny_model("gpt2", 7).load_state_dict(full)
+    else:
+        assert full == {}
+    other, _ = make(other_plan, seed=1, world=world)
+    local = {name: value.clone() for name, value in other.state_dict(full=False).items()}
+    assert other.evaluate(*batch(0)) != pytest.approx(model.evaluate(*batch(0)), rel=1e-3)
+    other.load_state_dict(full)
+    assert other.evaluate(*batch(0)) == pytest.approx(model.evaluate(*batch(0)), rel=1e-6)
+    other.load_state_dict(local, full=False)
+    assert all(torch.equal(value, local[name]) for name, value in other.state_dict(full=False).items())
+    with pytest.raises(CheckpointError, match=r"must hold this rank's parts under this plan, but .*@"):
+        other.load_state_dict(model.state_dict(full=False), full=False)
+    before = other.evaluate(*batch(0))
+    for broken, words in _broken(full):
+        with pytest.raises(CheckpointError, match=words):
+            other.load_state_dict(broken)
+    assert other.evaluate(*batch(0)) == before
+
+
+def _broken(full: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], str]]:
+    """Damaged dictionaries, of which rank 0's count."""
+    some = "transformer.wpe.weight"
+    value = full.get(some, torch.zeros(()))
+    return [
+        ({name: kept for name, kept in full.items() if name != some}, f"{some} has shape none there and"),
+        ({**full, "extra": value}, "extra has shape .* there and none in the model"),
+        ({**full, some: value.T}, rf"{some} has shape \[32, 64\] there and \[64, 32\] in the model"),
+        ({**full, some: value.to(torch.int8)}, f"{some} is torch.int8"),
+        ({**full, some: value.to(torch.float8_e4m3fn)}, f"{some} is torch.float8_e4m3fn"),
+        ({**full, "lm_head.weight": torch.zeros(97, 32)}, "lm_head.weight must equal transformer.wte.weight"),
+    ]
+
+
+def test_weights_leave_and_enter_whole_or_in_parts(pool: Pool) -> None:
+    pool.run(states, PIPELINE, MIXED, world_size=4)
+
+
+def refusals() -> list[str]:
+    plan = plan_for((4,), LayerStrategy(), *(LayerStrategy(),) * 4).model_copy(update={"world_size": 1})
+    model, _ = make(plan)
+    found = []
+    for name in ("generate", "to", "half", "forward", "backward", "register_forward_hook", "get_input_embeddings"):
+        assert not hasattr(model, name)
+        with pytest.raises(UnsupportedError) as caught:
+            getattr(model, name)
+        found.append(str(caught.value))
+    for attempt in (lambda: model(torch.zeros(1)), lambda: copy.deepcopy(model), lambda: pickle.dumps(model)):
+        with pytest.raises(UnsupportedError) as caught:
+            attempt()
+        found.append(str(caught.value))
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = model.nonsense  # type: ignore[attr-defined]
+    first, second = list(model.parameters())[:2]
+    second.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"requires_grad of .*wpe\.weight was changed after parallelize"):
+        model.train_step(*batch(0))
+    second.requires_grad_(True)
+    model.train_step(*batch(0))
+    first.data = first.data.clone()
+    with pytest.raises(ConfigError, match=r"wte\.weight has lost its storage; change it in place"):
+        model.evaluate(*batch(0))
+    return found
+
+
+def test_what_one_process_of_many_cannot_do_is_refused_by_name(pool: Pool) -> None:
+    texts = pool.run(refusals, world_size=1)[0]
+    assert texts[0] == (
+        "a parallel model has no generate: save_pretrained(directory), then load it with "
+        "AutoModelForCausalLM.from_pretrained in one process"
+    )
+    assert "has no half: the plan says what runs where and in which precision" in texts[2]
+    assert "has no forward: train_step gives loss and gradients" in texts[3]
+    assert "has no register_forward_hook: each process holds a part of it" in texts[5]
+    assert "cannot be called: train_step gives loss and gradients" in texts[7]
+    assert "cannot be copied or pickled" in texts[8]
+    assert "cannot be copied or pickled" in texts[9]
