@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,6 +29,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
+    "ATTENTION",
+    "REDUCE_SCATTER",
     "FakeTensorMode",
     "FileStore",
     "HashStore",
@@ -35,6 +38,7 @@ __all__ = [
     "Store",
     "TCPStore",
     "TorchDispatchMode",
+    "all_gather",
     "call_attention",
     "changes_in_place",
     "default_store",
@@ -48,6 +52,7 @@ __all__ = [
     "needless_names",
     "put_buffer",
     "put_parameter",
+    "reduce_scatter",
     "storage_address",
     "takes_generator",
     "to_be_initialised",
@@ -55,6 +60,34 @@ __all__ = [
     "tree_map_only",
     "viewed",
 ]
+
+
+_functional = torch.ops._c10d_functional
+REDUCE_SCATTER: Any = _functional.reduce_scatter_tensor.default
+"""The dispatched operation of ``reduce_scatter``."""
+ATTENTION: frozenset[Any] = frozenset(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+    for name in (
+        "flash_attention_for_cpu",
+        "flash_attention",
+        "efficient_attention",
+        "cudnn_attention",
+        "fused_attention_overrideable",
+    )
+)
+"""The dispatched operations of fused attention on any device."""
+
+
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[n, ...] of every rank, one after the other along dim 0, by an operation that changes nothing in place."""
+    gathered = _functional.all_gather_into_tensor(tensor, group.size(), group.group_name)
+    return _functional.wait_tensor(gathered)
+
+
+def reduce_scatter(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """This rank's part of the sum over ranks, cut along dim 0, by an operation that changes nothing in place."""
+    reduced = _functional.reduce_scatter_tensor(tensor, "sum", group.size(), group.group_name)
+    return _functional.wait_tensor(reduced)
 
 
 def default_store() -> Store:

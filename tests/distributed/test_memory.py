@@ -55,7 +55,7 @@ def plan(layers: Iterable[LayerStrategy], ends: LayerStrategy, **changes: object
     return Plan.model_validate({**fields, **changes})
 
 
-FULL = {"recompute": "full"}
+FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
 PLANS: dict[str, tuple[str, Plan]] = {
     "dp": ("llama", plan([DP4] * 4, DP4)),
     "zero 1": ("gpt2", plan([ZERO1] * 4, ZERO1)),
@@ -71,6 +71,7 @@ PLANS: dict[str, tuple[str, Plan]] = {
         plan([ALONE] * 4, ALONE, layers_per_stage=(1, 1, 1, 1), num_microbatches=4, schedule="gpipe"),
     ),
     "recompute": ("llama", plan([ZERO3.model_copy(update=FULL)] * 3 + [TP4.model_copy(update=FULL)], TP4)),
+    "selective": ("gpt2", plan([s.model_copy(update=SELECTIVE) for s in (ZERO3, TP4, TP4, MIXED2)], MIXED2)),
 }
 
 
@@ -94,7 +95,8 @@ def profile_of(family: str, precision: Precision) -> ModelProfile:
         for tp in (1, 2, 4)
     ]
     counted = [count_activations(shape, "none") for shape in shapes]
-    counted += [count_activations(shape, "full") for shape in shapes if shape.name == "layer"]
+    layers = [shape for shape in shapes if shape.name == "layer"]
+    counted += [count_activations(shape, mode) for shape in layers for mode in ("selective", "full")]
     compute = [
         {"unit": s.name, "tp": s.tp, "batch": 1, "seq_len": SEQ_LEN, "forward_s": 1e-3, "backward_s": 2e-3}
         for s in shapes

@@ -9,7 +9,20 @@ from galvatron.testing.plans import pure_plans
 from galvatron.testing.reference import Recipe
 from galvatron.testing.sweep import Sweep, variant_spec
 
-STRATEGIES = ("dp", "zero1", "zero2", "zero3", "hsdp1", "hsdp2", "hsdp3", "tp", "recompute", "gpipe", "1f1b")
+STRATEGIES = (
+    "dp",
+    "zero1",
+    "zero2",
+    "zero3",
+    "hsdp1",
+    "hsdp2",
+    "hsdp3",
+    "tp",
+    "recompute",
+    "selective",
+    "gpipe",
+    "1f1b",
+)
 PER_WORLD = {2: [s for s in STRATEGIES if "hsdp" not in s], 4: list(STRATEGIES), 8: list(STRATEGIES)}
 NAMES = [variant.name for variant in VARIANTS]
 

@@ -99,8 +99,8 @@ def search(
         typer.Option(
             "--space",
             metavar="runtime|all|dp|fsdp|tp|pp|3d|uniform",
-            help="runtime: what can be trained; all: also sequence, context and expert parallelism, more schedules and"
-            " selective recompute; or one of the simple plans.",
+            help="runtime: what can be trained; all: also sequence, context and expert parallelism and more schedules;"
+            " or one of the simple plans.",
         ),
     ] = "runtime",
     fix: Annotated[

@@ -281,7 +281,8 @@ class ComputeSample(Record):
 
     ``batch`` sequences of ``seq_len`` tokens enter as one of ``tp`` ranks holds them, [batch, seq_len/tp, hidden],
     and weights have that rank's shape; the copies that gathering and scattering make locally are included.
-    ``selective_s``: the part of the forward that selective recompute runs again.
+    ``selective_s`` and ``full_s``: how much longer the backward takes where the layer recomputes; without a measured
+    ``full_s`` it is the whole forward.
     """
 
     unit: UnitName
@@ -291,6 +292,12 @@ class ComputeSample(Record):
     forward_s: Seconds
     backward_s: Seconds
     selective_s: Seconds = 0.0
+    full_s: Seconds | None = None
+
+    def recompute_s(self, recompute: Recompute) -> float:
+        """What the backward runs again under ``recompute``."""
+        full_s = self.forward_s if self.full_s is None else self.full_s
+        return {"none": 0.0, "selective": self.selective_s, "full": full_s}[recompute]
 
 
 class ActivationSample(Record):

@@ -19,7 +19,7 @@ from .compute import interpolate
 from .memory import MASTER_BYTES
 from .setting import Setting
 from .sizes import ShardSize, shard_sizes
-from .strategies import FULL, SELECTIVE, Floats, Strategies
+from .strategies import FULL, RECOMPUTES, SELECTIVE, Floats, Strategies
 
 VOCABULARY_REDUCTIONS = (1, 2)  # floats a token in each: the maximum; the sum of exponentials with the target's logit
 WEIGHT_SHARE = 0.5  # of a backward's compute: a linear's gradients of input and of weight are matmuls of equal FLOPs
@@ -106,16 +106,16 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     """Times of ``unit`` under every strategy; raises ProfileError when a measurement is missing."""
     s = strategies
     batch = setting.micro_batch_size / (s.dp * s.ulysses * s.cp)
-    forward_s, backward_s, selective_s = _compute_s(setting, unit, s, batch)
+    forward_s, backward_s, again_s = _compute_s(setting, unit, s, batch)
     gather_s, scatter_s = _sequence_s(setting, unit, s, batch)
     tp_forward_s, tp_backward_s = _tensor_parallel_s(setting, unit, s, batch, gather_s, scatter_s)
     context_forward_s, context_backward_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
     expert_s = _expert_parallel_s(setting, unit, s, batch)
     full, selective = s.recompute == FULL, s.recompute == SELECTIVE
-    again_s = np.where(full, forward_s, np.where(selective, selective_s, 0.0))
     regions = 0 if unit in ENDS else setting.model.spec.kind(unit).regions
-    # a full recompute repeats every collective; a selective one keeps their outputs but for the gathered inputs
-    repeated_s = np.where(full, tp_forward_s + context_forward_s + expert_s, selective * regions * gather_s)
+    # both repeat gathers; a selective recompute keeps all other outputs, a full one needs all but the layer's own
+    regathered_s = (full | selective) * regions * gather_s
+    repeated_s = regathered_s + full * ((regions - 1) * scatter_s + context_forward_s + expert_s)
     dense, experts = shard_sizes(setting.parameters(unit), s)
     shard = _data_parallel_s(setting, s, dense, experts, forward_s, backward_s + again_s)
     return UnitTimes(
@@ -138,17 +138,21 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
 
 
 def _compute_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> tuple[Floats, Floats, Floats]:
-    """Forward, backward and what selective recompute repeats, from samples at the same tp.
+    """Forward, backward and what recompute runs again, from samples at the same tp.
 
     Ulysses and ring ranks do the FLOPs of 1 / degree of a batch: in linears by tokens, in attention by heads and by
     blocks of scores, so they are taken as that (fractional) batch.
     """
-    forward_s, backward_s, selective_s = np.zeros(len(s)), np.zeros(len(s)), np.zeros(len(s))
+    forward_s, backward_s, again_s = np.zeros(len(s)), np.zeros(len(s)), np.zeros(len(s))
     for tp in np.unique(s.tp):
         rows, samples = np.flatnonzero(s.tp == tp), setting.compute_samples(unit, int(tp))
-        for seconds, name in ((forward_s, "forward_s"), (backward_s, "backward_s"), (selective_s, "selective_s")):
+        for seconds, name in ((forward_s, "forward_s"), (backward_s, "backward_s")):
             seconds[rows] = interpolate([(sample.batch, getattr(sample, name)) for sample in samples], batch[rows])
-    return forward_s, backward_s, selective_s
+        for mode in np.unique(s.recompute[rows]):
+            own = rows[s.recompute[rows] == mode]
+            points = [(sample.batch, sample.recompute_s(RECOMPUTES[mode])) for sample in samples]
+            again_s[own] = interpolate(points, batch[own])
+    return forward_s, backward_s, again_s
 
 
 def _sequence_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> tuple[Floats, Floats]:

@@ -68,11 +68,14 @@ def _mlp(layer: LocalLayer, size: int) -> float:
 
 
 def _selected(layer: LocalLayer, size: int) -> float:
-    """What selective recompute keeps beside the input: linears' outputs, attention's output and log-sum-exp."""
+    """What selective recompute keeps beside the input: linears' outputs, attention's output and log-sum-exp.
+
+    The last region's output is not among them: nothing in the layer needs it again.
+    """
     ups = layer.kept_ups * (layer.ffn + layer.routed * layer.routed_ffn)
     routed = layer.routed * layer.hidden
     attention = size * (2 * layer.query + 2 * layer.key_value) + FLOAT * layer.heads
-    outputs = layer.regions * layer.chunk * layer.hidden * size
+    outputs = layer.attentions * layer.chunk * layer.hidden * size
     return outputs + layer.tokens * (layer.attentions * attention + size * (ups + routed))
 
 

@@ -28,7 +28,8 @@ from .grid import Grid
 from .model import ParallelModel, Replicated
 from .pieces import LocalParameter, pieces_of
 from .ranks import together
-from .stage import Stage, enter_with_layout, recompute_in_backward
+from .recompute import recompute_in_backward
+from .stage import Stage, enter_with_layout
 from .tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, vocabulary_range
 from .weights import GivenWeights, StateDictWeights, Weights, check_names, fill
 from .world import World, init_world
@@ -129,9 +130,9 @@ def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
         _cut_embedding(stage, family, spec, grid)
     for index in plan.stage_layers(grid.stage):
         strategy = plan.layers[index]
-        cut_layer(chain[index], family, kinds[index], grid.axis_group(1, strategy.tp))
-        if strategy.recompute == "full":
-            recompute_in_backward(chain[index])
+        tp = grid.axis_group(1, strategy.tp)
+        cut_layer(chain[index], family, kinds[index], tp)
+        recompute_in_backward(chain[index], family, tp, strategy.recompute)
         _enter(chain[index], grid, degrees[index], degrees[index + 1])
     if grid.is_last:
         _enter(stage.decoder.get_submodule(family.norm), grid, degrees[-2], degrees[-1])

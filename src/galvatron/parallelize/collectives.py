@@ -16,9 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed both; 2.11 has the old names alone
-_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from galvatron.internals import all_gather, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -126,18 +124,14 @@ def _all_gather(x: Tensor, axes: AxisGroup) -> Tensor:
     """[...] → [k, ...]."""
     if axes.group is None:
         return x.expand(axes.size, *x.shape).contiguous()
-    out = x.new_empty(axes.size, *x.shape)
-    _all_gather_into(out.view(-1), x.contiguous().view(-1), group=axes.group)
-    return out
+    return all_gather(x.contiguous().view(-1), axes.group).view(axes.size, *x.shape)
 
 
 def _reduce_scatter(x_k: Tensor, axes: AxisGroup) -> Tensor:
-    """[k, ...] → [...]: entry ``rank`` summed over the ranks."""
+    """[k, ...] → [...]: entry ``rank`` summed over the ranks; no view, on which FSDP2's hooks could get lost."""
     if axes.group is None:
-        return x_k[axes.rank].clone()
-    out = x_k.new_empty(x_k.shape[1:])
-    _reduce_scatter_into(out.view(-1), x_k.view(-1), group=axes.group)
-    return out
+        return torch.select_copy(x_k, 0, axes.rank)  # not a clone: recompute tells what stands for a sum by it
+    return reduce_scatter(x_k.flatten(0, 1), axes.group)
 
 
 def _exchange(x_k: Tensor, axes: AxisGroup) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from galvatron.models import Family
@@ -118,14 +117,9 @@ def enter_with_layout(module: nn.Module, axes: AxisGroup, previous: int, degree:
     if previous == degree:
         return
     change = partial(batch_to_sequence if degree > previous else sequence_to_batch, axes=axes)
-    _wrap_forward(module, lambda forward, hidden, *args, **kwargs: forward(change(hidden), *args, **kwargs))
+    wrap_forward(module, lambda forward, hidden, *args, **kwargs: forward(change(hidden), *args, **kwargs))
 
 
-def recompute_in_backward(layer: nn.Module) -> None:
-    """Save the layer's input alone and run its forward again in backward."""
-    _wrap_forward(layer, lambda forward, *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs))
-
-
-def _wrap_forward(module: nn.Module, call: Callable[..., Any]) -> None:
-    # on the instance's forward, so that FSDP2's hooks stay outside
+def wrap_forward(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Put ``call(forward, *args, **kwargs)`` in the place of ``module``'s forward; FSDP2's hooks stay outside."""
     module.forward = partial(call, module.forward)

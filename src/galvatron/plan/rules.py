@@ -94,8 +94,6 @@ def beyond_runtime(plan: Plan, spec: ModelSpec | None = None) -> Iterator[str]:
         degrees = {getattr(strategy, name) for strategy in plan.strategies()} - {1}
         if degrees:
             yield f"{name}={_listed(sorted(degrees))}"
-    if any(strategy.recompute == "selective" for strategy in plan.layers):
-        yield "recompute=selective"
 
 
 def check_schedule(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: int) -> str | None:

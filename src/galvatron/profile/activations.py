@@ -54,7 +54,8 @@ def count_activations(shape: UnitShape, recompute: Recompute) -> ActivationSampl
 
 def count(shape: UnitShape, recompute: Recompute, batch: int, *, fake: bool = True) -> Count:
     """One forward and backward of ``batch`` sequences, on fake or on real CPU tensors."""
-    unit = shape.build(recompute=recompute == "full")
+    unit = shape.build()
+    unit.recompute(recompute)
     mode = FakeTensorMode() if fake else contextlib.nullcontext()
     place = mode.from_tensor if isinstance(mode, FakeTensorMode) else torch.clone
     with mode:

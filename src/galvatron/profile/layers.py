@@ -5,8 +5,8 @@ Takes a unit's shape and a world; gives ComputeSamples, equal on all ranks.  Kno
 What a sample includes: the unit run by the runtime's own code on one rank's shapes, hidden states entering and
 leaving cut [B, S/tp, H]; the local copies that gathering and scattering make; the hooks of FSDP2, and its
 accumulation of whole gradients from microbatch to microbatch.  What it leaves out: everything that other ranks
-take part in, FSDP2's gathering and reducing of parameters, and recompute.  All ranks of the world run at once,
-because ranks of one machine share its cores and memory.
+take part in, FSDP2's gathering and reducing of parameters.  What recompute adds to a layer's backward is measured
+beside it.  All ranks of the world run at once, because ranks of one machine share its cores and memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from galvatron.core.model import ComputeSample, Precision
+from galvatron.core.model import ComputeSample, Precision, Recompute
 from galvatron.parallelize.fsdp import ShardedUnit, mixed_precision, prepare_backward, shard_unit
 from galvatron.parallelize.world import World
 from galvatron.plan import LayerStrategy
@@ -35,6 +35,7 @@ MIN_REPEATS, MAX_REPEATS = 2, 3  # of one sweep
 # slices where ranks outnumber cores, on CUDA so few that their activations fit.
 BURST_S = {"cpu": 40e-3, "cuda": 10e-3}
 MAX_BURST = {"cpu": 16, "cuda": 4}
+_NONE: Recompute = "none"
 
 
 def measure_unit(
@@ -49,14 +50,15 @@ def measure_unit(
     unit = _runnable(shape, precision, world)
     for batch in _batches(max_batch):
         spent_s, share_s = agree([time.perf_counter() - start, share_s], world.device)
-        expected_s = 2 * (samples[-1].forward_s + samples[-1].backward_s) if samples else 0.0
+        expected_s = 2 * _once_s(samples[-1]) if samples else 0.0
         room = (share_s - spent_s) / expected_s if expected_s else MAX_REPEATS
         if batch > ALWAYS_MEASURED and room < MIN_REPEATS + 2:
             break
         seconds = _seconds(unit, shape, batch, world, int(room) - 2)
         if seconds is None:
             break
-        forward_s, backward_s = seconds
+        forward_s, backward_s = seconds["none"]
+        again_s = {mode: max(backward - backward_s, 0.0) for mode, (_, backward) in seconds.items()}
         samples.append(
             ComputeSample(
                 unit=shape.name,
@@ -65,9 +67,17 @@ def measure_unit(
                 seq_len=shape.seq_len,
                 forward_s=forward_s,
                 backward_s=backward_s,
+                selective_s=again_s.get("selective", 0.0),
+                full_s=again_s.get("full"),
             )
         )
     return samples
+
+
+def _once_s(sample: ComputeSample) -> float:
+    """Seconds to run the unit once in every mode of recompute."""
+    modes = [] if sample.full_s is None else [sample.selective_s, sample.full_s]
+    return (1 + len(modes)) * (sample.forward_s + sample.backward_s) + sum(modes)
 
 
 def _batches(max_batch: int) -> Iterator[int]:
@@ -93,12 +103,19 @@ def _runnable(shape: UnitShape, precision: Precision, world: World) -> LocalUnit
     return unit
 
 
-def _seconds(unit: LocalUnit, shape: UnitShape, batch: int, world: World, repeats: int) -> tuple[float, float] | None:
-    """Collective: seconds of (forward, backward); None where some rank's memory is too small."""
-    device = world.device
+def _seconds(
+    unit: LocalUnit, shape: UnitShape, batch: int, world: World, repeats: int
+) -> dict[Recompute, tuple[float, float]] | None:
+    """Collective: seconds of (forward, backward) by mode of recompute; None where some rank's memory is too small.
+
+    Modes take turns, so that what disturbs the machine disturbs all of them.
+    """
+    device, modes = world.device, list(unit.forwards) or [_NONE]
     try:
         tokens, labels = shape.inputs(batch, device)
-        _passes(unit, tokens, labels, 1, device)  # warm-up; without collectives, so a rank may fail alone
+        for mode in modes:  # warm-up; without collectives, so a rank may fail alone
+            unit.recompute(mode)
+            _passes(unit, tokens, labels, 1, device)
         once_s = sum(_passes(unit, tokens, labels, 1, device))
     except torch.OutOfMemoryError:
         once_s = float("inf")
@@ -107,11 +124,14 @@ def _seconds(unit: LocalUnit, shape: UnitShape, batch: int, world: World, repeat
         return None
     burst = min(max(int(BURST_S[device.type] / once_s), 1), MAX_BURST[device.type])
     seconds: list[float] = []
-    for _ in range(min(max(repeats, MIN_REPEATS), MAX_REPEATS)):
+    repeats = min(max(repeats, MIN_REPEATS), MAX_REPEATS)
+    for mode in modes * repeats:
+        unit.recompute(mode)
         dist.barrier()
         seconds += _passes(unit, tokens, labels, burst, device)
-    slowest = agree(seconds, device)
-    return statistics.median(slowest[::2]), statistics.median(slowest[1::2])
+    slowest, stride = agree(seconds, device), 2 * len(modes)
+    medians = [statistics.median(slowest[at::stride]) for at in range(stride)]
+    return dict(zip(modes, zip(medians[::2], medians[1::2], strict=True), strict=True))
 
 
 def _passes(

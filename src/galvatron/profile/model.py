@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import torch.distributed as dist
 from transformers import PretrainedConfig
@@ -41,7 +41,7 @@ from .timing import Budget, Progress, agree
 from .units import UnitShape
 
 SWEEPS = 3
-RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
+SECONDS = ("forward_s", "backward_s", "selective_s", "full_s")
 
 
 def profile_model(
@@ -143,14 +143,13 @@ def _median(samples: list[ComputeSample]) -> list[ComputeSample]:
     for sample in samples:
         groups.setdefault((sample.unit, sample.tp, sample.batch), []).append(sample)
     return [
-        group[0].model_copy(
-            update={
-                "forward_s": statistics.median(sample.forward_s for sample in group),
-                "backward_s": statistics.median(sample.backward_s for sample in group),
-            }
-        )
-        for group in groups.values()
+        group[0].model_copy(update={name: _median_of(group, name) for name in SECONDS}) for group in groups.values()
     ]
+
+
+def _median_of(group: list[ComputeSample], name: str) -> float | None:
+    values = [getattr(sample, name) for sample in group]
+    return None if None in values else statistics.median(values)
 
 
 def _count(shapes: list[UnitShape], world: World) -> tuple[ActivationSample, ...]:
@@ -158,7 +157,7 @@ def _count(shapes: list[UnitShape], world: World) -> tuple[ActivationSample, ...
     cases = [
         (shape, recompute)
         for shape in shapes
-        for recompute in RECOMPUTES
+        for recompute in get_args(Recompute)
         if shape.name == "layer" or recompute == "none"
     ]
     own = [count_activations(*case) for case in cases[world.rank :: world.world_size]]

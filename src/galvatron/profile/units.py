@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from galvatron.core.model import ModelSpec, UnitName
+from galvatron.core.model import ModelSpec, Recompute, UnitName
 from galvatron.internals import put_buffer, put_parameter, tree_map_only
 from galvatron.models import Family, family_of, meta_model
 from galvatron.parallelize.attention import use_attention
 from galvatron.parallelize.collectives import AxisGroup
-from galvatron.parallelize.stage import PassedLayer, Stage, recompute_in_backward
+from galvatron.parallelize.recompute import recompute_in_backward
+from galvatron.parallelize.stage import PassedLayer, Stage
 from galvatron.parallelize.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
 from galvatron.plan.axes import prime_factors
 
@@ -33,12 +34,19 @@ class LocalUnit(nn.Module):
 
     Attributes:
         owners: the modules that hold its parameters, which FSDP2 gathers together.
+        forwards: of a layer, its forward under every mode of recompute.
     """
 
     def __init__(self, inner: nn.Module, owners: tuple[nn.Module, ...], args: tuple[Any, ...], **kwargs: Any) -> None:
         super().__init__()
         self.inner, self.owners = inner, owners
         self.args, self.kwargs = args, kwargs
+        self.forwards: dict[Recompute, Callable[..., Any]] = {}
+
+    def recompute(self, mode: Recompute) -> None:
+        """Let a layer run under ``mode`` from now on."""
+        if self.forwards:
+            self.inner.forward = self.forwards[mode]
 
     def forward(self, tokens: Tensor, **labels: Tensor) -> Tensor:
         """Ids [B, S] or hidden states [B, S/tp, H] → hidden states [B, S/tp, H] or a scalar loss."""
@@ -73,14 +81,14 @@ class UnitShape:
     seq_len: int
     dtype: torch.dtype
 
-    def build(self, *, recompute: bool = False) -> LocalUnit:
+    def build(self) -> LocalUnit:
         """The unit with parameters on meta; its collectives are stand-ins of ``tp`` ranks, of which it is the first."""
         model, family = meta_model(self.config), family_of(self.config)
         use_attention(model)
         # first in the world means tp rank 0, which holds the most of what does not divide
         tp = AxisGroup(None, prime_factors(self.tp)[::-1], 0)
         if self.name == "layer":
-            return self._layer(model, family, tp, recompute=recompute).train()
+            return self._layer(model, family, tp).train()
         build = self._embedding if self.name == "embedding" else self._head
         return build(model, family, tp).train()
 
@@ -110,13 +118,17 @@ class UnitShape:
         owners = (stage.decoder.get_submodule(family.norm), model.get_submodule(family.head))
         return LocalUnit(stage, owners, (), position_ids=self._position_ids())
 
-    def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup, *, recompute: bool) -> LocalUnit:
+    def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
         layer = model.get_submodule(f"{family.decoder}.{family.layers}.0")
         cut_layer(layer, family, self.spec.layer, tp)
         args, kwargs = self._call_of_a_layer(model, family)
-        if recompute:
-            recompute_in_backward(layer)
-        return LocalUnit(layer, (layer,), args, **kwargs)
+        unit, plain = LocalUnit(layer, (layer,), args, **kwargs), layer.forward
+        for mode in get_args(Recompute):
+            layer.forward = plain
+            recompute_in_backward(layer, family, tp, mode)
+            unit.forwards[mode] = layer.forward
+        unit.recompute("none")
+        return unit
 
     def _call_of_a_layer(self, model: PreTrainedModel, family: Family) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the decoder gives its layers beside the hidden states; a dry run finds out, without parameters."""

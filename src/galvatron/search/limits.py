@@ -94,7 +94,7 @@ class Limits:
     def _runs(dimension: str, value: Value) -> bool:
         if dimension == "schedule":
             return value in RUNTIME_SCHEDULES
-        return value != "selective" and (dimension not in RUNTIME_ONLY_ONE or value == 1)
+        return dimension not in RUNTIME_ONLY_ONE or value == 1
 
 
 def _pair(text: str) -> tuple[str, Value]:

@@ -56,10 +56,14 @@ def test_tensor_parallel_collectives_of_a_layer() -> None:
     case = setting()
     times = unit_times(case, "layer", LayerStrategy(tp=2, dp_replicate=2, recompute="full"))
     hidden = 8 * S * H * 4
-    region = case.link("all_gather", 2, 1).time_s(hidden) + case.link("reduce_scatter", 2, 1).time_s(hidden)
+    gather, scatter = (case.link(op, 2, 1).time_s(hidden) for op in ("all_gather", "reduce_scatter"))
+    region = gather + scatter
     assert times.tensor_parallel_forward_s == pytest.approx(2 * region)
     assert times.tensor_parallel_backward_s == pytest.approx(2 * region)
-    assert times.recompute_s == pytest.approx(times.compute_forward_s + 2 * region)
+    # the layer's own output is not needed again
+    assert times.recompute_s == pytest.approx(times.compute_forward_s + 2 * gather + scatter)
+    selective = unit_times(case, "layer", LayerStrategy(tp=2, dp_replicate=2, recompute="selective"))
+    assert selective.recompute_s == pytest.approx(0.2 * times.compute_forward_s + 2 * gather)
     assert times.replicated_s == pytest.approx(2 * H * 4 * case.link("all_reduce", 2, 1).seconds_per_byte)
 
 

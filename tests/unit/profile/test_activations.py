@@ -33,7 +33,7 @@ def _shape(config: PretrainedConfig, unit: str, tp: int = 1, dtype: torch.dtype 
 @pytest.mark.parametrize("unit", ["embedding", "layer", "head"])
 @pytest.mark.parametrize("config", [LLAMA, QWEN3, GPT2], ids=["llama", "qwen3", "gpt2"])
 def test_fake_counts_equal_what_a_real_run_allocates(config, unit, dtype):
-    for tp, recompute in ((1, "none"), (2, "none"), (2, "full")):
+    for tp, recompute in ((1, "none"), (2, "none"), (1, "selective"), (2, "selective"), (2, "full")):
         if unit == "layer" or recompute == "none":
             shape = _shape(config, unit, tp, dtype)
             assert count(shape, recompute, 2) == count(shape, recompute, 2, fake=False)
@@ -69,6 +69,35 @@ def test_llama_layer_equals_its_closed_form():
     mlp = 4 * F  # gate, its activation, up, their product
     sample = count_activations(_shape(LLAMA, "layer"), "none")
     assert sample.bytes_per_sequence == 4 * S * (norms + gathered + attention + mlp)
+
+
+LLAMA_1B = LlamaConfig(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=1,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=V,
+    max_position_embeddings=4096,
+)
+LOG_SUM_EXP, RMS = 4 / 64, 2 * 4 / 2048  # a float32 for every head of 64; one for every norm
+KEPT = {"none": 53 + LOG_SUM_EXP + RMS, "selective": 25 + LOG_SUM_EXP, "full": 2}
+"""Bytes that a bf16 layer keeps for every token and hidden unit.
+
+Without recompute: norms 2 x (4 + 2), inputs of both regions 2 x 2, attention 5 (q 2, k and v 0.5, output 2), the MLP
+4 x 8.  Selective: the input 2, attention 5, its projected output 2, gate and up 2 x 8.
+"""
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_a_layer_keeps_no_more_than_it_did(tp):
+    """A guard: whoever makes layers fatter changes these numbers."""
+    shape = UnitShape(LLAMA_1B, build_spec(LLAMA_1B), "layer", tp, 4096, torch.bfloat16)
+    kept = {m: count_activations(shape, m).bytes_per_sequence / 4096 / 2048 for m in KEPT}
+    gathered = 2 * 2 * (1 - 1 / tp)  # without recompute both regions keep their whole input
+    assert kept["none"] == pytest.approx(KEPT["none"] / tp + gathered, abs=1e-6)
+    assert kept["selective"] == pytest.approx(KEPT["selective"] / tp, abs=1e-6)
+    assert kept["full"] == KEPT["full"] / tp
 
 
 def test_bfloat16_halves_what_is_not_upcast():

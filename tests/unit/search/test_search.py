@@ -47,12 +47,13 @@ def step_s(plan: Plan | None) -> float:
 
 
 def test_a_tight_limit_gives_a_mix_that_fits_and_that_the_runtime_accepts() -> None:
-    result = find()
+    limit = int(0.9 * TIGHT)
+    result = find(limit)
     check_plan(result.plan, MODEL.spec, 4)
     assert result.plan.prediction is not None
-    assert result.plan.prediction.peak_memory_bytes <= TIGHT
-    assert len(set(result.plan.layers)) > 1
-    again = predict(result.plan, MODEL, HARDWARE, TIGHT)
+    assert result.plan.prediction.peak_memory_bytes <= limit
+    assert {strategy.recompute for strategy in result.plan.layers} == {"none", "selective", "full"}
+    again = predict(result.plan, MODEL, HARDWARE, limit)
     assert result.plan.prediction.model_copy(update={"proof": None}) == again
 
 
@@ -110,7 +111,7 @@ def test_the_runtime_s_space_holds_what_it_can_run_and_all_holds_more() -> None:
 
 
 def _is_beyond(plan: Plan) -> bool:
-    return plan.model_chunks > 1 or any(s.ulysses * s.cp > 1 or s.recompute == "selective" for s in plan.layers)
+    return plan.model_chunks > 1 or any(s.ulysses * s.cp > 1 for s in plan.layers)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -204,9 +205,9 @@ def test_least_memory_is_the_smallest_limit_with_a_plan() -> None:
 def test_strategies_are_every_assignment_of_axes() -> None:
     spaces = builder(MODEL, 8)
     found = spaces.rows(4, "layer").rows()
-    assert len(found) == len(set(found)) == 2 * 12  # without and with full recompute
+    assert len(found) == len(set(found)) == 3 * 12  # every mode of recompute
     everything = builder(MODEL, 8, Limits("all")).rows(4, "layer")
-    assert {s for s in found if s[7] != 1} < set(everything.rows())
+    assert set(found) < set(everything.rows())
     assert set(everything.sequence_degree) == set(StageAxes(4).degrees)
 
 
