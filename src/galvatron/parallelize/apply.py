@@ -63,7 +63,8 @@ def parallelize(
         plan: which must fit the model and the world.
         world: from ``init_world``; made if absent.
         weights: where values come from; by default the model's own if it has any, else ``seed``.
-        seed: for initial weights of a meta model; they depend on it and on names, never on the plan.
+        seed: for initial weights of a meta model, which depend on it and on names, never on the plan; and for
+            dropout, whose masks depend on it, the step and the rank, never on what else draws random numbers.
 
     Raises:
         PlanError: the plan breaks a rule of the model or of the world.
@@ -95,9 +96,8 @@ def parallelize(
     parameters = [_local_parameter(part, sharded[part.name], spec, grid) for part in parts]
     together(lambda: fill(parameters, values, twins))
     stage.train()
-    return ParallelModel(
-        grid, spec, model.config, stage, units, sharded, parameters, _replicated(parts, parameters, spec, grid)
-    )
+    replicated = _replicated(parts, parameters, spec, grid)
+    return ParallelModel(grid, spec, model.config, stage, units, sharded, parameters, replicated, seed)
 
 
 def _own_weights(model: PreTrainedModel, seed: int) -> Weights:

@@ -26,6 +26,7 @@ from .gradients import clip, global_norm, sum_over
 from .grid import Grid
 from .pieces import LocalParameter
 from .pipeline import Neighbours, run
+from .randomness import masks_of
 from .refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .safetensors_file import Entry
 from .stage import Stage
@@ -49,6 +50,8 @@ class ParallelModel:
         plan, spec, grid, config: what it was made from.
         stage: this rank's stage as a module.
         local_parameters: every parameter this rank holds a part of.
+        seed, steps: dropout's masks come from the seed, the number of calls of ``train_step`` so far, and the rank.
+            Whoever goes on with a run of his own sets ``steps`` to what it was.
     """
 
     def __init__(
@@ -61,12 +64,14 @@ class ParallelModel:
         sharded: dict[str, nn.Parameter],
         parameters: list[LocalParameter],
         replicated: tuple[Replicated, ...],
+        seed: int,
     ) -> None:
         """Made by ``parallelize``; ``sharded`` maps names to the FSDP2 parameters behind ``parameters``."""
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
         self.stage, self.local_parameters = stage, parameters
         self._units, self._sharded, self._replicated = units, sharded, replicated
         shape, vocabulary = (self.plan.global_batch_size, self.plan.seq_len), spec.vocab_size
+        self.seed, self.steps = seed, 0
         self._train_batches = BatchCheck(shape, vocabulary, self.device)
         self._evaluation_batches = BatchCheck(shape, vocabulary, self.device)
         layers = self.plan.stage_layers(grid.stage)
@@ -101,11 +106,13 @@ class ParallelModel:
         self.zero_grad()
         plan, grid = self.plan, self.grid
         order = actions(plan.schedule, plan.pp, grid.stage, plan.num_microbatches)
-        loss = self._run(order, input_ids, labels, weight)
+        with masks_of(self.seed, self.steps, grid.world.rank, self.device):
+            loss = self._run(order, input_ids, labels, weight)
         if not self._trains_until:
             free_gathered(self._units)  # which the end of a backward does elsewhere
         self._collect_gradients()
         self._add_gradients(earlier)
+        self.steps += 1
         return loss
 
     @torch.no_grad()

@@ -23,8 +23,11 @@ class TrainableModel(Protocol):
     """A model cut by a plan.  Batches are int64 [global_batch_size, seq_len], equal on all ranks.
 
     Labels are shifted by one already; -100 is ignored.  ``train_step`` leaves the gradients of the global
-    mean loss on the parameters; losses and norms are equal on all ranks.
+    mean loss on the parameters; losses and norms are equal on all ranks.  ``steps`` calls of it are done, which
+    decides what dropout draws.
     """
+
+    steps: int
 
     @property
     def spec(self) -> ModelSpec: ...  # noqa: D102

@@ -186,6 +186,7 @@ class Trainer:
         lr = lr_at(self.step, self.section)
         set_lr(self.optimizer, lr)
         with self.peak_memory.watch(self.model, self.optimizer):
+            self.model.steps = self.step
             self.loss = self.model.train_step(inputs, labels)
             grad_norm = self.model.clip_grad_norm_(self.section.max_grad_norm)
             self._check_finite(grad_norm)

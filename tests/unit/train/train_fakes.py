@@ -57,6 +57,7 @@ class FakeModel:
     table: LocalParameter
     bias: LocalParameter
     swapped: bool = False
+    steps: int = 0
 
     @staticmethod
     def make(*, swapped: bool = False, seed: int = 0) -> FakeModel:

@@ -1,0 +1,115 @@
+"""Dropout: masks of their own on every rank, equal where work is done twice, and none of the caller's draws touched."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from galvatron.models import build_spec
+from galvatron.parallelize import ParallelModel, World, init_world, parallelize
+from galvatron.plan import Plan
+from galvatron.testing.models import tiny_config, tiny_model
+from galvatron.testing.plans import pure_plans
+from galvatron.testing.pool import Pool
+
+RATE = 0.25
+PLANS = pure_plans(build_spec(tiny_config("gpt2")), 4)
+CUT_BY_BATCH = ("dp", "recompute", "zero1", "zero2", "zero3", "hsdp1", "hsdp2", "hsdp3")
+
+
+def model_for(plan: Plan, seed: int = 0, rate: float = RATE, world: World | None = None) -> ParallelModel:
+    model = tiny_model("gpt2", embd_pdrop=rate, resid_pdrop=rate, attn_pdrop=rate)
+    return parallelize(model, plan, world=world or init_world("cpu"), seed=seed)
+
+
+def batch(plan: Plan) -> tuple[Tensor, Tensor]:
+    size = (plan.global_batch_size, plan.seq_len + 1)
+    tokens = torch.randint(0, 97, size, generator=torch.Generator().manual_seed(0))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def losses_of(world: World, plan: Plan, rate: float = RATE) -> list[float]:
+    model = model_for(plan, rate=rate, world=world)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    losses = []
+    for _ in range(3):
+        torch.manual_seed(0)  # as everyone does, on every rank
+        losses.append(model.train_step(*batch(plan)))
+        optimizer.step()
+    return losses
+
+
+def losses_under_every_strategy() -> tuple[dict[str, list[float]], list[float]]:
+    world = init_world("cpu")
+    return {name: losses_of(world, plan) for name, plan in PLANS.items()}, losses_of(world, PLANS["dp"], rate=0.0)
+
+
+def test_training_goes_on_under_every_strategy_and_recomputes_with_equal_masks(pool: Pool) -> None:
+    results = pool.run(losses_under_every_strategy, world_size=4)
+    assert all(result == results[0] for result in results)
+    losses, plain = results[0]
+    assert set(losses) == {*CUT_BY_BATCH, "tp", "gpipe", "1f1b"}
+    for name, values in losses.items():
+        assert all(math.isfinite(value) for value in values), name
+        assert abs(values[0] - plain[0]) < 0.3, name
+        assert values[0] != pytest.approx(plain[0], rel=1e-4), name
+        assert values[-1] < values[0] - 0.1, name
+    for name in CUT_BY_BATCH:  # the same rows on the same ranks: only what draws masks anew would differ
+        assert losses[name] == pytest.approx(losses["dp"], rel=1e-5), name
+
+
+def masks_of_a_rank(plan: Plan, seed: int) -> list[bytes]:
+    """Which elements were dropped, for every call of every dropout of two steps on this rank's own layers."""
+    model, masks = model_for(plan, seed), []
+    own = model.stage.decoder.h[plan.stage_layers(model.grid.stage)[0]]
+
+    def note(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        dropped = (output == 0) & (args[0] != 0)
+        assert float(dropped.float().mean()) == pytest.approx(RATE, abs=0.1)
+        masks.append(dropped.numpy().tobytes())
+
+    for dropout in (own.attn.resid_dropout, own.mlp.dropout):
+        dropout.register_forward_hook(note)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        model.train_step(*batch(plan))
+    assert torch.equal(torch.get_rng_state(), before)
+    return masks
+
+
+@pytest.mark.parametrize("strategy", ["dp", "tp", "zero3", "1f1b"])
+def test_no_two_masks_are_equal_on_any_rank_microbatch_or_step(pool: Pool, strategy: str) -> None:
+    plan = PLANS[strategy]
+    ranks = pool.run(masks_of_a_rank, plan, 0, world_size=4)
+    masks = list(itertools.chain(*ranks))
+    assert len(masks) == 4 * 2 * 2 * plan.num_microbatches
+    assert len(set(masks)) == len(masks)
+    if strategy == "dp":
+        assert pool.run(masks_of_a_rank, plan, 0, world_size=4) == ranks
+        assert not set(itertools.chain(*pool.run(masks_of_a_rank, plan, 1, world_size=4))) & set(masks)
+
+
+def modes() -> tuple[list[float], float, float]:
+    model = model_for(PLANS["tp"])
+    evaluated = model.evaluate(*batch(PLANS["tp"]))
+    assert model.training
+    still = model.eval().train_step(*batch(PLANS["tp"]))
+    assert not model.training
+    model.evaluate(*batch(PLANS["tp"]))
+    assert not model.training
+    model.train()
+    first = model.train_step(*batch(PLANS["tp"]))
+    model.steps = 1
+    return [first, model.train_step(*batch(PLANS["tp"]))], still, evaluated
+
+
+def test_eval_draws_none_and_a_step_is_told_by_its_number(pool: Pool) -> None:
+    for (first, again), still, evaluated in pool.run(modes, world_size=4):
+        assert still == pytest.approx(evaluated, rel=1e-6)
+        assert first != pytest.approx(still, rel=1e-4)
+        assert again == first
