@@ -11,13 +11,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Annotated
 
 import typer
 
 from galvatron.core.errors import WorldError
+from galvatron.core.version import __version__
 
 from . import checkpoint, convert, import_, plan, profile, run, search, train
-from .console import rank
+from .console import plain_symbols, rank
 from .mistakes import as_mistake
 from .workers import WorkerCrash
 
@@ -28,6 +30,13 @@ ENDINGS = {
 }
 """Exit codes of a signal, as a shell gives them, in words."""
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"galvatron {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="galvatron",
     help="Automatic distributed training for Transformers: profile, search the fastest plan that fits, train with it.",
@@ -35,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (profile, checkpoint, convert, plan, import_):
     app.add_typer(verb.app)
@@ -42,8 +52,18 @@ for command in (search, train, run):
     command.register(app)
 
 
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a verb."""
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 a crash, 2 a mistake the user can mend, 128 + a signal."""
+    plain_symbols()
     try:
         with _signals_exit():
             app()

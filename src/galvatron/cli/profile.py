@@ -43,7 +43,9 @@ class Measurement:
 
 
 @app.command(
-    epilog=examples("galvatron profile hardware --nproc 4", "torchrun --nproc-per-node 8 -m galvatron.cli ...")
+    epilog=examples(
+        "galvatron profile hardware --nproc 4", "torchrun --nproc-per-node 8 --no-python galvatron profile hardware"
+    )
 )
 def hardware(
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("hardware.json"),

@@ -42,7 +42,7 @@ class ConsoleReporter(Reporter):
     def __init__(self) -> None:
         self.steps: list[StepMetrics] = []
         self._every = 1
-        self._status = console().status("starting")
+        self._status = console().status("starting", spinner="line")
 
     def started(self, first_step: int, num_steps: int) -> None:
         """Choose how often to print a line."""

@@ -6,6 +6,7 @@ Takes a model, a cluster and limits; gives ``plan.json`` and its explanation.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,9 @@ from galvatron.core.files import check_output, is_special, write_output
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job, SearchSection
 from galvatron.core.model import ModelProfile, Precision
-from galvatron.core.records import dump_json
 from galvatron.core.units import parse_bytes
 
-from .console import error_console, say
+from .console import console, error_console, say
 from .inputs import Cluster, Model, batch_sizes
 from .options import examples
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from galvatron.search import Change, Limits, SearchResult
     from galvatron.search.sensitivity import SearchAgain
 
-MAX_ROWS = 32  # stages of a pipeline that is printed
+MAX_ROWS, MAX_COLUMNS = 32, 100  # stages and columns of a pipeline that is printed
+LABEL_COLUMNS = len("  stage 99  ")
 
 
 def register(app: typer.Typer) -> None:
@@ -136,7 +137,7 @@ def search(
     where = Cluster.of(cluster, link or [])
     what = Model(model, seq_len, precision, _tp_asked(limits))
     profile = what.profile(where.hardware)
-    with error_console().status("searching") as status:
+    with error_console().status("searching", spinner="line") as status:
         job = _Search(what, batches, grad_reduce_dtype, limits, lambda line: status.update(line))
         try:
             result = job.find(profile, where.hardware, limit, baselines=baselines)
@@ -150,7 +151,7 @@ def search(
     if as_json:
         from galvatron.report import summary
 
-        typer.echo(dump_json(summary(result, changes)), nl=False)
+        typer.echo(json.dumps(summary(result, changes), indent=2, allow_nan=False))  # ASCII: for any pipe
     else:
         show(result, changes)
         draw(result.plan, profile, where.hardware, picture)
@@ -274,7 +275,8 @@ def draw(plan: Plan, model: ModelProfile, hardware: HardwareProfile, path: Path 
         write_output(path, draw_svg(replayed.events, replayed.shown_s, step_time_s=step_time_s))
     if 1 < plan.pp <= MAX_ROWS:
         say(f"\nPipeline (predicted{f'; {path} is a picture of it' if path else ''})")
-        say(indent(draw_text(replayed.events, replayed.shown_s, step_time_s=step_time_s), "  "))
+        width = min(MAX_COLUMNS, console().width - LABEL_COLUMNS)
+        say(indent(draw_text(replayed.events, replayed.shown_s, width, step_time_s=step_time_s), "  "))
 
 
 def runner_up(result: SearchResult) -> Plan | None:

@@ -55,3 +55,14 @@ def format_seconds(seconds: float) -> str:
         if abs(seconds) >= scale or unit == "µs":
             return f"{seconds / scale:.3g} {unit}"
     raise AssertionError("unreachable")
+
+
+def counted(count: int, word: str) -> str:
+    """``1 sequence``, ``2 sequences``, ``4 microbatches``."""
+    return f"{count} {plural(count, word)}"
+
+
+def plural(count: int, word: str) -> str:
+    """``word`` as it stands after ``count``."""
+    ending = "es" if word.endswith(("ch", "s")) else "s"
+    return word if count == 1 else word + ending

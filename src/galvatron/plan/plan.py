@@ -25,6 +25,7 @@ from galvatron.core.numbers import (
     Whole,
 )
 from galvatron.core.records import FileRecord, Record
+from galvatron.core.units import counted, plural
 from galvatron.core.words import shown
 
 from .axes import StageAxes
@@ -81,12 +82,10 @@ class LayerStrategy(Record):
         return self.ulysses * self.cp * self.dp_shard if self.zero else 1
 
     def __str__(self) -> str:
-        parts = [f"{name} {getattr(self, name)}" for name in ("tp", "ulysses", "cp", "ep") if getattr(self, name) > 1]
+        degrees = ("tp", "ulysses", "cp", "ep", "dp_shard", "dp_replicate")
+        parts = [f"{name} {getattr(self, name)}" for name in degrees if getattr(self, name) > 1]
         if self.zero:
-            replicas = f" x {self.dp_replicate} replicas" if self.dp_replicate > 1 else ""
-            parts.append(f"dp {self.dp_shard}{replicas}, zero {self.zero}" if self.dp > 1 else f"zero {self.zero}")
-        elif self.dp > 1:
-            parts.append(f"dp {self.dp}")
+            parts.append(f"zero {self.zero}")
         if self.recompute != "none":
             parts.append(f"recompute {self.recompute}")
         return ", ".join(parts) or "one device"
@@ -239,13 +238,18 @@ class Plan(FileRecord):
 
         check_plan(self, spec, world_size)
 
+    def describe_stages(self) -> str:
+        """``2 stages of 3+1 layers``."""
+        chunks = f" in {self.model_chunks} chunks each" if self.model_chunks > 1 else ""
+        layers = f"{counts(self.layers_per_stage)} {plural(len(self.layers), 'layer')}"
+        return f"{counted(self.pp, 'stage')} of {layers}{chunks}"
+
     def describe(self) -> str:
         """The plan for people, one line a run of equal layers."""
-        chunks = f" in {self.model_chunks} chunks each" if self.model_chunks > 1 else ""
         lines = [
-            f"{self.world_size} devices, {self.pp} stage{'s' * (self.pp > 1)} of {counts(self.layers_per_stage)} layers"
-            f"{chunks}, {self.schedule}, {self.num_microbatches} microbatch{'es' * (self.num_microbatches > 1)} of "
-            f"{self.micro_batch_size} sequences x {self.seq_len} tokens, {self.precision}",
+            f"{counted(self.world_size, 'device')}, {self.describe_stages()}, {self.schedule}, "
+            f"{counted(self.num_microbatches, 'microbatch')} of {counted(self.micro_batch_size, 'sequence')} x "
+            f"{counted(self.seq_len, 'token')}, {self.precision}",
             f"embedding: {self.embedding}",
         ]
         for first, last, strategy in runs(self.layers):

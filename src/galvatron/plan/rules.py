@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from galvatron.core.errors import PlanError
 from galvatron.core.job import TrainSection
 from galvatron.core.model import ENDS, LayerKind, ModelSpec, UnitName
+from galvatron.core.units import counted
 
 from .axes import StageAxes, divisors
 from .plan import LayerStrategy, Plan, Schedule
@@ -163,8 +164,8 @@ def check_batch(strategy: LayerStrategy, micro_batch_size: int) -> str | None:
     """Whether data parallelism divides a microbatch."""
     if micro_batch_size % strategy.dp:
         return (
-            f"dp={strategy.dp} must divide the microbatch of {micro_batch_size} sequences; "
-            "use fewer microbatches, a larger global batch or more tp"
+            f"dp_shard x dp_replicate = {strategy.dp} must divide the microbatch of "
+            f"{counted(micro_batch_size, 'sequence')}; use fewer microbatches, a larger global batch or more tp"
         )
     return None
 

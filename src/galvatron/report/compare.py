@@ -5,7 +5,7 @@ Plans of different batches are compared by seconds a sample, stretched to the ba
 
 from __future__ import annotations
 
-from galvatron.core.units import format_bytes, format_seconds
+from galvatron.core.units import counted, format_bytes, format_seconds
 from galvatron.plan.plan import LayerStrategy, Plan, runs
 from galvatron.search.result import predicted, seconds_per_sample
 
@@ -66,20 +66,18 @@ def short(plan: Plan, chosen: Plan | None = None) -> str:
     for first, last, strategy in runs(plan.layers):
         used[strategy] = used.get(strategy, 0) + last - first + 1
     layers = "; ".join(
-        f"{count} layer{'s' * (count > 1)} {strategy}"
-        for strategy, count in sorted(used.items(), key=lambda item: -item[1])
+        f"{counted(count, 'layer')} {strategy}" for strategy, count in sorted(used.items(), key=lambda item: -item[1])
     )
     other = chosen is not None and plan.global_batch_size != chosen.global_batch_size
     batch = f"batch {plan.global_batch_size}, " if other else ""
-    microbatches = f"{plan.num_microbatches} microbatch{'es' * (plan.num_microbatches > 1)}"
-    return f"{batch}{stages(plan)}, {microbatches}: {layers}"
+    return f"{batch}{stages(plan)}, {counted(plan.num_microbatches, 'microbatch')}: {layers}"
 
 
 def stages(plan: Plan) -> str:
     """``4 stages x 2 chunks interleaved``."""
     chunks = f" x {plan.model_chunks} chunks" if plan.model_chunks > 1 else ""
     schedule = f" {plan.schedule}" if plan.pp > 1 else ""
-    return f"{plan.pp} stage{'s' * (plan.pp > 1)}{chunks}{schedule}"
+    return f"{counted(plan.pp, 'stage')}{chunks}{schedule}"
 
 
 def same_layers(a: Plan, b: Plan) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from galvatron.core.units import format_bytes, format_seconds
-from galvatron.plan.plan import LayerStrategy, Plan, Prediction, counts
+from galvatron.plan.plan import LayerStrategy, Plan, Prediction
 
 FIELDS = (
     ("model", "model"),
@@ -26,17 +26,12 @@ def diff_plans(a: Plan, b: Plan) -> str:
 
 
 def _outside(a: Plan, b: Plan) -> Iterator[str]:
-    ours, theirs = _stages(a), _stages(b)
+    ours, theirs = a.describe_stages(), b.describe_stages()
     if ours != theirs:
         yield f"pipeline: {ours} -> {theirs}"
     for field, word in FIELDS:
         if getattr(a, field) != getattr(b, field):
             yield f"{word}: {getattr(a, field)} -> {getattr(b, field)}"
-
-
-def _stages(plan: Plan) -> str:
-    chunks = f" in {plan.model_chunks} chunks each" if plan.model_chunks > 1 else ""
-    return f"{plan.pp} stage{'s' * (plan.pp > 1)} of {counts(plan.layers_per_stage)} layers{chunks}"
 
 
 def _units(a: Plan, b: Plan) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from galvatron.core.units import format_seconds
+from galvatron.core.units import counted, format_seconds
 from galvatron.cost.pipeline import Event
 
 COLOURS = {"forward": "#4c78a8", "backward": "#f58518", "weight": "#54a24b"}
@@ -52,7 +52,7 @@ def _title(events: Sequence[Event], shown_s: float, step_time_s: float | None) -
     if step_time_s is None:
         return format_seconds(shown_s)
     count = max(event.microbatch for event in events) + 1
-    return f"only the first {count} microbatches, {format_seconds(shown_s)} of {format_seconds(step_time_s)}"
+    return f"only the first {counted(count, 'microbatch')}, {format_seconds(shown_s)} of {format_seconds(step_time_s)}"
 
 
 def draw_svg(events: Sequence[Event], shown_s: float, width: int = 1000, *, step_time_s: float | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from galvatron.core.units import format_bytes, format_seconds
+from galvatron.core.units import counted, format_bytes, format_seconds
 from galvatron.plan.plan import Plan
 from galvatron.search.baselines import FAMILIES
 from galvatron.search.result import SearchResult, Shortfall, predicted
@@ -71,7 +71,7 @@ def _memory(plan: Plan, basis: str) -> Iterator[str]:
         yield f"  stage {index}: {format_bytes(stage.peak_memory_bytes)}{of_limit}: {held}"
     if len(prediction.stages) > MAX_STAGES:
         least = min(stage.peak_memory_bytes for stage in prediction.stages)
-        yield f"  the other {len(prediction.stages) - 1} stages: {format_bytes(least)} or more"
+        yield f"  the other {counted(len(prediction.stages) - 1, 'stage')}: {format_bytes(least)} or more"
 
 
 def _indented(lines: Iterator[str] | list[str]) -> list[str]:
@@ -136,7 +136,8 @@ def _proof(result: SearchResult) -> Iterator[str]:
         f"{format_seconds(proof.objective_s)} (gap {proof.gap:.2%})"
     )
     yield (
-        f"{counts.tasks} combinations of batch, stages, microbatches and schedule, up to {counts.strategies:,} "
-        f"strategies a layer: {counts.solved} solved, {counts.bounded_away} ruled out by their bound, "
-        f"{counts.infeasible} do not fit; {counts.replayed} plans replayed; {proof.cpu_s:.1f} s of CPU"
+        f"{counted(counts.tasks, 'combination')} of batch, stages, microbatches and schedule, up to "
+        f"{counts.strategies:,} strategies a layer: {counts.solved} solved, {counts.bounded_away} ruled out by their "
+        f"bound, {counts.infeasible} do not fit; {counted(counts.replayed, 'plan')} replayed; "
+        f"{proof.cpu_s:.1f} s of CPU"
     )

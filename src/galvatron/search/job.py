@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from galvatron.core.units import counted
 from galvatron.cost.setting import Setting
 from galvatron.cost.step import predict
 from galvatron.plan.plan import Plan
@@ -123,6 +124,6 @@ def describe(task: Task) -> str:
     """A task in a few words."""
     chunks = f" x {task.model_chunks} chunks" if task.model_chunks > 1 else ""
     return (
-        f"batch {task.global_batch_size}, {task.pp} stage{'s' * (task.pp > 1)}{chunks}, "
-        f"{task.num_microbatches} microbatch{'es' * (task.num_microbatches > 1)}, {task.schedule}"
+        f"batch {task.global_batch_size}, {counted(task.pp, 'stage')}{chunks}, "
+        f"{counted(task.num_microbatches, 'microbatch')}, {task.schedule}"
     )

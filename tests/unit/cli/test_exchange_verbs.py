@@ -107,7 +107,7 @@ def test_export_and_import_give_the_plan_back(run: Run) -> None:
     place = ("--world-size", "4", "--seq-len", str(SEQ_LEN), "--out", "back.json")
     code, out, _ = run("plan", "import", "hetu.json", "--format", "hetu", *place, "--model", "model.json")
     assert code == 0
-    assert "layers 0-1: dp 4, zero 3" in out
+    assert "layers 0-1: dp_shard 4, zero 3" in out
     assert Plan.load("back.json") == PLAN
     assert run("plan", "diff", "plan.json", "back.json")[1] == "the plans are equal\n"
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_exported_or_imported_is_one_sentence(run: Run) -> None:
     mixed.save("mixed.json")
     code, out, error = run("plan", "export", "mixed.json", "--format", "torchtitan", "--out", "mixed.toml")
     assert (code, out, error.count("\n")) == (2, "", 1)
-    assert "here they are layer 0 (dp 4, zero 3) and layer 1 (tp 4)" in error
+    assert "here they are layer 0 (dp_shard 4, zero 3) and layer 1 (tp 4)" in error
     assert not Path("mixed.toml").exists()
     run("plan", "export", "plan.json", "--format", "hetu", "--out", "hetu.json")
     Path("hetu.json").write_text(json.dumps(json.loads(Path("hetu.json").read_text()) | {"chunks": 3}))

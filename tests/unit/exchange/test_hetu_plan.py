@@ -81,7 +81,7 @@ def test_a_plan_survives_export_and_import(default: str) -> None:
         ({"checkpoint": "0,1,2,0"}, "checkpoint must be 4 values of 0 or 1"),
         ({"pipeline_type": "zbh1"}, "pipeline_type: Input should be 'gpipe' or 'pipedream_flush'"),
         ({"cp_sizes_enc": "1,1,1,1"}, "cp_sizes_enc: unknown key"),
-        ({"global_bsz": 2}, "must divide the microbatch of 1 sequences"),
+        ({"global_bsz": 2}, "must divide the microbatch of 1 sequence;"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(changes: dict[str, object], message: str) -> None:
@@ -116,7 +116,10 @@ def test_a_plan_is_held_against_its_model() -> None:
             make(LayerStrategy(dp_replicate=8), LayerStrategy(dp_shard=8, zero=2)),
             "data parallelism and zero 2 in one plan",
         ),
-        (make(LayerStrategy(tp=8), head=LayerStrategy(dp_replicate=8)), r"an embedding \(tp 8\) and a head \(dp 8\)"),
+        (
+            make(LayerStrategy(tp=8), head=LayerStrategy(dp_replicate=8)),
+            r"an embedding \(tp 8\) and a head \(dp_replicate 8\)",
+        ),
         (
             make(LayerStrategy(dp_replicate=4), layers_per_stage=(1, 1), schedule="zero_bubble"),
             "schedule=zero_bubble",

@@ -96,11 +96,11 @@ def test_torchtitan_degrees() -> None:
     [
         (
             make((again(ZERO3),) * 3 + (ZERO3,)),
-            r"here they are layers 0-2 \(tp 2, dp 4, zero 3, recompute full\) and layer 3 \(tp 2, dp 4, zero 3\)",
+            r"here they are layers 0-2 \(tp 2, dp_shard 4, zero 3, recompute full\) and layer 3 \(tp 2, dp_shard 4, ",
         ),
         (
             make(ZERO3, LayerStrategy(dp_shard=8, zero=3)),
-            r"here the embedding is \(dp 8, zero 3\), not \(tp 2, dp 4, zero 3\)",
+            r"here the embedding is \(dp_shard 8, zero 3\), not \(tp 2, dp_shard 4, zero 3\)",
         ),
         (make(LayerStrategy(ulysses=2, dp_shard=4, zero=3)), "ulysses=2"),
         (make(LayerStrategy(dp_shard=8, zero=1)), "zero=1 without a pipeline"),
@@ -187,7 +187,7 @@ def test_megatron_recomputes_all_or_the_first_layers_of_every_stage(
     [
         (
             make((again(ZERO3),) * 2 + (LayerStrategy(dp_shard=8, zero=3),) * 2, ZERO3),
-            r"here they are layers 0-1 \(tp 2, dp 4, zero 3\) and layers 2-3 \(dp 8, zero 3\)",
+            r"here they are layers 0-1 \(tp 2, dp_shard 4, zero 3\) and layers 2-3 \(dp_shard 8, zero 3\)",
         ),
         (
             make((ZERO3, again(ZERO3), ZERO3, ZERO3)),

@@ -58,7 +58,7 @@ def test_a_plan_survives_its_file_and_collapses_equal_layers() -> None:
     plan = make()
     assert Plan.from_json(plan.to_json()) == plan
     assert '"layers": "0-1"' in plan.to_json()
-    assert "layers 0-1: tp 2, dp 2, zero 3" in plan.describe()
+    assert "layers 0-1: tp 2, dp_shard 2, zero 3" in plan.describe()
     plan.validate(SPEC, 8)
 
 
@@ -74,7 +74,7 @@ def test_runs_of_layers_must_follow_each_other() -> None:
         ({"layers_per_stage": (2, 2, 2)}, "pp=3 must divide world_size=8; choose 1, 2, 4, 8"),
         ({"layers_per_stage": (2, 1)}, "must sum to the 4 layers"),
         ({"num_microbatches": 3}, "num_microbatches=3 must divide global_batch_size=8"),
-        ({"num_microbatches": 8}, "dp=2 must divide the microbatch of 1"),
+        ({"num_microbatches": 8}, "dp_shard x dp_replicate = 2 must divide the microbatch of 1 sequence;"),
         ({"seq_len": 66}, "tp=4 must divide seq_len=66; choose 1, 2"),
         ({"embedding": LayerStrategy(tp=4, recompute="full")}, "recompute=full is for layers"),
         ({"layers": (ZERO3,) * 3, "layers_per_stage": (2, 1)}, "the plan has 3 layers but model toy has 4"),

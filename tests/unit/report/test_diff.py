@@ -32,7 +32,11 @@ def test_equal_plans() -> None:
 
 def test_layers_are_compared_in_runs_that_neither_plan_breaks() -> None:
     a, b = change(layers=(DP, DP, TP, TP)), change(layers=(DP, TP, TP, DP), head=TP)
-    assert diff_plans(a, b).split("\n") == ["layer 1: dp 4 -> tp 4", "layer 3: tp 4 -> dp 4", "head: dp 4 -> tp 4"]
+    assert diff_plans(a, b).split("\n") == [
+        "layer 1: dp_replicate 4 -> tp 4",
+        "layer 3: tp 4 -> dp_replicate 4",
+        "head: dp_replicate 4 -> tp 4",
+    ]
 
 
 def test_the_outside_is_compared_field_by_field() -> None:
@@ -44,14 +48,14 @@ def test_the_outside_is_compared_field_by_field() -> None:
         "schedule: 1f1b -> gpipe",
         "microbatches: 1 -> 4",
         "precision: fp32 -> bf16",
-        "embedding: dp 4 -> dp 2",
+        "embedding: dp_replicate 4 -> dp_replicate 2",
     ]
 
 
 def test_another_model_has_another_number_of_layers() -> None:
     text = diff_plans(PLAN, change(model="small", layers_per_stage=(2,), layers=(TP, TP)))
     assert "model: toy -> small" in text
-    assert "number of layers: 4 -> 2\nlayers 0-1: dp 4 -> tp 4" in text
+    assert "number of layers: 4 -> 2\nlayers 0-1: dp_replicate 4 -> tp 4" in text
 
 
 def test_predictions_are_compared_where_both_have_one() -> None:

@@ -1,0 +1,5 @@
+"""``python -m galvatron.cli``, which is what ``torchrun -m galvatron.cli`` starts."""
+
+from . import main
+
+main()
