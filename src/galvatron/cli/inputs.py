@@ -5,7 +5,6 @@ Takes names, texts and files; gives profiles: measured ones as they are, estimat
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,15 @@ from typing import TYPE_CHECKING
 from galvatron.core.errors import ConfigError, ProfileError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model import ModelProfile, Precision
-from galvatron.core.records import read_text
+from galvatron.core.parsing import is_file, parse_json, read_text
+from galvatron.core.units import format_bytes, parse_bytes
+from galvatron.core.words import shown
 from galvatron.plan.axes import StageAxes, divisors
 
 if TYPE_CHECKING:
     from galvatron.estimate import ClusterShape
 
+_SIZE = r"[1-9]\d{0,14}"
 USUAL_TP = 64
 """The largest tp that models are estimated for unless a larger one is asked for; no preset joins more devices fast."""
 
@@ -39,7 +41,7 @@ class Cluster:
             ConfigError: a preset, a link or both cannot be read.
             ProfileError: the file cannot be read.
         """
-        if text.endswith(".json") or Path(text).is_file():
+        if text.endswith(".json") or is_file(text):
             if links:
                 raise ConfigError(f"--link {links[0]} is for presets, but {text} is a file; edit the links in it")
             return cls(HardwareProfile.load(text))
@@ -66,7 +68,7 @@ class Model:
             ProfileError: the ``model.json`` is malformed.
         """
         path = Path(self.name)
-        if path.is_file() and _has_format(read_text(path, ProfileError)):
+        if is_file(self.name) and _has_format(read_text(path, ProfileError)):
             return ModelProfile.load(path)
         from galvatron.estimate import estimate_model, model_spec
 
@@ -85,10 +87,25 @@ class Model:
 def _has_format(text: str) -> bool:
     """Whether this is a file of this project; one that is no JSON is left to its reader to refuse."""
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError:
+        data = parse_json(text, "", ConfigError, "")
+    except ConfigError:
         return False
     return isinstance(data, dict) and "format" in data
+
+
+def memory_limit(text: str | None, hardware: HardwareProfile) -> int | None:
+    """The bytes a device that ``text`` allows; None for all it has.
+
+    Raises:
+        ConfigError: it is no size, or more than a device has.
+    """
+    limit, device = None if text is None else parse_bytes(text), hardware.device
+    if limit is not None and limit > device.memory_bytes:
+        raise ConfigError(
+            f"a limit of {text} is more than the {format_bytes(device.memory_bytes)} that {device.name} has; "
+            "lower it, or leave it out to use all"
+        )
+    return limit
 
 
 def tp_degrees(world_size: int, at_most: int) -> list[int]:
@@ -103,12 +120,14 @@ def batch_sizes(text: str) -> list[int]:
     Raises:
         ConfigError: the text is none of these.
     """
-    if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+    text = text.replace(" ", "")
+    if re.fullmatch(rf"{_SIZE}(,{_SIZE})*", text, re.ASCII):
         return sorted({int(size) for size in text.split(",")})
-    match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text)
+    match = re.fullmatch(rf"({_SIZE})-({_SIZE})", text, re.ASCII)
     if match is None or int(match[1]) > int(match[2]):
         raise ConfigError(
-            f"a global batch is a number of sequences, a range or a list, got {text!r}; write 64, 64-512 or 64,96,128"
+            f"a global batch is a number of sequences, a range or a list, got {shown(text)}; "
+            "write 64, 64-512 or 64,96,128"
         )
     first, last = int(match[1]), int(match[2])
     return [first * 2**i for i in range((last // first).bit_length())]

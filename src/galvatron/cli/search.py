@@ -20,10 +20,9 @@ from galvatron.core.files import check_output, is_special, write_output
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job, SearchSection
 from galvatron.core.model import ModelProfile, Precision
-from galvatron.core.units import parse_bytes
 
 from .console import console, error_console, say
-from .inputs import Cluster, Model, batch_sizes
+from .inputs import Cluster, Model, batch_sizes, memory_limit
 from .options import examples
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def search(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", metavar="SIZE", help="Limit a device, such as 36GiB; its own memory if left out."),
+        typer.Option("--memory", metavar="SIZE", help="Limit a device: 36GiB, 36G or 80GB; all it has if left out."),
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option("--seq-len", min=1, help="Tokens a sequence; a profile's own if left out.")
@@ -133,8 +132,8 @@ def search(
 
     picture = picture_beside(out, model, cluster)
     limits = Limits.parse(space, fix or (), forbid or (), at_most or ())
-    batches, limit = batch_sizes(global_batch_size), None if memory is None else parse_bytes(memory)
-    where = Cluster.of(cluster, link or [])
+    batches, where = batch_sizes(global_batch_size), Cluster.of(cluster, link or [])
+    limit = memory_limit(memory, where.hardware)
     what = Model(model, seq_len, precision, _tp_asked(limits))
     profile = what.profile(where.hardware)
     with error_console().status("searching", spinner="line") as status:
@@ -229,7 +228,7 @@ def search_for_job(job: Job, model: ModelProfile, hardware: HardwareProfile) -> 
         seq_len=train.seq_len,
         precision=train.precision,
         grad_reduce_dtype=train.grad_reduce_dtype,
-        memory_limit_bytes=job.search.memory_bytes,
+        memory_limit_bytes=memory_limit(job.search.memory, hardware),
         limits=limits_of(job.search),
     )
 

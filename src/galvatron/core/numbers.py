@@ -12,13 +12,15 @@ from pydantic import Field
 
 MAX_BYTES = 2**60
 """An exbibyte: a million devices have less [Assumed]."""
+MAX_DEVICES = 2**20
 MAX_LAYERS = 2**14
+MAX_SEQUENCES = 2**24
 
 Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 Whole = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
-Devices = Annotated[int, Field(strict=True, ge=1, le=2**20)]
+Devices = Annotated[int, Field(strict=True, ge=1, le=MAX_DEVICES)]
 Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)]
-Sequences = Annotated[int, Field(strict=True, ge=1, le=2**24)]
+Sequences = Annotated[int, Field(strict=True, ge=1, le=MAX_SEQUENCES)]
 """Sequences of a step, or microbatches of one."""
 Tokens = Annotated[int, Field(strict=True, ge=1, le=2**27)]
 """Tokens of a sequence."""

@@ -14,7 +14,9 @@ from pydantic import PositiveFloat, PositiveInt
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import HardwareProfile, Overlap
+from galvatron.core.numbers import MAX_DEVICES
 from galvatron.core.records import Record
+from galvatron.core.words import shown
 from galvatron.plan.axes import divisors
 
 from .devices import DEVICES, Preset, preset
@@ -52,13 +54,15 @@ class ClusterShape(Record):
         Raises:
             ConfigError: the text, the device or an override is none of these.
         """
-        match = re.fullmatch(r"([\w.-]+):(?:([1-9]\d*)x)?([1-9]\d*)", text.strip())
+        match = re.fullmatch(r"([\w.-]+):(?:([1-9]\d{0,6})x)?([1-9]\d{0,6})", text.strip(), re.ASCII)
         if match is None:
             raise ConfigError(
-                f"a cluster is device:nodesxdevices, got {text!r}; write h100:16x8 or h100:8, with one of "
+                f"a cluster is device:nodesxdevices, got {shown(text)}; write h100:16x8 or h100:8, with one of "
                 f"{', '.join(DEVICES)}"
             )
         found, number = preset(match[1]), int(match[3])
+        if number * int(match[2] or 1) > MAX_DEVICES:
+            raise ConfigError(f"a cluster has at most {MAX_DEVICES:,} devices, got {text!r}; take fewer")
         if match[2] is not None:
             nodes, per_node = int(match[2]), number
         else:
@@ -144,10 +148,12 @@ def _override(text: str) -> tuple[str, float]:
     """``inter=50GB/s`` as (field, value in base units)."""
     name, _, value = text.partition("=")
     units = LINKS.get(name.strip())
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-zµ/]+)\s*", value)
-    if units is None or match is None or match[2] not in units or float(match[1]) == 0:
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-zµ/]+)\s*", value, re.ASCII)
+    base = float(match[1]) * units[match[2]] if units and match and match[2] in units else 0.0
+    least, most = (1e-9, 1e3) if units is SECONDS else (1e3, 1e15)
+    if not least <= base <= most:
         raise ConfigError(
-            f"a link is one of {', '.join(LINKS)} with a positive rate or time, got {text!r}; "
-            "write inter=50GB/s, intra=400Gb/s or inter_latency=5us"
+            f"a link is one of {', '.join(LINKS)} with a rate from 1 kB/s to 1 PB/s or a time from 1 ns to 1,000 s, "
+            f"got {shown(text)}; write inter=50GB/s, intra=400Gb/s or inter_latency=5us"
         )
-    return FIELDS.get(name.strip(), f"{name.strip()}_s"), float(match[1]) * units[match[2]]
+    return FIELDS.get(name.strip(), f"{name.strip()}_s"), base

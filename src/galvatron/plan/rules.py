@@ -28,7 +28,7 @@ def check_plan(plan: Plan, spec: ModelSpec | None = None, world_size: int | None
     if len(plan.layers_per_stage) % plan.model_chunks:
         raise PlanError(
             f"model_chunks={plan.model_chunks} must divide the {len(plan.layers_per_stage)} entries of "
-            f"layers_per_stage; choose {_listed(divisors(len(plan.layers_per_stage)))}"
+            f"layers_per_stage; choose {listed(divisors(len(plan.layers_per_stage)))}"
         )
     _divides("number of stages pp", plan.pp, "world_size", plan.world_size)
     _divides("num_microbatches", plan.num_microbatches, "global_batch_size", plan.global_batch_size)
@@ -94,7 +94,7 @@ def beyond_runtime(plan: Plan, spec: ModelSpec | None = None) -> Iterator[str]:
     for name in RUNTIME_ONLY_ONE:
         degrees = {getattr(strategy, name) for strategy in plan.strategies()} - {1}
         if degrees:
-            yield f"{name}={_listed(sorted(degrees))}"
+            yield f"{name}={listed(sorted(degrees))}"
 
 
 def check_schedule(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: int) -> str | None:
@@ -141,12 +141,12 @@ def check_degrees(strategy: LayerStrategy, unit: UnitName, stage_size: int) -> s
         if stacked not in axes.degrees:
             return (
                 f"{name}={getattr(strategy, name)} makes a stacked degree of {stacked}, which must be a product of "
-                f"the stage's innermost axes; choose from {_listed(axes.degrees)}"
+                f"the stage's innermost axes; choose from {listed(axes.degrees)}"
             )
     if strategy.tp * strategy.ep not in axes.degrees:
         return (
             f"ep={strategy.ep} makes tp x ep {strategy.tp * strategy.ep}, which must be a product of the stage's "
-            f"innermost axes; choose from {_listed(axes.degrees)}"
+            f"innermost axes; choose from {listed(axes.degrees)}"
         )
     if unit not in ENDS:
         return None
@@ -242,14 +242,14 @@ def _parameter_problem(strategy: LayerStrategy, unit: UnitName, spec: ModelSpec,
 
 def _divides(name: str, value: int, of_name: str, of: int) -> None:
     if of % value:
-        raise PlanError(f"{name}={value} must divide {of_name}={of}; choose {_listed(divisors(of))}")
+        raise PlanError(f"{name}={value} must divide {of_name}={of}; choose {listed(divisors(of))}")
 
 
 def _choices(n: int, axes: StageAxes) -> str:
-    return _listed(d for d in axes.degrees if n % d == 0)
+    return listed(d for d in axes.degrees if n % d == 0)
 
 
-def _listed(numbers: Iterable[int]) -> str:
+def listed(numbers: Iterable[int]) -> str:
     """All of them, or the first and the last where there are many."""
     texts = list(map(str, numbers))
     return ", ".join(texts if len(texts) <= 2 * MAX_LISTED else [*texts[:MAX_LISTED], "...", *texts[-MAX_LISTED:]])

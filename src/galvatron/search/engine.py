@@ -10,14 +10,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model import ModelProfile, Precision
 from galvatron.cost.setting import Setting
-from galvatron.plan.axes import divisors
 from galvatron.plan.plan import Plan, Proof
 
 from .baselines import FAMILIES
+from .checks import check_question
 from .job import Job, Progress, describe, score
 from .layers import FULL_EFFORT, LITTLE_EFFORT
 from .limits import Limits
@@ -64,13 +63,14 @@ def search(
         progress: called with one line of text a task.
 
     Raises:
-        ConfigError: a fixed dimension does not divide the world, the batch or exceeds the layers.
-        ProfileError: a profile lacks a measurement.
+        ConfigError: limits contradict each other; a fixed dimension does not divide the world or the batch, or exceeds
+            the layers; a batch is beyond what bytes can count.
+        ProfileError: a profile lacks a measurement, or the two are of different devices.
         InfeasibleError: no plan fits the memory limit, or none divides the batch.
     """
     start, limits = time.process_time(), limits or Limits()
     batches = [global_batch_size] if isinstance(global_batch_size, int) else sorted(set(global_batch_size))
-    _check(model_profile, hardware_profile, batches, limits)
+    check_question(model_profile, hardware_profile, batches, limits)
     setting = Setting(
         model_profile,
         hardware_profile,
@@ -91,22 +91,6 @@ def search(
             raise KeyboardInterrupt
         raise infeasible(job)
     return _result(job, found, num_candidates, baselines, start)
-
-
-def _check(model: ModelProfile, hardware: HardwareProfile, batches: Sequence[int], limits: Limits) -> None:
-    if not batches or batches[0] < 1:
-        raise ConfigError(f"global_batch_size must be 1 or more, got {list(batches)}; give the sequences of a step")
-    for name, of_name, of in (
-        ("pp", "world_size", hardware.world_size),
-        *(("num_microbatches", "global_batch_size", batch) for batch in batches),
-    ):
-        value = limits.fix.get(name)
-        if isinstance(value, int) and (value < 1 or of % value):
-            choices = ", ".join(map(str, divisors(of)))
-            raise ConfigError(f"{name}={value} must divide {of_name}={of}; choose {choices}")
-    pp = limits.fix.get("pp")
-    if isinstance(pp, int) and pp > model.spec.num_layers:
-        raise ConfigError(f"pp={pp} must not exceed the model's {model.spec.num_layers} layers; lower pp")
 
 
 @dataclass

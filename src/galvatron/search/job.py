@@ -34,6 +34,7 @@ class Job:
         self, setting: Setting, limits: Limits, limit: int, batches: Sequence[int], progress: Progress
     ) -> None:
         self.setting, self.limits, self.limit, self.progress = setting, limits, limit, progress
+        self.batches = tuple(batches)
         self.builder = SpaceBuilder(setting, limits, limit)
         world, layers = setting.hardware.world_size, setting.model.spec.num_layers
         self.tasks = list(tasks(world, layers, batches, limits))

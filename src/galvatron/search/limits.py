@@ -6,11 +6,13 @@ nothing of costs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast, get_args
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.words import did_you_mean, plain, shown
 from galvatron.plan.plan import SCHEDULES
 from galvatron.plan.rules import RUNTIME_ONLY_ONE, RUNTIME_SCHEDULES
 
@@ -55,25 +57,38 @@ class Limits:
         forbid: Iterable[str] = (),
         at_most: Iterable[str] = (),
     ) -> Limits:
-        """From the words of a command line; raises ConfigError for unknown ones."""
-        if space not in SPACES:
-            raise ConfigError(f"space={space!r} is not known; choose one of {', '.join(SPACES)}")
+        """From the words of a command line, in any case and with dashes; raises ConfigError for unknown ones."""
         known = (*DIMENSIONS, *WORDS["schedule"], *WORDS["recompute"][1:])
-        unknown = [word for word in forbid if word not in known]
-        if unknown:
-            raise ConfigError(f"--forbid {unknown[0]} is not known; choose from {', '.join(known)}")
-        bounds = {}
-        for name, value in map(_pair, at_most):
-            if not isinstance(value, int) or name in WORDS:
-                raise ConfigError(
-                    f"--max {name}={value} needs a dimension that counts and a whole number; such as tp=8"
-                )
-            bounds[name] = value
-        fixed = dict(map(_pair, fix))
-        for name, value in fixed.items():
-            if (name in WORDS) != isinstance(value, str) or (name in WORDS and value not in WORDS[name]):
-                raise ConfigError(f"--fix {name}={value} is no value of {name}; give {_example(name)}")
-        return cls(space, fixed, frozenset(forbid), bounds)
+        return cls(
+            cast(SpaceName, _word(space, SPACES, "--space")),
+            dict(_fixed(text) for text in fix),
+            frozenset(_word(text, known, "--forbid") for text in forbid),
+            dict(_bound(text) for text in at_most),
+        )
+
+    def problem(self) -> str | None:
+        """The first limit that contradicts another, as a sentence; None if none does."""
+        for name, value in self.fix.items():
+            if not self.is_everything and not self._runs(name, value):
+                usual = f"where {name} is {NEUTRAL[name]}" if name in RUNTIME_ONLY_ONE else "which has no such plan"
+                return f"{name}={value} needs --space all: space={self.space} is what can be trained, {usual}"
+            if isinstance(value, int) and value > self.at_most.get(name, value):
+                return f"{name}={value} is fixed but at most {self.at_most[name]} is allowed; change one of them"
+            if value in self.forbid or (name in self.forbid and value != NEUTRAL.get(name)):
+                word = value if value in self.forbid else name
+                return f"{name}={value} is fixed but {word} is forbidden; leave one of them out"
+        return None
+
+    def without_one(self) -> Iterator[tuple[str, Limits]]:
+        """Every limit in words, with the limits that are left when it is dropped."""
+        for name, value in self.fix.items():
+            yield f"fix {name}={value}", replace(self, fix={k: v for k, v in self.fix.items() if k != name})
+        for name, most in self.at_most.items():
+            yield f"max {name}={most}", replace(self, at_most={k: v for k, v in self.at_most.items() if k != name})
+        for word in sorted(self.forbid):
+            yield f"forbid {word}", replace(self, forbid=self.forbid - {word})
+        if self.space not in ("runtime", "all"):
+            yield f"space {self.space}", replace(self, space="runtime")
 
     def allows(self, dimension: str, value: Value, *, end: bool = False) -> bool:
         """Whether a layer (or, with ``end``, an embedding or head) may have ``value``; ``fix`` is for layers alone."""
@@ -97,14 +112,41 @@ class Limits:
         return dimension not in RUNTIME_ONLY_ONE or value == 1
 
 
-def _pair(text: str) -> tuple[str, Value]:
+def _pair(text: str, option: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
-    if name not in DIMENSIONS or not value:
-        raise ConfigError(f"{text!r} is no dimension=value; dimensions: {', '.join(DIMENSIONS)}")
-    return name, int(value) if value.isdigit() else value
+    if not value.strip():
+        raise ConfigError(f"{shown(text)} is no dimension=value; dimensions: {', '.join(DIMENSIONS)}")
+    return _word(name, DIMENSIONS, option), value.strip()
 
 
-def _example(name: str) -> str:
-    return (
-        " or ".join(f"{name}={word}" for word in WORDS[name]) if name in WORDS else f"a whole number such as {name}=2"
-    )
+def _word(text: str, known: Iterable[str], option: str) -> str:
+    """The known word that ``text`` is, whatever its case and dashes."""
+    found = {plain(word): word for word in known}
+    if plain(text) not in found:
+        raise ConfigError(
+            f"{option} {shown(text)} is not known{did_you_mean(text, found.values())}choose from "
+            f"{', '.join(found.values())}"
+        )
+    return found[plain(text)]
+
+
+def _fixed(text: str) -> tuple[str, Value]:
+    name, value = _pair(text, "--fix")
+    if name in WORDS:
+        return name, _word(value, WORDS[name], f"--fix {name}:")
+    return name, _number(name, value, "--fix")
+
+
+def _bound(text: str) -> tuple[str, int]:
+    name, value = _pair(text, "--max")
+    if name in WORDS:
+        raise ConfigError(f"--max {name}={shown(value)} needs a dimension that counts and a whole number; such as tp=8")
+    return name, _number(name, value, "--max")
+
+
+def _number(name: str, text: str, option: str) -> int:
+    least, most = (0, 3) if name == "zero" else (1, 2**24)
+    if not (re.fullmatch(r"\d{1,8}", text, re.ASCII) and least <= int(text) <= most):
+        span = "0, 1, 2 or 3" if name == "zero" else f"a whole number from 1 to {most:,}"
+        raise ConfigError(f"{option} {name}={shown(text)} is no value of {name}; give {span}")
+    return int(text)

@@ -12,6 +12,7 @@ from galvatron.core.units import format_bytes
 from galvatron.plan.plan import Plan
 
 from .baselines import FAMILIES, leanest, members
+from .checks import why_empty
 from .job import Job, least
 from .result import Shortfall, predicted
 from .smallest import smallest
@@ -70,28 +71,27 @@ def unlimited(job: Job, optimum: float) -> Plan | None:
 
 def infeasible(job: Job) -> InfeasibleError:
     """Why nothing fits: the plan of least peak memory, and by how much it fails."""
-    leanest_tasks = [task for task in job.tasks if task.schedule in ("gpipe", "1f1b")] or job.tasks
-    spaces = [job.builder.build(task, UNLIMITED) for task in leanest_tasks]
-    nearest = _nearest([(space, smallest(space)) for space in spaces])
-    if nearest is None:
-        return InfeasibleError(
-            "no strategy divides this batch, sequence and model over the devices; "
-            "change global_batch_size, or loosen what is fixed, forbidden or bounded (pp, num_microbatches, tp)",
-            constraint="divisibility",
-        )
-    short = shortfall(job, nearest)
-    if short.bytes_short <= 0:
-        space = job.limits.space
-        return InfeasibleError(f"no plan of space={space} fits, though others do; widen it with space=runtime", space)
+    name = job.limits.space
+    short = shortfall_of_family(job, name) if name in FAMILIES else _shortfall(job)
+    if short is None:
+        return InfeasibleError(why_empty(job.setting, job.limits, job.batches), constraint="divisibility")
     plan, peak = short.plan, job.limit + short.bytes_short
+    what, wider = (f"no plan of space={name}", "widen it with space=runtime, ") if name in FAMILIES else ("no plan", "")
     return InfeasibleError(
-        f"no plan fits in {format_bytes(job.limit)} a device: the smallest (pp={plan.pp}, "
+        f"{what} fits in {format_bytes(job.limit)} a device: the smallest (pp={plan.pp}, "
         f"num_microbatches={plan.num_microbatches}; {plan.layers[0]}) needs {format_bytes(peak)} on stage "
         f"{short.stage}, {format_bytes(short.bytes_short)} too much; allow {math.ceil(peak / 2**20)} MiB, "
-        "take more devices, or lower global_batch_size or seq_len",
+        f"take more devices, {wider}or lower global_batch_size or seq_len",
         constraint=f"memory of stage {short.stage}",
         needed_bytes=peak,
     )
+
+
+def _shortfall(job: Job) -> Shortfall | None:
+    leanest_tasks = [task for task in job.tasks if task.schedule in ("gpipe", "1f1b")] or job.tasks
+    spaces = [job.builder.build(task, UNLIMITED) for task in leanest_tasks]
+    nearest = _nearest([(space, smallest(space)) for space in spaces])
+    return None if nearest is None else shortfall(job, nearest)
 
 
 def shortfall(job: Job, found: Found) -> Shortfall:

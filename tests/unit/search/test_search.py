@@ -233,9 +233,15 @@ def test_too_little_memory_says_how_much_would_do() -> None:
 
 def test_nothing_divides() -> None:
     model = make_model(tps=(1,))
-    with pytest.raises(InfeasibleError, match="divides") as failure:
+    said = "fix pp=1 leaves no plan of toy at seq_len=64, global_batch_size=3 on 4 devices; drop or change it"
+    with pytest.raises(InfeasibleError, match=said) as failure:
         search(model, HARDWARE, global_batch_size=3, limits=Limits(fix={"pp": 1}))
     assert failure.value.constraint == "divisibility"
+    eight = make_hardware(8)
+    with pytest.raises(
+        InfeasibleError, match=r"no plan of toy at .* on 8 devices: no strategy divides them"
+    ) as failure:
+        search(model, eight, global_batch_size=3)
 
 
 @pytest.mark.parametrize(
