@@ -39,12 +39,14 @@ class DataSection(Record):
     """Which text: ``.txt``/``.jsonl`` files, a Hugging Face dataset name, or ``python-docs``.
 
     ``tokenizer`` is a local directory, a hub name or ``bytes`` (256 byte tokens and an end-of-text token).
+    ``skip_bad_records``: a record that is no JSON object with a text is counted and left out, not refused.
     """
 
     source: str
     tokenizer: str = "bytes"
     text_field: str = "text"
     split: str = "train"
+    skip_bad_records: bool = False
     eval_fraction: float = Field(default=0.02, ge=0, lt=1)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,27 @@ BLOCK_CHARACTERS = 1 << 20
 Block = tuple[str, bool]
 
 
-def read_blocks(data: DataSection) -> Iterator[Block]:
+@dataclass
+class Skipped:
+    """The records that were left out so far: how many, and what is wrong with the first."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, reason: str) -> None:
+        """One more."""
+        self.count, self.first = self.count + 1, self.first or reason
+
+
+def read_blocks(data: DataSection, skipped: Skipped | None = None) -> Iterator[Block]:
     """Blocks (text, whether it ends a document) of every non-empty document of ``data.source``, in fixed order.
+
+    ``skipped`` is told of the records that ``data.skip_bad_records`` leaves out.
 
     Raises:
         DataError: the source does not exist or cannot be read, or a record lacks ``data.text_field``.
     """
+    skipped = skipped or Skipped()
     path = Path(data.source)
     if data.source == PYTHON_DOCS:
         from pydoc_data.topics import topics
@@ -35,11 +51,11 @@ def read_blocks(data: DataSection) -> Iterator[Block]:
         yield from ((topics[key], True) for key in sorted(topics) if topics[key])
     elif path.exists() and (files := text_files(path)):
         for file in files:
-            yield from _file_blocks(file, data.text_field)
+            yield from _file_blocks(file, data, skipped)
     elif path.suffix in (".txt", ".jsonl"):
         raise DataError(f"{path} does not exist; check data.source")
     else:
-        yield from _dataset_blocks(data)
+        yield from _dataset_blocks(data, skipped)
 
 
 def text_files(path: Path) -> list[Path]:
@@ -54,6 +70,7 @@ def text_files(path: Path) -> list[Path]:
 def source_key(data: DataSection) -> str:
     """A digest of what the tokens depend on: settings and, for files, their names, sizes and change times."""
     parts: list[Any] = [data.source, data.tokenizer, data.text_field, data.split, sys.version_info[:3]]
+    parts += ["skip_bad_records"] * data.skip_bad_records
     for name in (data.source, data.tokenizer):
         path = Path(name)
         files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
@@ -61,13 +78,13 @@ def source_key(data: DataSection) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _file_blocks(path: Path, text_field: str) -> Iterator[Block]:
+def _file_blocks(path: Path, data: DataSection, skipped: Skipped) -> Iterator[Block]:
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:  # a byte order mark is no text
             if path.suffix == ".jsonl":
                 for number, line in enumerate(lines, start=1):
-                    if line.strip() and (text := _json_text(line, text_field, f"{path}:{number}")):
-                        yield text, True
+                    if line.strip():
+                        yield from _record_block(_json_text, line, f"{path}:{number}", data, skipped)
             else:
                 yield from _line_blocks(lines)
     except (OSError, UnicodeDecodeError) as error:
@@ -87,27 +104,45 @@ def _line_blocks(lines: Iterator[str]) -> Iterator[Block]:
         yield "".join(block), True
 
 
-def _json_text(line: str, text_field: str, where: str) -> str:
+def _record_block(
+    read: Callable[[Any, str], str], record: Any, where: str, data: DataSection, skipped: Skipped
+) -> Iterator[Block]:
+    """The document that ``read`` finds in ``record``, unless it is empty, or bad and to be skipped."""
+    try:
+        text = read(record, data.text_field)
+    except _BadRecord as bad:
+        if not data.skip_bad_records:
+            raise DataError(f"{where} {bad}, or data.skip_bad_records = true to leave such records out") from None
+        skipped.add(f"{where} {bad}")
+    else:
+        if text:
+            yield text, True
+
+
+class _BadRecord(Exception):
+    """What is wrong with a record, and what to do about it."""
+
+
+def _json_text(line: str, text_field: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}; mend that line") from None
+    except (ValueError, RecursionError) as error:
+        raise _BadRecord(f"is not JSON ({error}); mend that line") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where} must be a JSON object with the field {text_field!r}; mend that line")
-    return _text(record, text_field, where)
+        raise _BadRecord(f"must be a JSON object with the field {text_field!r}; mend that line")
+    return _text(record, text_field)
 
 
-def _text(record: dict[str, Any], text_field: str, where: str) -> str:
+def _text(record: dict[str, Any], text_field: str) -> str:
     if not isinstance(record.get(text_field), str):
         known = ", ".join(sorted(key for key, value in record.items() if isinstance(value, str))) or "none"
-        raise DataError(f"{where} has no text in field {text_field!r}; its text fields: {known}; set data.text_field")
+        raise _BadRecord(f"has no text in field {text_field!r}, its text fields: {known}; set data.text_field")
     return str(record[text_field])
 
 
-def _dataset_blocks(data: DataSection) -> Iterator[Block]:
+def _dataset_blocks(data: DataSection, skipped: Skipped) -> Iterator[Block]:
     for number, record in enumerate(_load_dataset(data)):
-        if text := _text(record, data.text_field, f"{data.source}, row {number},"):
-            yield text, True
+        yield from _record_block(_text, record, f"{data.source}, row {number},", data, skipped)
 
 
 def _load_dataset(data: DataSection) -> Any:
