@@ -60,6 +60,11 @@ def sequence_to_batch(x_BS: Tensor, axes: AxisGroup) -> Tensor:
     return x_BS if axes.size == 1 else _SequenceToBatch.apply(x_BS, axes)
 
 
+def exchange(x_k: Tensor, axes: AxisGroup) -> Tensor:
+    """[k, ...] → [k, ...]: entry g goes to rank g; entry g comes from rank g.  Its own adjoint, but for the ranks."""
+    return x_k if axes.size == 1 else _Exchange.apply(x_k, axes)
+
+
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
@@ -102,6 +107,17 @@ class _SequenceToBatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _exchange(_fold(grad, ctx.axes), ctx.axes).flatten(0, 1), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
+        ctx.axes = axes
+        return _exchange(x, axes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grad, ctx.axes), None
 
 
 def _fold(x_BS: Tensor, axes: AxisGroup) -> Tensor:

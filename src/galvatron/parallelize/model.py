@@ -24,6 +24,7 @@ from .fsdp import DTYPES, ShardedUnit, free_gathered, gathered_buffers, prepare_
 from .gather import Shapes, gather_whole
 from .gradients import clip, global_norm, sum_over
 from .grid import Grid
+from .own_loss import LossFunction, check_loss
 from .pieces import LocalParameter
 from .pipeline import Neighbours, run
 from .randomness import masks_of
@@ -72,6 +73,7 @@ class ParallelModel:
         self._units, self._sharded, self._replicated = units, sharded, replicated
         shape, vocabulary = (self.plan.global_batch_size, self.plan.seq_len), spec.vocab_size
         self.seed, self.steps = seed, 0
+        self._checked_loss: LossFunction | None = None
         self._train_batches = BatchCheck(shape, vocabulary, self.device)
         self._evaluation_batches = BatchCheck(shape, vocabulary, self.device)
         layers = self.plan.stage_layers(grid.stage)
@@ -80,13 +82,23 @@ class ParallelModel:
         self._position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
 
     def train_step(
-        self, input_ids: Tensor, labels: Tensor, *, accumulate: bool = False, num_tokens: int | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        loss_fn: LossFunction | None = None,
+        accumulate: bool = False,
+        num_tokens: int | None = None,
     ) -> float:
         """Forward and backward of one global batch under the plan's schedule.  Collective over the world.
 
         Args:
             input_ids: int64 [global_batch_size, seq_len], the whole batch and equal on all ranks, on any device.
             labels: the same shape, already shifted; -100 does not count.
+            loss_fn: a loss of your own in place of cross entropy: (float32 logits [tokens, vocabulary], int64 labels
+                [tokens]) → losses [tokens], called with the counted tokens of this rank.  Each may depend on its own
+                token alone, so that it is exact however the plan cuts vocabulary, sequence and batch; it is tried on
+                two tokens of zeros first.  Whole logits of a microbatch then exist, on the last stage.
             accumulate: add to the gradients there are, at the cost of one more copy of this rank's while it runs.
             num_tokens: what the summed token losses are divided by; by default how many labels count here.  Where
                 several calls add up, give all of them the number of all of them: losses and gradients then add up
@@ -99,15 +111,16 @@ class ParallelModel:
         Raises:
             DataError: a batch of another shape or dtype, with ids that the vocabulary lacks, or not equal on all
                 ranks.  Nothing has changed then.
+            ConfigError: ``loss_fn`` does not return a loss a token, or a parameter was replaced.
         """
-        self._check_parameters()
+        self._check_step(loss_fn)
         weight = self._train_batches.weight(input_ids, labels, num_tokens=num_tokens, accumulate=accumulate)
         earlier = {p.name: p.tensor.grad for p in self.local_parameters if accumulate}
         self.zero_grad()
         plan, grid = self.plan, self.grid
         order = actions(plan.schedule, plan.pp, grid.stage, plan.num_microbatches)
         with masks_of(self.seed, self.steps, grid.world.rank, self.device):
-            loss = self._run(order, input_ids, labels, weight)
+            loss = self._run(order, input_ids, labels, weight, loss_fn)
         if not self._trains_until:
             free_gathered(self._units)  # which the end of a backward does elsewhere
         self._collect_gradients()
@@ -116,17 +129,17 @@ class ParallelModel:
         return loss
 
     @torch.no_grad()
-    def evaluate(self, input_ids: Tensor, labels: Tensor) -> float:
+    def evaluate(self, input_ids: Tensor, labels: Tensor, *, loss_fn: LossFunction | None = None) -> float:
         """The mean loss of a batch of the plan's shape, without gradients or dropout; equal on all ranks.
 
         Collective over the world; raises as ``train_step`` does.
         """
-        self._check_parameters()
+        self._check_step(loss_fn)
         weight = self._evaluation_batches.weight(input_ids, labels)
         training = self.training
         self.eval()
         order = [Action("forward", i) for i in range(self.plan.num_microbatches)]
-        loss = self._run(order, input_ids, labels, weight)
+        loss = self._run(order, input_ids, labels, weight, loss_fn)
         self.train(training)
         free_gathered(self._units)
         return loss
@@ -239,8 +252,10 @@ class ParallelModel:
         """Refused: a copy would lack the processes that hold the rest."""
         raise UnsupportedError(f"a parallel model cannot be copied or pickled: {INSTEAD_OF_COPYING}")
 
-    def _run(self, order: list[Action], input_ids: Tensor, labels: Tensor, weight: float) -> float:
-        forward = self._forward(input_ids, labels, weight)
+    def _run(
+        self, order: list[Action], input_ids: Tensor, labels: Tensor, weight: float, loss_fn: LossFunction | None
+    ) -> float:
+        forward = self._forward(input_ids, labels, weight, loss_fn)
         losses = run(order, forward, self._neighbours(), self._before_backward)
         total = torch.zeros((), device=self.grid.world.device)
         for loss in losses:
@@ -248,11 +263,13 @@ class ParallelModel:
         dist.all_reduce(total)
         return float(total)
 
-    def _forward(self, input_ids: Tensor, labels: Tensor, weight: float) -> Callable[[int, Tensor | None], Tensor]:
+    def _forward(
+        self, input_ids: Tensor, labels: Tensor, weight: float, loss_fn: LossFunction | None
+    ) -> Callable[[int, Tensor | None], Tensor]:
         def forward(microbatch: int, received: Tensor | None) -> Tensor:
             tokens = received if received is not None else self._rows(input_ids, microbatch, self.plan.embedding.dp)
             own_labels = self._rows(labels, microbatch, self.plan.head.dp) if self.grid.is_last else None
-            output: Tensor = self.stage(tokens, self._position_ids, own_labels, weight)
+            output: Tensor = self.stage(tokens, self._position_ids, own_labels, weight, loss_fn)
             return output
 
         return forward
@@ -292,8 +309,11 @@ class ParallelModel:
             if before is not None and parameter.tensor.grad is not None:
                 parameter.tensor.grad.add_(before)
 
-    def _check_parameters(self) -> None:
-        """Raise ConfigError if a caller put something else in a parameter's place, which would not be trained."""
+    def _check_step(self, loss_fn: LossFunction | None) -> None:
+        """Raise ConfigError if ``loss_fn`` gives no losses, or something else is in a parameter's place, untrained."""
+        if loss_fn is not None and loss_fn is not self._checked_loss:
+            check_loss(loss_fn, self.spec.vocab_size, self.device)
+            self._checked_loss = loss_fn
         for parameter in self.local_parameters:
             sharded = self._sharded[parameter.name]
             if parameter.tensor.data_ptr() != local_part(sharded).data_ptr():  # type: ignore[arg-type]

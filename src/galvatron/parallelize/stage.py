@@ -19,6 +19,7 @@ from galvatron.models import Family
 
 from .collectives import AxisGroup, batch_to_sequence, gather_sequence, sequence_to_batch
 from .loss import cross_entropy_share
+from .own_loss import LossFunction, own_loss_share
 
 
 class PassedLayer(nn.Module):
@@ -81,7 +82,12 @@ class Stage(nn.Module):
         return self.model.get_submodule(self.family.decoder)
 
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, labels: Tensor | None = None, weight: float = 1.0
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        weight: float = 1.0,
+        loss_fn: LossFunction | None = None,
     ) -> Tensor:
         """Run the stage.
 
@@ -90,6 +96,7 @@ class Stage(nn.Module):
             position_ids: [1, S].
             labels: on the last stage ids [B/dp, S] of the head's layout.
             weight: what a token's loss counts for in the global loss.
+            loss_fn: the loss of tokens, in place of cross entropy.
 
         Returns:
             The hidden chunk for the next stage, or this rank's share of the loss (float32 scalar).
@@ -104,6 +111,10 @@ class Stage(nn.Module):
         if not self.is_last:
             return hidden
         assert labels is not None
+        if loss_fn is not None:
+            logits = self.model.get_submodule(self.family.head)(gather_sequence(hidden, self.head_tp)).flatten(0, 1)
+            vocabulary_size = self.model.config.vocab_size
+            return own_loss_share(loss_fn, logits, labels.flatten(), vocabulary_size, weight, self.head_tp)
         logits = self.model.get_submodule(self.family.head)(gather_sequence(hidden, self.head_tp))
         return cross_entropy_share(logits.flatten(0, 1), labels.flatten(), self.vocabulary_start, weight, self.head_tp)
 

@@ -1,0 +1,65 @@
+"""A user's own loss on the logits of a vocabulary cut along tp: each rank computes it for some of the tokens.
+
+The tp ranks hold their rows' logits of the same tokens.  One all-to-all gives each of them whole logits of its part
+of these tokens, no more elements than before; the share of the loss that it then has is of those tokens alone.
+
+T tokens (batch x sequence), V vocabulary rows, of this rank or whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from galvatron.core.errors import ConfigError
+
+from .collectives import AxisGroup, exchange
+from .loss import IGNORED
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""(float32 logits [tokens, vocabulary], int64 labels [tokens]) → losses [tokens], each of its own token alone."""
+
+
+def own_loss_share(
+    loss_fn: LossFunction, logits_TV: Tensor, labels_T: Tensor, vocabulary_size: int, weight: float, tp: AxisGroup
+) -> Tensor:
+    """This rank's share of ``weight`` x the summed losses of the counted tokens, a float32 scalar.
+
+    Shares add up to the loss over the tp ranks, which divide T.  ``loss_fn`` sees counted tokens only.
+    """
+    whole_TV = _whole_rows(logits_TV, vocabulary_size, tp)
+    own_T = labels_T.unflatten(0, (tp.size, -1))[tp.rank]
+    counted = own_T != IGNORED
+    logits = whole_TV[counted].float()
+    if len(logits) == 0:
+        return logits.sum()  # zero, and part of the graph: the other ranks wait for its backward
+    return loss_fn(logits, own_T[counted]).sum() * weight
+
+
+def check_loss(loss_fn: LossFunction, vocabulary_size: int, device: torch.device) -> None:
+    """Try ``loss_fn`` on two tokens; raises ConfigError unless it gives each a loss that depends on its logits."""
+    logits = torch.zeros(2, vocabulary_size, device=device, requires_grad=True)
+    with torch.enable_grad():
+        losses = loss_fn(logits, torch.zeros(2, dtype=torch.int64, device=device))
+    if not isinstance(losses, Tensor) or losses.shape != (2,):
+        given = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ConfigError(
+            f"loss_fn must return one loss a token, shape [2] for two tokens, but returned {given}; leave out its mean "
+            "or sum (reduction='none'): the mean over all counted tokens, on whatever rank, is taken afterwards"
+        )
+    if not losses.requires_grad:
+        raise ConfigError("loss_fn must return losses with a gradient to the logits; compute them by torch alone")
+
+
+def _whole_rows(logits_TV: Tensor, vocabulary_size: int, tp: AxisGroup) -> Tensor:
+    """[T, V of this rank] → [T/tp, whole V]."""
+    if tp.size == 1:
+        return logits_TV
+    columns = math.ceil(vocabulary_size / tp.size)  # as core.model.Cut deals them: the last ranks may have fewer
+    padded = F.pad(logits_TV, (0, columns - logits_TV.shape[-1]))
+    received = exchange(padded.unflatten(0, (tp.size, -1)), tp)
+    return received.transpose(0, 1).flatten(1)[:, :vocabulary_size]
