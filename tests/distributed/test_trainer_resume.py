@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 from galvatron.core.errors import CheckpointError
 from galvatron.core.job import TrainSection
 from galvatron.parallelize import init_world, parallelize
+from galvatron.parallelize.ranks import rank
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool, WorkerError
 from galvatron.train import Dataset, Reporter, StepMetrics, checkpoint_to_hf, read_metrics, train
-from galvatron.train.checkpoint import is_weight
+from galvatron.train.checkpoint import TrainState, is_weight
 from galvatron.train.index import CheckpointIndex, read_tensor
 
 BATCH, SEQ_LEN = 4, 16
@@ -151,6 +152,36 @@ def test_exports_load_with_from_pretrained_and_give_equal_logits(
     assert len(shards) > 1
     stored = {name for shard in shards for name in load_file(tmp_path / "hf" / shard)}
     assert stored == weights.keys() == load_file(tmp_path / "offline" / "model.safetensors").keys()
+
+
+def _skip_on_a_nan_of_one_rank(run_dir: Path) -> tuple[int, str, list[float]]:
+    """On every rank: train three steps, the second of which has a NaN in one rank's gradient."""
+    model = parallelize(tiny_model("llama", seed=0), PLANS["pair"], world=init_world("cpu"))
+    original, calls = model.train_step, []
+
+    def train_step(input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+        calls.append(original(input_ids, labels))
+        if len(calls) == 2 and rank() == 1:
+            gradient = model.local_parameters[-1].tensor.grad
+            assert gradient is not None
+            gradient.view(-1)[0] = torch.nan
+        return calls[-1]
+
+    model.train_step = train_step  # type: ignore[method-assign]
+    section = TrainSection(global_batch_size=BATCH, seq_len=SEQ_LEN, num_steps=3, lr=1e-3, max_skipped_steps=1)
+    dataset = Dataset(TOKENS, seq_len=SEQ_LEN, global_batch_size=BATCH, fingerprint="x")
+    result = train(model, section, dataset, plan=PLANS["pair"], run_dir=run_dir)
+    return result.steps, (run_dir / "metrics.jsonl").read_text(), calls
+
+
+def test_a_nan_on_one_rank_is_skipped_by_all(pool: Pool, tmp_path: Path) -> None:
+    first, second = pool.run(_skip_on_a_nan_of_one_rank, tmp_path, world_size=2)
+    assert first == second
+    assert '{"step": 2, "skipped": "the gradient norm is nan"}' in first[1]
+    state = TrainState.load(tmp_path / "checkpoints" / "step-000003" / "state.json")
+    assert (state.step, state.skipped_steps) == (3, 1)
+    tensors = _tensors(tmp_path / "checkpoints" / "step-000003")
+    assert all(tensor.isfinite().all() for name, tensor in tensors.items() if not name.startswith("rng."))
 
 
 def test_a_signal_to_one_rank_ends_all_of_them_after_the_same_step(pool: Pool, tmp_path: Path) -> None:

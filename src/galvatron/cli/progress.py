@@ -61,6 +61,10 @@ class ConsoleReporter(Reporter):
         if len(self.steps) == 1 or metrics.step % self._every == 0:
             say(text)
 
+    def skipped(self, step: int, reason: str) -> None:
+        """Print why."""
+        say(f"step {step:>5}  skipped: {reason}")
+
     def evaluated(self, step: int, eval_loss: float) -> None:
         """Print the evaluation loss."""
         say(f"step {step:>5}  evaluation loss {eval_loss:.3f}")

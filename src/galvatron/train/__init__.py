@@ -12,8 +12,9 @@ from .lineage import Lineage, check_goes_on, notable_changes
 from .memory import PeakMemory
 from .metrics import StepMetrics, read_metrics
 from .optimizer import build_optimizer, lr_at
+from .start import train
 from .tokenizer import ByteTokenizer, load_tokenizer
-from .trainer import Trainer, TrainResult, train
+from .trainer import Trainer, TrainResult
 
 __all__ = [
     "ByteTokenizer",

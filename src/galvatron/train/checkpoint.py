@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import NonNegativeInt, PositiveInt
@@ -31,15 +30,16 @@ from galvatron.parallelize.ranks import all_gather, on_rank_zero, rank, together
 from galvatron.parallelize.safetensors_file import fsync_directory
 from galvatron.plan import Plan
 
-from .boxes import BoxLoadPlanner, BoxSavePlanner, Held, held, whole
+from .boxes import BoxLoadPlanner, BoxSavePlanner, Held, held
 from .index import INDEX_FILE, CheckpointIndex
 from .interface import TrainableModel
 from .lineage import Lineage
 from .optimizer import MOMENTS, set_update_count
+from .random_states import RNG_PREFIX, continuing_random_states, random_states, restore_random_states, seed_rank
 from .storage import PieceReader, PieceWriter
 
 STATE_FILE, PLAN_FILE, CONFIG_FILE, POINTER = "state.json", "plan.json", "config.json", "latest"
-OPTIMIZER_PREFIX, RNG_PREFIX = "optimizer.", "rng."
+OPTIMIZER_PREFIX = "optimizer."
 _STEP_NAME = re.compile(r"step-\d{6,}")
 
 
@@ -83,7 +83,7 @@ def save_checkpoint(
     writer = PieceWriter(temporary)
     with _plain_errors(f"save {final}"):
         on_rank_zero(lambda: _prepare(root, temporary, texts))
-        tensors = {**_held_state(model, optimizer, primary_only=True), **_random_states()}
+        tensors = {**_held_state(model, optimizer, primary_only=True), **random_states()}
         state_dict_saver.save(
             tensors, storage_writer=writer, planner=BoxSavePlanner(), no_dist=not dist.is_initialized()
         )
@@ -111,7 +111,7 @@ def load_checkpoint(
     state = together(lambda: TrainState.load(directory / STATE_FILE))
     together(lambda: _check_model(directory, index, model))
     targets = _held_state(model, optimizer, primary_only=False)
-    randoms, interruption = _continuing_random_states(index, state)
+    randoms, interruption = continuing_random_states(index, state.world_size)
     with _plain_errors(f"load {directory}"):
         state_dict_loader.load(
             {**targets, **randoms},
@@ -122,7 +122,7 @@ def load_checkpoint(
     together(lambda: _check_finite(directory, targets))
     set_update_count(optimizer, state.step - state.skipped_steps)
     seed_rank(state.run.train.seed, state.step)  # for generators that no state was saved of
-    together(lambda: _restore_random_states(randoms))
+    together(lambda: restore_random_states(randoms))
     return state, interruption
 
 
@@ -181,42 +181,6 @@ def _held_state(model: TrainableModel, optimizer: torch.optim.Optimizer, *, prim
     return tensors
 
 
-def _random_states() -> dict[str, Held]:
-    states = {f"{RNG_PREFIX}cpu.{rank():05d}": whole(torch.get_rng_state())}
-    if torch.cuda.is_available():
-        states[f"{RNG_PREFIX}cuda.{rank():05d}"] = whole(torch.cuda.get_rng_state())
-    return states
-
-
-def seed_rank(seed: int, step: int) -> None:
-    """Start this rank's CPU and CUDA generators anew from (seed, step, rank)."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1)[0]))
-
-
-def _continuing_random_states(index: CheckpointIndex, saved: TrainState) -> tuple[dict[str, Held], str | None]:
-    """Where the saved random states of this rank's generators go, and why they cannot, if so."""
-    anew = "random states (dropout) start anew from the seed and the step"
-    if saved.world_size != world_size():
-        return {}, f"saved by {saved.world_size} processes, goes on with {world_size()}: {anew}"
-    states = _random_states()
-    known = {n: held for n, held in states.items() if n in index.tensors and index.tensors[n].shape == held.shape}
-    if known.keys() != states.keys():
-        lost = ", ".join(sorted(states.keys() - known.keys()))
-        return known, f"saved without {lost} of this machine's kind: these {anew}"
-    if any(name.startswith(f"{RNG_PREFIX}cuda") for name in index.tensors) and not torch.cuda.is_available():
-        return known, f"saved on GPUs, goes on without: {anew}"
-    return known, None
-
-
-def _restore_random_states(states: dict[str, Held]) -> None:
-    for name, state in states.items():
-        restore = torch.set_rng_state if name.startswith(f"{RNG_PREFIX}cpu") else torch.cuda.set_rng_state
-        try:
-            restore(state.boxes[0].values)
-        except RuntimeError as error:
-            raise CheckpointError(f"{name} is no random state ({error}); resume from another checkpoint") from None
-
-
 def _check_finite(directory: Path, tensors: dict[str, Held]) -> None:
     for name, tensor in tensors.items():
         if not all(is_finite(box.values) for box in tensor.boxes):
@@ -226,7 +190,7 @@ def _check_finite(directory: Path, tensors: dict[str, Held]) -> None:
 def _check_model(directory: Path, index: CheckpointIndex, model: TrainableModel) -> None:
     """Names and shapes of the checkpoint's weights must be those of the model, no more and no fewer.
 
-    What is trainable must have been so: there are no moments of what was frozen.
+    What is trained must have been so, and what is frozen too: only what was trained has moments.
     """
     saved = {name: stored.shape for name, stored in index.tensors.items() if is_weight(name)}
     shapes = {part.name: tuple(part.global_shape) for part in model.local_parameters}
@@ -238,10 +202,12 @@ def _check_model(directory: Path, index: CheckpointIndex, model: TrainableModel)
                 f"{_shape(wanted.get(name))} in the model; resume with the model that was trained"
             )
     for part in model.local_parameters:
-        if part.tensor.requires_grad and f"{OPTIMIZER_PREFIX}{MOMENTS[0]}.{part.name}" not in index.tensors:
+        was, is_now = f"{OPTIMIZER_PREFIX}{MOMENTS[0]}.{part.name}" in index.tensors, part.tensor.requires_grad
+        if was != is_now:
+            words = {True: "trained", False: "frozen"}
             raise CheckpointError(
-                f"{directory} has no optimizer state of {part.name}, which was frozen when it was saved and is "
-                "trainable now; freeze it, or start a new run from the exported weights"
+                f"{part.name} was {words[was]} when {directory} was saved and is {words[is_now]} now; freeze the same "
+                "parameters, or start a new run from the exported weights"
             )
 
 

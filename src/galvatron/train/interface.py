@@ -54,6 +54,9 @@ class Reporter:
     def stepped(self, metrics: StepMetrics) -> None:
         """A step is done."""
 
+    def skipped(self, step: int, reason: str) -> None:
+        """A step is done that nothing was learnt from."""
+
     def evaluated(self, step: int, eval_loss: float) -> None:
         """An evaluation after ``step`` is done."""
 

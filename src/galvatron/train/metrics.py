@@ -6,6 +6,7 @@ Knows nothing of models; rank 0 writes.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,13 @@ class MetricsLog:
         """Append a step's row."""
         self._write(metrics.model_dump())
 
+    def skipped(self, step: int, reason: str) -> None:
+        """Append the row of a step that nothing was learnt from: ``step`` and ``skipped``, the reason."""
+        self._write({"step": step, "skipped": reason})
+
     def evaluation(self, step: int, eval_loss: float) -> None:
-        """Append an evaluation's row: ``step`` and ``eval_loss``."""
-        self._write({"step": step, "eval_loss": eval_loss})
+        """Append an evaluation's row: ``step`` and ``eval_loss``, null if it is not finite: JSON has no NaN."""
+        self._write({"step": step, "eval_loss": eval_loss if math.isfinite(eval_loss) else None})
 
     def close(self) -> None:
         """Flush and release the files."""
@@ -69,12 +74,12 @@ class MetricsLog:
             self._board.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        line = (json.dumps(row) + "\n").encode()
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
         while line:  # a disk that is nearly full takes a part
             line = line[os.write(self._file, line) :]
         if self._board is not None:
             for key, value in row.items():
-                if key != "step" and value is not None:
+                if key != "step" and isinstance(value, int | float):
                     self._board.add_scalar(key, value, row["step"])
 
 

@@ -16,6 +16,7 @@ from galvatron.train.checkpoint import TrainState, find_checkpoint, load_checkpo
 from galvatron.train.export import checkpoint_to_hf
 from galvatron.train.index import INDEX_FILE, CheckpointIndex, _share
 from galvatron.train.optimizer import build_optimizer
+from galvatron.train.random_states import random_states
 
 
 def save(
@@ -76,9 +77,12 @@ def test_what_is_frozen_is_saved_without_moments(tmp_path: Path) -> None:
     assert torch.equal(twin.table.tensor, model.table.tensor)
     thawed = FakeModel.make(seed=3)
     before = thawed.table.tensor.detach().clone()
-    with pytest.raises(CheckpointError, match=r"no optimizer state of table\.weight, which was frozen"):
+    with pytest.raises(CheckpointError, match=r"table\.weight was frozen when .*step-000020 was saved and is trained"):
         load(directory, thawed)
     assert torch.equal(thawed.table.tensor, before)
+    twin.bias.tensor.requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"bias was trained when .*step-000020 was saved and is frozen now"):
+        load(directory, twin)
 
 
 def test_random_states_continue_under_the_same_world_and_start_anew_under_another(tmp_path: Path) -> None:
@@ -103,20 +107,20 @@ def test_random_states_continue_under_the_same_world_and_start_anew_under_anothe
     ("saved_with", "words"),
     [
         ({"cuda.00000": torch.zeros(16, dtype=torch.uint8)}, "saved on GPUs, goes on without"),
-        ({"cpu.00000": torch.zeros(99, dtype=torch.uint8)}, r"saved without rng\.cpu\.00000 of this machine's kind"),
-        ({"cpu.00000": None}, r"saved without rng\.cpu\.00000 of this machine's kind"),
+        ({"cpu.00000": torch.zeros(99, dtype=torch.uint8)}, r"no rng\.cpu\.00000 of this kind of machine was saved"),
+        ({"cpu.00000": None}, r"no rng\.cpu\.00000 of this kind of machine was saved"),
     ],
 )
 def test_random_states_of_another_machine_are_said_and_start_from_the_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_with: dict[str, torch.Tensor | None], words: str
 ) -> None:
-    states = checkpoint._random_states()
+    states = random_states()
     for name, state in saved_with.items():
         states.pop(f"rng.{name}", None)
         if state is not None:
             states[f"rng.{name}"] = whole(state)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_random_states", lambda: states)
+        patch.setattr(checkpoint, "random_states", lambda: states)
         directory, _ = save(tmp_path, FakeModel.make(), step=1)
     draws = []
     for seed in (1, 2):

@@ -12,8 +12,20 @@ from train_fakes import FakeModel, global_values, plan_for, section
 
 from galvatron.core.errors import CheckpointError, ConfigError, DataError, GalvatronError, PlanError
 from galvatron.core.job import TrainSection
-from galvatron.train import Dataset, Reporter, StepMetrics, TrainResult, read_metrics, train
+from galvatron.train import (
+    Dataset,
+    Reporter,
+    StepMetrics,
+    TrainResult,
+    build_optimizer,
+    load_checkpoint,
+    lr_at,
+    read_metrics,
+    read_state,
+    train,
+)
 from galvatron.train.metrics import MetricsLog
+from galvatron.train.optimizer import set_lr
 
 TOKENS = np.random.RandomState(0).randint(0, 40, size=2100)
 
@@ -36,6 +48,9 @@ class Recorder(Reporter):
 
     def stepped(self, metrics: StepMetrics) -> None:
         self.events.append(("stepped", metrics.step))
+
+    def skipped(self, step: int, reason: str) -> None:
+        self.events.append(("skipped", step))
 
     def evaluated(self, step: int, eval_loss: float) -> None:
         self.events.append(("evaluated", step))
@@ -150,6 +165,89 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: 
     assert len(losses(tmp_path)) == 2
     twin = FakeModel.make(seed=5)
     run(twin, tmp_path, section(), resume="latest")
+
+
+def poisoned(model: FakeModel, batches: set[int], *, in_gradient: bool = False) -> FakeModel:
+    """``model`` whose loss is NaN, or whose gradients are infinite, at the ``batches`` counted from 1."""
+    original = model.train_step
+    calls: list[float] = []
+
+    def train_step(input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+        calls.append(original(input_ids, labels))
+        if len(calls) in batches:
+            for part in model.local_parameters:
+                part.tensor.grad = torch.full_like(part.tensor, math.inf)
+            return calls[-1] if in_gradient else math.nan
+        return calls[-1]
+
+    model.train_step = train_step  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize("in_gradient", [False, True])
+@pytest.mark.parametrize("stop_after", [None, 3, 4])
+def test_skipped_steps_teach_nothing_and_shift_nothing(
+    tmp_path: Path, stop_after: int | None, in_gradient: bool
+) -> None:
+    settings = section(num_steps=7, max_skipped_steps=2)
+    model = poisoned(FakeModel.make(), {3, 4}, in_gradient=in_gradient)
+    if stop_after is not None:
+        run(model, tmp_path, settings, stop_after=stop_after)
+        state = read_state(tmp_path / "checkpoints" / f"step-{stop_after:06d}")
+        assert (state.skipped_steps, state.skipped_in_a_row) == (stop_after - 2, stop_after - 2)
+        model = poisoned(FakeModel.make(seed=9), {4 - stop_after}, in_gradient=in_gradient)
+    run(model, tmp_path, settings, **({"resume": "latest"} if stop_after else {}))
+
+    twin = FakeModel.make()
+    optimizer = build_optimizer(twin.local_parameters, settings)
+    dataset = Dataset(TOKENS, seq_len=8, global_batch_size=4, seed=3, eval_fraction=0.05)
+    expected = []
+    for step in (0, 1, 4, 5, 6):
+        set_lr(optimizer, lr_at(step, settings))
+        expected.append(twin.train_step(*dataset.batch(step)))
+        twin.clip_grad_norm_(settings.max_grad_norm)
+        optimizer.step()
+    assert losses(tmp_path) == expected
+    for ours, theirs in zip(model.local_parameters, twin.local_parameters, strict=True):
+        assert torch.equal(ours.tensor, theirs.tensor)
+    last = FakeModel.make()
+    loaded = build_optimizer(last.local_parameters, settings)
+    state, _ = load_checkpoint(tmp_path / "checkpoints" / "step-000007", last, loaded)
+    assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (7, 2, 0)
+    assert float(loaded.state[last.bias.tensor]["step"]) == 5
+    defect = "the gradient norm is inf" if in_gradient else "the loss is nan"
+    skipped = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "skipped" in row]
+    assert skipped == [{"step": step, "skipped": defect} for step in (3, 4)]
+
+
+@pytest.mark.parametrize("stop_after", [None, 3, 4])
+def test_more_skipped_steps_in_a_row_than_allowed_end_the_run(tmp_path: Path, stop_after: int | None) -> None:
+    settings = section(num_steps=9, max_skipped_steps=2)
+    model = poisoned(FakeModel.make(), {3, 4, 5})
+    options: dict[str, str] = {}
+    if stop_after is not None:
+        run(model, tmp_path, settings, stop_after=stop_after)
+        model = poisoned(FakeModel.make(), set(range(1, 6 - stop_after)))
+        options = {"resume": "latest"}
+    recorder = Recorder()
+    with pytest.raises(GalvatronError, match=r"the loss is nan at step 5 after 2 skipped in a row, .* above 2"):
+        run(model, tmp_path, settings, reporter=recorder, **options)
+    said = [event for event in recorder.events if event[0] == "skipped"]
+    assert said == [("skipped", step) for step in range((stop_after or 2) + 1, 5)]
+
+
+def test_finite_steps_between_begin_the_count_anew(tmp_path: Path) -> None:
+    result = run(poisoned(FakeModel.make(), {1, 3, 5}), tmp_path, section(num_steps=5, max_skipped_steps=1))
+    assert result.steps == 5
+    assert result.final_loss == losses(tmp_path)[-1]
+
+
+def test_an_evaluation_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
+    model = FakeModel.make()
+    model.evaluate = lambda input_ids, labels: math.nan  # type: ignore[method-assign]
+    result = run(model, tmp_path, section(num_steps=1))
+    assert math.isnan(result.eval_loss or 0)
+    assert (tmp_path / "metrics.jsonl").read_text().endswith('{"step": 1, "eval_loss": null}\n')
 
 
 def test_a_used_run_directory_is_not_overwritten(tmp_path: Path) -> None:
