@@ -71,7 +71,7 @@ def _last_good(root: Path) -> tuple[int, int]:
     """(step, value) of the latest checkpoint, all of whose values must be one number."""
     model = _model()
     optimizer = build_optimizer(model.local_parameters, SECTION)
-    state, _ = load_checkpoint(find_checkpoint(root, "latest"), model, optimizer)
+    state = load_checkpoint(find_checkpoint(root, "latest"), model, optimizer)
     values = {value for tensor in _tensors(model, optimizer) for value in tensor.unique().tolist()}
     assert len(values) == 1, f"values of several saves in one checkpoint: {sorted(values)}"
     return state.step, int(values.pop())

@@ -63,11 +63,6 @@ def held(shape: Sequence[int], local: torch.Tensor, pieces: Sequence[Piece]) -> 
     return Held(tuple(shape), local.dtype, tuple(Box(*found) for found in boxes_of(local, pieces)))
 
 
-def whole(tensor: torch.Tensor) -> Held:
-    """A tensor that one rank holds entirely."""
-    return Held(tuple(tensor.shape), tensor.dtype, (Box((0,) * tensor.dim(), tensor),))
-
-
 class BoxSavePlanner(SavePlanner):
     """Plans a state dict of ``Held`` values; what several ranks hold must be given by one of them only."""
 

@@ -1,4 +1,6 @@
-"""Saving and loading a training run: weights, AdamW moments, random states and where the data stood.
+"""Saving and loading a training run: weights, AdamW moments and where the data stood.
+
+No generator's state is among them: order and dropout come from (seed, step), so they go on by themselves.
 
 A save is written to ``.step-000020.tmp``, renamed to ``step-000020`` when every byte is on disk, and only
 then does the file ``latest`` point to it: a killed save never damages the last good one.  All ranks must
@@ -35,7 +37,6 @@ from .index import INDEX_FILE, CheckpointIndex
 from .interface import TrainableModel
 from .lineage import Lineage
 from .optimizer import MOMENTS, set_update_count
-from .random_states import RNG_PREFIX, continuing_random_states, random_states, restore_random_states, seed_rank
 from .storage import PieceReader, PieceWriter
 
 STATE_FILE, PLAN_FILE, CONFIG_FILE, POINTER = "state.json", "plan.json", "config.json", "latest"
@@ -83,7 +84,7 @@ def save_checkpoint(
     writer = PieceWriter(temporary)
     with _plain_errors(f"save {final}"):
         on_rank_zero(lambda: _prepare(root, temporary, texts))
-        tensors = {**_held_state(model, optimizer, primary_only=True), **random_states()}
+        tensors = _held_state(model, optimizer, primary_only=True)
         state_dict_saver.save(
             tensors, storage_writer=writer, planner=BoxSavePlanner(), no_dist=not dist.is_initialized()
         )
@@ -91,16 +92,10 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    directory: Path, model: TrainableModel, optimizer: torch.optim.Optimizer
-) -> tuple[TrainState, str | None]:
+def load_checkpoint(directory: Path, model: TrainableModel, optimizer: torch.optim.Optimizer) -> TrainState:
     """Fill ``model`` and ``optimizer`` from ``directory``, whatever plan and world saved it.
 
-    A collective call.  Every rank's random states continue too where as many ranks saved them, on the same kind of
-    device; elsewhere they start anew from (seed, step, rank).
-
-    Returns:
-        what was saved, and a sentence on why random states did not continue, if they did not.
+    A collective call.
 
     Raises:
         CheckpointError: a file is missing or not as it was saved, or the model is another one; nothing
@@ -111,19 +106,16 @@ def load_checkpoint(
     state = together(lambda: TrainState.load(directory / STATE_FILE))
     together(lambda: _check_model(directory, index, model))
     targets = _held_state(model, optimizer, primary_only=False)
-    randoms, interruption = continuing_random_states(index, state.world_size)
     with _plain_errors(f"load {directory}"):
         state_dict_loader.load(
-            {**targets, **randoms},
+            targets,
             storage_reader=PieceReader(directory, index),
             planner=BoxLoadPlanner(),
             no_dist=not dist.is_initialized(),
         )
     together(lambda: _check_finite(directory, targets))
     set_update_count(optimizer, state.step - state.skipped_steps)
-    seed_rank(state.run.train.seed, state.step)  # for generators that no state was saved of
-    together(lambda: restore_random_states(randoms))
-    return state, interruption
+    return state
 
 
 def read_state(directory: Path) -> TrainState:
@@ -216,8 +208,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def is_weight(name: str) -> bool:
-    """Whether a checkpoint's tensor is a model weight (not optimizer or random state)."""
-    return not name.startswith((OPTIMIZER_PREFIX, RNG_PREFIX))
+    """Whether a checkpoint's tensor is a model weight (not optimizer state)."""
+    return not name.startswith(OPTIMIZER_PREFIX)
 
 
 def _prepare(root: Path, temporary: Path, texts: dict[str, str]) -> None:

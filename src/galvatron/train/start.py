@@ -22,7 +22,6 @@ from .lineage import Lineage, check_goes_on, notable_changes
 from .memory import PeakMemory
 from .metrics import METRICS_FILE
 from .optimizer import build_optimizer
-from .random_states import seed_rank
 from .trainer import Trainer, TrainResult
 
 
@@ -55,7 +54,6 @@ def train(
         peak_memory: made before the model, so that CUDA's peak counts its making; None counts from now.
         job: what ``section`` and ``dataset`` come from; checkpoints keep it, and a resumed run is held against it.
 
-    Every rank's random generators (dropout) start from (seed, 0, rank), or where the checkpoint left them.
     SIGINT, SIGTERM and SIGHUP end the run after the current step, with a save.
 
     Raises:
@@ -68,11 +66,11 @@ def train(
     state, notes = TrainState(step=0, world_size=world_size(), run=lineage), []
     if resume is None:
         on_rank_zero(lambda: _check_unused(run_dir))
-        seed_rank(section.seed, 0)
     else:
-        state, interruption = _resume(run_dir, resume, model, optimizer, lineage)
+        state = _resume(run_dir, resume, model, optimizer, lineage)
         notes = notable_changes(state.run, lineage, state.step)
-        notes += [] if interruption is None else [interruption]
+        if state.world_size != world_size():
+            notes.append(f"{state.world_size} processes saved it, {world_size()} go on: dropout draws other masks")
     last_step = section.num_steps if stop_after is None else min(stop_after, section.num_steps)
     if state.step >= last_step:
         raise ConfigError(f"{resume} has done {state.step} of {last_step} steps already; raise num_steps to train on")
@@ -120,7 +118,7 @@ def _check_unused(run_dir: Path) -> None:
 
 def _resume(
     run_dir: Path, resume: str | Path, model: TrainableModel, optimizer: torch.optim.Optimizer, lineage: Lineage
-) -> tuple[TrainState, str | None]:
+) -> TrainState:
     """Load the checkpoint that ``resume`` means, if ``lineage`` goes on from it."""
     directory = Path(on_rank_zero(lambda: str(find_checkpoint(run_dir / "checkpoints", resume))))
     before = on_rank_zero(lambda: read_state(directory)).run

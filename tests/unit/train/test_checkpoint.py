@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pickle
 import random
-import re
 from pathlib import Path
 
 import pytest
@@ -10,30 +9,25 @@ import torch
 from train_fakes import FakeModel, global_values, lineage_for, plan_for, section
 
 from galvatron.core.errors import CheckpointError
-from galvatron.train import checkpoint
-from galvatron.train.boxes import whole
 from galvatron.train.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from galvatron.train.export import checkpoint_to_hf
 from galvatron.train.index import INDEX_FILE, CheckpointIndex, _share
 from galvatron.train.optimizer import build_optimizer
-from galvatron.train.random_states import random_states
 
 
-def save(
-    root: Path, model: FakeModel, step: int, keep: int = 3, world_size: int = 1
-) -> tuple[Path, torch.optim.Optimizer]:
+def save(root: Path, model: FakeModel, step: int, keep: int = 3) -> tuple[Path, torch.optim.Optimizer]:
     train = section()
     optimizer = build_optimizer(model.local_parameters, train)
     for moments in optimizer.state.values():
         for moment in ("exp_avg", "exp_avg_sq"):
             torch.nn.init.normal_(moments[moment])
-    state = TrainState(step=step, world_size=world_size, run=lineage_for(train))
+    state = TrainState(step=step, world_size=1, run=lineage_for(train))
     return save_checkpoint(root, model, optimizer, state, plan=plan_for(train), keep=keep), optimizer
 
 
 def load(directory: Path, model: FakeModel) -> tuple[TrainState, torch.optim.Optimizer]:
     optimizer = build_optimizer(model.local_parameters, section())
-    return load_checkpoint(directory, model, optimizer)[0], optimizer
+    return load_checkpoint(directory, model, optimizer), optimizer
 
 
 def names(root: Path) -> list[str]:
@@ -83,53 +77,6 @@ def test_what_is_frozen_is_saved_without_moments(tmp_path: Path) -> None:
     twin.bias.tensor.requires_grad_(False)
     with pytest.raises(CheckpointError, match=r"bias was trained when .*step-000020 was saved and is frozen now"):
         load(directory, twin)
-
-
-def test_random_states_continue_under_the_same_world_and_start_anew_under_another(tmp_path: Path) -> None:
-    directory, _ = save(tmp_path, FakeModel.make(), step=1)
-    expected = torch.rand(4)
-    load(directory, FakeModel.make())
-    assert torch.equal(torch.rand(4), expected)
-    other, _ = save(tmp_path, FakeModel.make(), step=2, world_size=2)
-    draws = []
-    for _ in range(2):
-        model = FakeModel.make()
-        _, note = load_checkpoint(other, model, build_optimizer(model.local_parameters, section()))
-        assert note == (
-            "saved by 2 processes, goes on with 1: random states (dropout) start anew from the seed and the step"
-        )
-        draws.append(torch.rand(4))
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], expected)
-
-
-@pytest.mark.parametrize(
-    ("saved_with", "words"),
-    [
-        ({"cuda.00000": torch.zeros(16, dtype=torch.uint8)}, "saved on GPUs, goes on without"),
-        ({"cpu.00000": torch.zeros(99, dtype=torch.uint8)}, r"no rng\.cpu\.00000 of this kind of machine was saved"),
-        ({"cpu.00000": None}, r"no rng\.cpu\.00000 of this kind of machine was saved"),
-    ],
-)
-def test_random_states_of_another_machine_are_said_and_start_from_the_seed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_with: dict[str, torch.Tensor | None], words: str
-) -> None:
-    states = random_states()
-    for name, state in saved_with.items():
-        states.pop(f"rng.{name}", None)
-        if state is not None:
-            states[f"rng.{name}"] = whole(state)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "random_states", lambda: states)
-        directory, _ = save(tmp_path, FakeModel.make(), step=1)
-    draws = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        model = FakeModel.make()
-        _, note = load_checkpoint(directory, model, build_optimizer(model.local_parameters, section()))
-        assert re.match(words, note or "")
-        draws.append(torch.rand(4))
-    assert torch.equal(draws[0], draws[1])
 
 
 def test_old_checkpoints_go_and_the_pointer_moves(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_skipped_steps_teach_nothing_and_shift_nothing(
         assert torch.equal(ours.tensor, theirs.tensor)
     last = FakeModel.make()
     loaded = build_optimizer(last.local_parameters, settings)
-    state, _ = load_checkpoint(tmp_path / "checkpoints" / "step-000007", last, loaded)
+    state = load_checkpoint(tmp_path / "checkpoints" / "step-000007", last, loaded)
     assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (7, 2, 0)
     assert float(loaded.state[last.bias.tensor]["step"]) == 5
     defect = "the gradient norm is inf" if in_gradient else "the loss is nan"
