@@ -142,7 +142,7 @@ def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) ->
         def before_backward(is_last: bool) -> None:
             if not seen:
                 known = [*model.stage.buffers(), *(p.tensor for p in model.local_parameters), tokens]
-                log.ignore([*model.gathered_buffers(), *known])
+                log.ignore([*model.gathered_buffers(), *model.stage.early_gradient.tensors(), *known])
                 seen.append(settled_bytes(log))
             original(is_last)
 

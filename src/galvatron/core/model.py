@@ -11,6 +11,8 @@ import math
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, StrictBool, model_validator
 
 from .errors import ConfigError, GalvatronError, ProfileError
@@ -305,7 +307,9 @@ class ActivationSample(Record):
 
     For a local microbatch of b sequences of ``seq_len`` tokens:
     saved bytes = ``fixed_bytes`` + b × ``bytes_per_sequence`` (alive from forward to backward);
-    the unit's own forward and backward reach ``workspace_bytes_per_sequence`` × b above what is saved.
+    the unit's own forward and backward reach ``workspace_bytes(b)`` above what is saved: a line, or the lesser of two
+    lines where a unit works in chunks (the head's logits), of which ``workspace_beyond`` is the second:
+    (fixed bytes, bytes per sequence).
     The unit's input (the boundary tensor, cut 1/tp along the sequence) counts where the unit keeps it, its output
     never: it is the next unit's input.  What all layers share (rotary tables) is in the embedding's ``fixed_bytes``.
     """
@@ -317,6 +321,16 @@ class ActivationSample(Record):
     fixed_bytes: Bytes
     bytes_per_sequence: Bytes
     workspace_bytes_per_sequence: Bytes
+    workspace_fixed_bytes: Bytes = 0
+    workspace_beyond: tuple[Bytes, Bytes] | None = None
+
+    def workspace_bytes(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What ``batch`` sequences (any shape, fractions too) take beyond what is saved."""
+        first = self.workspace_fixed_bytes + batch * self.workspace_bytes_per_sequence
+        if self.workspace_beyond is None:
+            return first
+        fixed, per_sequence = self.workspace_beyond
+        return np.minimum(first, fixed + batch * per_sequence)
 
 
 class ModelProfile(FileRecord):

@@ -79,6 +79,8 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
     # autograd adds to whole gradients in place; only where they change dtype or are reduced are there new ones
     in_place = _accumulates(setting, s) & (setting.compute_bytes == setting.reduce_bytes)
     new_gradients = np.where(in_place, 0, whole * setting.compute_bytes)
+    early = _early_gradient_bytes(setting, unit, s)
+    new_gradients = new_gradients + np.where(in_place | (setting.compute_bytes != MASTER_BYTES), early, 0)
     flat_buffers = _gathering_elements(dense, experts, s) * setting.compute_bytes + reduced
     passing = np.where(stays, 0, gathered)
     unsharded = np.where(stays, gathered, 0) + _accumulated_bytes(setting, s, whole, gradient)
@@ -90,6 +92,18 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
         activation_bytes=activations,
         transient_bytes=passing + flat_buffers + new_gradients + np.maximum(workspace, held * setting.reduce_bytes),
     )
+
+
+def _early_gradient_bytes(setting: Setting, unit: UnitName, s: Strategies) -> Ints:
+    """The gradient of the projection to the vocabulary, summed in float32 while the loss runs forward.
+
+    Where the model computes in float32 it becomes the gradient itself.
+    """
+    if unit != "head":
+        return np.zeros(len(s), dtype=np.int64)
+    projection = setting.model.spec.head.parameters[-1]
+    elements = {tp: math.prod(projection.local_shape(tp)) for tp in set(s.tp.tolist())}
+    return MASTER_BYTES * np.array([elements[tp] for tp in s.tp.tolist()], dtype=np.int64)
 
 
 def _gathering_elements(dense: ShardSize, experts: ShardSize, s: Strategies) -> Ints:
@@ -108,7 +122,7 @@ def _passing_bytes(setting: Setting, unit: UnitName, s: Strategies) -> tuple[Int
         rows = np.flatnonzero((s.tp == tp) & (s.recompute == recompute))
         sample = setting.activation_sample(unit, tp, RECOMPUTES[recompute])
         activations[rows] = sample.fixed_bytes + batch[rows] * sample.bytes_per_sequence
-        workspace[rows] = batch[rows] * sample.workspace_bytes_per_sequence
+        workspace[rows] = sample.workspace_bytes(batch[rows])
     if unit not in ENDS:
         workspace = workspace + _exchange_bytes(setting, unit, s, batch)
     return np.ceil(activations).astype(np.int64), np.ceil(workspace).astype(np.int64)

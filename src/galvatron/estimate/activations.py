@@ -17,9 +17,9 @@ from .layer import LocalLayer, local_layer, uses_rms
 FLOAT = DTYPE_BYTES["fp32"]
 TOKEN_ID = 8  # bytes of an int64
 VISION = ("vit", "swin")
-LOGIT_COPIES = {"bf16": 12, "fp32": 8}
-"""Workspace bytes of every logit at the peak of the cross entropy's backward: exponentials, gradient and what they
-are made from.  [Empirical: 2026-11, counted on fake tensors of the runtime's head]"""
+CHUNK_BYTES, BLOCK_BYTES, SLICE_ROWS = 512 * 2**20, 128 * 2**20, 1 << 14
+"""How the runtime's fused loss works (``parallelize/loss.py``): what a chunk's logits take in the compute dtype and a
+block of them in float32, and rows of the weight's gradient that are summed at a time."""
 NORM_COPIES = {"bf16": 4, "fp32": 2}
 """Copies of a rank's chunk of hidden states at the peak of an RMS norm's backward; a LayerNorm's are 3.
 [Empirical: 2026-11, counted on fake tensors of the runtime's layers]"""
@@ -107,14 +107,40 @@ def head_tokens(spec: ModelSpec, seq_len: int) -> int:
 
 
 def head_activations(spec: ModelSpec, tp: int, seq_len: int, precision: Precision) -> ActivationSample:
-    """The norm's, the projection's whole input, logits in the compute dtype, log-sum-exp and labels."""
+    """What the norm keeps, and the gradient of the projection's whole input; the loss works in chunks of tokens."""
     size, hidden = DTYPE_BYTES[precision], spec.layers[-1].hidden_size
     normed, tokens = spec.layers[-1].tokens(seq_len), head_tokens(spec, seq_len)
-    logits = tokens * math.ceil(spec.vocab_size / tp)
-    norm = _norm_bytes(uses_rms(spec.head), size, hidden) * normed / tp
-    saved = norm + normed * hidden * size + logits * size + tokens * (FLOAT + TOKEN_ID)
-    workspace = LOGIT_COPIES[precision] * logits + normed * hidden * size
-    return _sample("head", tp, "none", seq_len, saved, workspace)
+    saved = _norm_bytes(uses_rms(spec.head), size, hidden) * normed / tp + tokens * hidden * size
+    copies = 2 if uses_rms(spec.head) and precision != "fp32" else 1  # before and after the norm's weight
+    passing = (copies * normed / tp + (tp > 1) * normed) * hidden * size
+    sample = _sample("head", tp, "none", seq_len, saved, passing)
+    return sample.model_copy(update=_chunked(sample, math.ceil(spec.vocab_size / tp), tokens, hidden, precision))
+
+
+def _chunked(
+    sample: ActivationSample, rows: int, tokens: int, hidden: int, precision: Precision
+) -> dict[str, int | tuple[int, int] | None]:
+    """The workspace of ``sample`` with logits: a line up to a chunk of tokens, a flatter one beyond."""
+    size, casts = DTYPE_BYTES[precision], precision != "fp32"
+    chunk, block = _fitting(CHUNK_BYTES, rows * size), casts * _fitting(BLOCK_BYTES, rows * FLOAT)
+    slices = casts * min(rows, SLICE_ROWS) * hidden * size
+    passing = sample.workspace_bytes_per_sequence
+    beyond = (rows * chunk * size + max(rows * block * FLOAT, slices), passing)
+    if 2 * tokens > chunk:
+        return {"workspace_fixed_bytes": beyond[0]}
+    in_blocks = min(tokens, block) * FLOAT
+    fixed = rows * in_blocks if tokens > block else max(slices - rows * in_blocks, 0)
+    growing = rows * (tokens * size + (0 if tokens > block else in_blocks))
+    return {
+        "workspace_fixed_bytes": fixed,
+        "workspace_bytes_per_sequence": passing + growing,
+        "workspace_beyond": beyond,
+    }
+
+
+def _fitting(num_bytes: int, token_bytes: int) -> int:
+    """The largest power of two of tokens that fits."""
+    return 1 << max(num_bytes // token_bytes, 1).bit_length() - 1
 
 
 def _sample(

@@ -157,15 +157,16 @@ def embedding_sample(spec: ModelSpec, tp: int, batch: int, seq_len: int, rates: 
 
 
 def head_sample(spec: ModelSpec, tp: int, batch: int, seq_len: int, rates: Rates) -> ComputeSample:
-    """Norm, projection and cross entropy in float32: maximum, shift, exponential, sum; backward the gradient."""
+    """Norm, projection, cross entropy in float32 (maximum, shift, exponential, sum, gradient) and both products of its
+    backward, all in the forward pass but for the norm's backward."""
     size, hidden = rates.element_bytes, spec.layers[-1].hidden_size
     tokens = batch * head_tokens(spec, seq_len)
     normed = batch * spec.layers[-1].tokens(seq_len) / tp * hidden
     logits = tokens * math.ceil(spec.vocab_size / tp)
     matmul_s = _matmuls_s(matrices(spec.head.parameters, tp), tokens, rates)
     norm_s = rates.moved_s(normed * _norm_moved_bytes(uses_rms(spec.head), size))
-    forward_s = matmul_s + norm_s + rates.moved_s(logits * (size + 7 * FLOAT))
-    backward_s = BACKWARD * (matmul_s + norm_s) + rates.moved_s(logits * (2 * size + 8 * FLOAT))
+    forward_s = (1 + BACKWARD) * matmul_s + norm_s + rates.moved_s(logits * (5 * size + 9 * FLOAT))
+    backward_s = BACKWARD * norm_s
     return _sample("head", tp, batch, seq_len, forward_s, backward_s, OPERATORS["head"])
 
 

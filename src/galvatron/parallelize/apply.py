@@ -25,12 +25,13 @@ from .accept import check_model
 from .attention import use_attention
 from .fsdp import ShardedUnit, mixed_precision, shard_unit
 from .grid import Grid
+from .loss import fuse_loss
 from .model import ParallelModel, Replicated
 from .pieces import LocalParameter, pieces_of
 from .ranks import together
 from .recompute import recompute_in_backward
 from .stage import Stage, enter_with_layout
-from .tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, vocabulary_range
+from .tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
 from .weights import GivenWeights, StateDictWeights, Weights, check_names, fill
 from .world import World, init_world
 
@@ -156,13 +157,13 @@ def _cut_embedding(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) ->
 
 def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
     tp, projection = grid.axis_group(1, grid.plan.head.tp), spec.head.parameters[-1]
+    head = stage.model.get_submodule(family.head)
     if spec.tied_embeddings and grid.is_first:
-        embedding = stage.decoder.get_submodule(family.embedding)
-        stage.model.get_submodule(family.head).weight = embedding.weight
+        head.weight = stage.decoder.get_submodule(family.embedding).weight
     else:
         shrink(stage.model, (projection,), tp)
     stage.head_tp = tp
-    stage.vocabulary_start = vocabulary_range(projection, tp)[0]
+    fuse_loss(head, projection, tp, stage.early_gradient)
 
 
 def _shard(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> tuple[ShardedUnit, ...]:

@@ -255,6 +255,7 @@ class ParallelModel:
     def _run(
         self, order: list[Action], input_ids: Tensor, labels: Tensor, weight: float, loss_fn: LossFunction | None
     ) -> float:
+        self.stage.early_gradient.forget()
         forward = self._forward(input_ids, labels, weight, loss_fn)
         losses = run(order, forward, self._neighbours(), self._before_backward)
         total = torch.zeros((), device=self.grid.world.device)

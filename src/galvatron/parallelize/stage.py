@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from galvatron.models import Family
 
 from .collectives import AxisGroup, batch_to_sequence, gather_sequence, sequence_to_batch
-from .loss import cross_entropy_share
+from .loss import EarlyGradient
 from .own_loss import LossFunction, own_loss_share
 
 
@@ -59,7 +59,7 @@ class Stage(nn.Module):
         self.is_first, self.is_last = is_first, is_last
         self.received = Received()
         self.head_tp: AxisGroup = AxisGroup(None, (), 0)
-        self.vocabulary_start = 0
+        self.early_gradient = EarlyGradient()  # of the head's weight
         chain = self.decoder.get_submodule(family.layers)
         assert isinstance(chain, nn.ModuleList)
         for index in range(len(chain)):
@@ -111,12 +111,12 @@ class Stage(nn.Module):
         if not self.is_last:
             return hidden
         assert labels is not None
+        head, whole = self.model.get_submodule(self.family.head), gather_sequence(hidden, self.head_tp)
         if loss_fn is not None:
-            logits = self.model.get_submodule(self.family.head)(gather_sequence(hidden, self.head_tp)).flatten(0, 1)
-            vocabulary_size = self.model.config.vocab_size
+            logits, vocabulary_size = head(whole).flatten(0, 1), self.model.config.vocab_size
             return own_loss_share(loss_fn, logits, labels.flatten(), vocabulary_size, weight, self.head_tp)
-        logits = self.model.get_submodule(self.family.head)(gather_sequence(hidden, self.head_tp))
-        return cross_entropy_share(logits.flatten(0, 1), labels.flatten(), self.vocabulary_start, weight, self.head_tp)
+        share: Tensor = head(whole, labels, weight)
+        return share
 
     def _keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
         # not what the decoder returns: GPT-2 views that in the shape that came in, wrong if layouts differ

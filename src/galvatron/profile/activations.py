@@ -3,9 +3,10 @@
 Takes a unit's shape; gives an ActivationSample.  Knows nothing of time, of processes or of plans.
 
 What is counted is what is alive once the unit's forward has returned and only autograd holds on to it.  Left
-out: parameters and their gradients (the cost model knows them from shapes), the unit's output (it is the next
-unit's input, and counted there if that keeps it), and tensors that all layers share (rotary tables), which
-count once, as fixed bytes of the embedding.  Buffers that a kernel allocates inside itself are not seen.
+out: parameters and their gradients, also those made in the forward pass (the cost model knows them from shapes),
+the unit's output (it is the next unit's input, and counted there if that keeps it), and tensors that all layers
+share (rotary tables), which count once, as fixed bytes of the embedding.  Buffers that a kernel allocates inside
+itself are not seen.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from galvatron.core.model import ActivationSample, Recompute
 from galvatron.internals import FakeTensorMode
+from galvatron.parallelize.loss import chunk_tokens
 
 from .storages import StorageLog, storage_bytes
 from .units import LocalUnit, UnitShape
@@ -34,22 +37,50 @@ class Count:
     saved_bytes: int
     peak_bytes: int
 
+    @property
+    def workspace_bytes(self) -> int:
+        """What is alive at the peak beyond what is saved."""
+        return self.peak_bytes - self.saved_bytes
+
 
 def count_activations(shape: UnitShape, recompute: Recompute) -> ActivationSample:
     """Bytes of one unit as a line over sequences, through the counts at two and at three of them."""
     low, high = (count(shape, recompute, batch) for batch in BATCHES)
     per_sequence = (high.saved_bytes - low.saved_bytes) // (BATCHES[1] - BATCHES[0])
-    workspaces = [(c.peak_bytes - c.saved_bytes) / batch for c, batch in zip((low, high), BATCHES, strict=True)]
     shared = _shared_bytes(shape) if shape.name == "embedding" else 0
-    return ActivationSample(
+    sample = ActivationSample(
         unit=shape.name,
         tp=shape.tp,
         recompute=recompute,
         seq_len=shape.seq_len,
         fixed_bytes=low.saved_bytes - BATCHES[0] * per_sequence + shared,
         bytes_per_sequence=per_sequence,
-        workspace_bytes_per_sequence=math.ceil(max(workspaces)),
+        workspace_bytes_per_sequence=math.ceil(
+            max(c.workspace_bytes / n for c, n in zip((low, high), BATCHES, strict=True))
+        ),
     )
+    return sample.model_copy(update=_chunked_workspace(shape)) if shape.name == "head" else sample
+
+
+def _chunked_workspace(shape: UnitShape) -> dict[str, Any]:
+    """The head's workspace: a line for a few sequences, and a flatter one from where they are more than a chunk."""
+    rows = shape.spec.head.parameters[-1].local_shape(shape.tp)[0]
+    chunk = chunk_tokens(rows, shape.dtype) / shape.seq_len
+    many = max(math.ceil(chunk), BATCHES[0])
+    beyond, first = _line(shape, many, many + 1), _line(shape, 1, 2) if chunk >= BATCHES[0] else None
+    fixed, per_sequence = first or beyond
+    return {
+        "workspace_fixed_bytes": fixed,
+        "workspace_bytes_per_sequence": per_sequence,
+        "workspace_beyond": beyond if first else None,
+    }
+
+
+def _line(shape: UnitShape, first: int, last: int) -> tuple[int, int]:
+    """(fixed bytes, bytes per sequence) of the line through the workspaces of two batches."""
+    low, high = (count(shape, "none", batch).workspace_bytes for batch in (first, last))
+    per_sequence = math.ceil((high - low) / (last - first))
+    return max(low - first * per_sequence, 0), per_sequence
 
 
 def count(shape: UnitShape, recompute: Recompute, batch: int, *, fake: bool = True) -> Count:
@@ -72,10 +103,10 @@ def _count(log: StorageLog, unit: LocalUnit, tokens: Tensor, labels: dict[str, T
         parameter.register_post_accumulate_grad_hook(lambda p: _let_go_of_gradient(log, p))
     # clones, so that inputs count exactly if the unit keeps them
     output = unit(tokens.clone(), **{name: label.clone() for name, label in labels.items()})
-    log.ignore([output])
-    saved_bytes = log.live_bytes()
+    log.ignore([output, *unit.early_gradients()])
+    between = log.moment()
     output.backward(torch.ones_like(output))
-    return Count(saved_bytes, log.peak_bytes())
+    return Count(log.live_bytes(between), log.peak_bytes())
 
 
 def _let_go_of_gradient(log: StorageLog, parameter: Tensor) -> None:

@@ -52,10 +52,14 @@ class StorageLog(TorchDispatchMode):
         """Count the storages of ``tensors`` at no time, past or future."""
         self._ignored |= {self._serial(tensor) for tensor in tensors}
 
-    def live_bytes(self) -> int:
-        """Bytes of the storages alive now."""
+    def moment(self) -> int:
+        """A name for now, to ask ``live_bytes`` about later."""
+        return len(self._events)
+
+    def live_bytes(self, moment: int | None = None) -> int:
+        """Bytes of the storages alive now, or at an earlier ``moment``; what was ignored since does not count."""
         self._ignore_resized()
-        return sum(num_bytes for serial, num_bytes in self._events if serial not in self._ignored)
+        return sum(num_bytes for serial, num_bytes in self._events[:moment] if serial not in self._ignored)
 
     def peak_bytes(self) -> int:
         """Most bytes that were alive at once."""

@@ -21,6 +21,7 @@ from galvatron.internals import put_buffer, put_parameter, tree_map_only
 from galvatron.models import Family, family_of, meta_model
 from galvatron.parallelize.attention import use_attention
 from galvatron.parallelize.collectives import AxisGroup
+from galvatron.parallelize.loss import fuse_loss
 from galvatron.parallelize.recompute import recompute_in_backward
 from galvatron.parallelize.stage import PassedLayer, Stage
 from galvatron.parallelize.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
@@ -58,6 +59,10 @@ class LocalUnit(nn.Module):
         found: list[Tensor] = []
         tree_map_only(Tensor, found.append, (self.args, self.kwargs))
         return found
+
+    def early_gradients(self) -> list[Tensor]:
+        """Gradients of parameters that are there before the backward pass."""
+        return self.inner.early_gradient.tensors() if isinstance(self.inner, Stage) else []
 
     def allocate(self, dtype: torch.dtype, device: torch.device, place: Callable[[Tensor], Tensor]) -> None:
         """Give the parameters memory and values; ``place`` takes buffers and side inputs where they are needed."""
@@ -113,9 +118,11 @@ class UnitShape:
     def _head(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
         end = self.spec.num_layers
         stage = Stage(model, family, range(end, end), is_first=False, is_last=True)
-        shrink(model, self.spec.head.parameters[-1:], tp)
+        projection, head = self.spec.head.parameters[-1], model.get_submodule(family.head)
+        shrink(model, (projection,), tp)
         stage.head_tp = tp
-        owners = (stage.decoder.get_submodule(family.norm), model.get_submodule(family.head))
+        fuse_loss(head, projection, tp, stage.early_gradient)
+        owners = (stage.decoder.get_submodule(family.norm), head)
         return LocalUnit(stage, owners, (), position_ids=self._position_ids())
 
     def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:

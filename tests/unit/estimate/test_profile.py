@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, Qwen3Config
@@ -47,7 +48,9 @@ def test_every_card_has_samples_of_every_unit_and_survives_its_file(name):
             if len(kept) == 3:
                 saved = [kept[r].bytes_per_sequence for r in ("none", "selective", "full")]
                 assert saved == sorted(saved, reverse=True)
-    assert all(sample.selective_s < sample.forward_s < sample.backward_s * 1.01 for sample in profile.compute)
+    assert all(sample.selective_s < sample.forward_s for sample in profile.compute)
+    layers = [sample for sample in profile.compute if sample.unit != "head"]  # whose loss does it all in its forward
+    assert all(sample.forward_s < sample.backward_s * 1.01 for sample in layers)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -61,11 +64,12 @@ def test_activations_are_what_the_runtime_keeps(config, precision):
             continue
         counted = count_activations(UnitShape(config, spec, sample.unit, sample.tp, S, dtype), sample.recompute)
         assert sample.fixed_bytes == counted.fixed_bytes
-        # float32 statistics of CUDA's LayerNorm, which the CPU keeps in the input's dtype
-        assert sample.bytes_per_sequence == pytest.approx(counted.bytes_per_sequence, rel=0.01)
-        total = sample.bytes_per_sequence + sample.workspace_bytes_per_sequence
-        counted_total = counted.bytes_per_sequence + counted.workspace_bytes_per_sequence
-        assert total == pytest.approx(counted_total, rel=0.1)
+        # float32 statistics (two a token) of CUDA's LayerNorm, which the CPU keeps in the input's dtype
+        statistics = 2 * S * (4 - dtype.itemsize)
+        assert sample.bytes_per_sequence == pytest.approx(counted.bytes_per_sequence, rel=0.01, abs=statistics)
+        for batch in np.array([2.0, 2.0**20]):
+            estimated, found = (s.bytes_per_sequence * batch + s.workspace_bytes(batch) for s in (sample, counted))
+            assert estimated == pytest.approx(found, rel=0.1)
 
 
 def test_a_layer_of_llama2_7b_takes_what_was_published():

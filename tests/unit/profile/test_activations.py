@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
@@ -49,7 +50,20 @@ def test_the_line_gives_the_count_of_any_batch(unit):
     for batch in (1, 4, 7):
         counted = count(shape, "none", batch)
         assert counted.saved_bytes == batch * sample.bytes_per_sequence
-        assert counted.peak_bytes - counted.saved_bytes <= batch * sample.workspace_bytes_per_sequence
+        assert counted.workspace_bytes <= sample.workspace_bytes(np.array(float(batch)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_heads_workspace_grows_by_chunks_of_tokens(monkeypatch, dtype):
+    wide = LlamaConfig(**{**LLAMA.to_diff_dict(), "vocab_size": 20 * V})
+    monkeypatch.setattr("galvatron.parallelize.loss.CHUNK_BYTES", 4 * S * 20 * V * 6)  # four sequences in bf16
+    shape = _shape(wide, "head", dtype=dtype)
+    sample = count_activations(shape, "none")
+    assert sample.workspace_beyond is not None
+    assert sample.workspace_beyond[1] < sample.workspace_bytes_per_sequence / 3
+    for batch in (1, 2, 4, 5, 8, 9, 16):
+        counted = count(shape, "none", batch).workspace_bytes
+        assert counted <= sample.workspace_bytes(np.array(float(batch))) <= 1.35 * counted
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
