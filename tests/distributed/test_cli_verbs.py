@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galvatron.cli import main
+from galvatron.cli.lock import locked
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.train import read_metrics
 
@@ -111,7 +114,7 @@ def test_train_resume_under_another_plan_and_export(
     capfd.readouterr()
     assert galvatron("checkpoint", "verify", "whole") == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split(" (")[0] for line in lines] == [
+    assert [line.split(" (")[0] for line in lines if not line.startswith(" ")] == [
         f"whole/checkpoints/step-00000{step} is whole: step {step} by 2 processes" for step in (2, 4)
     ]
     assert galvatron("convert", "to-hf", "whole", "hf") == 0
@@ -121,14 +124,85 @@ def test_train_resume_under_another_plan_and_export(
     assert AutoTokenizer.from_pretrained("hf")("fox")["input_ids"] == list(b"fox")
 
 
-def test_a_used_run_directory_is_not_overwritten(
+def test_one_command_begins_goes_on_and_ends(folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]) -> None:
+    run, command = folder / "runs/job", ("train", "job.toml", "--plan", "mixed.json")
+    assert galvatron(*command, "--resume", "latest") == 2, "nothing has begun"
+    assert "start without resuming" in capfd.readouterr().err
+    assert not run.exists()
+
+    assert galvatron(*command) == 0
+    whole = losses("runs/job")
+    shutil.rmtree(run / "checkpoints")  # as if killed before the first save
+    for more in ((), ("--resume", "latest")):
+        assert galvatron(*command, *more) == 0
+        assert losses("runs/job") == whole
+        shutil.rmtree(run / "checkpoints/step-000004")
+        (run / "checkpoints/latest").write_text("step-000002\n")  # as if killed before the last
+        assert galvatron(*command, *more) == 0
+        assert losses("runs/job") == whole
+        shutil.rmtree(run / "checkpoints")
+
+    assert galvatron(*command) == 0
+    capfd.readouterr()
+    assert galvatron(*command) == 0
+    assert "runs/job has done 4 steps already" in capfd.readouterr().out
+    assert galvatron("run", "job.toml", "--nproc", "1") == 0, "other processes than before: nothing to measure for"
+    assert "runs/job has done 4 steps already" in capfd.readouterr().out
+    assert not (run / "hardware.json").exists()
+
+    fork = (*command, "--run-dir", "fork", "--resume", "runs/job/checkpoints/step-000002")
+    assert galvatron(*fork) == 0
+    os.utime(folder / "fork/checkpoints/step-000004/state.json", (0, 0))
+    assert galvatron(*fork) == 0, "it goes on from its own checkpoint, not from the other run's again"
+    assert (folder / "fork/checkpoints/step-000004/state.json").stat().st_mtime == 0
+    assert {step: whole[step] for step in (3, 4)} == losses("fork")
+
+
+def test_what_is_refused_changes_nothing(folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]) -> None:
+    assert galvatron("train", "job.toml", "--plan", "mixed.json") == 0
+    for name in ("hardware.json", "model.json"):
+        (folder / "runs/job" / name).write_text("kept")  # a profile is neither read nor written where a run is refused
+    before = {path: path.read_bytes() for path in (folder / "runs/job").rglob("*") if path.is_file()}
+    (folder / "changed.toml").write_text(JOB.replace("seq_len = 16", "seq_len = 16\nseed = 1"))
+    (folder / "long.toml").write_text(JOB.replace("seq_len = 16", "seq_len = 128"))
+    run_dir = ("--run-dir", "runs/job")
+    for words, arguments in {
+        "already holds a run under another plan": ("train", "job.toml", "--plan", "pipeline.json"),
+        "was trained with seed=0": ("train", "changed.toml", "--plan", "mixed.json", *run_dir),
+        "was trained with seed=0 but": ("run", "changed.toml", *run_dir),
+        "train.seq_len=128 must not exceed": ("run", "long.toml", *run_dir),
+    }.items():
+        capfd.readouterr()
+        assert galvatron(*arguments) == 2
+        output = capfd.readouterr()
+        assert words in output.err
+        assert output.err.count("\n") == 1
+        assert output.out == ""
+        assert before == {path: path.read_bytes() for path in (folder / "runs/job").rglob("*") if path.is_file()}
+
+
+def test_tokens_are_made_by_a_verb_of_their_own(
     folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert galvatron("train", "job.toml", "--plan", "mixed.json") == 0
-    before = losses("runs/job")
-    assert galvatron("train", "job.toml", "--plan", "pipeline.json") == 2
-    assert "already holds a run" in capfd.readouterr().err
-    assert losses("runs/job") == before
+    assert galvatron("data", "prepare", "job.toml", "--run-dir", "first") == 0
+    (tokens,) = (folder / "first/data").glob("*.npy")
+    assert f"first/data/{tokens.name} is ready" in capfd.readouterr().out
+    made = tokens.stat().st_mtime_ns
+    assert galvatron("train", "job.toml", "--plan", "mixed.json", "--run-dir", "first") == 0
+    assert tokens.stat().st_mtime_ns == made
+
+
+def test_two_commands_in_one_run_directory(folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]) -> None:
+    with locked(folder / "runs/job"):
+        for arguments in (
+            ("train", "job.toml", "--plan", "mixed.json"),
+            ("run", "job.toml"),
+            ("data", "prepare", "job.toml"),
+        ):
+            assert galvatron(*arguments) == 2
+            assert re.fullmatch(
+                rf"galvatron: runs/job is in use by process {os.getpid()} on .* since .*\n", capfd.readouterr().err
+            )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "64 flipped bytes"])
@@ -219,11 +293,18 @@ def test_run_does_it_all_and_goes_on_where_it_ended(
     assert Plan.load(run / "plan.json").layers != Plan.load(run / "plan-resumed.json").layers
     assert "step time, predicted" in capfd.readouterr().out
 
+    whole = losses("runs/job")
+    assert galvatron("run", "job.toml") == 0
+    out = capfd.readouterr().out
+    assert "has done 4 steps already" in out
+    assert "Profile" not in out
+    shutil.rmtree(run / "checkpoints/step-000004")
+    (run / "checkpoints/latest").write_text("step-000002\n")
     assert galvatron("run", "job.toml") == 0
     out = capfd.readouterr().out
     assert "hardware.json is kept" in out
-    assert "has done 4 steps already" in out
-    assert list(losses("runs/job")) == [1, 2, 3, 4]
+    assert "has done 2 steps already" in out
+    assert losses("runs/job") == whole
 
 
 def test_a_run_that_would_not_go_on_is_refused_before_anything_is_done(

@@ -18,7 +18,7 @@ import typer
 from galvatron.core.errors import WorldError
 from galvatron.core.version import __version__
 
-from . import checkpoint, convert, import_, plan, profile, run, search, train
+from . import checkpoint, convert, data, import_, plan, profile, run, search, train
 from .console import plain_symbols, rank
 from .mistakes import as_mistake
 from .workers import WorkerCrash
@@ -46,7 +46,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (profile, checkpoint, convert, plan, import_):
+for verb in (profile, data, checkpoint, convert, plan, import_):
     app.add_typer(verb.app)
 for command in (search, train, run):
     command.register(app)

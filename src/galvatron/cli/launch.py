@@ -11,11 +11,13 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from galvatron.core.errors import ConfigError
 
+from .lock import locked
 from .workers import DeviceName, end_with, run_ranks
 
 if TYPE_CHECKING:
@@ -126,6 +128,21 @@ class Processes:
         from galvatron.parallelize.ranks import on_rank_zero
 
         return self.here(lambda: on_rank_zero(function))
+
+    @contextmanager
+    def locked(self, directory: Path) -> Iterator[None]:
+        """Hold ``directory`` for all ranks of this command, by one process that lives as long as it: see ``lock``.
+
+        Raises:
+            ConfigError: another command holds it.
+        """
+        with ExitStack() as stack:
+
+            def hold() -> None:
+                stack.enter_context(locked(directory))
+
+            self.on_main(hold)
+            yield
 
     def close(self) -> None:
         """Leave a joined world; local processes have ended already."""

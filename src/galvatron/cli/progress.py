@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,29 +38,36 @@ WARMUP_STEPS = 3  # left out of the summary: first steps allocate and connect
 
 
 class ConsoleReporter(Reporter):
-    """Prints on rank 0 and keeps the steps' metrics for the summary."""
+    """Prints on rank 0 and keeps the steps' metrics for the summary; a terminal that hung up ends no run.
 
-    def __init__(self) -> None:
+    ``on_start`` is called when nothing is left to refuse and the first step is about to run.
+    """
+
+    def __init__(self, on_start: Callable[[], None] = lambda: None) -> None:
         self.steps: list[StepMetrics] = []
+        self._on_start = on_start
         self._every = 1
         self._status = console().status("starting", spinner="line")
 
     def started(self, first_step: int, num_steps: int) -> None:
         """Choose how often to print a line."""
+        self._on_start()
         self._every = max(1, round((num_steps - first_step + 1) / LINES))
-        self._status.start()
+        with suppress(OSError):
+            self._status.start()
 
     def noted(self, text: str) -> None:
         """Print the sentence."""
-        say(text)
+        _line(text)
 
     def stepped(self, metrics: StepMetrics) -> None:
         """Print the step, or show it until the next one."""
         self.steps.append(metrics)
         text = describe_step(metrics)
-        self._status.update(text)
+        with suppress(OSError):
+            self._status.update(text)
         if len(self.steps) == 1 or metrics.step % self._every == 0:
-            say(text)
+            _line(text)
 
     def skipped(self, step: int, reason: str) -> None:
         """Print why."""
@@ -67,15 +75,21 @@ class ConsoleReporter(Reporter):
 
     def evaluated(self, step: int, eval_loss: float) -> None:
         """Print the evaluation loss."""
-        say(f"step {step:>5}  evaluation loss {eval_loss:.3f}")
+        _line(f"step {step:>5}  evaluation loss {eval_loss:.3f}")
 
     def saved(self, step: int, path: Path) -> None:
         """Print where the checkpoint is."""
-        say(f"step {step:>5}  saved {path}")
+        _line(f"step {step:>5}  saved {path}")
 
     def close(self) -> None:
         """End the live line."""
-        self._status.stop()
+        with suppress(OSError):
+            self._status.stop()
+
+
+def _line(text: str) -> None:
+    with suppress(OSError):
+        say(text)
 
 
 def describe_step(metrics: StepMetrics) -> str:

@@ -6,7 +6,9 @@ so a run that was cut off goes on with the same command.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -23,7 +25,7 @@ from .options import JobFile, Nproc, RunDir, examples
 from .profile import Measurement, ModelRequest, measure
 from .rundir import RunDirectory
 from .search import draw, runner_up, search_for_job, show
-from .train import Leg, check_job, run_leg, show_summary
+from .train import Leg, Start, check_inputs, check_model, run_leg, show_summary, start_at
 
 if TYPE_CHECKING:
     from galvatron.core.model import ModelSpec
@@ -51,19 +53,32 @@ def run(job: JobFile, run_dir: RunDir = None, nproc: Nproc = None) -> None:
     loaded = Job.load(job)
     directory = RunDirectory.of_job(job, run_dir)
     with processes(nproc, loaded.cluster.device, loaded.cluster.num_processes) as ranks:
-        spec = check_job(ranks, loaded, directory, directory.resumable)
+        config, spec = check_model(loaded)
         if loaded.resume is not None and loaded.resume.plan != RUNNER_UP:
             other = Plan.load(loaded.resume.plan)
             other.validate(spec, ranks.world_size)
             check_plan_for_job(other, loaded.train)
-        profile_missing(ranks, loaded, directory, spec)
-        legs = ranks.on_main(lambda: plan_legs(loaded, directory))
-        for leg in legs:
-            _train_what_is_left(ranks, leg)
-        if loaded.generate is not None:
-            ranks.on_main(lambda: generate(loaded, directory))
-        if rank() == 0:
-            show_summary(directory, legs)
+        with ranks.locked(directory.path):
+            start = ranks.on_main(lambda: _start(loaded, config, directory))
+            if start.done < loaded.train.num_steps:
+                check_inputs(ranks, loaded, directory, config, spec, start.checkpoint)
+                profile_missing(ranks, loaded, directory, spec)
+                legs = ranks.on_main(lambda: plan_legs(loaded, directory))
+                for leg in legs:
+                    _train_what_is_left(ranks, leg, ranks.on_main(lambda: _start(loaded, config, directory)))
+            else:
+                say(f"{directory.path} has done {start.done} steps already")
+                legs = legs_under(Plan.load(Path(str(start.checkpoint)) / "plan.json"), None, loaded, directory)
+            if loaded.generate is not None:
+                ranks.on_main(lambda: generate(loaded, directory))
+            if rank() == 0:
+                show_summary(directory, legs)
+
+
+def _start(job: Job, config: Any, run: RunDirectory) -> Start:
+    """The run's latest checkpoint, if this job is the run it is of."""
+    latest = run.latest
+    return Start() if latest is None else start_at(latest, job, config)
 
 
 def profile_missing(ranks: Processes, job: Job, run: RunDirectory, spec: ModelSpec) -> None:
@@ -97,17 +112,23 @@ def plan_legs(job: Job, run: RunDirectory) -> list[Leg]:
     heading("Search")
     model, hardware = ModelProfile.load(run.model), HardwareProfile.load(run.hardware)
     result = search_for_job(job, model, hardware)
+    other = None if job.resume is None else _second_plan(job.resume.plan, result)
     result.plan.save(run.plan)
+    if other is not None:
+        other.save(run.resumed_plan)
     show(result)
     draw(result.plan, model, hardware, run.timeline)
+    return legs_under(result.plan, other, job, run)
+
+
+def legs_under(plan: Plan, other: Plan | None, job: Job, run: RunDirectory) -> list[Leg]:
+    """The stretches of training that ``job`` asks for, the second under ``other``."""
     if job.resume is None:
-        return [Leg(job, result.plan, run)]
-    other = _second_plan(job.resume.plan, result)
-    other.save(run.resumed_plan)
+        return [Leg(job, plan, run)]
     at_step = job.resume.at_step
     return [
-        Leg(job, result.plan, run, stop_after=at_step),
-        Leg(job, other, run, name="another plan", first_step=at_step + 1),
+        Leg(job, plan, run, stop_after=at_step),
+        Leg(job, other or plan, run, name="another plan", first_step=at_step + 1),
     ]
 
 
@@ -122,15 +143,11 @@ def _second_plan(name: str, result: SearchResult) -> Plan:
     return other
 
 
-def _train_what_is_left(ranks: Processes, leg: Leg) -> None:
-    """Train ``leg`` from the last checkpoint on, if that is not past it already."""
-    from galvatron.train import find_checkpoint, read_state
-
-    resumable = leg.run.resumable
-    done = 0 if resumable is None else read_state(find_checkpoint(leg.run.checkpoints, resumable)).step
+def _train_what_is_left(ranks: Processes, leg: Leg, start: Start) -> None:
+    """Train ``leg`` from ``start`` on, if that is not past it already."""
     heading("Train" if leg.first_step == 1 else "Resume under another plan")
-    if done >= leg.end:
-        say(f"{leg.run.path} has done {done} steps already")
+    if start.done >= leg.end:
+        say(f"{leg.run.path} has done {start.done} steps already")
         return
     say(leg.plan.describe())
-    run_leg(ranks, leg.from_step(done))
+    run_leg(ranks, replace(leg, resume=start.checkpoint))

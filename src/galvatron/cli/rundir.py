@@ -63,9 +63,18 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def resumable(self) -> str | None:
-        """What to resume: the latest checkpoint, None before the first save."""
-        return "latest" if (self.checkpoints / "latest").exists() else None
+    def latest(self) -> Path | None:
+        """The latest complete checkpoint; None before the first save."""
+        from galvatron.train import find_checkpoint
+
+        if not (self.checkpoints / "latest").exists():
+            return None
+        return find_checkpoint(self.checkpoints, "latest")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run has begun here, saved or not."""
+        return (self.path / "run.json").exists()
 
     @property
     def exported(self) -> Path:

@@ -6,20 +6,21 @@ Takes a job, a plan and where to start; gives metrics and checkpoints.  Knows no
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from galvatron.core.errors import ConfigError, DataError, GalvatronError
+from galvatron.core.errors import ConfigError, DataError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job
 from galvatron.plan import Plan, check_plan_for_job
 
 from .console import console, heading, rank, say
+from .data import prepare_data
 from .launch import Processes, processes
 from .options import JobFile, Nproc, RunDir, examples
 from .rundir import RunDirectory
@@ -51,10 +52,6 @@ class Leg:
         """How many updates are done after this leg."""
         return self.stop_after or self.job.train.num_steps
 
-    def from_step(self, done: int) -> Leg:
-        """The leg with ``done`` updates behind it."""
-        return replace(self, resume="latest" if done else None)
-
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -78,72 +75,138 @@ def train(
 ) -> None:
     """Train a job under a plan; any checkpoint resumes under any plan.
 
-    Writes metrics.jsonl, plan.json and checkpoints/ into the run directory.
+    Writes metrics.jsonl, plan.json and checkpoints/ into the run directory.  The same command goes on where it was
+    cut off.
     """
     leg = Leg(Job.load(job), Plan.load(plan), RunDirectory.of_job(job, run_dir), resume)
     with processes(nproc, leg.job.cluster.device, leg.job.cluster.num_processes) as ranks:
-        spec = check_job(ranks, leg.job, leg.run, resume)
+        config, spec = check_model(leg.job)
         leg.plan.validate(spec, ranks.world_size)
         check_plan_for_job(leg.plan, leg.job.train)
-        heading("Train")
-        say(leg.plan.describe())
-        run_leg(ranks, leg)
-        if rank() == 0:
-            show_summary(leg.run, [leg])
+        with ranks.locked(leg.run.path):
+            start = ranks.on_main(lambda: starting_point(leg, config))
+            if start.done >= leg.end and leg.run.latest is not None:
+                say(f"{leg.run.path} has done {start.done} steps already")
+            else:
+                check_inputs(ranks, leg.job, leg.run, config, spec, start.checkpoint)
+                heading("Train")
+                say(leg.plan.describe())
+                run_leg(ranks, replace(leg, resume=start.checkpoint))
+            if rank() == 0:
+                show_summary(leg.run, [leg])
 
 
-def check_job(ranks: Processes, job: Job, run: RunDirectory, resume: str | None) -> ModelSpec:
-    """Find what is wrong with settings, model, data and the checkpoint to resume, before anything else is done."""
-    from galvatron.models import build_spec, load_config, meta_model
-    from galvatron.parallelize.weights import check_names
-    from galvatron.train import Lineage, check_goes_on, find_checkpoint, load_dataset, read_state
+def check_model(job: Job) -> tuple[Any, ModelSpec]:
+    """The model's configuration and its spec, with what is wrong with them; touches no file of the run."""
+    from galvatron.models import build_spec, load_config
 
     config = load_config(job.model.path)
     spec = build_spec(config)
-    if resume is not None:
-        checkpoint = find_checkpoint(run.checkpoints, resume)
-        before = read_state(checkpoint).run
-        check_goes_on(before, Lineage.of_job(job, config), checkpoint)
     if job.train.seq_len > spec.max_seq_len:
         raise ConfigError(
             f"train.seq_len={job.train.seq_len} must not exceed the model's {spec.max_seq_len} positions; lower it"
         )
-    if job.model.weights and resume is None:
+    return config, spec
+
+
+@dataclass(frozen=True)
+class Start:
+    """How many updates are done, and the checkpoint that holds them; None at the beginning."""
+
+    done: int = 0
+    checkpoint: str | None = None
+
+
+def starting_point(leg: Leg, config: Any) -> Start:
+    """Where to begin: the run's own latest checkpoint wherever that is further on than what ``leg`` asks for.
+
+    So one command begins a run, goes on with it after a kill at any moment, and has nothing left to do at its end.
+
+    Raises:
+        ConfigError: the directory holds a run that this command did not begin.
+        CheckpointError: there is no such checkpoint, or it is of another run.
+    """
+    from galvatron.train import find_checkpoint
+
+    own, asked = leg.run.latest, leg.resume
+    if asked is None or (asked == "latest" and own is None and leg.run.has_begun):
+        return Start() if own is None else _own_run(leg, config, own)
+    first = start_at(find_checkpoint(leg.run.checkpoints, asked), leg.job, config)
+    if own is None or Path(str(first.checkpoint)).resolve().parent == own.resolve().parent:
+        return first
+    further = start_at(own, leg.job, config)
+    if further.done < first.done:
+        raise ConfigError(
+            f"{leg.run.path} already holds a run, at step {further.done}, and {first.checkpoint} is at step "
+            f"{first.done}; give another --run-dir"
+        )
+    return further
+
+
+def _own_run(leg: Leg, config: Any, checkpoint: Path) -> Start:
+    """The run that the directory holds, if its plan is this one."""
+    start = start_at(checkpoint, leg.job, config)
+    if Plan.load(checkpoint / "plan.json") != leg.plan:
+        raise ConfigError(
+            f"{leg.run.path} already holds a run under another plan, at step {start.done}; --resume latest goes on "
+            "with it, or give another --run-dir"
+        )
+    return start
+
+
+def start_at(checkpoint: Path, job: Job, config: Any) -> Start:
+    """``checkpoint``, if ``job`` is the run it is of, as far as that is known without tokens; else CheckpointError."""
+    from galvatron.train import Lineage, check_goes_on, read_state
+
+    state = read_state(checkpoint)
+    check_goes_on(state.run, Lineage.of_job(job, config), checkpoint)
+    return Start(state.step, str(checkpoint))
+
+
+def check_inputs(
+    ranks: Processes, job: Job, run: RunDirectory, config: Any, spec: ModelSpec, checkpoint: str | None
+) -> None:
+    """Make the tokens, and find what is wrong with them, and with weights to start from or a checkpoint to resume."""
+    from galvatron.models import meta_model
+    from galvatron.parallelize.weights import check_names
+    from galvatron.train import Lineage, check_goes_on, load_dataset, read_state
+
+    if job.model.weights and checkpoint is None:
         given = ranks.here(lambda: _weights(job.model.path, config))
         with warnings.catch_warnings(action="ignore"):  # said once, where they are loaded
             check_names(given, meta_model(config), {})
-    with _no_empty_directories(run.path, run.path / "data"):
-        dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path))
-        if dataset.vocab_size > spec.vocab_size:
-            raise DataError(
-                f"tokenizer {job.data.tokenizer} has {dataset.vocab_size} tokens but the model's vocabulary only "
-                f"{spec.vocab_size}; use the model's own tokenizer or a larger vocab_size"
-            )
-        if resume is not None:
-            check_goes_on(before, Lineage.of_run(job.train, config, dataset, job), checkpoint)
-    return spec
-
-
-@contextmanager
-def _no_empty_directories(*paths: Path) -> Iterator[None]:
-    """After an error, take back directories that hold nothing."""
-    try:
-        yield
-    except GalvatronError:
-        for path in reversed(paths):
-            with suppress(OSError):
-                path.rmdir()
-        raise
+    ranks.on_main(lambda: prepare_data(job, run))
+    dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path))
+    if dataset.vocab_size > spec.vocab_size:
+        raise DataError(
+            f"tokenizer {job.data.tokenizer} has {dataset.vocab_size} tokens but the model's vocabulary only "
+            f"{spec.vocab_size}; use the model's own tokenizer or a larger vocab_size"
+        )
+    if checkpoint is not None:
+        now = Lineage.of_run(job.train, config, dataset, job)
+        check_goes_on(read_state(Path(checkpoint)).run, now, Path(checkpoint))
 
 
 def run_leg(ranks: Processes, leg: Leg) -> None:
-    """Train one leg on all ranks; the run directory's plan.json is the first leg's."""
-    if leg.first_step == 1:
-        ranks.on_main(lambda: leg.plan.save(leg.run.plan))
-    result = ranks.run(_train, leg)
-    if result.stopped_by is not None:
-        say(f"stopped after step {result.steps}; {result.checkpoint} is complete")
-        raise KeyboardInterrupt
+    """Train one leg on all ranks.
+
+    Raises:
+        SystemExit: 128 + the signal that stopped it.
+    """
+    try:
+        result = ranks.run(_train, leg)
+        if result.stopped_by is not None:
+            raise SystemExit(128 + result.stopped_by)
+    except SystemExit:
+        with suppress(OSError):  # a terminal that is gone
+            say(_what_is_kept(leg.run))
+        raise
+
+
+def _what_is_kept(run: RunDirectory) -> str:
+    if run.latest is None:
+        return "stopped before the first save; the same command begins anew"
+    return f"stopped; {run.latest} is complete, and the same command goes on from there"
 
 
 def _train(world: World, leg: Leg) -> TrainResult:
@@ -160,7 +223,7 @@ def _train(world: World, leg: Leg) -> TrainResult:
     config = load_config(leg.job.model.path)
     weights = _weights(leg.job.model.path, config) if leg.job.model.weights and leg.resume is None else None
     model = parallelize(meta_model(config), leg.plan, world=world, weights=weights, seed=section.seed)
-    reporter = ConsoleReporter()
+    reporter = ConsoleReporter(on_start=lambda: _keep_plan(leg))
     try:
         return train.train(
             model,
@@ -177,6 +240,12 @@ def _train(world: World, leg: Leg) -> TrainResult:
         )
     finally:
         reporter.close()
+
+
+def _keep_plan(leg: Leg) -> None:
+    """The run directory's plan.json is the first leg's, written when nothing is left to refuse."""
+    if leg.first_step == 1:
+        leg.plan.save(leg.run.plan)
 
 
 def _weights(path: str, config: Any) -> Any:

@@ -5,7 +5,7 @@ plans are found, and prints nothing.
 """
 
 from .checkpoint import TrainState, all_checkpoints, find_checkpoint, load_checkpoint, read_state, save_checkpoint
-from .data import Dataset, load_dataset, prepare_tokens
+from .data import Dataset, load_dataset
 from .export import checkpoint_to_hf
 from .interface import Reporter
 from .lineage import Lineage, check_goes_on, notable_changes
@@ -14,6 +14,7 @@ from .metrics import StepMetrics, read_metrics
 from .optimizer import build_optimizer, lr_at
 from .start import train
 from .tokenizer import ByteTokenizer, load_tokenizer
+from .tokens import prepare_tokens
 from .trainer import Trainer, TrainResult
 
 __all__ = [

@@ -1,44 +1,23 @@
-"""Text to training batches: tokens cached in one file, packed into rows, in an order only the seed decides.
+"""Tokens to training batches: packed into rows, in an order only the seed decides.
 
-Takes a DataSection and a TrainSection; knows nothing of models, plans or how many ranks there are.
+Takes a file of tokens and a TrainSection; knows nothing of models, plans or how many ranks there are.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import struct
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 
-from galvatron.core.errors import DataError, GalvatronError
+from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection, TrainSection
-from galvatron.core.records import FileRecord
 from galvatron.parallelize.ranks import on_rank_zero, together
 
-from .text import Block, read_blocks, source_key
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokens import Progress, TokenInfo, prepare_tokens
 
 IGNORED_LABEL = -100
-_BATCH_BLOCKS, _BATCH_CHARACTERS = 256, 1 << 20
-
-Progress = Callable[[int], None]
-
-
-class TokenInfo(FileRecord):
-    """Beside the tokens: how many, below which id they all are, and the SHA-256 of the tokens as little-endian u4."""
-
-    FORMAT: ClassVar[str] = "galvatron.tokens"
-    ERROR: ClassVar[type[GalvatronError]] = DataError
-
-    num_tokens: int
-    vocab_size: int
-    sha256: str
 
 
 class Dataset:
@@ -141,78 +120,6 @@ def load_dataset(data: DataSection, train: TrainSection, run_dir: Path, *, progr
         vocab_size=info.vocab_size,
         fingerprint=info.sha256,
     )
-
-
-def prepare_tokens(data: DataSection, run_dir: Path, *, progress: Progress | None = None) -> Path:
-    """Tokenise ``data`` into ``run_dir/data/tokens-<key>.npy`` unless it is there already; its path.
-
-    One process only.  The file is a one-dimensional little-endian array of u2 or u4, end-of-text after every
-    document; it appears whole or not at all.
-    """
-    path = run_dir / "data" / f"tokens-{source_key(data)}.npy"
-    if path.exists() and path.with_suffix(".json").exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(data.tokenizer)
-    temporary = path.with_suffix(".tmp")
-    try:
-        info = _write_tokens(temporary, tokenizer, _token_arrays(read_blocks(data), tokenizer), progress)
-        if info.num_tokens == 0:
-            raise DataError(f"data.source={data.source!r} has no text; give a source with some")
-        info.save(path.with_suffix(".json"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _token_arrays(blocks: Iterator[Block], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Token ids of ``blocks`` in order, with end-of-text after each document."""
-    end = np.array([tokenizer.end_of_text], dtype=np.int64)
-    batch: list[Block] = []
-    size = 0
-    for block in blocks:
-        batch.append(block)
-        size += len(block[0])
-        if len(batch) == _BATCH_BLOCKS or size >= _BATCH_CHARACTERS:
-            yield from _encode(batch, tokenizer, end)
-            batch, size = [], 0
-    yield from _encode(batch, tokenizer, end)
-
-
-def _encode(batch: list[Block], tokenizer: Tokenizer, end: np.ndarray) -> Iterator[np.ndarray]:
-    if batch:
-        for ids, (_, is_end) in zip(tokenizer.encode_batch([text for text, _ in batch]), batch, strict=True):
-            yield ids
-            if is_end:
-                yield end
-
-
-def _write_tokens(
-    path: Path, tokenizer: Tokenizer, arrays: Iterator[np.ndarray], progress: Progress | None
-) -> TokenInfo:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    count, highest, digest = 0, 0, hashlib.sha256()
-    with path.open("wb") as file:
-        file.write(_npy_header(dtype, 0))
-        for array in arrays:
-            file.write(array.astype(dtype).data)
-            digest.update(array.astype("<u4").data)
-            count += len(array)
-            highest = max(highest, int(array.max(initial=0)))
-            if progress is not None:
-                progress(count)
-        file.seek(0)
-        file.write(_npy_header(dtype, count))
-        file.flush()
-        os.fsync(file.fileno())
-    return TokenInfo(num_tokens=count, vocab_size=highest + 1, sha256=digest.hexdigest())
-
-
-def _npy_header(dtype: np.dtype, count: int) -> bytes:
-    """A .npy header (version 1.0) of fixed length, so that the count can be filled in when it is known."""
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}".ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
 
 
 def _map_tokens(path: Path, num_tokens: int) -> np.ndarray:

@@ -1,0 +1,76 @@
+"""``galvatron data prepare``: tokenise a job's text into its run directory, before any device is taken.
+
+Takes a job; gives the file of tokens that ``train`` and ``run`` would make first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from galvatron.core.job import Job
+
+from .console import console, error_console, say
+from .launch import processes
+from .options import JobFile, RunDir, examples
+from .rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from galvatron.train.tokens import Progress
+
+app = typer.Typer(name="data", help="Tokenise a job's text.", no_args_is_help=True)
+
+LINE_EVERY_S = 10.0
+"""Between lines of progress where there is no terminal to show it live."""
+
+
+@app.callback()
+def _only() -> None:
+    """One verb so far, which keeps its name."""
+
+
+@app.command(epilog=examples("galvatron data prepare job.toml", "galvatron data prepare job.toml --run-dir runs/first"))
+def prepare(job: JobFile, run_dir: RunDir = None) -> None:
+    """Tokenise a job's text into its run directory; train and run then begin at once.
+
+    What was cut off goes on with the same command.  Needs one process and no GPU.
+    """
+    loaded, run = Job.load(job), RunDirectory.of_job(job, run_dir)
+    with processes(1, "cpu") as ranks, ranks.locked(run.path):
+        path = prepare_data(loaded, run)
+    say(f"{path} is ready")
+
+
+def prepare_data(job: Job, run: RunDirectory) -> Path:
+    """The tokens of ``job``, made unless they are there; one process only."""
+    from galvatron.train import prepare_tokens
+
+    with _progress(job.data.source) as progress:
+        return prepare_tokens(job.data, run.path, progress=progress)
+
+
+@contextmanager
+def _progress(source: str) -> Iterator[Progress]:
+    """Tokens so far and how fast they come: live in a terminal, else a line now and then."""
+    status = error_console().status(f"tokenising {source}")
+    first: tuple[float, int] | None = None
+    said_s = time.monotonic()
+
+    def show(num_tokens: int) -> None:
+        nonlocal first, said_s
+        now = time.monotonic()
+        first = first or (now, num_tokens)
+        rate = (num_tokens - first[1]) / max(now - first[0], 1e-3)
+        text = f"tokenising {source}: {num_tokens:,} tokens" + (f", {rate:,.0f}/s" if rate else "")
+        status.update(text)
+        if not console().is_terminal and now - said_s > LINE_EVERY_S:
+            said_s = now
+            say(text)
+
+    with status:
+        yield show
