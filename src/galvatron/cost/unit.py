@@ -113,9 +113,11 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     expert_s = _expert_parallel_s(setting, unit, s, batch)
     full, selective = s.recompute == FULL, s.recompute == SELECTIVE
     regions = 0 if unit in ENDS else setting.model.spec.kind(unit).regions
-    # both repeat gathers; a selective recompute keeps all other outputs, a full one needs all but the layer's own
+    # both repeat gathers; a selective recompute keeps all other outputs, a full one needs all but the layer's own,
+    # which other engines repeat too (and estimates were held against their runs)
+    scatters = regions - 1 if setting.model.origin == "measured" else regions
     regathered_s = (full | selective) * regions * gather_s
-    repeated_s = regathered_s + full * ((regions - 1) * scatter_s + context_forward_s + expert_s)
+    repeated_s = regathered_s + full * (scatters * scatter_s + context_forward_s + expert_s)
     dense, experts = shard_sizes(setting.parameters(unit), s)
     shard = _data_parallel_s(setting, s, dense, experts, forward_s, backward_s + again_s)
     return UnitTimes(

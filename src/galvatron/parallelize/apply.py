@@ -1,7 +1,7 @@
 """``parallelize``: every technique applied to a model, in one fixed order.
 
-tensor cuts → redistribution and recompute → data parallel (FSDP2) → weights.  Until the last step all
-parameters are on meta, so no rank ever holds more than its own part.
+tensor cuts → attention → recompute → compile → redistribution → data parallel (FSDP2) → weights.  Until the last step
+all parameters are on meta, so no rank ever holds more than its own part.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from galvatron.plan import LayerStrategy, Plan, check_runnable
 
 from .accept import check_model
 from .attention import use_attention
+from .compile import LayerCompiler, compiles
 from .fsdp import ShardedUnit, mixed_precision, shard_unit
 from .grid import Grid
 from .loss import fuse_loss
@@ -54,6 +55,7 @@ def parallelize(
     world: World | None = None,
     weights: GivenWeights | None = None,
     seed: int = 0,
+    compile: bool | None = None,
 ) -> ParallelModel:
     """Run ``model`` under ``plan`` on this process's part of the world.  Collective over the world.
 
@@ -66,6 +68,8 @@ def parallelize(
         weights: where values come from; by default the model's own if it has any, else ``seed``.
         seed: for initial weights of a meta model, which depend on it and on names, never on the plan; and for
             dropout, whose masks depend on it, the step and the rank, never on what else draws random numbers.
+        compile: whether layers are compiled (``torch.compile``); by default on CUDA alone.  What is compiled is
+            compiled in the first step and the first evaluation, or by ``warm_up``.
 
     Raises:
         PlanError: the plan breaks a rule of the model or of the world.
@@ -89,7 +93,7 @@ def parallelize(
     use_attention(model)
     _to_meta(model)
     stage = Stage(model, family, plan.stage_layers(grid.stage), is_first=grid.is_first, is_last=grid.is_last)
-    _cut(stage, family, spec, grid)
+    _cut(stage, family, spec, grid, LayerCompiler() if compiles(compile, world.device) else None)
     parts = _parts(stage, family, spec, grid)
     units = _shard(stage, family, spec, grid)
     _materialise(stage, world.device)
@@ -121,8 +125,8 @@ def _to_meta(model: PreTrainedModel) -> None:
             setattr(module, name, metas[parameter])
 
 
-def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
-    """Tensor cuts, changes of layout on entry, and recompute, for every module this stage owns."""
+def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: LayerCompiler | None) -> None:
+    """Tensor cuts, recompute, compilation, and changes of layout on entry, for every module this stage owns."""
     plan = grid.plan
     degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
     chain = stage.decoder.get_submodule(family.layers)
@@ -133,7 +137,9 @@ def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
         strategy = plan.layers[index]
         tp = grid.axis_group(1, strategy.tp)
         cut_layer(chain[index], family, kinds[index], tp)
-        recompute_in_backward(chain[index], family, tp, strategy.recompute)
+        recompute_in_backward(chain[index], family, tp, strategy.recompute, compiled=compiler is not None)
+        if compiler is not None:
+            compiler(chain[index], (kinds[index].name, strategy))
         _enter(chain[index], grid, degrees[index], degrees[index + 1])
     if grid.is_last:
         _enter(stage.decoder.get_submodule(family.norm), grid, degrees[-2], degrees[-1])

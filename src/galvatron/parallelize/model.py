@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,26 @@ class ParallelModel:
         self._add_gradients(earlier)
         self.steps += 1
         return loss
+
+    def warm_up(self) -> float:
+        """Compile what steps and evaluations will run, where layers are compiled; the seconds it took.
+
+        Collective over the world: one microbatch of zeros goes forward and back, and one forward without gradients.
+        Nothing of them stays.
+        """
+        start = time.perf_counter()
+        ids = torch.zeros(self.plan.micro_batch_size, self.plan.seq_len, dtype=torch.int64, device=self.device)
+        forward, backward = (Action(kind, 0) for kind in ("forward", "backward"))
+        training = self.training
+        with masks_of(self.seed, 0, self.grid.world.rank, self.device):
+            self._run([forward, backward], ids, ids, 1.0, None)
+        self.zero_grad()
+        with torch.no_grad():
+            self.eval()
+            self._run([forward], ids, ids, 1.0, None)
+        self.train(training)
+        free_gathered(self._units)
+        return time.perf_counter() - start
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor, *, loss_fn: LossFunction | None = None) -> float:

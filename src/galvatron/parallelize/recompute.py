@@ -39,14 +39,23 @@ class _Keeper:
         return CheckpointPolicy.MUST_SAVE if op in self.kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recompute_in_backward(layer: nn.Module, family: Family, tp: AxisGroup, recompute: Recompute) -> None:
-    """Let ``layer``, already cut by ``tp``, keep no more than ``recompute`` says."""
+_everything = _Keeper()  # one for all layers that are compiled, or they would not share a graph
+
+
+def recompute_in_backward(
+    layer: nn.Module, family: Family, tp: AxisGroup, recompute: Recompute, *, compiled: bool = False
+) -> None:
+    """Let ``layer``, already cut by ``tp``, keep no more than ``recompute`` says; ``compiled``: it will be compiled.
+
+    The compiler finds out by itself which outputs nothing needs.
+    """
     if recompute == "none":
         return
     again = partial(checkpoint, use_reentrant=False)
     if recompute == "selective":
-        keeper = _Keeper()
-        _keep_sums_of_rows(layer, family, tp, keeper)
+        keeper = _everything if compiled else _Keeper()
+        if not compiled:
+            _keep_sums_of_rows(layer, family, tp, keeper)
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, keeper))
     wrap_forward(layer, again)
 

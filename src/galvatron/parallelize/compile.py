@@ -1,0 +1,44 @@
+"""torch.compile for layers: equal layers share one graph, and none is made again after the first step.
+
+What is compiled is a layer's own forward, its tensor-parallel collectives and its recompute inside the graph; changes
+of layout and FSDP2's hooks stay outside.  Dynamo keeps graphs with the *code object* that it compiled, and gives up
+after a few of them: layers of one strategy share a code object, each strategy of each model has one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+BACKEND = "inductor"
+
+
+def compiles(wanted: bool | None, device: torch.device) -> bool:
+    """Whether layers are compiled on ``device``: as ``wanted``, by default on CUDA alone."""
+    return device.type == "cuda" if wanted is None else wanted
+
+
+class LayerCompiler:
+    """Compiles the layers of one model."""
+
+    def __init__(self) -> None:
+        self._codes: dict[Hashable, CodeType] = {}
+
+    def __call__(self, layer: nn.Module, alike: Hashable) -> None:
+        """Compile ``layer``'s forward; layers that are ``alike`` see equal shapes and share their graphs."""
+        call = _calling(layer.forward)
+        code = self._codes.setdefault(alike, call.__code__.replace(co_name=f"layer_{len(self._codes)}"))
+        own = FunctionType(code, globals(), code.co_name, None, call.__closure__)
+        layer.forward = torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND)
+
+
+def _calling(forward: Callable[..., Any]) -> FunctionType:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    assert isinstance(call, FunctionType)
+    return call

@@ -1,0 +1,99 @@
+"""Compiled layers: the same numbers, fewer bytes, and no graph after the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from galvatron.parallelize import ParallelModel, compile, init_world, parallelize
+from galvatron.plan import LayerStrategy, Plan
+from galvatron.testing.models import tiny_model
+from galvatron.testing.pool import Pool
+
+BATCH, SEQ_LEN = 4, 16
+S = LayerStrategy
+MODES = ("none", "selective", "full", "none")
+PLANS = {
+    "one device": (1, tuple(S(recompute=mode) for mode in MODES)),
+    "tp": (2, tuple(S(tp=2, recompute=mode) for mode in MODES)),
+    "mixed": (2, (S(tp=2, recompute="selective"), S(dp_shard=2, zero=3, recompute="full"), S(dp_replicate=2), S(tp=2))),
+}
+
+
+def plan_of(name: str) -> Plan:
+    world_size, layers = PLANS[name]
+    ends = layers[-1].model_copy(update={"recompute": "none"})
+    return Plan(
+        model="tiny",
+        world_size=world_size,
+        layers_per_stage=(len(layers),),
+        num_microbatches=2,
+        global_batch_size=BATCH,
+        seq_len=SEQ_LEN,
+        embedding=ends,
+        layers=layers,
+        head=ends,
+    )
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """The real compiler takes half a minute; what it does to graphs before it makes code takes seconds."""
+    before, compile.BACKEND = compile.BACKEND, name
+    try:
+        yield
+    finally:
+        compile.BACKEND = before
+
+
+def steps(name: str, compiled: bool, engine: str) -> tuple[list[float], dict[str, torch.Tensor], list[int]]:
+    """Losses of two steps and an evaluation, the last gradients, and graphs made so far: warm, and after each."""
+    with backend(engine):
+        model = parallelize(tiny_model("llama"), plan_of(name), world=init_world("cpu"), compile=compiled)
+        tokens = torch.randint(
+            0, model.spec.vocab_size, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0)
+        )
+        start, losses, graphs = made(), [], []
+        model.warm_up()
+        graphs.append(made() - start)
+        for run in (model.train_step, model.train_step, model.evaluate):
+            losses.append(run(tokens[:, :-1], tokens[:, 1:]))
+            graphs.append(made() - start)
+        return losses, gradients(model), graphs
+
+
+def made() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
+    return {p.name: p.tensor.grad.clone() for p in model.local_parameters if p.tensor.grad is not None}
+
+
+def check(pool: Pool, name: str, engine: str) -> None:
+    world_size, layers = PLANS[name]
+    plain = pool.run(steps, name, False, engine, world_size=world_size)
+    compiled = pool.run(steps, name, True, engine, world_size=world_size)
+    for (losses, expected, none), (own_losses, own, graphs) in zip(plain, compiled, strict=True):
+        assert own_losses == pytest.approx(losses, rel=1e-6)
+        for key, gradient in expected.items():
+            assert (own[key] - gradient).abs().max() <= 3e-6 * gradient.abs().max(), key
+        assert none == [0] * 4
+        # one to train and one to evaluate for every strategy, all of them made when warm
+        assert graphs == [2 * len(set(layers))] * 4
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_compiled_layers_compute_the_same_in_graphs_made_once(pool: Pool, name: str) -> None:
+    check(pool, name, "aot_eager_decomp_partition")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", PLANS)
+def test_so_do_those_of_the_real_compiler(pool: Pool, name: str) -> None:
+    check(pool, name, "inductor")
