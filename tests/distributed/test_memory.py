@@ -16,9 +16,9 @@ import torch
 from tests.unit.profiles import make_hardware
 
 from galvatron.core.job import TrainSection
-from galvatron.core.model import ModelProfile, Precision
+from galvatron.core.model import ENDS, ModelProfile, Precision
 from galvatron.cost import predict
-from galvatron.models import build_spec
+from galvatron.models import build_spec, freeze_parameters
 from galvatron.parallelize import ParallelModel, init_world, parallelize
 from galvatron.parallelize.fsdp import DTYPES
 from galvatron.plan import LayerStrategy, Plan
@@ -56,6 +56,11 @@ def plan(layers: Iterable[LayerStrategy], ends: LayerStrategy, **changes: object
 
 
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
+FROZEN: dict[str, tuple[str, ...]] = {
+    "frozen from below": ("model.embed_tokens.*", "model.layers.[01].*"),
+    "a frozen first stage": ("model.embed_tokens.*", "model.layers.[01].*"),
+    "frozen between": ("transformer.h.[12].*", "*.ln_1.*"),
+}
 PLANS: dict[str, tuple[str, Plan]] = {
     "dp": ("llama", plan([DP4] * 4, DP4)),
     "zero 1": ("gpt2", plan([ZERO1] * 4, ZERO1)),
@@ -70,6 +75,9 @@ PLANS: dict[str, tuple[str, Plan]] = {
         "qwen2",
         plan([ALONE] * 4, ALONE, layers_per_stage=(1, 1, 1, 1), num_microbatches=4, schedule="gpipe"),
     ),
+    "frozen from below": ("llama", plan([ZERO3, ZERO2, ZERO1, TP4], MIXED2)),
+    "a frozen first stage": ("llama", plan([S(dp_replicate=2), TP2] * 2, TP2, layers_per_stage=(2, 2))),
+    "frozen between": ("gpt2", plan([ZERO3, ZERO3.model_copy(update=FULL), DP4, ZERO3], ZERO3)),
     "recompute": ("llama", plan([ZERO3.model_copy(update=FULL)] * 3 + [TP4.model_copy(update=FULL)], TP4)),
     "selective": ("gpt2", plan([s.model_copy(update=SELECTIVE) for s in (ZERO3, TP4, TP4, MIXED2)], MIXED2)),
 }
@@ -80,22 +88,18 @@ class Bytes:
     parameters: int
     gradients: int
     optimizer: int
-    activations: int
+    activations: int | None
     peak: int
 
 
 @functools.cache
-def profile_of(family: str, precision: Precision) -> ModelProfile:
+def profile_of(family: str, precision: Precision, freeze: tuple[str, ...]) -> ModelProfile:
     """Counted activations, made-up times."""
     config = tiny_config(family)
-    spec = build_spec(config)
-    shapes = [
-        UnitShape(config, spec, unit, tp, SEQ_LEN, DTYPES[precision])
-        for unit in ("embedding", "layer", "head")
-        for tp in (1, 2, 4)
-    ]
+    spec = build_spec(config, freeze=freeze)
+    shapes = [UnitShape(config, spec, unit, tp, SEQ_LEN, DTYPES[precision]) for unit in spec.units for tp in (1, 2, 4)]
     counted = [count_activations(shape, "none") for shape in shapes]
-    layers = [shape for shape in shapes if shape.name == "layer"]
+    layers = [shape for shape in shapes if shape.name not in ENDS]
     counted += [count_activations(shape, mode) for shape in layers for mode in ("selective", "full")]
     compute = [
         {"unit": s.name, "tp": s.tp, "batch": 1, "seq_len": SEQ_LEN, "forward_s": 1e-3, "backward_s": 2e-3}
@@ -113,9 +117,12 @@ def profile_of(family: str, precision: Precision) -> ModelProfile:
     )
 
 
-def measure(family: str, plan: Plan) -> Bytes:
+def measure(family: str, plan: Plan, freeze: tuple[str, ...]) -> Bytes:
     memory = PeakMemory(torch.device("cpu"))
-    model = parallelize(tiny_model(family), plan, world=init_world("cpu"))
+    whole = tiny_model(family)
+    freeze_parameters(whole, freeze)
+    model = parallelize(whole, plan, world=init_world("cpu"))
+    del whole
     section = TrainSection(global_batch_size=BATCH, seq_len=SEQ_LEN, num_steps=2)
     optimizer = build_optimizer(model.local_parameters, section)
     tokens = torch.randint(0, model.spec.vocab_size, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
@@ -133,8 +140,8 @@ def measure(family: str, plan: Plan) -> Bytes:
     )  # fmt: skip
 
 
-def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) -> int:
-    """Bytes born in a step and alive when its first backward begins, gathered parameters left out."""
+def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) -> int | None:
+    """Bytes born in a step and alive when its first backward begins, gathered parameters left out; None without one."""
     seen: list[int] = []
     with StorageLog() as log:
         original = model._before_backward
@@ -148,19 +155,23 @@ def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) ->
 
         model._before_backward = before_backward  # type: ignore[method-assign]
         model.train_step(tokens[:, :-1], tokens[:, 1:])
-    return seen[0]
+    return seen[0] if seen else None
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_predicted_bytes_are_those_allocated(pool: Pool, name: str) -> None:
-    family, plan = PLANS[name]
-    profile = profile_of(family, plan.precision)
+    (family, plan), freeze = PLANS[name], FROZEN.get(name, ())
+    profile = profile_of(family, plan.precision, freeze)
     prediction = predict(plan, profile, make_hardware(4))
-    measured = pool.run(measure, family, plan, world_size=4)
+    measured = pool.run(measure, family, plan, freeze, world_size=4)
     for stage, predicted in enumerate(prediction.stages):
         fullest = measured[stage * plan.stage_size]
         assert fullest.parameters == predicted.parameter_bytes
         assert fullest.gradients == predicted.gradient_bytes
         assert fullest.optimizer == predicted.optimizer_bytes
         assert predicted.low_memory_bytes <= fullest.peak <= predicted.peak_memory_bytes
-        assert fullest.activations == pytest.approx(predicted.activation_bytes, rel=0.02)
+        if fullest.activations is not None:
+            # the first trained layer needs no gradient of its input, so it keeps less than the others of its kind
+            keeps_less = 0.03 if not profile.spec.trains_before(0) else 0.0
+            assert fullest.activations >= predicted.activation_bytes * (0.98 - keeps_less)
+            assert fullest.activations <= predicted.activation_bytes * 1.02

@@ -7,7 +7,7 @@ What torch 2.13 allocates (``torch/distributed/fsdp/_fully_shard``), per paramet
 the tensor cut, with s the ranks that it is sharded over:
 
 * held: ceil(d0 / s) rows in float32 on every rank, padding included (``_fsdp_param.py``, ``padded_sharded_param``);
-  its gradient likewise; AdamW adds two tensors of the shard's shape;
+  its gradient likewise; AdamW adds two tensors of the shard's shape (neither for what is frozen);
 * gathered: s times that in the compute dtype, a copy even when s is 1 (``init_all_gather_outputs``);
 * while gathering: a flat buffer of the whole group of parameters (``foreach_all_gather``);
 * while reducing: a flat buffer of the group in the reduce dtype (``foreach_reduce``), which lives on until the
@@ -28,11 +28,14 @@ from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import LayerStrategy
 
 from .setting import Setting
-from .sizes import ShardSize, shard_sizes
+from .sizes import ShardSize, shard_sizes, trained_sizes
 from .strategies import RECOMPUTES, Floats, Ints, Strategies
 
 MASTER_BYTES = DTYPE_BYTES["fp32"]  # parameters, reduced gradients and both AdamW states are float32
 ADAMW_STATES = 2  # exp_avg and exp_avg_sq
+REDISTRIBUTED_TENSORS = 3
+"""Boundary tensors alive in a change of layout: what was there, what is sent and what comes.  They add to the peak only
+where no backward does: it needs more, later, while less of the forward is alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +73,14 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
     """Memory of ``unit`` under every strategy; raises ProfileError when its activations were not counted."""
     s = strategies
     dense, experts = shard_sizes(setting.parameters(unit), s)
-    held, whole = dense.held + experts.held, dense.whole + experts.whole
-    padded = dense.held * s.shard + experts.held * s.expert_shard
+    trained_dense, trained_experts = trained_sizes(setting.parameters(unit), s)
+    held, trained = dense.held + experts.held, trained_dense.held + trained_experts.held
+    whole = trained_dense.whole + trained_experts.whole
     activations, workspace = _passing_bytes(setting, unit, s)
-    gathered, reduced = padded * setting.compute_bytes, padded * setting.reduce_bytes
+    gathered = (dense.held * s.shard + experts.held * s.expert_shard) * setting.compute_bytes
+    reduced = (trained_dense.held * s.shard + trained_experts.held * s.expert_shard) * setting.reduce_bytes
     stays = stays_gathered(setting, unit, s)
-    gradient = held * MASTER_BYTES
+    gradient = trained * MASTER_BYTES
     # autograd adds to whole gradients in place; only where they change dtype or are reduced are there new ones
     in_place = _accumulates(setting, s) & (setting.compute_bytes == setting.reduce_bytes)
     new_gradients = np.where(in_place, 0, whole * setting.compute_bytes)
@@ -87,10 +92,10 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
     return UnitMemory(
         parameter_bytes=held * MASTER_BYTES,
         gradient_bytes=gradient,
-        optimizer_bytes=ADAMW_STATES * held * MASTER_BYTES,
+        optimizer_bytes=ADAMW_STATES * trained * MASTER_BYTES,
         unsharded_bytes=unsharded,
         activation_bytes=activations,
-        transient_bytes=passing + flat_buffers + new_gradients + np.maximum(workspace, held * setting.reduce_bytes),
+        transient_bytes=passing + flat_buffers + new_gradients + np.maximum(workspace, trained * setting.reduce_bytes),
     )
 
 
@@ -99,9 +104,9 @@ def _early_gradient_bytes(setting: Setting, unit: UnitName, s: Strategies) -> In
 
     Where the model computes in float32 it becomes the gradient itself.
     """
-    if unit != "head":
-        return np.zeros(len(s), dtype=np.int64)
     projection = setting.model.spec.head.parameters[-1]
+    if unit != "head" or not projection.trainable:
+        return np.zeros(len(s), dtype=np.int64)
     elements = {tp: math.prod(projection.local_shape(tp)) for tp in set(s.tp.tolist())}
     return MASTER_BYTES * np.array([elements[tp] for tp in s.tp.tolist()], dtype=np.int64)
 
@@ -125,6 +130,8 @@ def _passing_bytes(setting: Setting, unit: UnitName, s: Strategies) -> tuple[Int
         workspace[rows] = sample.workspace_bytes(batch[rows])
     if unit not in ENDS:
         workspace = workspace + _exchange_bytes(setting, unit, s, batch)
+    if not setting.model.spec.is_reached(unit):
+        workspace = workspace + REDISTRIBUTED_TENSORS * setting.entering_bytes(unit)
     return np.ceil(activations).astype(np.int64), np.ceil(workspace).astype(np.int64)
 
 

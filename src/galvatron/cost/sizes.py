@@ -40,6 +40,11 @@ def shard_sizes(parameters: Iterable[ParameterSpec], strategies: Strategies) -> 
     return dense, _sizes(experts, strategies.tp, strategies.ep, strategies.expert_shard)
 
 
+def trained_sizes(parameters: Iterable[ParameterSpec], strategies: Strategies) -> tuple[ShardSize, ShardSize]:
+    """The same of what is trainable alone: what has gradients and optimizer states."""
+    return shard_sizes((p for p in parameters if p.trainable), strategies)
+
+
 def _sizes(parameters: list[ParameterSpec], tp: Ints, ep: Ints, shard: Ints) -> ShardSize:
     held, whole, uncut = (np.zeros(len(tp), dtype=np.int64) for _ in range(3))
     for t, e in sorted({*zip(tp.tolist(), ep.tolist(), strict=True)}) if parameters else ():

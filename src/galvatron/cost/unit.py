@@ -18,7 +18,7 @@ from .communication import collective_s, exposed_s, tied_reduction_s
 from .compute import interpolate
 from .memory import MASTER_BYTES
 from .setting import Setting
-from .sizes import ShardSize, shard_sizes
+from .sizes import ShardSize, shard_sizes, trained_sizes
 from .strategies import FULL, RECOMPUTES, SELECTIVE, Floats, Strategies
 
 VOCABULARY_REDUCTIONS = (1, 2)  # floats a token in each: the maximum; the sum of exponentials with the target's logit
@@ -118,8 +118,13 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     scatters = regions - 1 if setting.model.origin == "measured" else regions
     regathered_s = (full | selective) * regions * gather_s
     repeated_s = regathered_s + full * (scatters * scatter_s + context_forward_s + expert_s)
-    dense, experts = shard_sizes(setting.parameters(unit), s)
-    shard = _data_parallel_s(setting, s, dense, experts, forward_s, backward_s + again_s)
+    reached = setting.model.spec.is_reached(unit)
+    again_s, repeated_s, tp_backward_s, context_backward_s = (
+        reached * seconds for seconds in (again_s, repeated_s, tp_backward_s, context_backward_s)
+    )
+    parameters = setting.parameters(unit)
+    held, trained = shard_sizes(parameters, s), trained_sizes(parameters, s)
+    shard = _data_parallel_s(setting, s, held, trained, forward_s, backward_s + again_s, reached=reached)
     return UnitTimes(
         compute_forward_s=forward_s,
         compute_backward_s=backward_s,
@@ -133,9 +138,9 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
         data_parallel_backward_s=shard[1],
         first_s=shard[2],
         last_s=shard[3],
-        replicated_s=_replicated_s(setting, s, dense, experts),
+        replicated_s=_replicated_s(setting, s, *trained),
         tied_s=_tied_s(setting, unit, s),
-        optimizer_s=(dense.held + experts.held).astype(np.float64) * setting.model.optimizer_s_per_parameter,
+        optimizer_s=(trained[0].held + trained[1].held).astype(np.float64) * setting.model.optimizer_s_per_parameter,
     )
 
 
@@ -223,29 +228,39 @@ def _expert_parallel_s(setting: Setting, unit: UnitName, s: Strategies, batch: F
 
 
 def _data_parallel_s(
-    setting: Setting, s: Strategies, dense: ShardSize, experts: ShardSize, forward_s: Floats, backward_s: Floats
+    setting: Setting,
+    s: Strategies,
+    held: tuple[ShardSize, ShardSize],
+    trained: tuple[ShardSize, ShardSize],
+    forward_s: Floats,
+    backward_s: Floats,
+    *,
+    reached: bool,
 ) -> tuple[Floats, Floats, Floats, Floats]:
-    """Exposed (forward, backward) per microbatch and (first forward, last backward) per step."""
+    """Exposed (forward, backward) per microbatch and (first forward, last backward) per step.
+
+    All that is ``held`` (dense, experts) is gathered, and again for a backward that is ``reached``; what is
+    ``trained`` of it is reduced.
+    """
     gather_s = scatter_s = replicate_s = np.zeros(len(s))
-    for size, shard, replicas, inner in (
-        (dense, s.shard, s.replicas, s.tp),
-        (experts, s.expert_shard, s.expert_replicas, s.tp * s.ep),
-    ):
+    groups = ((s.shard, s.replicas, s.tp), (s.expert_shard, s.expert_replicas, s.tp * s.ep))
+    for size, of_trained, (shard, replicas, inner) in zip(held, trained, groups, strict=True):
         if size.held.any():
-            padded = size.held * shard
-            gather_s = gather_s + collective_s(setting, "all_gather", shard, inner, padded * setting.compute_bytes)
-            scattered = padded * setting.reduce_bytes
-            scatter_s = scatter_s + collective_s(setting, "reduce_scatter", shard, inner, scattered)
-            held_bytes = size.held * setting.reduce_bytes
-            replicate_s = replicate_s + collective_s(setting, "all_reduce", replicas, inner * shard, held_bytes)
+            padded = size.held * shard * setting.compute_bytes
+            gather_s = gather_s + collective_s(setting, "all_gather", shard, inner, padded)
+        if of_trained.held.any():
+            reduced = of_trained.held * setting.reduce_bytes
+            scatter_s = scatter_s + collective_s(setting, "reduce_scatter", shard, inner, reduced * shard)
+            replicate_s = replicate_s + collective_s(setting, "all_reduce", replicas, inner * shard, reduced)
     every_gather_s = np.where(s.zero == 3, gather_s, 0.0)
     every_scatter_s = np.where(s.zero >= 2, scatter_s, 0.0)
     once_gather_s = gather_s - every_gather_s
     once_scatter_s = scatter_s - every_scatter_s + replicate_s
     forward = exposed_s(setting, forward_s, every_gather_s)
-    backward = exposed_s(setting, backward_s, every_gather_s + every_scatter_s)
+    again_s = reached * every_gather_s
+    backward = exposed_s(setting, backward_s, again_s + every_scatter_s)
     first = exposed_s(setting, forward_s, every_gather_s + once_gather_s) - forward
-    last = exposed_s(setting, backward_s, every_gather_s + every_scatter_s + once_scatter_s) - backward
+    last = exposed_s(setting, backward_s, again_s + every_scatter_s + once_scatter_s) - backward
     return forward, backward, first, last
 
 
@@ -262,5 +277,5 @@ def _tied_s(setting: Setting, unit: UnitName, s: Strategies) -> Floats:
     if not setting.copies_tied_weight or unit not in ENDS:
         return np.zeros(len(s))
     spec = setting.model.spec
-    tied = [p for p in setting.parameters(unit) if p.shape == (spec.vocab_size, spec.hidden_size)]
-    return tied_reduction_s(setting, shard_sizes(tied, s)[0].held * MASTER_BYTES)
+    tied = [p for p in setting.parameters(unit) if p.shape == (spec.vocab_size, spec.hidden_size) and p.trainable]
+    return tied_reduction_s(setting, shard_sizes(tied, s)[0].held * MASTER_BYTES) if tied else np.zeros(len(s))

@@ -100,12 +100,14 @@ def _count(log: StorageLog, unit: LocalUnit, tokens: Tensor, labels: dict[str, T
     parameters = list(unit.parameters())
     log.ignore([*parameters, *unit.buffers(), *unit.side_inputs(), tokens])
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda p: _let_go_of_gradient(log, p))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: _let_go_of_gradient(log, p))
     # clones, so that inputs count exactly if the unit keeps them
     output = unit(tokens.clone(), **{name: label.clone() for name, label in labels.items()})
     log.ignore([output, *unit.early_gradients()])
     between = log.moment()
-    output.backward(torch.ones_like(output))
+    if output.requires_grad:  # not where nothing up to here is trainable
+        output.backward(torch.ones_like(output))
     return Count(log.live_bytes(between), log.peak_bytes())
 
 
@@ -117,5 +119,5 @@ def _let_go_of_gradient(log: StorageLog, parameter: Tensor) -> None:
 
 def _shared_bytes(shape: UnitShape) -> int:
     """Bytes of the tensors that all layers of a stage share."""
-    tensors = replace(shape, name="layer").build().side_inputs()
+    tensors = replace(shape, name=shape.spec.layers[0].name).build().side_inputs()
     return storage_bytes(tensors)

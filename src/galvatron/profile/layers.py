@@ -146,7 +146,8 @@ def _passes(
     while outputs:
         output = outputs.pop()
         tokens.grad = None
-        output.backward(torch.ones_like(output))
+        if output.requires_grad:  # not where nothing up to here is trainable
+            output.backward(torch.ones_like(output))
     synchronize(device)
     end = time.perf_counter()
     return (middle - start) / burst, (end - middle) / burst

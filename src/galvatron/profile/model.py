@@ -10,16 +10,18 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Iterable
-from typing import Any, get_args
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, TypeVar, get_args
 
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import (
+    ENDS,
     ActivationSample,
     ComputeSample,
+    LayerKind,
     ModelProfile,
     ModelSpec,
     Precision,
@@ -42,6 +44,7 @@ from .units import UnitShape
 
 SWEEPS = 3
 SECONDS = ("forward_s", "backward_s", "selective_s", "full_s")
+Sample = TypeVar("Sample", ComputeSample, ActivationSample)
 
 
 def profile_model(
@@ -52,6 +55,7 @@ def profile_model(
     precision: Precision = "fp32",
     max_batch: int = 8,
     tp_degrees: Iterable[int] | None = None,
+    freeze: Collection[str] = (),
     budget_s: float = 20.0,
     progress: Progress | None = None,
 ) -> ModelProfile:
@@ -65,13 +69,15 @@ def profile_model(
         max_batch: most sequences a rank will compute at once (its part of a microbatch).
         tp_degrees: to measure; by default all that a stage of this world can use.  Degrees that a unit cannot
             be cut by are left out, by the rules that plans obey.
+        freeze: parameters that are not trained, by name or pattern (``models.freeze``); units are measured so.
         budget_s: about how many seconds the timing may take; it limits batches and repeats, never cuts.
         progress: told of every unit measured, on every rank.
 
     Raises:
-        ConfigError: the family has no record, or ``seq_len`` is longer than the model's positions.
+        ConfigError: the family has no record, ``seq_len`` is longer than the model's positions, or a pattern of
+            ``freeze`` matches nothing.
     """
-    spec = build_spec(config)
+    spec = build_spec(config, freeze=freeze)
     if seq_len > spec.max_seq_len:
         raise ConfigError(
             f"seq_len={seq_len} must not exceed max_position_embeddings={spec.max_seq_len} of {spec.name}; "
@@ -83,8 +89,8 @@ def profile_model(
         device=device_name(world.device),
         precision=precision,
         seq_len=seq_len,
-        compute=_measure(shapes, precision, world, max_batch, budget_s, progress),
-        activations=_count(shapes, world),
+        compute=tuple(_of_alike(spec, _measure(shapes, precision, world, max_batch, budget_s, progress))),
+        activations=tuple(_of_alike(spec, _count(shapes, world))),
         optimizer_s_per_parameter=measure_optimizer(spec, world),
     )
     shared = [profile]
@@ -100,13 +106,28 @@ def _stacked_degrees(world_size: int) -> tuple[int, ...]:
 def _shapes(
     config: PretrainedConfig, spec: ModelSpec, degrees: Iterable[int], seq_len: int, precision: Precision
 ) -> list[UnitShape]:
-    """What to measure; layers last, so that time left over by the others goes to them."""
-    names = sorted(spec.units, key=lambda name: name == "layer")
+    """What to measure, once of kinds that run alike; layers last, so that time left over goes to them."""
+    names = [*ENDS, *dict.fromkeys(_first_alike(spec, kind) for kind in spec.layers)]
     return [
         UnitShape(config, spec, name, tp, seq_len, DTYPES[precision])
         for name, tp in itertools.product(names, sorted(set(degrees)))
         if check_strategy(LayerStrategy(tp=tp), name, spec, stage_size=tp, micro_batch_size=1, seq_len=seq_len) is None
     ]
+
+
+def _first_alike(spec: ModelSpec, kind: LayerKind) -> UnitName:
+    """The first kind whose layers are cut, trained and reached by the backward as those of ``kind`` are."""
+    what = (kind.parameters, spec.is_reached(kind.name))
+    return next(other.name for other in spec.layers if (other.parameters, spec.is_reached(other.name)) == what)
+
+
+def _of_alike(spec: ModelSpec, samples: tuple[Sample, ...]) -> Iterator[Sample]:
+    """Every sample, and again for each kind that was not measured because another one runs alike."""
+    yield from samples
+    for kind in spec.layers:
+        first = _first_alike(spec, kind)
+        if first != kind.name:
+            yield from (s.model_copy(update={"unit": kind.name}) for s in samples if s.unit == first)
 
 
 def _measure(
@@ -158,7 +179,7 @@ def _count(shapes: list[UnitShape], world: World) -> tuple[ActivationSample, ...
         (shape, recompute)
         for shape in shapes
         for recompute in get_args(Recompute)
-        if shape.name == "layer" or recompute == "none"
+        if shape.name not in ENDS or recompute == "none"
     ]
     own = [count_activations(*case) for case in cases[world.rank :: world.world_size]]
     gathered: list[Any] = [None] * world.world_size

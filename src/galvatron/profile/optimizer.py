@@ -5,7 +5,6 @@ Takes a ModelSpec and a world; gives seconds per element, equal on all ranks.  K
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -36,7 +35,7 @@ def measure_optimizer(spec: ModelSpec, world: World) -> float:
 
 def _shapes(spec: ModelSpec) -> Iterator[tuple[int, ...]]:
     elements = 0
-    for _, parameter in itertools.product(range(spec.num_layers), spec.layer.parameters):
+    for parameter in (parameter for kind in spec.kind_of_layers() for parameter in kind.parameters):
         if elements >= ENOUGH_ELEMENTS:
             return
         elements += math.prod(parameter.shape)

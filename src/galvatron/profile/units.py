@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from galvatron.core.model import ModelSpec, Recompute, UnitName
+from galvatron.core.model import ENDS, ModelSpec, Recompute, UnitName
 from galvatron.internals import put_buffer, put_parameter, tree_map_only
 from galvatron.models import Family, family_of, meta_model
 from galvatron.parallelize.attention import use_attention
@@ -69,7 +69,7 @@ class LocalUnit(nn.Module):
         for module in self.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, INITIAL_STD)
-                put_parameter(module, name, nn.Parameter(value))
+                put_parameter(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
             for name, buffer in list(module.named_buffers(recurse=False)):
                 put_buffer(module, name, place(buffer))
         self.args, self.kwargs = tree_map_only(Tensor, place, (self.args, self.kwargs))
@@ -90,21 +90,37 @@ class UnitShape:
         """The unit with parameters on meta; its collectives are stand-ins of ``tp`` ranks, of which it is the first."""
         model, family = meta_model(self.config), family_of(self.config)
         use_attention(model)
+        self._freeze(model, family)
         # first in the world means tp rank 0, which holds the most of what does not divide
         tp = AxisGroup(None, prime_factors(self.tp)[::-1], 0)
-        if self.name == "layer":
+        if self.name not in ENDS:
             return self._layer(model, family, tp).train()
         build = self._embedding if self.name == "embedding" else self._head
         return build(model, family, tp).train()
 
     def inputs(self, batch: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """(what the unit is called with, its labels): ids [batch, S] or hidden states that ask for their gradient."""
+        """(what the unit is called with, its labels): ids [batch, S], or hidden states.
+
+        They ask for their gradient where the unit's layers, all but the first of them, give one to layers before.
+        """
         ids = torch.randint(self.spec.vocab_size, (batch, self.seq_len), device=device)
         if self.name == "embedding":
             return ids, {}
         shape = (batch, self.seq_len // self.tp, self.spec.hidden_size)
-        hidden = torch.empty(shape, dtype=self.dtype, device=device).normal_().requires_grad_()
+        hidden = torch.empty(shape, dtype=self.dtype, device=device).normal_()
+        hidden.requires_grad_(self.spec.is_reached(self.spec.layers[-1].name if self.name == "head" else self.name))
         return hidden, {"labels": ids} if self.name == "head" else {}
+
+    def _freeze(self, model: PreTrainedModel, family: Family) -> None:
+        """Let the unit's parameters require gradients as the specification says."""
+        prefix = "" if self.name in ENDS else f"{self._layer_path(family)}."
+        for parameter in self.spec.unit(self.name).parameters:
+            model.get_parameter(prefix + parameter.name).requires_grad_(parameter.trainable)
+
+    def _layer_path(self, family: Family) -> str:
+        """The first layer of the kind."""
+        kinds = [kind.name for kind in self.spec.kind_of_layers()]
+        return f"{family.decoder}.{family.layers}.{kinds.index(self.name)}"
 
     def _embedding(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
         stage = Stage(model, family, range(0), is_first=True, is_last=False)
@@ -126,8 +142,8 @@ class UnitShape:
         return LocalUnit(stage, owners, (), position_ids=self._position_ids())
 
     def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
-        layer = model.get_submodule(f"{family.decoder}.{family.layers}.0")
-        cut_layer(layer, family, self.spec.layer, tp)
+        layer = model.get_submodule(self._layer_path(family))
+        cut_layer(layer, family, self.spec.kind(self.name), tp)
         args, kwargs = self._call_of_a_layer(model, family)
         unit, plain = LocalUnit(layer, (layer,), args, **kwargs), layer.forward
         for mode in get_args(Recompute):
