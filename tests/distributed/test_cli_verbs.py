@@ -187,6 +187,14 @@ def test_tokens_are_made_by_a_verb_of_their_own(
     assert galvatron("data", "prepare", "job.toml", "--run-dir", "first") == 0
     (tokens,) = (folder / "first/data").glob("*.npy")
     assert f"first/data/{tokens.name} is ready" in capfd.readouterr().out
+    records = '{"text": "a"}\n{"text": null}\n{"text": "b"}\n{}\n'
+    (folder / "bad.jsonl").write_text(records)
+    (folder / "bad.toml").write_text(JOB.replace('"text.txt"', '"bad.jsonl"\nskip_bad_records = true'))
+    assert galvatron("data", "prepare", "bad.toml") == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "2 bad records of" in said
+    assert "bad.jsonl:2 has no text in field" in said
+
     made = tokens.stat().st_mtime_ns
     assert galvatron("train", "job.toml", "--plan", "mixed.json", "--run-dir", "first") == 0
     assert tokens.stat().st_mtime_ns == made

@@ -49,9 +49,14 @@ def prepare(job: JobFile, run_dir: RunDir = None) -> None:
 def prepare_data(job: Job, run: RunDirectory) -> Path:
     """The tokens of ``job``, made unless they are there; one process only."""
     from galvatron.train import prepare_tokens
+    from galvatron.train.text import Skipped
 
+    skipped = Skipped()
     with _progress(job.data.source) as progress:
-        return prepare_tokens(job.data, run.path, progress=progress)
+        path = prepare_tokens(job.data, run.path, progress=progress, skipped=skipped)
+    if skipped.count:
+        say(f"{skipped.count:,} bad records of {job.data.source} are left out, the first: {skipped.first}")
+    return path
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from galvatron.core.errors import DataError, GalvatronError
 from galvatron.core.job import DataSection
 from galvatron.core.records import FileRecord
 
-from .text import Block, read_blocks, source_key
+from .text import Block, Skipped, read_blocks, source_key
 from .tokenizer import Tokenizer, load_tokenizer
 
 NOTE_EVERY_S = 10.0
@@ -43,8 +43,12 @@ class TokenInfo(FileRecord):
     sha256: str
 
 
-def prepare_tokens(data: DataSection, run_dir: Path, *, progress: Progress | None = None) -> Path:
+def prepare_tokens(
+    data: DataSection, run_dir: Path, *, progress: Progress | None = None, skipped: Skipped | None = None
+) -> Path:
     """Tokenise ``data`` into ``run_dir/data/tokens-<key>.npy`` unless it is there already; its path.
+
+    ``progress`` is called with the number of tokens so far, ``skipped`` told of records that are left out.
 
     One process only.  The file is a one-dimensional little-endian array of u2 or u4, end-of-text after every
     document; it appears whole or not at all.  What was cut off goes on where it last noted how far it was.
@@ -56,7 +60,7 @@ def prepare_tokens(data: DataSection, run_dir: Path, *, progress: Progress | Non
     part, note = path.with_suffix(".part"), path.with_suffix(".part.json")
     try:
         tokenizer = load_tokenizer(data.tokenizer)
-        info = _write_tokens(part, note, tokenizer, read_blocks(data), progress)
+        info = _write_tokens(part, note, tokenizer, read_blocks(data, skipped), progress)
         if info.num_tokens == 0:
             raise DataError(f"data.source={data.source!r} has no text; give a source with some")
     except GalvatronError:  # nothing to go on from: the text will be another one
