@@ -46,7 +46,8 @@ class Written:
 def checksum(data: bytes | memoryview) -> str:
     """XXH3 of ``data``, 64 bits as 16 hexadecimal digits: against damage, not against forgery.
 
-    9.3 GB/s on one core, where CRC-32 took 3.4, SHA-256 1.4 and BLAKE2b 0.7 [Empirical: November 2026, shared CPU].
+    8 to 11 GB/s on one core, where CRC-32 took 3 to 4, SHA-256 1.4 and BLAKE2b 0.8
+    (``benchmarks/results/checkpoint_checksums_cpu_202611.md``).
     """
     return xxhash.xxh3_64_hexdigest(data)
 
