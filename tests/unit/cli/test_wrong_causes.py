@@ -48,7 +48,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             ["--space", "dp"],
-            "no plan of space=dp fits in 79.2 GiB a device: the smallest (pp=1, num_microbatches=8; dp 8, "
+            "no plan of space=dp fits in 79.2 GiB a device: the smallest (pp=1, num_microbatches=8; dp_replicate 8, "
             "recompute full) needs ",
         ),
         (["--space", "dp", "--fix", "tp=2"], "fix tp=2 and space dp together leave no plan of"),
