@@ -14,6 +14,7 @@ from .words import did_you_mean, shown
 
 MAX_SHOWN = 8
 """Defects that a sentence names; the rest are counted."""
+MAX_REASON = 300  # characters of one
 
 
 def sentence(cls: type[BaseModel], failure: ValidationError) -> str:
@@ -32,6 +33,7 @@ def _defect(loc: tuple[int | str, ...], error: Any, known: list[str] | None) -> 
         choices = f"known here: {', '.join(known)}" if known else "remove it"
         return f"{where}: unknown key{did_you_mean(str(loc[-1]), known)}{choices}"
     reason = error["msg"].removeprefix("Value error, ")
+    reason = reason if len(reason) <= MAX_REASON else f"{reason[: MAX_REASON - 3]}..."
     got = "" if isinstance(error["input"], (dict, list, tuple)) else f" (got {shown(error['input'])})"
     return f"{where}: {reason}{got}"
 

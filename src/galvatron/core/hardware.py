@@ -7,6 +7,7 @@ input; all_to_all: one rank's input; p2p: the message.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .errors import GalvatronError, ProfileError
 from .model import Origin, Precision
@@ -84,7 +85,7 @@ class LinkTable:
         latency_s = np.full((len(sizes), len(strides)), np.nan)
         latency_s[0] = 0.0
         seconds_per_byte = latency_s.copy()
-        for link in reversed(listed):
+        for link in listed:
             at = np.searchsorted(sizes, link.size), np.searchsorted(strides, link.stride)
             latency_s[at], seconds_per_byte[at] = link.latency_s, link.seconds_per_byte
         return cls(sizes, strides, latency_s, seconds_per_byte)
@@ -114,9 +115,17 @@ class HardwareProfile(FileRecord):
     links: tuple[Link, ...]
     overlap: Overlap
 
+    @model_validator(mode="after")
+    def _links_are_given_once(self) -> Self:
+        keys = [(link.op, link.size, link.stride) for link in self.links]
+        if len(set(keys)) < len(keys):
+            twice, _ = Counter(keys).most_common(1)[0]
+            raise ValueError(f"two links of {' '.join(map(str, twice))}; leave out all but one")
+        return self
+
     @cached_property
     def _links(self) -> dict[tuple[Op, int, int], Link]:
-        return {(link.op, link.size, link.stride): link for link in reversed(self.links)}
+        return {(link.op, link.size, link.stride): link for link in self.links}
 
     @cached_property
     def _tables(self) -> dict[Op, LinkTable]:

@@ -8,6 +8,7 @@ lists its parameters and how tensor and expert parallelism cut each: enough to k
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -18,6 +19,7 @@ from pydantic import Field, StrictBool, model_validator
 from .errors import ConfigError, GalvatronError, ProfileError
 from .numbers import Bytes, Count, Devices, Layers, Seconds, Sequences, Tokens, Whole
 from .records import FileRecord, Record
+from .words import shown
 
 UnitName = str
 """``embedding``, ``head`` or the name of a kind of layer (``layer`` where all are equal)."""
@@ -351,6 +353,18 @@ class ModelProfile(FileRecord):
     compute: tuple[ComputeSample, ...]
     activations: tuple[ActivationSample, ...]
     optimizer_s_per_parameter: Seconds = 0.0
+
+    @model_validator(mode="after")
+    def _samples_are_of_units_once(self) -> Self:
+        keys = [("compute", s.unit, s.tp, s.batch, s.seq_len) for s in self.compute]
+        keys += [("activations", s.unit, s.tp, s.recompute, s.seq_len) for s in self.activations]  # type: ignore[misc]
+        if len(set(keys)) < len(keys):
+            twice, _ = Counter(keys).most_common(1)[0]
+            raise ValueError(f"two samples of {' '.join(map(str, twice))}; leave out all but one")
+        unknown = {str(key[1]) for key in keys} - set(self.spec.units)
+        if unknown:
+            raise ValueError(f"samples of {shown(min(unknown))}, but the units are {', '.join(self.spec.units)}")
+        return self
 
     def tp_degrees(self) -> tuple[int, ...]:
         """The tp degrees at which every kind of layer was measured, ascending."""

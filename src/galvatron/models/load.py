@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.numbers import MAX_LAYERS
+from galvatron.core.parsing import parse_json, read_text
+from galvatron.core.words import shown
 from galvatron.internals import put_parameter
 
 from .family import family_of
+
+MAX_REASON = 200  # characters of a library's message
 
 
 def load_config(path: str | Path) -> PretrainedConfig:
@@ -33,20 +38,18 @@ def load_config(path: str | Path) -> PretrainedConfig:
     except ConfigError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and hub errors here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"model {str(path)!r} has no readable config ({reason}); give a config.json") from None
+        raise ConfigError(
+            f"model {str(path)!r} has no readable config ({_reason(error)}); give a config.json"
+        ) from None
     family_of(config)
     return config
 
 
 def _config_from_file(path: Path) -> PretrainedConfig:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        model_type = data.pop("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); give a Hugging Face config.json") from None
-    except KeyError:
-        raise ConfigError(f"{path} lacks model_type; give a Hugging Face config.json") from None
+    data = parse_json(read_text(path, ConfigError), str(path), ConfigError, "give a Hugging Face config.json")
+    model_type = data.pop("model_type", None) if isinstance(data, dict) else None
+    if not isinstance(model_type, str):
+        raise ConfigError(f"{path} lacks model_type; give a Hugging Face config.json")
     return AutoConfig.for_model(model_type, **data)
 
 
@@ -55,8 +58,33 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
     ``config`` itself stays as it is: transformers writes dtype and attention into the one it is given.
     """
-    with _parameters_on_meta():
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    layers = config.num_hidden_layers
+    if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
+        raise ConfigError(f"a model has 1 to {MAX_LAYERS:,} layers, got {shown(layers)}; mend its config.json")
+    try:
+        with _parameters_on_meta(), _EmptyOnMeta():
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    except Exception as error:  # what torch and transformers raise where sizes are none, or contradict each other
+        raise ConfigError(
+            f"transformers cannot build the {config.model_type} that its config describes ({_reason(error)}); "
+            "mend its config.json"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, or at least its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:MAX_REASON] if lines else type(error).__name__
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Within, new parameters take no memory even before they are registered."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator
 
+from pydantic import ValidationError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from galvatron.core.defects import sentence
+from galvatron.core.errors import ConfigError
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 
 from .family import Blocks, Family, family_of
@@ -31,7 +34,19 @@ def spec_of(model: PreTrainedModel, name: str | None = None) -> ModelSpec:
     """Describe a model that is what its config says; what does not require a gradient is frozen.
 
     Layers that follow each other and train alike are of one kind, named by their indices where there are several.
+
+    Raises:
+        ConfigError: its family has no record, or its sizes contradict each other.
     """
+    try:
+        return _described(model, name)
+    except ValidationError as failure:
+        raise ConfigError(
+            f"the {model.config.model_type} config: {sentence(ModelSpec, failure)}; mend its config.json"
+        ) from None
+
+
+def _described(model: PreTrainedModel, name: str | None) -> ModelSpec:
     config = model.config
     family = family_of(config)
     decoder = model.get_submodule(family.decoder)

@@ -32,6 +32,18 @@ from .axes import StageAxes
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
+Part = Literal[
+    "compute",
+    "tensor_parallel",
+    "context_parallel",
+    "expert_parallel",
+    "data_parallel",
+    "recompute",
+    "redistribution",
+    "pipeline_p2p",
+    "pipeline_bubble",
+    "optimizer",
+]
 EXAMPLE_RUN = '{"layers": "0-11", "tp": 2}'
 
 
@@ -121,11 +133,10 @@ class Proof(Record):
 
 
 class Prediction(Record):
-    """What a plan promises.  ``parts_s`` splits the step: compute, tensor_parallel, context_parallel, expert_parallel,
-    data_parallel, recompute, redistribution, pipeline_p2p, pipeline_bubble, optimizer."""
+    """What a plan promises; ``parts_s`` splits the step."""
 
     step_time_s: Seconds
-    parts_s: dict[str, Finite]
+    parts_s: dict[Part, Finite]
     stages: tuple[StagePrediction, ...] = Field(min_length=1)
     memory_limit_bytes: Bytes | None = None
     proof: Proof | None = None

@@ -6,10 +6,10 @@ Plans of different batches are compared by seconds a sample, stretched to the ba
 from __future__ import annotations
 
 from galvatron.core.units import counted, format_bytes, format_seconds
-from galvatron.plan.plan import LayerStrategy, Plan, runs
+from galvatron.plan.plan import LayerStrategy, Part, Plan, runs
 from galvatron.search.result import predicted, seconds_per_sample
 
-PART_WORDS = {
+PART_WORDS: dict[Part, str] = {
     "compute": "compute",
     "tensor_parallel": "tensor-parallel communication",
     "context_parallel": "context-parallel communication",
@@ -30,7 +30,7 @@ def slower_by(plan: Plan, chosen: Plan) -> float:
     return seconds_per_sample(plan) / seconds_per_sample(chosen) - 1
 
 
-def grown_s(plan: Plan, chosen: Plan) -> dict[str, float]:
+def grown_s(plan: Plan, chosen: Plan) -> dict[Part, float]:
     """Seconds by which every part of the step is longer than in ``chosen``, over a batch as large as its."""
     stretch = chosen.global_batch_size / plan.global_batch_size
     ours, theirs = predicted(chosen).parts_s, predicted(plan).parts_s
@@ -48,7 +48,7 @@ def behind(plan: Plan, chosen: Plan) -> str:
     return f"{slower:+.1%}: {causes}." if causes else f"{slower:+.1%}."
 
 
-def _causes(grown: dict[str, float], least_s: float, sign: int) -> str:
+def _causes(grown: dict[Part, float], least_s: float, sign: int) -> str:
     """The parts that changed most in the direction of the whole."""
     names = sorted((name for name in grown if sign * grown[name] >= least_s), key=lambda name: -sign * grown[name])
     return ", ".join(

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from galvatron.core.errors import CheckpointError, GalvatronError
 from galvatron.core.files import write_atomic
 from galvatron.core.records import FileRecord, dump_json, read_text
+from galvatron.core.words import shown
 from galvatron.parallelize.pieces import is_finite
 from galvatron.parallelize.ranks import all_gather, on_rank_zero, rank, together, world_size
 from galvatron.parallelize.safetensors_file import fsync_directory
@@ -41,7 +42,7 @@ from .storage import PieceReader, PieceWriter
 
 STATE_FILE, PLAN_FILE, CONFIG_FILE, POINTER = "state.json", "plan.json", "config.json", "latest"
 OPTIMIZER_PREFIX = "optimizer."
-_STEP_NAME = re.compile(r"step-\d{6,}")
+_STEP_NAME = re.compile(r"step-\d{6,18}")
 
 
 class TrainState(FileRecord):
@@ -155,7 +156,9 @@ def _latest(root: Path) -> Path:
         raise CheckpointError(f"{root} holds no finished checkpoint; start without resuming")
     name = read_text(root / POINTER, CheckpointError).strip()
     if not _STEP_NAME.fullmatch(name):
-        raise CheckpointError(f"{root / POINTER} must name a checkpoint such as step-000020, got {name!r}; mend it")
+        raise CheckpointError(
+            f"{root / POINTER} must name a checkpoint such as step-000020, got {shown(name)}; mend it"
+        )
     replaced = root / f".{name}.old"
     return replaced if replaced.exists() and not (root / name).exists() else root / name
 

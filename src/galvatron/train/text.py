@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from typing import Any
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
+from galvatron.core.words import shown
 
 PYTHON_DOCS = "python-docs"
 # A long document is tokenised in blocks of about this many characters, cut at line ends, so memory stays bounded.
 BLOCK_CHARACTERS = 1 << 20
+
+MAX_LISTED = 8  # of a record's fields
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Block = tuple[str, bool]
 
@@ -127,7 +132,8 @@ def _json_text(line: str, text_field: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise _BadRecord(f"is not JSON ({error}); mend that line") from None
+        reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _BadRecord(f"is not JSON ({reason}); mend that line") from None
     if not isinstance(record, dict):
         raise _BadRecord(f"must be a JSON object with the field {text_field!r}; mend that line")
     return _text(record, text_field)
@@ -135,9 +141,13 @@ def _json_text(line: str, text_field: str) -> str:
 
 def _text(record: dict[str, Any], text_field: str) -> str:
     if not isinstance(record.get(text_field), str):
-        known = ", ".join(sorted(key for key, value in record.items() if isinstance(value, str))) or "none"
+        texts = sorted(shown(key) for key, value in record.items() if isinstance(value, str))
+        known = ", ".join(texts[:MAX_LISTED]) or "none"
         raise _BadRecord(f"has no text in field {text_field!r}, its text fields: {known}; set data.text_field")
-    return str(record[text_field])
+    text: str = record[text_field]
+    if not text.isascii() and _SURROGATE.search(text):
+        raise _BadRecord(f"has half a character in field {text_field!r}; mend that text")
+    return text
 
 
 def _dataset_blocks(data: DataSection, skipped: Skipped) -> Iterator[Block]:
