@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,33 @@ def test_what_is_refused_changes_nothing(folder: Path, galvatron: Verb, capfd: p
         assert output.err.count("\n") == 1
         assert output.out == ""
         assert before == {path: path.read_bytes() for path in (folder / "runs/job").rglob("*") if path.is_file()}
+
+
+def test_frozen_parameters_stay_and_have_no_moments(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+) -> None:
+    freeze = ("model.embed_tokens.*", "model.layers.0.*")
+    job = JOB.replace('"config.json"', f'"config.json"\nfreeze = {json.dumps(freeze)}')
+    (folder / "frozen.toml").write_text(job)
+    (folder / "wrong.toml").write_text(job.replace("layers.0.", "layer.0."))
+    plan = ("--plan", "mixed.json")
+    assert galvatron("train", "wrong.toml", *plan) == 2
+    assert re.search(r"freeze: 'model\.layer\.0\.\*' matches no parameter .*model\.layers\.0", capfd.readouterr().err)
+    assert not (folder / "runs/wrong").exists()
+
+    assert galvatron("train", "frozen.toml", *plan) == 0
+    found = losses("runs/frozen")
+    assert found[4] < found[1]
+    for step in (2, 4):
+        assert galvatron("convert", "to-hf", f"runs/frozen/checkpoints/step-00000{step}", f"hf-{step}") == 0
+    early, late = (AutoModelForCausalLM.from_pretrained(f"hf-{step}").state_dict() for step in (2, 4))
+    same = {name for name in early if torch.equal(early[name], late[name])}
+    assert same == {name for name in early if any(fnmatchcase(name, pattern) for pattern in freeze)}
+
+    (folder / "thawed.toml").write_text(JOB.replace("num_steps = 4", "num_steps = 5"))
+    capfd.readouterr()
+    assert galvatron("train", "thawed.toml", *plan, "--run-dir", "runs/frozen") == 2
+    assert "freeze" in capfd.readouterr().err
 
 
 def test_tokens_are_made_by_a_verb_of_their_own(

@@ -112,6 +112,26 @@ def test_profile_is_whole_equal_on_all_ranks_and_counts_what_the_runtime_saves(p
         assert max(saved) == pytest.approx(_counted(profile, plan), rel=0.005)
 
 
+def _frozen_profile(freeze: list[str]) -> str:
+    world = init_world("cpu")
+    return profile_model(LLAMA, world, seq_len=S, max_batch=2, budget_s=0.1, freeze=freeze, tp_degrees=[1]).to_json()
+
+
+def test_frozen_kinds_are_measured_with_what_they_skip_and_once_where_they_run_alike(pool):
+    freeze = ["model.embed_tokens.*", "model.layers.0.*", "model.layers.2.*"]
+    (text,) = pool.run(_frozen_profile, freeze, world_size=1)
+    profile = ModelProfile.from_json(text)
+    first, second, third, fourth = (kind.name for kind in profile.spec.layers)
+    samples = {(s.unit, s.batch): s for s in profile.compute}
+    assert {unit for unit, _ in samples} == set(profile.spec.units)
+    for unit in ("embedding", first):  # nothing trained before
+        assert samples[unit, 2].backward_s < 0.1 * samples[unit, 2].forward_s
+    assert samples[third, 2].backward_s > 0.5 * samples[third, 2].forward_s  # gradients pass through
+    assert samples[fourth, 2] == samples[second, 2].model_copy(update={"unit": fourth})
+    saved = {s.unit: s.bytes_per_sequence for s in profile.activations if s.recompute == "none"}
+    assert saved[first] == 0 < saved[third] < saved[second] == saved[fourth]
+
+
 def _too_long(config: PretrainedConfig) -> str:
     with pytest.raises(ConfigError) as caught:
         profile_model(config, init_world("cpu"), seq_len=2 * S)

@@ -26,11 +26,12 @@ app = typer.Typer(name="profile", help="Measure this cluster or a model on it.",
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """Which model to measure, at which sequence length and precision."""
+    """Which model to measure, at which sequence length and precision, with which parameters frozen."""
 
     path: str
     seq_len: int
     precision: PrecisionName
+    freeze: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ def model(
     path: Annotated[str, typer.Argument(metavar="MODEL", help="A config.json, a local directory or a hub name.")],
     seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens a sequence in training.")],
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.json"),
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option("--freeze", help="Parameters that are not trained, by name or pattern; may be repeated."),
+    ] = None,
     precision: Precision = "fp32",
     nproc: Nproc = None,
     device: Device = "auto",
@@ -82,16 +87,17 @@ def model(
     """
     check_output(out, path)
     with processes(nproc, device) as ranks:
-        measure(ranks, Measurement(model_out=out, model=ModelRequest(path, seq_len, precision)))
+        measure(ranks, Measurement(model_out=out, model=ModelRequest(path, seq_len, precision, tuple(freeze or ()))))
     say(f"wrote {out}")
 
 
 def measure(ranks: Processes, measurement: Measurement) -> None:
     """Start (or join) processes and write the profiles that ``measurement`` asks for."""
     if measurement.model is not None:
-        from galvatron.models import load_config
+        from galvatron.models import build_spec, load_config
 
-        load_config(measurement.model.path)  # an unsupported model fails here, before any process starts
+        # an unsupported model, or a pattern that matches nothing, fails here, before any process starts
+        build_spec(load_config(measurement.model.path), freeze=measurement.model.freeze)
     ranks.run(_measure, measurement)
 
 
@@ -108,7 +114,12 @@ def _measure(world: World, measurement: Measurement) -> None:
 
         request = measurement.model
         measured = profile_model(
-            load_config(request.path), world, seq_len=request.seq_len, precision=request.precision, progress=_line
+            load_config(request.path),
+            world,
+            seq_len=request.seq_len,
+            precision=request.precision,
+            freeze=request.freeze,
+            progress=_line,
         )
         if world.rank == 0:
             measured.save(measurement.model_out)

@@ -86,7 +86,7 @@ def profile_missing(ranks: Processes, job: Job, run: RunDirectory, spec: ModelSp
     heading("Profile")
     kept_hardware = run.hardware.exists() and _hardware_fits(run, ranks.world_size, job.cluster.device)
     kept_model = kept_hardware and run.model.exists() and _model_fits(run, job, spec)
-    request = ModelRequest(job.model.path, job.train.seq_len, job.train.precision)
+    request = ModelRequest(job.model.path, job.train.seq_len, job.train.precision, job.model.freeze)
     measurement = Measurement(
         hardware_out=None if kept_hardware else run.hardware, model_out=None if kept_model else run.model, model=request
     )

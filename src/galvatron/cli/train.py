@@ -101,7 +101,7 @@ def check_model(job: Job) -> tuple[Any, ModelSpec]:
     from galvatron.models import build_spec, load_config
 
     config = load_config(job.model.path)
-    spec = build_spec(config)
+    spec = build_spec(config, freeze=job.model.freeze)
     if job.train.seq_len > spec.max_seq_len:
         raise ConfigError(
             f"train.seq_len={job.train.seq_len} must not exceed the model's {spec.max_seq_len} positions; lower it"
@@ -212,7 +212,7 @@ def _what_is_kept(run: RunDirectory) -> str:
 def _train(world: World, leg: Leg) -> TrainResult:
     """One rank's part."""
     from galvatron import train
-    from galvatron.models import load_config, meta_model
+    from galvatron.models import freeze_parameters, load_config, meta_model
     from galvatron.parallelize import parallelize
 
     from .progress import ConsoleReporter
@@ -222,7 +222,9 @@ def _train(world: World, leg: Leg) -> TrainResult:
     dataset = train.load_dataset(leg.job.data, section, leg.run.path)
     config = load_config(leg.job.model.path)
     weights = _weights(leg.job.model.path, config) if leg.job.model.weights and leg.resume is None else None
-    model = parallelize(meta_model(config), leg.plan, world=world, weights=weights, seed=section.seed)
+    whole = meta_model(config)
+    freeze_parameters(whole, leg.job.model.freeze)
+    model = parallelize(whole, leg.plan, world=world, weights=weights, seed=section.seed)
     reporter = ConsoleReporter(on_start=lambda: _keep_plan(leg))
     try:
         return train.train(

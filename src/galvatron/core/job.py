@@ -28,11 +28,13 @@ from .units import parse_bytes
 class ModelSection(Record):
     """Which model: a Hugging Face ``config.json``, a local directory or a hub name.
 
-    ``weights`` loads the checkpoint found there; otherwise weights are initialised from ``train.seed``.
+    ``weights`` loads the checkpoint found there; otherwise weights are initialised from ``train.seed``.  ``freeze``:
+    parameters that are not trained, by name or shell pattern (``model.layers.0.*``).
     """
 
     path: str
     weights: bool = False
+    freeze: tuple[str, ...] = ()
 
 
 class DataSection(Record):
