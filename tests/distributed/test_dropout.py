@@ -18,7 +18,7 @@ from galvatron.testing.pool import Pool
 
 RATE = 0.25
 PLANS = pure_plans(build_spec(tiny_config("gpt2")), 4)
-CUT_BY_BATCH = ("dp", "recompute", "zero1", "zero2", "zero3", "hsdp1", "hsdp2", "hsdp3")
+CUT_BY_BATCH = [name for name, plan in PLANS.items() if plan.pp == plan.layers[0].tp == 1]
 
 
 def model_for(plan: Plan, seed: int = 0, rate: float = RATE, world: World | None = None) -> ParallelModel:
@@ -52,7 +52,7 @@ def test_training_goes_on_under_every_strategy_and_recomputes_with_equal_masks(p
     results = pool.run(losses_under_every_strategy, world_size=4)
     assert all(result == results[0] for result in results)
     losses, plain = results[0]
-    assert set(losses) == {*CUT_BY_BATCH, "tp", "gpipe", "1f1b"}
+    assert {"recompute", "selective", "zero3", "hsdp2"} < set(CUT_BY_BATCH) < set(losses)
     for name, values in losses.items():
         assert all(math.isfinite(value) for value in values), name
         assert abs(values[0] - plain[0]) < 0.3, name

@@ -162,7 +162,7 @@ def test_evaluation_sees_the_current_weights(pool: Pool) -> None:
 def wrong_shape() -> None:
     model = parallelize(tiny_model("llama"), plan_for(1), world=init_world("cpu"))
     ids, labels = batch()
-    with pytest.raises(DataError, match=r"must have the plan's shape \[8, 16\], got ids \[4, 16\]"):
+    with pytest.raises(DataError, match=r"the plan's shape \[8, 16\] on every rank, got input_ids of \[4, 16\]"):
         model.train_step(ids[:4], labels[:4])
 
 
