@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
@@ -17,17 +17,16 @@ from transformers import PretrainedConfig
 from galvatron.core.errors import ConfigError, UnsupportedError
 from galvatron.core.model import ModelSpec
 from galvatron.internals import local_part
-from galvatron.plan.schedules import Action, actions
 
 from .batch import BatchCheck
+from .driver import Batch, Driver
 from .export import MAX_SHARD_BYTES, write_hf_directory
-from .fsdp import DTYPES, ShardedUnit, free_gathered, gathered_buffers, prepare_backward
+from .fsdp import ShardedUnit, gathered_buffers
 from .gather import Shapes, gather_whole
 from .gradients import clip, global_norm, sum_over
 from .grid import Grid
 from .own_loss import LossFunction, check_loss
 from .pieces import LocalParameter
-from .pipeline import Neighbours, run
 from .randomness import masks_of
 from .refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .safetensors_file import Entry
@@ -77,10 +76,7 @@ class ParallelModel:
         self._checked_loss: LossFunction | None = None
         self._train_batches = BatchCheck(shape, vocabulary, self.device)
         self._evaluation_batches = BatchCheck(shape, vocabulary, self.device)
-        layers = self.plan.stage_layers(grid.stage)
-        self._trains_before = not grid.is_first and spec.trains_before(layers.start)
-        self._trains_until = grid.is_last or spec.trains_before(layers.stop)
-        self._position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
+        self._driver = Driver(grid, spec, stage, units)
 
     def train_step(
         self,
@@ -118,12 +114,8 @@ class ParallelModel:
         weight = self._train_batches.weight(input_ids, labels, num_tokens=num_tokens, accumulate=accumulate)
         earlier = {p.name: p.tensor.grad for p in self.local_parameters if accumulate}
         self.zero_grad()
-        plan, grid = self.plan, self.grid
-        order = actions(plan.schedule, plan.pp, grid.stage, plan.num_microbatches)
-        with masks_of(self.seed, self.steps, grid.world.rank, self.device):
-            loss = self._run(order, input_ids, labels, weight, loss_fn)
-        if not self._trains_until:
-            free_gathered(self._units)  # which the end of a backward does elsewhere
+        with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
+            loss = self._driver.train(Batch(input_ids, labels, weight, loss_fn))
         self._collect_gradients()
         self._add_gradients(earlier)
         self.steps += 1
@@ -137,16 +129,14 @@ class ParallelModel:
         """
         start = time.perf_counter()
         ids = torch.zeros(self.plan.micro_batch_size, self.plan.seq_len, dtype=torch.int64, device=self.device)
-        forward, backward = (Action(kind, 0) for kind in ("forward", "backward"))
-        training = self.training
+        zeros, training = Batch(ids, ids, 1.0), self.training
         with masks_of(self.seed, 0, self.grid.world.rank, self.device):
-            self._run([forward, backward], ids, ids, 1.0, None)
+            self._driver.rehearse(zeros, backward=True)
         self.zero_grad()
         with torch.no_grad():
             self.eval()
-            self._run([forward], ids, ids, 1.0, None)
+            self._driver.rehearse(zeros, backward=False)
         self.train(training)
-        free_gathered(self._units)
         return time.perf_counter() - start
 
     @torch.no_grad()
@@ -159,10 +149,8 @@ class ParallelModel:
         weight = self._evaluation_batches.weight(input_ids, labels)
         training = self.training
         self.eval()
-        order = [Action("forward", i) for i in range(self.plan.num_microbatches)]
-        loss = self._run(order, input_ids, labels, weight, loss_fn)
+        loss = self._driver.evaluate(Batch(input_ids, labels, weight, loss_fn))
         self.train(training)
-        free_gathered(self._units)
         return loss
 
     @property
@@ -272,47 +260,6 @@ class ParallelModel:
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refused: a copy would lack the processes that hold the rest."""
         raise UnsupportedError(f"a parallel model cannot be copied or pickled: {INSTEAD_OF_COPYING}")
-
-    def _run(
-        self, order: list[Action], input_ids: Tensor, labels: Tensor, weight: float, loss_fn: LossFunction | None
-    ) -> float:
-        self.stage.early_gradient.forget()
-        forward = self._forward(input_ids, labels, weight, loss_fn)
-        losses = run(order, forward, self._neighbours(), self._before_backward)
-        total = torch.zeros((), device=self.grid.world.device)
-        for loss in losses:
-            total += loss
-        dist.all_reduce(total)
-        return float(total)
-
-    def _forward(
-        self, input_ids: Tensor, labels: Tensor, weight: float, loss_fn: LossFunction | None
-    ) -> Callable[[int, Tensor | None], Tensor]:
-        def forward(microbatch: int, received: Tensor | None) -> Tensor:
-            tokens = received if received is not None else self._rows(input_ids, microbatch, self.plan.embedding.dp)
-            own_labels = self._rows(labels, microbatch, self.plan.head.dp) if self.grid.is_last else None
-            output: Tensor = self.stage(tokens, self._position_ids, own_labels, weight, loss_fn)
-            return output
-
-        return forward
-
-    def _rows(self, batch: Tensor, microbatch: int, dp: int) -> Tensor:
-        """This rank's rows of a microbatch, on its device."""
-        rows = self.plan.micro_batch_size // dp
-        start = microbatch * self.plan.micro_batch_size
-        start += self.grid.axes.batch_chunk(self.grid.stage_rank, self.plan.stage_size // dp) * rows
-        return batch[start : start + rows].to(self.grid.world.device)
-
-    def _neighbours(self) -> Neighbours:
-        plan, stage = self.plan, self.grid.stage
-        previous = plan.embedding if stage == 0 else plan.layers[plan.stage_layers(stage).start - 1]
-        shape = (plan.micro_batch_size // previous.dp, plan.seq_len // previous.sequence_degree, self.spec.hidden_size)
-        return Neighbours(
-            self.grid, shape, DTYPES[plan.precision], trains_before=self._trains_before, trains_until=self._trains_until
-        )
-
-    def _before_backward(self, is_last: bool) -> None:
-        prepare_backward(self.stage, self._units, is_last=is_last)
 
     def _collect_gradients(self) -> None:
         """Point the local tensors at the gradients FSDP2 left, then sum what it does not know to be replicated."""

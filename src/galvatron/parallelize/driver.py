@@ -1,0 +1,104 @@
+"""One batch through this rank's stage: which rows it takes, whom it hears from, and the loss of the whole world.
+
+Takes a stage whose modules are cut already and batches that are checked already; leaves gradients where FSDP2 puts
+them.  Knows nothing of parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from galvatron.core.model import ModelSpec
+from galvatron.plan.schedules import Action, actions
+
+from .fsdp import DTYPES, ShardedUnit, free_gathered, prepare_backward
+from .grid import Grid
+from .own_loss import LossFunction
+from .pipeline import Neighbours, run
+from .stage import Stage
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A global batch, int64 [global_batch_size, seq_len] twice, and what makes a loss of it.
+
+    Attributes:
+        weight: what a token's loss counts for.
+        loss_fn: in place of cross entropy.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    weight: float
+    loss_fn: LossFunction | None = None
+
+
+class Driver:
+    """Runs batches through one stage of a plan; every method is collective and gives the loss of all ranks."""
+
+    def __init__(self, grid: Grid, spec: ModelSpec, stage: Stage, units: tuple[ShardedUnit, ...]) -> None:
+        self.grid, self.plan, self.stage, self.units = grid, grid.plan, stage, units
+        self.hidden_size = spec.hidden_size
+        layers = self.plan.stage_layers(grid.stage)
+        self.trains_before = not grid.is_first and spec.trains_before(layers.start)
+        self.trains_until = grid.is_last or spec.trains_before(layers.stop)
+        self.position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
+
+    def train(self, batch: Batch) -> float:
+        """Forward and backward under the plan's schedule."""
+        plan = self.plan
+        loss = self._run(actions(plan.schedule, plan.pp, self.grid.stage, plan.num_microbatches), batch)
+        if not self.trains_until:
+            free_gathered(self.units)  # which the end of a backward does elsewhere
+        return loss
+
+    def evaluate(self, batch: Batch) -> float:
+        """Forward alone."""
+        loss = self._run([Action("forward", index) for index in range(self.plan.num_microbatches)], batch)
+        free_gathered(self.units)
+        return loss
+
+    def rehearse(self, microbatch: Batch, *, backward: bool) -> None:
+        """Forward of a single microbatch, and its backward or not."""
+        self._run([Action("forward", 0), *([Action("backward", 0)] if backward else [])], microbatch)
+        free_gathered(self.units)
+
+    def _run(self, order: list[Action], batch: Batch) -> float:
+        self.stage.early_gradient.forget()
+
+        def forward(microbatch: int, received: Tensor | None) -> Tensor:
+            return self._forward(batch, microbatch, received)
+
+        def before_backward(is_last: bool) -> None:
+            prepare_backward(self.stage, self.units, is_last=is_last)
+
+        total = torch.zeros((), device=self.grid.world.device)
+        for loss in run(order, forward, self._neighbours(), before_backward):
+            total += loss
+        dist.all_reduce(total)
+        return float(total)
+
+    def _forward(self, batch: Batch, microbatch: int, received: Tensor | None) -> Tensor:
+        tokens = received if received is not None else self._rows(batch.input_ids, microbatch, self.plan.embedding.dp)
+        labels = self._rows(batch.labels, microbatch, self.plan.head.dp) if self.grid.is_last else None
+        output: Tensor = self.stage(tokens, self.position_ids, labels, batch.weight, batch.loss_fn)
+        return output
+
+    def _rows(self, values: Tensor, microbatch: int, dp: int) -> Tensor:
+        """This rank's rows of a microbatch, on its device."""
+        rows = self.plan.micro_batch_size // dp
+        start = microbatch * self.plan.micro_batch_size
+        start += self.grid.axes.batch_chunk(self.grid.stage_rank, self.plan.stage_size // dp) * rows
+        return values[start : start + rows].to(self.grid.world.device)
+
+    def _neighbours(self) -> Neighbours:
+        plan, stage = self.plan, self.grid.stage
+        previous = plan.embedding if stage == 0 else plan.layers[plan.stage_layers(stage).start - 1]
+        shape = (plan.micro_batch_size // previous.dp, plan.seq_len // previous.sequence_degree, self.hidden_size)
+        return Neighbours(
+            self.grid, shape, DTYPES[plan.precision], trains_before=self.trains_before, trains_until=self.trains_until
+        )
