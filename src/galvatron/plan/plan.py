@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
@@ -135,7 +135,7 @@ class Proof(Record):
 class Prediction(Record):
     """What a plan promises; ``parts_s`` splits the step."""
 
-    step_time_s: Seconds
+    step_time_s: Annotated[Seconds, Field(gt=0)]
     parts_s: dict[Part, Finite]
     stages: tuple[StagePrediction, ...] = Field(min_length=1)
     memory_limit_bytes: Bytes | None = None
