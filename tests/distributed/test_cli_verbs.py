@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galvatron.cli import main
 from galvatron.cli.lock import locked
+from galvatron.models import load_config
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.train import read_metrics
 
@@ -278,7 +279,16 @@ def test_weights_of_another_model_are_refused_before_anything_is_done(
         error = capfd.readouterr().err
         assert "lacks 20 of the model's 21 parameters: model.embed_tokens.weight, " in error
         assert error.count("\n") == 1
-    assert not (folder / "runs").exists()
+    assert not (folder / "runs/job/checkpoints").exists()
+
+    AutoModelForCausalLM.from_config(load_config(folder / "config.json")).save_pretrained(folder / "model")
+    tensors = load_file(folder / "model/model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(1)
+    save_file(tensors, folder / "model/model.safetensors")
+    assert galvatron("train", "job.toml", "--plan", "mixed.json") == 0
+    output = capfd.readouterr()
+    said = "holds 1 tensor that the model lacks and that are left out: model.layers.2.mlp.up_proj.weight"
+    assert " ".join((output.out + output.err).split()).count(said) == 1
 
 
 def test_a_plan_for_another_job_is_one_sentence(

@@ -173,8 +173,10 @@ def check_inputs(
 
     if job.model.weights and checkpoint is None:
         given = ranks.here(lambda: _weights(job.model.path, config))
-        with warnings.catch_warnings(action="ignore"):  # said once, where they are loaded
+        with warnings.catch_warnings(record=True, action="always") as left_out:
             check_names(given, meta_model(config), {})
+        for warning in left_out:
+            say(f"warning: {warning.message}")
     ranks.on_main(lambda: prepare_data(job, run))
     dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path))
     if dataset.vocab_size > spec.vocab_size:
@@ -224,7 +226,9 @@ def _train(world: World, leg: Leg) -> TrainResult:
     weights = _weights(leg.job.model.path, config) if leg.job.model.weights and leg.resume is None else None
     whole = meta_model(config)
     freeze_parameters(whole, leg.job.model.freeze)
-    model = parallelize(whole, leg.plan, world=world, weights=weights, seed=section.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*the model lacks and that are left out")  # said by check_inputs
+        model = parallelize(whole, leg.plan, world=world, weights=weights, seed=section.seed)
     reporter = ConsoleReporter(on_start=lambda: _keep_plan(leg))
     try:
         return train.train(

@@ -76,9 +76,9 @@ def check_names(weights: GivenWeights, model: PreTrainedModel, twins: Mapping[st
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in needless_names(model)))
     unread = sorted(key for key in weights.keys if key not in used and not ignored.search(key))
     if unread and rank() == 0:
+        tensors = f"{len(unread):,} tensor{'s' if len(unread) > 1 else ''}"
         warnings.warn(
-            f"{weights.origin} holds {len(unread):,} tensors that the model lacks and that are left out: "
-            f"{_examples(unread)}",
+            f"{weights.origin} holds {tensors} that the model lacks and that are left out: {_examples(unread)}",
             stacklevel=3,
         )
     return {name: twin for name, twin in twins.items() if weights.find(twin) is not None}

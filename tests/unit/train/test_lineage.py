@@ -37,6 +37,7 @@ def llama(**changes: Any) -> LlamaConfig:
         (lineage(data={"text_field": "body"}), "with text_field=text but the job has text_field=body"),
         (lineage(data={"split": "test"}), "with split=train but"),
         (lineage(data={"tokenizer": "gpt2"}), "with tokenizer=bytes but"),
+        (lineage(model={"freeze": ("*norm*",)}), r"with freeze=\(\) but the job has freeze=\('\*norm\*',\)"),
         (lineage(llama(attention_dropout=0.0)), r"with attention_dropout=0\.1 but"),
         (lineage(llama(rms_norm_eps=1e-5)), "with rms_norm_eps=1e-06 but the job has rms_norm_eps=1e-05"),
         (lineage(llama(hidden_act="gelu")), "with hidden_act=silu but"),
