@@ -45,6 +45,25 @@ def test_a_stage_that_ends_in_another_layout_than_it_began(sweep: Sweep) -> None
     assert report.ok, report.explain()
 
 
+def test_replicas_that_reduce_every_microbatch_after_many_forwards(sweep: Sweep) -> None:
+    """The head's gradient waits for its last backward; FSDP2 once added microbatches with and without it."""
+    hybrid = LayerStrategy(dp_shard=2, dp_replicate=2, zero=2)
+    plan = Plan(
+        model="llama",
+        world_size=4,
+        layers_per_stage=(5,),
+        schedule="gpipe",
+        num_microbatches=3,
+        global_batch_size=12,
+        seq_len=16,
+        embedding=hybrid,
+        layers=(hybrid,) * 5,
+        head=hybrid,
+    )
+    report = sweep.parity("llama", plan)
+    assert report.ok, report.explain()
+
+
 @pytest.mark.parametrize("world_size", SAMPLES)
 @pytest.mark.parametrize("variant", NAMES)
 def test_a_few_mixed_plans(sweep: Sweep, variant: str, world_size: int) -> None:

@@ -169,6 +169,7 @@ def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None
     else:
         shrink(stage.model, (projection,), tp)
     stage.head_tp = tp
+    stage.early_gradient.in_every_pass = grid.plan.head.dp_replicate > 1 and grid.plan.head.zero >= 2
     fuse_loss(head, projection, tp, stage.early_gradient)
 
 

@@ -62,9 +62,14 @@ def _fitting(num_bytes: int, token_bytes: int) -> int:
 
 
 class EarlyGradient:
-    """The weight's gradient from forward passes whose backward has yet to come: one float32 sum, however many wait."""
+    """The weight's gradient from forward passes whose backward has yet to come: one float32 sum, however many wait.
+
+    ``in_every_pass``: give zeros where the sum still waits, not nothing.  FSDP2 adds up what replicas will reduce over
+    microbatches, and needs the same parameters in each of them.
+    """
 
     def __init__(self) -> None:
+        self.in_every_pass = False
         self._total: Tensor | None = None
         self._waiting = 0
 
@@ -80,11 +85,14 @@ class EarlyGradient:
         return self._total
 
     def closed(self, dtype: torch.dtype) -> Tensor | None:
-        """For a backward pass: the whole sum in ``dtype`` if it is the last that waits, else nothing."""
+        """For a backward pass: the whole sum in ``dtype`` if it is the last that waits, else nothing or zeros."""
         self._waiting -= 1
-        if self._waiting or self._total is None:
+        total = self._total
+        if total is None:
             return None
-        total, self._total = self._total, None
+        if self._waiting:
+            return torch.zeros_like(total, dtype=dtype) if self.in_every_pass else None
+        self._total = None
         return total.to(dtype)
 
     def forget(self) -> None:
