@@ -51,12 +51,13 @@ PLAN = Plan(
     embedding=SHARDED, layers=(SHARDED, CUT), head=CUT,
 )  # fmt: skip
 TRAIN = ("train", "job.toml", "--plan", "plan.json")
+SAVE_EVERY = 6
 MOMENTS = ("start", "step", "save", "resume")
 GONE_S = 10.0
 """After a kill nothing may be left of a command for longer."""
 
 
-def write_job(folder: Path, *, num_steps: int = 60, save_every: int = 6) -> Path:
+def write_job(folder: Path, *, num_steps: int = 60, save_every: int = SAVE_EVERY) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
@@ -126,7 +127,7 @@ class Kills:
 
     def _kill(self, command: Command, moment: str, *, begun: bool) -> None:
         if self._await(command, moment):
-            time.sleep(self.random.uniform(0, {"save": 0.02, "step": 0.1}.get(moment, 1.0)))
+            time.sleep(self.random.uniform(0, {"save": 0.02, "step": 0.1}.get(moment, 2.0)))
         targets = {"parent": [command.pid], "rank": command.ranks()}
         victim = self.random.choice(["parent", "rank"] if targets["rank"] else ["parent"])
         try:
@@ -147,13 +148,18 @@ class Kills:
         self.gone_s[victim].append(seconds)
 
     def _await(self, command: Command, moment: str) -> bool:
-        run = self.folder / "runs/job"
-        if moment == "save":
-            return command.await_that(lambda: any((run / "checkpoints").glob(".step-*.tmp")))
+        """Wait for a step or a save of ``command``, by chance the first or a later one; False if it ended before."""
+        checkpoints, metrics = self.folder / "runs/job/checkpoints", self.folder / "runs/job/metrics.jsonl"
+        steps, before = self.random.randrange(1, 20), _num_lines(metrics)
         if moment == "step":
-            begun = (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").exists() else 0
+            return command.await_that(lambda: _num_lines(metrics) >= before + steps)
+        if moment == "save":
+            saves, latest = self.random.randrange(3), _number(checkpoints / "latest")
             return command.await_that(
-                lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_mtime_ns > begun
+                lambda: (
+                    _number(checkpoints / "latest") >= latest + saves * SAVE_EVERY
+                    and any(checkpoints.glob(".step-*.tmp"))
+                )
             )
         return True
 
@@ -164,6 +170,15 @@ class Kills:
         for victim, seconds in self.gone_s.items():
             lines.append(f"gone after a kill of the {victim}: {max(seconds):.2f} s at most")
         return "\n".join([*lines, f"{self.count} kills, {self.resumed} runs went on from a checkpoint"])
+
+
+def _num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _number(path: Path) -> int:
+    """The step that a pointer names."""
+    return int(path.read_text().strip().removeprefix("step-")) if path.exists() else 0
 
 
 def test_a_few_kills(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.files import remove_unfinished
 from galvatron.core.records import Record
 
 FILE = "run.lock"
@@ -43,7 +44,7 @@ class Holder(Record):
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold ``directory``, made if need be; afterwards it is as it was, unless the block filled it.
+    """Hold ``directory``, made if need be and cleared of what killed writers left; empty, it is removed afterwards.
 
     Raises:
         ConfigError: another command holds it.
@@ -56,6 +57,8 @@ def locked(directory: Path) -> Iterator[None]:
     beats = threading.Thread(target=_beat, args=(descriptor, over), name="run-lock", daemon=True)
     beats.start()
     try:
+        for folder in (directory, *(path for path in directory.iterdir() if path.is_dir())):
+            remove_unfinished(folder)
         yield
     finally:
         over.set()

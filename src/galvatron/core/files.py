@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from .errors import OutputError
 
+_UNFINISHED = re.compile(r"\..+\.\d+\.[0-9a-f]{8}")  # .NAME.PROCESS.RANDOM, as below
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (*_NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
@@ -103,6 +105,13 @@ def write_atomic(path: str | Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what ``write_atomic`` and ``new_folder`` left in ``folder`` when they were killed; nobody may write."""
+    for path in folder.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager

@@ -63,6 +63,16 @@ def test_the_orphans_of_a_killed_command_are_waited_for(tmp_path: Path) -> None:
         assert time.monotonic() - start > 0.5
 
 
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "exported" / ".step-000004.77.0123abcd").mkdir(parents=True)
+    for name in (".plan.json.4711.d9090492", ".hidden", "plan.json"):
+        (tmp_path / name).touch()
+    with locked(tmp_path):
+        pass
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"exported", ".hidden", "plan.json"}
+
+
 def test_a_directory_that_was_not_there_and_stays_empty_goes_again(tmp_path: Path) -> None:
     with locked(tmp_path / "runs" / "new"):
         pass
