@@ -15,7 +15,7 @@ from torch import Tensor
 from galvatron.core.errors import CheckpointError
 
 from .gather import Shapes, gather_whole
-from .pieces import LocalParameter, box, boxes_of
+from .pieces import LocalParameter, box, boxes_of, is_finite
 from .ranks import all_gather, communication_device, on_rank_zero, rank
 
 Ties = Mapping[str, str]
@@ -78,7 +78,7 @@ def _check_whole(state: Mapping[str, Tensor], shapes: Shapes, ties: Ties) -> Non
 
 
 def _check(state: Mapping[str, Tensor], shapes: Shapes, whose: str) -> None:
-    """Names and shapes must be those of ``shapes``, no more and no fewer, and the values floating-point numbers."""
+    """Names and shapes must be those of ``shapes``, no more and no fewer, the values finite and of floats."""
     given = {name: tuple(values.shape) for name, values in state.items()}
     for name in sorted(given.keys() | shapes.keys()):
         if given.get(name) != shapes.get(name):
@@ -88,6 +88,8 @@ def _check(state: Mapping[str, Tensor], shapes: Shapes, whose: str) -> None:
             )
         if not state[name].is_floating_point() or state[name].itemsize < 2:
             raise CheckpointError(f"{name} is {state[name].dtype}; give weights in float32, bfloat16 or float16")
+        if not is_finite(state[name]):
+            raise CheckpointError(f"weights of {name} hold NaN or inf; give sound weights")
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -99,8 +99,8 @@ def load_checkpoint(directory: Path, model: TrainableModel, optimizer: torch.opt
     A collective call.
 
     Raises:
-        CheckpointError: a file is missing or not as it was saved, or the model is another one; nothing
-            is loaded then.
+        CheckpointError: a file is missing or not as it was saved, or the model is another one: nothing is loaded
+            then; or what was saved holds NaN or inf.
     """
     index = together(lambda: CheckpointIndex.load(directory / INDEX_FILE))
     together(lambda: index.check(directory, part=rank(), of=world_size()))
