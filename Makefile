@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := .venv-lowest
+LOWEST_INSTALLED := $(LOWEST)/.installed
+# What the names of torch, transformers and typer carry: training, resume, parity with one process, search, verbs.
+LOWEST_TESTS := tests/unit/test_internals.py tests/unit/models tests/unit/train tests/unit/cli \
+	tests/unit/search/test_search.py tests/numerics/test_certificate.py tests/distributed/test_trainer_resume.py
 
-.PHONY: quickstart test test-all lint check format clean
+.PHONY: quickstart test test-all test-lowest lint check format clean
 
 # The whole promise on this machine: profile, search, train, resume under another plan, generate.
 quickstart: $(INSTALLED)
@@ -19,6 +24,10 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/pytest
 
+# The lowest versions that pyproject.toml admits, in an environment of their own (5 GB; Python 3.11 or 3.12).
+test-lowest: $(LOWEST_INSTALLED)
+	$(LOWEST)/bin/python -m pytest -m "not slow and not gpu and not multi_gpu" $(LOWEST_TESTS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -32,10 +41,16 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) runs dist
+	rm -rf $(VENV) $(LOWEST) runs dist
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+$(LOWEST_INSTALLED): pyproject.toml tests/lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(LOWEST)/bin/python -m pip install --quiet -r tests/lowest.txt -e '.[train]'
 	touch $@

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from galvatron.core.job import Job
+from galvatron.core.units import counted
 
 from .console import console, error_console, say
 from .launch import processes
@@ -55,7 +56,7 @@ def prepare_data(job: Job, run: RunDirectory) -> Path:
     with _progress(job.data.source) as progress:
         path = prepare_tokens(job.data, run.path, progress=progress, skipped=skipped)
     if skipped.count:
-        say(f"{skipped.count:,} bad records of {job.data.source} are left out, the first: {skipped.first}")
+        say(f"{counted(skipped.count, 'bad record')} of {job.data.source} left out, the first: {skipped.first}")
     return path
 
 

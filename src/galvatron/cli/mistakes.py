@@ -8,7 +8,16 @@ from __future__ import annotations
 from galvatron.core.errors import ConfigError, GalvatronError
 from galvatron.core.files import as_output_error
 
-OPTIONAL = ("datasets", "huggingface_hub", "safetensors", "tensorboard", "tokenizers", "torch", "transformers")
+OPTIONAL = (
+    "datasets",
+    "huggingface_hub",
+    "safetensors",
+    "tensorboard",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "xxhash",
+)
 """What ``galvatron[train]`` brings and the search does without."""
 
 

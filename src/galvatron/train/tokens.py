@@ -60,9 +60,11 @@ def prepare_tokens(
     part, note = path.with_suffix(".part"), path.with_suffix(".part.json")
     try:
         tokenizer = load_tokenizer(data.tokenizer)
+        skipped = skipped or Skipped()
         info = _write_tokens(part, note, tokenizer, read_blocks(data, skipped), progress)
         if info.num_tokens == 0:
-            raise DataError(f"data.source={data.source!r} has no text; give a source with some")
+            why = f", as its {skipped.count} records are bad ({skipped.first})" if skipped.count else ""
+            raise DataError(f"data.source={data.source!r} has no text{why}; give a source with some")
     except GalvatronError:  # nothing to go on from: the text will be another one
         part.unlink(missing_ok=True)
         note.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
 from galvatron.train import tokens as tokens_module
 from galvatron.train.text import Block, read_blocks
@@ -97,3 +98,10 @@ def test_blocks_come_in_one_order(data: DataSection) -> None:
         return [text for text, _ in blocks]
 
     assert texts(read_blocks(data)) == texts(read_blocks(data)) == WORDS
+
+
+def test_nothing_but_bad_records_is_refused_with_the_first(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
+    data = DataSection(source=str(tmp_path / "a.jsonl"), skip_bad_records=True)
+    with pytest.raises(DataError, match=r"has no text, as its 2 records are bad \(.*a\.jsonl:1 has no text in field"):
+        prepare_tokens(data, tmp_path)
