@@ -279,7 +279,9 @@ class ParallelModel:
                 parameter.tensor.grad.add_(before)
 
     def _check_step(self, loss_fn: LossFunction | None) -> None:
-        """Raise ConfigError if ``loss_fn`` gives no losses, or something else is in a parameter's place, untrained."""
+        """Raise ConfigError if ``loss_fn`` gives no losses, or something else decides parameters or precision."""
+        if torch.is_autocast_enabled(self.device.type):
+            raise ConfigError("a plan says in which precision what is computed (precision=bf16); leave torch.autocast")
         if loss_fn is not None and loss_fn is not self._checked_loss:
             check_loss(loss_fn, self.spec.vocab_size, self.device)
             self._checked_loss = loss_fn
