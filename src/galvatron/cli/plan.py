@@ -24,12 +24,19 @@ app = typer.Typer(name="plan", help="Show, compare, import and export plans.", n
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan file.")]
 
 
-@app.command("show", epilog=examples("galvatron plan show plan.json"))
-def show(path: PlanFile) -> None:
-    """Show a plan, and what it promises where it carries a prediction."""
+def _read(path: Path) -> Plan:
+    """The plan in ``path``, whole and by the rules: another's degrees and divisions have no meaning to show."""
     from galvatron.plan import Plan
 
     plan = Plan.load(path)
+    plan.validate()
+    return plan
+
+
+@app.command("show", epilog=examples("galvatron plan show plan.json"))
+def show(path: PlanFile) -> None:
+    """Show a plan, and what it promises where it carries a prediction."""
+    plan = _read(path)
     say(plan.describe())
     if plan.prediction is not None:
         from galvatron.report import explain_prediction
@@ -43,10 +50,9 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="B.json", help="Another plan file.")],
 ) -> None:
     """Say what differs between two plans, layer by layer."""
-    from galvatron.plan import Plan
     from galvatron.report.diff import diff_plans
 
-    say(diff_plans(Plan.load(first), Plan.load(second)))
+    say(diff_plans(_read(first), _read(second)))
 
 
 @app.command(
@@ -65,11 +71,10 @@ def export(
 
     A plan that the system cannot run is refused, never changed.
     """
-    from galvatron.plan import Plan
 
     if out is not None:
         check_output(out, path)
-    text = _exported(Plan.load(path), format)
+    text = _exported(_read(path), format)
     if out is None:
         typer.echo(text, nl=False)
     else:
