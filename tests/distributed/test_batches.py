@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from galvatron.core.errors import DataError, PlanError
+from galvatron.core.errors import ConfigError, DataError, PlanError
 from galvatron.parallelize import ParallelModel, init_world, parallelize
 from galvatron.parallelize.batch import AGREEMENT_EVERY
 from galvatron.plan import LayerStrategy, Plan
@@ -91,6 +91,27 @@ def steps_with_strided_batches() -> list[float]:
 def test_a_batch_of_any_stride_gives_the_same_loss(pool: Pool) -> None:
     for plain, turned in pool.run(steps_with_strided_batches, world_size=2):
         assert turned == plain
+
+
+def different_models() -> list[str]:
+    world = init_world("cpu")
+    found = []
+    for seed, drawn, microbatches in ((world.rank, 0, 2), (0, world.rank, 2), (0, 0, 1 + world.rank)):
+        plan = plan_for(DATA_PARALLEL).model_copy(update={"num_microbatches": microbatches})
+        model = tiny_model("llama", drawn)
+        with pytest.raises(ConfigError) as caught:
+            parallelize(model, plan, world=world, seed=seed)
+        found.append(str(caught.value))
+    with pytest.raises(ConfigError) as caught:
+        parallelize(tiny_model("llama" if world.rank else "qwen2"), plan_for(DATA_PARALLEL), world=world)
+    return [*found, str(caught.value)]
+
+
+def test_ranks_with_models_of_their_own_are_one_error_on_all(pool: Pool) -> None:
+    first, second = pool.run(different_models, world_size=2)
+    assert first == second
+    for text, what in zip(first, ("seed", "weights", "plan", "model"), strict=True):
+        assert f"every rank must be given the same {what}, but rank 1 has other than rank 0" in text
 
 
 def beyond_the_positions() -> str:

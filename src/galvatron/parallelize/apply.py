@@ -22,6 +22,7 @@ from galvatron.models import Family, InitialWeights, family_of, spec_of
 from galvatron.plan import LayerStrategy, Plan, check_runnable
 
 from .accept import check_model
+from .agreement import check_agreement
 from .attention import use_attention
 from .compile import LayerCompiler, compiles
 from .fsdp import ShardedUnit, mixed_precision, shard_unit
@@ -73,14 +74,15 @@ def parallelize(
 
     Raises:
         PlanError: the plan breaks a rule of the model or of the world.
-        ConfigError: the model's family has no record, or the model is not what its config describes; it is
-            left as it was.
+        ConfigError: the model's family has no record, or the model is not what its config describes, or ranks were
+            given different plans, models, seeds or weights; the model is left as it was.
         CheckpointError: ``weights`` are not those of the model, quantised or not finite.
     """
     check_model(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"parallelize takes a Plan, got {type(plan).__name__}; load a file with Plan.load(path)")
     world = world or init_world()
+    check_agreement(model, plan, seed, own_weights=weights is None)
     family, spec = family_of(model.config), spec_of(model)
     plan.validate(spec, world.world_size)
     check_runnable(plan)

@@ -10,13 +10,12 @@ import zlib
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from galvatron.core.errors import DataError
 
+from .agreement import disagreement
 from .loss import IGNORED
-from .ranks import all_gather, world_size
 
 AGREEMENT_EVERY = 100
 """Every how many batches the ranks compare theirs, from the first on.  [Empirical: November 2026, one CPU thread:
@@ -26,9 +25,9 @@ AGREEMENT_EVERY = 100
 class BatchCheck:
     """Checks one batch after another against a plan's shape and a vocabulary."""
 
-    def __init__(self, shape: tuple[int, int], vocab_size: int, device: torch.device) -> None:
-        """Batches have ``shape`` [global_batch_size, seq_len]; ``device`` is what the world sends from."""
-        self.shape, self.vocab_size, self.device = shape, vocab_size, device
+    def __init__(self, shape: tuple[int, int], vocab_size: int) -> None:
+        """Batches have ``shape`` [global_batch_size, seq_len]."""
+        self.shape, self.vocab_size = shape, vocab_size
         self._num_seen = 0
 
     def weight(
@@ -41,9 +40,15 @@ class BatchCheck:
         """
         host = [values.cpu() if isinstance(values, Tensor) else values for values in (input_ids, labels)]
         problem = self._problem(*host) or _uncounted(host[1], num_tokens)
-        if self._num_seen % AGREEMENT_EVERY == 0 and world_size() > 1:
-            settings = f"{num_tokens} {accumulate} {problem}".encode()
-            self._check_agreement(zlib.crc32(settings) if problem else _digest(zlib.crc32(settings), *host))
+        if self._num_seen % AGREEMENT_EVERY == 0:
+            settings = zlib.crc32(f"{num_tokens} {accumulate} {problem}".encode())
+            found = disagreement({"batch": settings if problem else _digest(settings, *host)})
+            if found is not None:
+                raise DataError(
+                    "every rank must be given the same global batch and settings, but those of rank "
+                    f"{', '.join(map(str, found[1]))} differ from those of rank 0; give each rank all {self.shape[0]} "
+                    "sequences in one order (no DistributedSampler, no shuffling by rank): it takes its own rows"
+                )
         if problem:
             raise DataError(problem)
         self._num_seen += 1
@@ -73,19 +78,6 @@ class BatchCheck:
         return (
             f"{name}[{row}, {position}]={int(given[row, position])} is not among the model's {self.vocab_size} ids "
             f"(0 to {self.vocab_size - 1}); use the model's own tokenizer, or a model with as many rows{remedy}"
-        )
-
-    def _check_agreement(self, digest: int) -> None:
-        extremes = torch.tensor([digest, -digest], device=self.device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        if int(extremes[0]) == -int(extremes[1]):
-            return
-        digests = all_gather(digest)
-        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
-        raise DataError(
-            "every rank must be given the same global batch and settings, but those of rank "
-            f"{', '.join(map(str, others))} differ from those of rank 0; give each rank all {self.shape[0]} sequences "
-            "in one order (no DistributedSampler, no shuffling by rank): it takes its own rows"
         )
 
 

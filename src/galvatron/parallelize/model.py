@@ -74,8 +74,8 @@ class ParallelModel:
         shape, vocabulary = (self.plan.global_batch_size, self.plan.seq_len), spec.vocab_size
         self.seed, self.steps = seed, 0
         self._checked_loss: LossFunction | None = None
-        self._train_batches = BatchCheck(shape, vocabulary, self.device)
-        self._evaluation_batches = BatchCheck(shape, vocabulary, self.device)
+        self._train_batches = BatchCheck(shape, vocabulary)
+        self._evaluation_batches = BatchCheck(shape, vocabulary)
         self._driver = Driver(grid, spec, stage, units)
 
     def train_step(

@@ -15,7 +15,7 @@ SHAPE, VOCABULARY = (2, 3), 103
 
 
 def check() -> BatchCheck:
-    return BatchCheck(SHAPE, VOCABULARY, torch.device("cpu"))
+    return BatchCheck(SHAPE, VOCABULARY)
 
 
 def ids(*changes: tuple[int, int, int]) -> Tensor:
