@@ -79,8 +79,10 @@ def test_another_recipe_is_found(reference: Reference, pool: Pool, tmp_path: Pat
 
 
 def test_numbers_that_are_none_are_found(reference: Reference, pool: Pool, tmp_path: Path) -> None:
-    initial = {**reference.initial, NAME: torch.full_like(reference.initial[NAME], torch.nan)}
-    report = _verdict(dataclasses.replace(reference, initial=initial), pool, tmp_path)
+    first, second = reference.steps
+    gradients = {**first.gradients, NAME: torch.full_like(first.gradients[NAME], torch.nan)}
+    wrong = dataclasses.replace(first, loss=float("nan"), gradients=gradients)
+    report = _verdict(dataclasses.replace(reference, steps=(wrong, second)), pool, tmp_path)
     assert report.worst["loss"] == report.worst["gradient"] == float("inf")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 
 from galvatron.core.records import Record
 from galvatron.parallelize import LocalParameter, ParallelModel, init_world, parallelize
@@ -46,7 +47,7 @@ class Deviation(Record):
     name: str
     step: int
     rank: int
-    error: float
+    error: float = Field(allow_inf_nan=True)
 
     @property
     def ok(self) -> bool:
