@@ -47,6 +47,7 @@ __all__ = [
     "has_tensor_hooks",
     "hooks",
     "is_compiled",
+    "keep_graphs",
     "local_part",
     "multiply_all_",
     "needless_names",
@@ -148,6 +149,11 @@ def has_tensor_hooks(tensor: torch.Tensor) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called: calls then go to the compiled code."""
     return module._compiled_call_impl is not None
+
+
+def keep_graphs(number: int) -> None:
+    """Let the compiler make up to ``number`` graphs of one function before it gives up on it."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, number)
 
 
 def storage_address(tensor: torch.Tensor) -> int:

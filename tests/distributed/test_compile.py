@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from galvatron.core.model import ModelProfile
 from galvatron.parallelize import ParallelModel, compile, init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan
-from galvatron.testing.models import tiny_model
+from galvatron.profile import profile_model
+from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool
 
 BATCH, SEQ_LEN = 4, 16
+TIMEOUT_S = 900.0  # of a busy machine
 S = LayerStrategy
 MODES = ("none", "selective", "full", "none")
 PLANS = {
@@ -76,8 +79,10 @@ def gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
 
 def check(pool: Pool, name: str, engine: str) -> None:
     world_size, layers = PLANS[name]
-    plain = pool.run(steps, name, False, engine, world_size=world_size)
-    compiled = pool.run(steps, name, True, engine, world_size=world_size)
+    plain, compiled = (
+        pool.run(steps, name, compiled, engine, world_size=world_size, timeout_s=TIMEOUT_S)
+        for compiled in (False, True)
+    )
     for (losses, expected, none), (own_losses, own, graphs) in zip(plain, compiled, strict=True):
         assert own_losses == pytest.approx(losses, rel=1e-6)
         for key, gradient in expected.items():
@@ -87,9 +92,27 @@ def check(pool: Pool, name: str, engine: str) -> None:
         assert graphs == [2 * len(set(layers))] * 4
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["one device", pytest.param("tp", marks=pytest.mark.slow), "mixed"])
 def test_compiled_layers_compute_the_same_in_graphs_made_once(pool: Pool, name: str) -> None:
     check(pool, name, "aot_eager_decomp_partition")
+
+
+def profile() -> str:
+    with backend("aot_eager_decomp_partition"):
+        config, world = tiny_config("llama"), init_world("cpu")
+        return profile_model(config, world, seq_len=SEQ_LEN, max_batch=2, budget_s=0.5, compile=True).to_json()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_what_is_trained_compiled_is_profiled_compiled(pool: Pool) -> None:
+    measured = ModelProfile.from_json(pool.run(profile, world_size=1, timeout_s=TIMEOUT_S)[0])
+    assert measured.compiled
+    assert [s.batch for s in measured.compute if s.unit == "layer"] == [1, 2]
+    assert all((s.full_s is not None) == (s.unit == "layer") for s in measured.compute)
+    kept = {s.recompute: s.bytes_per_sequence for s in measured.activations if s.unit == "layer"}
+    assert kept["none"] > kept["selective"] > kept["full"] > 0
 
 
 @pytest.mark.slow

@@ -15,10 +15,20 @@ from pathlib import Path
 import pytest
 
 from distributed.commands import Command
-from distributed.test_cli_verbs import CONFIG, MIXED
+from galvatron.plan import LayerStrategy, Plan
 from galvatron.train import all_checkpoints, find_checkpoint, read_metrics, read_state
 from galvatron.train.index import INDEX_FILE, CheckpointIndex
 
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 JOB = """
 [model]
 path = "config.json"
@@ -35,6 +45,11 @@ lr = 1e-2
 save_every = {save_every}
 keep_checkpoints = 2
 """
+SHARDED, CUT = LayerStrategy(dp_shard=2, zero=3), LayerStrategy(tp=2)
+PLAN = Plan(
+    model="tiny", world_size=2, layers_per_stage=(2,), global_batch_size=4, seq_len=16,
+    embedding=SHARDED, layers=(SHARDED, CUT), head=CUT,
+)  # fmt: skip
 TRAIN = ("train", "job.toml", "--plan", "plan.json")
 SAVE_EVERY = 6
 MOMENTS = ("start", "step", "save", "resume")
@@ -47,7 +62,7 @@ def write_job(folder: Path, *, num_steps: int = 60, save_every: int = SAVE_EVERY
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     (folder / "job.toml").write_text(JOB.format(num_steps=num_steps, save_every=save_every))
-    MIXED.save(folder / "plan.json")
+    PLAN.save(folder / "plan.json")
     return folder
 
 
@@ -169,8 +184,8 @@ def _number(path: Path) -> int:
 def test_a_few_kills(tmp_path: Path) -> None:
     folder = write_job(tmp_path)
     kills = Kills(folder, TRAIN, undisturbed(folder, *TRAIN), random.Random(7))
-    while kills.count < 4:
-        kills.run_killed_at(("start", "step", "save", "resume"))
+    kills.run_killed_at(("start", "step", "save", "resume"))
+    assert kills.count >= 3, kills.table()
 
 
 @pytest.mark.slow

@@ -13,6 +13,10 @@ Nproc = Annotated[
 ]
 Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option("--device", help="Where to run.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="The precision layers compute in.")]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Whether layers are compiled, as in training; by default on CUDA."),
+]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run directory; runs/<job file stem> if left out.")]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")]
 

@@ -24,19 +24,12 @@ app = typer.Typer(name="plan", help="Show, compare, import and export plans.", n
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan file.")]
 
 
-def _read(path: Path) -> Plan:
-    """The plan in ``path``, whole and by the rules: another's degrees and divisions have no meaning to show."""
-    from galvatron.plan import Plan
-
-    plan = Plan.load(path)
-    plan.validate()
-    return plan
-
-
 @app.command("show", epilog=examples("galvatron plan show plan.json"))
 def show(path: PlanFile) -> None:
     """Show a plan, and what it promises where it carries a prediction."""
-    plan = _read(path)
+    from galvatron.plan import Plan
+
+    plan = Plan.load(path)
     say(plan.describe())
     if plan.prediction is not None:
         from galvatron.report import explain_prediction
@@ -50,9 +43,10 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="B.json", help="Another plan file.")],
 ) -> None:
     """Say what differs between two plans, layer by layer."""
+    from galvatron.plan import Plan
     from galvatron.report.diff import diff_plans
 
-    say(diff_plans(_read(first), _read(second)))
+    say(diff_plans(Plan.load(first), Plan.load(second)))
 
 
 @app.command(
@@ -71,10 +65,11 @@ def export(
 
     A plan that the system cannot run is refused, never changed.
     """
+    from galvatron.plan import Plan
 
     if out is not None:
         check_output(out, path)
-    text = _exported(_read(path), format)
+    text = _exported(Plan.load(path), format)
     if out is None:
         typer.echo(text, nl=False)
     else:

@@ -15,7 +15,7 @@ from galvatron.core.files import check_output
 
 from .console import say
 from .launch import Processes, processes
-from .options import Device, Nproc, Precision, examples
+from .options import Compile, Device, Nproc, Precision, examples
 
 if TYPE_CHECKING:
     from galvatron.core.model import Precision as PrecisionName
@@ -26,12 +26,16 @@ app = typer.Typer(name="profile", help="Measure this cluster or a model on it.",
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """Which model to measure, at which sequence length and precision, with which parameters frozen."""
+    """Which model to measure, at which sequence length and precision, with which parameters frozen.
+
+    ``compiled``: whether its layers are; None leaves that to the device.
+    """
 
     path: str
     seq_len: int
     precision: PrecisionName
     freeze: tuple[str, ...] = ()
+    compiled: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def model(
     precision: Precision = "fp32",
     nproc: Nproc = None,
     device: Device = "auto",
+    compile: Compile = None,
 ) -> None:
     """Measure a model's layers at every tensor-cut shape a plan for this many processes can ask for.
 
@@ -87,7 +92,8 @@ def model(
     """
     check_output(out, path)
     with processes(nproc, device) as ranks:
-        measure(ranks, Measurement(model_out=out, model=ModelRequest(path, seq_len, precision, tuple(freeze or ()))))
+        request = ModelRequest(path, seq_len, precision, tuple(freeze or ()), compile)
+        measure(ranks, Measurement(model_out=out, model=request))
     say(f"wrote {out}")
 
 
@@ -119,6 +125,7 @@ def _measure(world: World, measurement: Measurement) -> None:
             seq_len=request.seq_len,
             precision=request.precision,
             freeze=request.freeze,
+            compile=request.compiled,
             progress=_line,
         )
         if world.rank == 0:

@@ -82,11 +82,12 @@ def _start(job: Job, config: Any, run: RunDirectory) -> Start:
 
 
 def profile_missing(ranks: Processes, job: Job, run: RunDirectory, spec: ModelSpec) -> None:
-    """Measure what the run directory lacks or holds for another world, model, length or precision."""
+    """Measure what the run directory lacks or holds for another world, model, length, precision or compiler."""
     heading("Profile")
     kept_hardware = run.hardware.exists() and _hardware_fits(run, ranks.world_size, job.cluster.device)
     kept_model = kept_hardware and run.model.exists() and _model_fits(run, job, spec)
-    request = ModelRequest(job.model.path, job.train.seq_len, job.train.precision, job.model.freeze)
+    section = job.train
+    request = ModelRequest(job.model.path, section.seq_len, section.precision, job.model.freeze, section.compiled)
     measurement = Measurement(
         hardware_out=None if kept_hardware else run.hardware, model_out=None if kept_model else run.model, model=request
     )
@@ -103,8 +104,11 @@ def _hardware_fits(run: RunDirectory, world_size: int, device: str) -> bool:
 
 
 def _model_fits(run: RunDirectory, job: Job, spec: ModelSpec) -> bool:
-    profile = ModelProfile.load(run.model)
-    return (profile.spec, profile.seq_len, profile.precision) == (spec, job.train.seq_len, job.train.precision)
+    profile, compiled = ModelProfile.load(run.model), job.train.compiled
+    if compiled is None:
+        compiled = HardwareProfile.load(run.hardware).device.type == "cuda"
+    found = (profile.spec, profile.seq_len, profile.precision, profile.compiled)
+    return found == (spec, job.train.seq_len, job.train.precision, compiled)
 
 
 def plan_legs(job: Job, run: RunDirectory) -> list[Leg]:

@@ -17,6 +17,7 @@ import typer
 from galvatron.core.errors import ConfigError, DataError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job
+from galvatron.core.units import format_seconds
 from galvatron.plan import Plan, check_plan_for_job
 
 from .console import console, heading, rank, say
@@ -228,7 +229,9 @@ def _train(world: World, leg: Leg) -> TrainResult:
     freeze_parameters(whole, leg.job.model.freeze)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the model lacks and that are left out")  # said by check_inputs
-        model = parallelize(whole, leg.plan, world=world, weights=weights, seed=section.seed)
+        model = parallelize(whole, leg.plan, world=world, weights=weights, seed=section.seed, compile=section.compiled)
+    if model.compiled:
+        say(f"layers compiled in {format_seconds(model.warm_up())}")
     reporter = ConsoleReporter(on_start=lambda: _keep_plan(leg))
     try:
         return train.train(

@@ -89,6 +89,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class TrainSection(Record):
     """How to train: batch, optimiser, learning-rate schedule, and how often to evaluate, log and save.
 
+    ``compile``: whether layers are compiled, profiled ones too; ``auto`` on CUDA alone.
     ``seed`` is what torch's generators take.  ``max_skipped_steps`` steps in a row may be skipped, unlearnt, because
     their loss or gradient is not finite; the next one ends the run.
     """
@@ -98,6 +99,7 @@ class TrainSection(Record):
     num_steps: PositiveInt
     precision: Precision = "fp32"
     grad_reduce_dtype: Precision = "fp32"
+    compile: bool | Literal["auto"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**64)
     lr: PositiveFloat = 3e-4
     min_lr: NonNegativeFloat = 0.0
@@ -114,6 +116,11 @@ class TrainSection(Record):
     save_every: NonNegativeInt = 0
     keep_checkpoints: PositiveInt = 3
     tensorboard: bool = False
+
+    @property
+    def compiled(self) -> bool | None:
+        """``compile`` as functions take it: None where the device decides."""
+        return None if self.compile == "auto" else self.compile
 
     @model_validator(mode="after")
     def _schedule_agrees(self) -> Self:

@@ -339,6 +339,7 @@ class ModelProfile(FileRecord):
     """``model.json``: a model's shapes with its compute and activations, measured unless ``origin`` says otherwise.
 
     ``optimizer_s_per_parameter`` is the time of one AdamW step divided by the local elements it updates.
+    ``compiled``: layers are, which makes them faster and leaner; to be trained in the same way.
     """
 
     FORMAT: ClassVar[str] = "galvatron.model"
@@ -350,6 +351,7 @@ class ModelProfile(FileRecord):
     precision: Precision
     seq_len: Tokens
     origin: Origin = "measured"
+    compiled: bool = False
     compute: tuple[ComputeSample, ...]
     activations: tuple[ActivationSample, ...]
     optimizer_s_per_parameter: Seconds = 0.0

@@ -35,7 +35,6 @@ from galvatron.core.model import (
     Precision,
     UnitName,
 )
-from galvatron.core.records import validate
 from galvatron.core.units import DTYPE_BYTES
 
 from .hetu_files import MIB, Memory, Tokens, read_memory, read_times
@@ -70,16 +69,15 @@ def import_model(
     seq_len = seq_len or _only_seq_len(spec, {tokens[0] for kind, tokens in times if kind == "0"}, computation)
     _check_parameters(spec, measured, seq_len, memory)
     degrees = _tp_degrees(spec, measured, seq_len, memory)
-    fields = {
-        "spec": spec,
-        "device": "A100 (imported)",
-        "precision": precision or precision_of_file(computation),
-        "seq_len": seq_len,
-        "origin": "imported",
-        "compute": tuple(_compute(spec, times, degrees, seq_len, computation)),
-        "activations": tuple(_activations(spec, measured, degrees, seq_len, memory)),
-    }
-    return validate(ModelProfile, fields, str(computation), ProfileError)
+    return ModelProfile(
+        spec=spec,
+        device="A100 (imported)",
+        precision=precision or precision_of_file(computation),
+        seq_len=seq_len,
+        origin="imported",
+        compute=tuple(_compute(spec, times, degrees, seq_len, computation)),
+        activations=tuple(_activations(spec, measured, degrees, seq_len, memory)),
+    )
 
 
 def _check_types(spec: ModelSpec, types: set[int], path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from galvatron.core.errors import ProfileError
 from galvatron.core.model import ModelProfile, ModelSpec, Precision
-from galvatron.core.parsing import is_file, read_text
+from galvatron.core.records import read_text
 
 CARDS = {"swin-huge": "swin-h"}
 """Hetu-Galvatron's names of models that have another name here."""
@@ -26,8 +26,9 @@ def named_spec(name: str) -> ModelSpec:
         ConfigError: there is no such card or configuration.
         ProfileError: the model.json is malformed.
     """
-    if is_file(name) and f'"{ModelProfile.FORMAT}"' in read_text(name, ProfileError):
-        return ModelProfile.load(name).spec
+    path = Path(name)
+    if path.is_file() and f'"{ModelProfile.FORMAT}"' in read_text(path, ProfileError):
+        return ModelProfile.load(path).spec
     from galvatron.estimate import model_spec
 
     return model_spec(name)

@@ -95,7 +95,8 @@ def parallelize(
     use_attention(model)
     _to_meta(model)
     stage = Stage(model, family, plan.stage_layers(grid.stage), is_first=grid.is_first, is_last=grid.is_last)
-    _cut(stage, family, spec, grid, LayerCompiler() if compiles(compile, world.device) else None)
+    compiled = compiles(compile, world.device)
+    _cut(stage, family, spec, grid, LayerCompiler() if compiled else None)
     parts = _parts(stage, family, spec, grid)
     units = _shard(stage, family, spec, grid)
     _materialise(stage, world.device)
@@ -104,7 +105,9 @@ def parallelize(
     together(lambda: fill(parameters, values, twins))
     stage.train()
     replicated = _replicated(parts, parameters, spec, grid)
-    return ParallelModel(grid, spec, model.config, stage, units, sharded, parameters, replicated, seed)
+    return ParallelModel(
+        grid, spec, model.config, stage, units, sharded, parameters, replicated, seed, compiled=compiled
+    )
 
 
 def _own_weights(model: PreTrainedModel, seed: int) -> Weights:

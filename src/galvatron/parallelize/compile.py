@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from galvatron.internals import keep_graphs
+
 BACKEND = "inductor"
+GRAPHS = 32
+"""Of one strategy: training and evaluation, with and without a gradient of the input; in a profile every batch."""
 
 
 def compiles(wanted: bool | None, device: torch.device) -> bool:
@@ -23,17 +27,19 @@ def compiles(wanted: bool | None, device: torch.device) -> bool:
 
 
 class LayerCompiler:
-    """Compiles the layers of one model."""
+    """Compiles the layers of one model, by default to code of the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str | None = None) -> None:
+        self._backend = backend or BACKEND
         self._codes: dict[Hashable, CodeType] = {}
+        keep_graphs(GRAPHS)
 
     def __call__(self, layer: nn.Module, alike: Hashable) -> None:
         """Compile ``layer``'s forward; layers that are ``alike`` see equal shapes and share their graphs."""
         call = _calling(layer.forward)
         code = self._codes.setdefault(alike, call.__code__.replace(co_name=f"layer_{len(self._codes)}"))
         own = FunctionType(code, globals(), code.co_name, None, call.__closure__)
-        layer.forward = torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND)
+        layer.forward = torch.compile(own, fullgraph=True, dynamic=False, backend=self._backend)
 
 
 def _calling(forward: Callable[..., Any]) -> FunctionType:

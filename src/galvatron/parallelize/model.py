@@ -66,13 +66,15 @@ class ParallelModel:
         parameters: list[LocalParameter],
         replicated: tuple[Replicated, ...],
         seed: int,
+        *,
+        compiled: bool = False,
     ) -> None:
         """Made by ``parallelize``; ``sharded`` maps names to the FSDP2 parameters behind ``parameters``."""
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
         self.stage, self.local_parameters = stage, parameters
         self._units, self._sharded, self._replicated = units, sharded, replicated
         shape, vocabulary = (self.plan.global_batch_size, self.plan.seq_len), spec.vocab_size
-        self.seed, self.steps = seed, 0
+        self.seed, self.steps, self.compiled = seed, 0, compiled
         self._checked_loss: LossFunction | None = None
         self._train_batches = BatchCheck(shape, vocabulary)
         self._evaluation_batches = BatchCheck(shape, vocabulary)
@@ -122,12 +124,14 @@ class ParallelModel:
         return loss
 
     def warm_up(self) -> float:
-        """Compile what steps and evaluations will run, where layers are compiled; the seconds it took.
+        """Compile what steps and evaluations will run, where layers are ``compiled``; the seconds it took.
 
         Collective over the world: one microbatch of zeros goes forward and back, and one forward without gradients.
         Nothing of them stays.
         """
         start = time.perf_counter()
+        if not self.compiled:
+            return 0.0
         ids = torch.zeros(self.plan.micro_batch_size, self.plan.seq_len, dtype=torch.int64, device=self.device)
         zeros, training = Batch(ids, ids, 1.0), self.training
         with masks_of(self.seed, 0, self.grid.world.rank, self.device):
@@ -279,9 +283,7 @@ class ParallelModel:
                 parameter.tensor.grad.add_(before)
 
     def _check_step(self, loss_fn: LossFunction | None) -> None:
-        """Raise ConfigError if ``loss_fn`` gives no losses, or something else decides parameters or precision."""
-        if torch.is_autocast_enabled(self.device.type):
-            raise ConfigError("a plan says in which precision what is computed (precision=bf16); leave torch.autocast")
+        """Raise ConfigError if ``loss_fn`` gives no losses, or something else is in a parameter's place, untrained."""
         if loss_fn is not None and loss_fn is not self._checked_loss:
             check_loss(loss_fn, self.spec.vocab_size, self.device)
             self._checked_loss = loss_fn

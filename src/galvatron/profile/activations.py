@@ -7,6 +7,9 @@ out: parameters and their gradients, also those made in the forward pass (the co
 the unit's output (it is the next unit's input, and counted there if that keeps it), and tensors that all layers
 share (rotary tables), which count once, as fixed bytes of the embedding.  Buffers that a kernel allocates inside
 itself are not seen.
+
+Compiled layers are counted by the graphs that the compiler makes, run operation by operation: exact in what is kept,
+an upper bound of the peak, for a device's code fuses operations and never holds what is between them.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from .units import LocalUnit, UnitShape
 
 BATCHES = (2, 3)  # at one sequence some copies become views: GPT-2 with dropout keeps another sum
 CPU = torch.device("cpu")
+GRAPHS_ALONE = "aot_eager_decomp_partition"  # the compiler without the code that it makes of graphs
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Count:
 
 def count_activations(shape: UnitShape, recompute: Recompute) -> ActivationSample:
     """Bytes of one unit as a line over sequences, through the counts at two and at three of them."""
+    if shape.is_compiled:
+        return _of_graph(shape, recompute)
     low, high = (count(shape, recompute, batch) for batch in BATCHES)
     per_sequence = (high.saved_bytes - low.saved_bytes) // (BATCHES[1] - BATCHES[0])
     shared = _shared_bytes(shape) if shape.name == "embedding" else 0
@@ -60,6 +66,21 @@ def count_activations(shape: UnitShape, recompute: Recompute) -> ActivationSampl
         ),
     )
     return sample.model_copy(update=_chunked_workspace(shape)) if shape.name == "head" else sample
+
+
+def _of_graph(shape: UnitShape, recompute: Recompute) -> ActivationSample:
+    """A compiled layer's bytes, proportional to the batch; counted once, for it takes seconds to compile."""
+    batch = BATCHES[0]
+    counted = count(shape, recompute, batch)
+    return ActivationSample(
+        unit=shape.name,
+        tp=shape.tp,
+        recompute=recompute,
+        seq_len=shape.seq_len,
+        fixed_bytes=0,
+        bytes_per_sequence=math.ceil(counted.saved_bytes / batch),
+        workspace_bytes_per_sequence=math.ceil(counted.workspace_bytes / batch),
+    )
 
 
 def _chunked_workspace(shape: UnitShape) -> dict[str, Any]:
@@ -85,15 +106,26 @@ def _line(shape: UnitShape, first: int, last: int) -> tuple[int, int]:
 
 def count(shape: UnitShape, recompute: Recompute, batch: int, *, fake: bool = True) -> Count:
     """One forward and backward of ``batch`` sequences, on fake or on real CPU tensors."""
-    unit = shape.build()
+    unit = shape.build(GRAPHS_ALONE)
     unit.recompute(recompute)
-    mode = FakeTensorMode() if fake else contextlib.nullcontext()
+    # graphs may hold the state of a random generator
+    mode = FakeTensorMode(allow_non_fake_inputs=shape.is_compiled) if fake else contextlib.nullcontext()
     place = mode.from_tensor if isinstance(mode, FakeTensorMode) else torch.clone
     with mode:
         unit.allocate(shape.dtype, CPU, place)
         tokens, labels = shape.inputs(batch, CPU)
+        if shape.is_compiled:
+            _run_once(unit, tokens, labels)
         with StorageLog() as log:
             return _count(log, unit, tokens, labels)
+
+
+def _run_once(unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor]) -> None:
+    """Let the graphs be made."""
+    output = unit(tokens, **labels)
+    if output.requires_grad:
+        output.backward(torch.ones_like(output))
+        unit.zero_grad()
 
 
 def _count(log: StorageLog, unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor]) -> Count:

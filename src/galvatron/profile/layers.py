@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from galvatron.parallelize.fsdp import ShardedUnit, mixed_precision, prepare_bac
 from galvatron.parallelize.world import World
 from galvatron.plan import LayerStrategy
 
-from .timing import agree, synchronize
+from .timing import Budget, agree, synchronize
 from .units import LocalUnit, UnitShape
 
 ALWAYS_MEASURED = 2  # batches 1 and 2, so that a slope is known however small the budget
@@ -35,18 +36,17 @@ MIN_REPEATS, MAX_REPEATS = 2, 3  # of one sweep
 # slices where ranks outnumber cores, on CUDA so few that their activations fit.
 BURST_S = {"cpu": 40e-3, "cuda": 10e-3}
 MAX_BURST = {"cpu": 16, "cuda": 4}
-_NONE: Recompute = "none"
 
 
 def measure_unit(
-    shape: UnitShape, precision: Precision, world: World, max_batch: int, share_s: float
+    shape: UnitShape, precision: Precision, world: World, max_batch: int, budget: Budget
 ) -> list[ComputeSample]:
     """Collective: medians of the slowest rank at batches 1, 2, 4 … ``max_batch``.
 
-    Stops early where the next batch would overrun ``share_s`` seconds or does not fit in the device's memory;
-    batches 1 and 2 are measured whatever they take.
+    Stops early where the next batch would overrun its share of the budget or does not fit in the device's memory;
+    batches 1 and 2 are measured whatever they take.  What compiling takes is not the budget's.
     """
-    start, samples = time.perf_counter(), list[ComputeSample]()
+    start, share_s, samples = time.perf_counter(), budget.next_share(), list[ComputeSample]()
     unit = _runnable(shape, precision, world)
     for batch in _batches(max_batch):
         spent_s, share_s = agree([time.perf_counter() - start, share_s], world.device)
@@ -54,6 +54,10 @@ def measure_unit(
         room = (share_s - spent_s) / expected_s if expected_s else MAX_REPEATS
         if batch > ALWAYS_MEASURED and room < MIN_REPEATS + 2:
             break
+        if shape.is_compiled:
+            compiled_s = _compile(unit, shape, batch, world.device)
+            budget.leave_out(compiled_s)
+            start += compiled_s
         seconds = _seconds(unit, shape, batch, world, int(room) - 2)
         if seconds is None:
             break
@@ -103,6 +107,22 @@ def _runnable(shape: UnitShape, precision: Precision, world: World) -> LocalUnit
     return unit
 
 
+def _compile(unit: LocalUnit, shape: UnitShape, batch: int, device: torch.device) -> float:
+    """Seconds until every mode of recompute has run once."""
+    start = time.perf_counter()
+    with suppress(torch.OutOfMemoryError):  # found again where ranks can agree on it
+        _run_all_modes(unit, *shape.inputs(batch, device), device)
+    return time.perf_counter() - start
+
+
+def _run_all_modes(unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor], device: torch.device) -> float:
+    """Seconds of one forward and backward, all others done."""
+    for mode in unit.modes:
+        unit.recompute(mode)
+        _passes(unit, tokens, labels, 1, device)
+    return sum(_passes(unit, tokens, labels, 1, device))
+
+
 def _seconds(
     unit: LocalUnit, shape: UnitShape, batch: int, world: World, repeats: int
 ) -> dict[Recompute, tuple[float, float]] | None:
@@ -110,13 +130,10 @@ def _seconds(
 
     Modes take turns, so that what disturbs the machine disturbs all of them.
     """
-    device, modes = world.device, list(unit.forwards) or [_NONE]
+    device, modes = world.device, unit.modes
     try:
         tokens, labels = shape.inputs(batch, device)
-        for mode in modes:  # warm-up; without collectives, so a rank may fail alone
-            unit.recompute(mode)
-            _passes(unit, tokens, labels, 1, device)
-        once_s = sum(_passes(unit, tokens, labels, 1, device))
+        once_s = _run_all_modes(unit, tokens, labels, device)  # without collectives, so a rank may fail alone
     except torch.OutOfMemoryError:
         once_s = float("inf")
     (once_s,) = agree([once_s], device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
-import time
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeVar, get_args
 
@@ -30,6 +29,7 @@ from galvatron.core.model import (
 )
 from galvatron.core.units import format_seconds
 from galvatron.models import build_spec
+from galvatron.parallelize.compile import compiles
 from galvatron.parallelize.fsdp import DTYPES
 from galvatron.parallelize.world import World
 from galvatron.plan import LayerStrategy, StageAxes, check_strategy
@@ -57,6 +57,7 @@ def profile_model(
     tp_degrees: Iterable[int] | None = None,
     freeze: Collection[str] = (),
     budget_s: float = 20.0,
+    compile: bool | None = None,
     progress: Progress | None = None,
 ) -> ModelProfile:
     """Collective: measure and count every unit of the model at every tensor cut.
@@ -71,6 +72,7 @@ def profile_model(
             be cut by are left out, by the rules that plans obey.
         freeze: parameters that are not trained, by name or pattern (``models.freeze``); units are measured so.
         budget_s: about how many seconds the timing may take; it limits batches and repeats, never cuts.
+        compile: whether layers are compiled, as they will be in training; by default on CUDA alone.
         progress: told of every unit measured, on every rank.
 
     Raises:
@@ -83,12 +85,14 @@ def profile_model(
             f"seq_len={seq_len} must not exceed max_position_embeddings={spec.max_seq_len} of {spec.name}; "
             "shorten the sequences"
         )
-    shapes = _shapes(config, spec, tp_degrees or _stacked_degrees(world.world_size), seq_len, precision)
+    compiled = compiles(compile, world.device)
+    shapes = _shapes(config, spec, tp_degrees or _stacked_degrees(world.world_size), seq_len, precision, compiled)
     profile = ModelProfile(
         spec=spec,
         device=device_name(world.device),
         precision=precision,
         seq_len=seq_len,
+        compiled=compiled,
         compute=tuple(_of_alike(spec, _measure(shapes, precision, world, max_batch, budget_s, progress))),
         activations=tuple(_of_alike(spec, _count(shapes, world))),
         optimizer_s_per_parameter=measure_optimizer(spec, world),
@@ -104,12 +108,17 @@ def _stacked_degrees(world_size: int) -> tuple[int, ...]:
 
 
 def _shapes(
-    config: PretrainedConfig, spec: ModelSpec, degrees: Iterable[int], seq_len: int, precision: Precision
+    config: PretrainedConfig,
+    spec: ModelSpec,
+    degrees: Iterable[int],
+    seq_len: int,
+    precision: Precision,
+    compiled: bool,
 ) -> list[UnitShape]:
     """What to measure, once of kinds that run alike; layers last, so that time left over goes to them."""
     names = [*ENDS, *dict.fromkeys(_first_alike(spec, kind) for kind in spec.layers)]
     return [
-        UnitShape(config, spec, name, tp, seq_len, DTYPES[precision])
+        UnitShape(config, spec, name, tp, seq_len, DTYPES[precision], compiled)
         for name, tp in itertools.product(names, sorted(set(degrees)))
         if check_strategy(LayerStrategy(tp=tp), name, spec, stage_size=tp, micro_batch_size=1, seq_len=seq_len) is None
     ]
@@ -142,13 +151,13 @@ def _measure(
 
     Sweeps after the first end where the budget does.
     """
-    start, budget = time.perf_counter(), Budget(budget_s, SWEEPS * len(shapes))
+    budget = Budget(budget_s, SWEEPS * len(shapes))
     samples: list[ComputeSample] = []
     for sweep, shape in itertools.product(range(SWEEPS), shapes):
-        (spent_s,) = agree([time.perf_counter() - start], world.device)
-        if sweep > 0 and spent_s > budget_s:
+        (over_s,) = agree([-budget.left_s()], world.device)
+        if sweep > 0 and over_s > 0:
             break
-        measured = measure_unit(shape, precision, world, max_batch, budget.next_share())
+        measured = measure_unit(shape, precision, world, max_batch, budget)
         gc.collect()  # FSDP2's modules refer to themselves
         samples += measured
         if progress is not None and sweep == 0 and measured:

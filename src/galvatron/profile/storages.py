@@ -31,6 +31,13 @@ class StorageLog(TorchDispatchMode):
     whose bytes are looked up before every operation instead.
     """
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs compiled in here too; only what its graph runs one by one is seen."""
+        return True
+
     def __init__(self, resized: Callable[[], Iterable[torch.Tensor]] | None = None) -> None:
         super().__init__()
         self._resized, self._resized_bytes = resized, 0

@@ -56,6 +56,14 @@ class Budget:
 
     def next_share(self) -> float:
         """This rank's seconds for the next task; never negative."""
-        share = (self._end - time.perf_counter()) / max(self._tasks_left, 1)
+        share = self.left_s() / max(self._tasks_left, 1)
         self._tasks_left -= 1
         return max(share, 0.0)
+
+    def left_s(self) -> float:
+        """This rank's seconds left for all tasks; negative once they are over."""
+        return self._end - time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Seconds of the task that shall not count."""
+        self._end += seconds

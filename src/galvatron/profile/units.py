@@ -21,6 +21,7 @@ from galvatron.internals import put_buffer, put_parameter, tree_map_only
 from galvatron.models import Family, family_of, meta_model
 from galvatron.parallelize.attention import use_attention
 from galvatron.parallelize.collectives import AxisGroup
+from galvatron.parallelize.compile import LayerCompiler
 from galvatron.parallelize.loss import fuse_loss
 from galvatron.parallelize.recompute import recompute_in_backward
 from galvatron.parallelize.stage import PassedLayer, Stage
@@ -43,6 +44,11 @@ class LocalUnit(nn.Module):
         self.inner, self.owners = inner, owners
         self.args, self.kwargs = args, kwargs
         self.forwards: dict[Recompute, Callable[..., Any]] = {}
+
+    @property
+    def modes(self) -> list[Recompute]:
+        """The modes of recompute that it can run under."""
+        return list(self.forwards) or ["none"]
 
     def recompute(self, mode: Recompute) -> None:
         """Let a layer run under ``mode`` from now on."""
@@ -77,7 +83,7 @@ class LocalUnit(nn.Module):
 
 @dataclass(frozen=True)
 class UnitShape:
-    """Which unit, at which cut: what is measured and counted."""
+    """Which unit, at which cut, and whether layers are compiled: what is measured and counted."""
 
     config: PretrainedConfig
     spec: ModelSpec
@@ -85,18 +91,27 @@ class UnitShape:
     tp: int
     seq_len: int
     dtype: torch.dtype
+    compiled: bool = False
 
-    def build(self) -> LocalUnit:
-        """The unit with parameters on meta; its collectives are stand-ins of ``tp`` ranks, of which it is the first."""
+    def build(self, backend: str | None = None) -> LocalUnit:
+        """The unit with parameters on meta; its collectives are stand-ins of ``tp`` ranks, of which it is the first.
+
+        ``backend``: of the compiler, where layers are compiled; by default what training uses.
+        """
         model, family = meta_model(self.config), family_of(self.config)
         use_attention(model)
         self._freeze(model, family)
         # first in the world means tp rank 0, which holds the most of what does not divide
         tp = AxisGroup(None, prime_factors(self.tp)[::-1], 0)
         if self.name not in ENDS:
-            return self._layer(model, family, tp).train()
+            return self._layer(model, family, tp, backend).train()
         build = self._embedding if self.name == "embedding" else self._head
         return build(model, family, tp).train()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether this unit is: embedding and head never are."""
+        return self.compiled and self.name not in ENDS
 
     def inputs(self, batch: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """(what the unit is called with, its labels): ids [batch, S], or hidden states.
@@ -141,14 +156,17 @@ class UnitShape:
         owners = (stage.decoder.get_submodule(family.norm), head)
         return LocalUnit(stage, owners, (), position_ids=self._position_ids())
 
-    def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
+    def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup, backend: str | None) -> LocalUnit:
         layer = model.get_submodule(self._layer_path(family))
         cut_layer(layer, family, self.spec.kind(self.name), tp)
         args, kwargs = self._call_of_a_layer(model, family)
         unit, plain = LocalUnit(layer, (layer,), args, **kwargs), layer.forward
+        compiler = LayerCompiler(backend) if self.compiled else None
         for mode in get_args(Recompute):
             layer.forward = plain
-            recompute_in_backward(layer, family, tp, mode)
+            recompute_in_backward(layer, family, tp, mode, compiled=self.compiled)
+            if compiler is not None:
+                compiler(layer, mode)
             unit.forwards[mode] = layer.forward
         unit.recompute("none")
         return unit

@@ -100,8 +100,8 @@ def test_a_length_must_have_been_measured(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ({"layernum[2]_bsz1_seq128": 1.0}, "must have keys such as layertype_0_bsz8_seq2048"),
-        ({"layertype_0_bsz1_seq128": "fast"}, "must be a number from 0 to 1,000,000,000, got 'fast'"),
-        ({"layertype_0_bsz1_seq128": -1.0}, "must be a number from 0 to 1,000,000,000, got -1.0"),
+        ({"layertype_0_bsz1_seq128": "fast"}, "layertype_0_bsz1_seq128 must be a number of 0 or more, got 'fast'"),
+        ({"layertype_0_bsz1_seq128": -1.0}, "must be a number of 0 or more, got -1.0"),
         ([1], "must hold one JSON object, got a list"),
         ({"layertype_0_bsz1_seq128": 1.0}, "has no layertype_other at"),
     ],

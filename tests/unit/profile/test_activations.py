@@ -103,6 +103,18 @@ Without recompute: norms 2 x (4 + 2), inputs of both regions 2 x 2, attention 5 
 """
 
 
+COMPILED = {"none": 37 + LOG_SUM_EXP + RMS, "selective": 25 + LOG_SUM_EXP, "full": 2}
+"""Without recompute the compiler keeps neither norms in float32 nor residual sums twice; it runs no product again."""
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own import
+@pytest.mark.parametrize("mode", COMPILED)
+def test_a_compiled_layer_keeps_no_more_than_it_did(mode):
+    shape = UnitShape(LLAMA_1B, build_spec(LLAMA_1B), "layer", 1, 4096, torch.bfloat16, compiled=True)
+    kept = count_activations(shape, mode).bytes_per_sequence / 4096 / 2048
+    assert kept == pytest.approx(COMPILED[mode], abs=1e-3)  # full: and the state of a random generator
+
+
 @pytest.mark.parametrize("tp", [1, 2, 8])
 def test_a_layer_keeps_no_more_than_it_did(tp):
     """A guard: whoever makes layers fatter changes these numbers."""
