@@ -6,6 +6,7 @@ one sentence on standard error and exit code 2.  Nothing heavy is imported befor
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from galvatron.core.version import __version__
 
 from . import checkpoint, convert, data, import_, plan, profile, run, search, train
 from .console import plain_symbols, rank
+from .launch import is_joined
 from .mistakes import as_mistake
 from .workers import WorkerCrash
 
@@ -84,12 +86,16 @@ def main() -> None:
 
 @contextmanager
 def _signals_exit() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave as Ctrl-C does, through every ``finally``; ignored (nohup) they stay so."""
+    """SIGTERM and SIGHUP leave as Ctrl-C does, through every ``finally``; ignored (nohup) they stay so.
+
+    Not in a joined world: a rank that waits in a collective would not hear, and its launcher ends it by SIGTERM.
+    """
 
     def leave(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
-    asking = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    numbers = () if is_joined(os.environ) else (signal.SIGTERM, signal.SIGHUP)
+    asking = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in asking:
         signal.signal(number, leave)
     try:

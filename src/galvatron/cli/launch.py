@@ -71,6 +71,11 @@ def run_name(environment: Mapping[str, str], arguments: Sequence[str]) -> str:
     return f"{command!r} ({launcher})" if launcher else repr(command)
 
 
+def is_joined(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has made the world that this process is a rank of."""
+    return ("RANK" in environment and "WORLD_SIZE" in environment) or bool(slurm_world(environment))
+
+
 def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: ``gpu[003-007,9],login1`` → ``gpu003``."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
@@ -92,8 +97,8 @@ class Processes:
     """
 
     def __init__(self, nproc: int | None, device: DeviceName = "auto", default: int = 1) -> None:
+        self.joined = is_joined(os.environ)
         os.environ.update(slurm_world(os.environ))
-        self.joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         self.device = device
         self.world_size = int(os.environ["WORLD_SIZE"]) if self.joined else (nproc or default)
         self._world: World | None = None

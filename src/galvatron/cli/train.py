@@ -70,7 +70,8 @@ def train(
     plan: Annotated[Path, typer.Option("--plan", help="The plan to train under.")],
     run_dir: RunDir = None,
     resume: Annotated[
-        str | None, typer.Option("--resume", help="latest, a checkpoint, or another run directory.")
+        str | None,
+        typer.Option("--resume", help="latest (also under another plan), a checkpoint, or another run directory."),
     ] = None,
     nproc: Nproc = None,
 ) -> None:

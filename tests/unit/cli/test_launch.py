@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
+from galvatron.cli import _signals_exit
 from galvatron.cli.launch import Processes, first_host, run_name, slurm_world
 from galvatron.core.errors import ConfigError
 
@@ -54,6 +57,16 @@ def test_a_run_s_name_is_its_launcher_s_and_its_command_s() -> None:
     assert run_name(STEP, ["train", "a.toml"]) == "'galvatron train a.toml' (Slurm job 1234567 step 0 start 0)"
     assert run_name({"TORCHELASTIC_RUN_ID": "x"}, ["run"]) == "'galvatron run' (torchrun x)"
     assert run_name({}, ["run", "b.toml"]) == "'galvatron run b.toml'"
+
+
+def test_signals_are_the_launcher_s_in_a_joined_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with _signals_exit():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    with _signals_exit():
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_batch_script_is_no_world() -> None:
