@@ -269,9 +269,9 @@ class ModelSpec(Record):
         shorter count by their share of tokens.  Of the 6, 2 are the forward, 2 the gradient of the input, which units
         before the first trainable one do not need, and 2 the gradient of the weight, for what is trainable.
         """
-        projection = self.head.parameters[-1]
+        projects = all(p.trainable for p in self.head.parameters[-1:])
         reached = 2.0 * self.is_reached(self.layers[-1].name)
-        total = (2.0 + reached + 2.0 * projection.trainable) * self.vocab_size * self.layers[-1].hidden_size
+        total = (2.0 + reached + 2.0 * projects) * self.vocab_size * self.layers[-1].hidden_size
         for kind in self.layers:
             reached = 2.0 * self.is_reached(kind.name)
             matmuls = (2.0 + reached + 2.0 * kind.trained_share) * kind.active_parameters

@@ -104,10 +104,10 @@ def _early_gradient_bytes(setting: Setting, unit: UnitName, s: Strategies) -> In
 
     Where the model computes in float32 it becomes the gradient itself.
     """
-    projection = setting.model.spec.head.parameters[-1]
-    if unit != "head" or not projection.trainable:
+    projections = [p for p in setting.model.spec.head.parameters[-1:] if p.trainable]
+    if unit != "head" or not projections:
         return np.zeros(len(s), dtype=np.int64)
-    elements = {tp: math.prod(projection.local_shape(tp)) for tp in set(s.tp.tolist())}
+    elements = {tp: math.prod(projections[0].local_shape(tp)) for tp in set(s.tp.tolist())}
     return MASTER_BYTES * np.array([elements[tp] for tp in s.tp.tolist()], dtype=np.int64)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.model import UnitSpec
 from galvatron.models import build_spec, freeze_parameters, meta_model, spec_of
 from galvatron.testing.models import tiny_config
 
@@ -64,3 +65,9 @@ def test_a_specification_reads_what_the_model_requires() -> None:
     model = meta_model(tiny_config("llama"))
     freeze_parameters(model, LOWER)
     assert spec_of(model, "x") == build_spec(tiny_config("llama"), "x", LOWER)
+
+
+def test_a_head_without_parameters_counts_as_trained() -> None:
+    whole = build_spec(tiny_config("llama"))
+    bare = whole.model_copy(update={"head": UnitSpec(parameters=())})
+    assert bare.flops_per_token(16) == whole.flops_per_token(16)
