@@ -110,6 +110,7 @@ def _broken(full: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], str]]:
         ({name: kept for name, kept in full.items() if name != some}, f"{some} has shape none there and"),
         ({**full, "extra": value}, "extra has shape .* there and none in the model"),
         ({**full, some: value.T}, rf"{some} has shape \[32, 64\] there and \[64, 32\] in the model"),
+        ({**full, some: value / 0}, f"weights of {some} hold NaN or inf"),
         ({**full, some: value.to(torch.int8)}, f"{some} is torch.int8"),
         ({**full, some: value.to(torch.float8_e4m3fn)}, f"{some} is torch.float8_e4m3fn"),
         ({**full, "lm_head.weight": torch.zeros(97, 32)}, "lm_head.weight must equal transformer.wte.weight"),

@@ -88,6 +88,8 @@ def _check(state: Mapping[str, Tensor], shapes: Shapes, whose: str) -> None:
             )
         if not state[name].is_floating_point() or state[name].itemsize < 2:
             raise CheckpointError(f"{name} is {state[name].dtype}; give weights in float32, bfloat16 or float16")
+        if not bool(torch.isfinite(state[name]).all()):
+            raise CheckpointError(f"weights of {name} hold NaN or inf; give sound weights")
         if not is_finite(state[name]):
             raise CheckpointError(f"weights of {name} hold NaN or inf; give sound weights")
 
