@@ -42,6 +42,7 @@ __all__ = [
     "call_attention",
     "changes_in_place",
     "default_store",
+    "end_backward",
     "forget_forwards",
     "gathered_buffers",
     "has_tensor_hooks",
@@ -113,6 +114,11 @@ def forget_forwards(module: FSDPModule) -> None:
 def _groups(module: FSDPModule) -> list[Any]:
     state: Any = module._get_fsdp_state()
     return state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+
+
+def end_backward(root: FSDPModule) -> None:
+    """What FSDP2 does at the end of a backward of ``root``: reduce what a unit has not, wait for all reductions."""
+    root._get_fsdp_state()._root_post_backward_final_callback()
 
 
 def local_part(tensor: DTensor) -> torch.Tensor:

@@ -126,7 +126,7 @@ def measure(family: str, plan: Plan, freeze: tuple[str, ...]) -> Bytes:
     section = TrainSection(global_batch_size=BATCH, seq_len=SEQ_LEN, num_steps=2)
     optimizer = build_optimizer(model.local_parameters, section)
     tokens = torch.randint(0, model.spec.vocab_size, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
-    with memory.watch(model, optimizer):
+    with memory.watch(model, optimizer, [tokens]):
         model.train_step(tokens[:, :-1], tokens[:, 1:])
         optimizer.step()
     gc.collect()  # what a cycle of the first step still holds is not the second step's
@@ -144,7 +144,8 @@ def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) ->
     """Bytes born in a step and alive when its first backward begins, gathered parameters left out; None without one."""
     seen: list[int] = []
     with StorageLog() as log:
-        original = model._before_backward
+        driver = model._driver
+        original = driver._before_backward
 
         def before_backward(is_last: bool) -> None:
             if not seen:
@@ -153,7 +154,7 @@ def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) ->
                 seen.append(settled_bytes(log))
             original(is_last)
 
-        model._before_backward = before_backward  # type: ignore[method-assign]
+        driver._before_backward = before_backward  # type: ignore[method-assign]
         model.train_step(tokens[:, :-1], tokens[:, 1:])
     return seen[0] if seen else None
 

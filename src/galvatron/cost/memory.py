@@ -1,14 +1,21 @@
-"""Bytes of one unit on the fullest rank under many strategies at once, from shapes and from how FSDP2 allocates.
+"""Bytes of one unit on the fullest rank under many strategies at once, from shapes and from how the runtime allocates.
 
 Takes a Setting, a unit and strategies; gives exact parameter, gradient and optimizer bytes, and an interval for
 what passes.  Knows nothing of stages: ``step`` and ``search`` add units up.
 
-What torch 2.13 allocates (``torch/distributed/fsdp/_fully_shard``), per parameter of local shape (d0, …) after
-the tensor cut, with s the ranks that it is sharded over:
+Where nothing is sharded (ZeRO 0, ``parallelize/unsharded.py``), 8 bytes a parameter before AdamW's 8, 10 in bf16:
+
+* float32 parameters and a float32 gradient, to which every microbatch adds in place;
+* a copy of the parameters in the compute dtype where that is another;
+* one parameter's gradient at a time on its way from autograd, but for the head's projection (``loss``); the head's
+  labels.
+
+What torch 2.13 allocates under ZeRO 1 to 3 (``torch/distributed/fsdp/_fully_shard``), per parameter of local shape
+(d0, …) after the tensor cut, with s the ranks that it is sharded over:
 
 * held: ceil(d0 / s) rows in float32 on every rank, padding included (``_fsdp_param.py``, ``padded_sharded_param``);
   its gradient likewise; AdamW adds two tensors of the shard's shape (neither for what is frozen);
-* gathered: s times that in the compute dtype, a copy even when s is 1 (``init_all_gather_outputs``);
+* gathered: s times that in the compute dtype (``init_all_gather_outputs``);
 * while gathering: a flat buffer of the whole group of parameters (``foreach_all_gather``);
 * while reducing: a flat buffer of the group in the reduce dtype (``foreach_reduce``), which lives on until the
   next group reduces;
@@ -32,6 +39,7 @@ from .sizes import ShardSize, shard_sizes, trained_sizes
 from .strategies import RECOMPUTES, Floats, Ints, Strategies
 
 MASTER_BYTES = DTYPE_BYTES["fp32"]  # parameters, reduced gradients and both AdamW states are float32
+LABEL_BYTES = 8  # int64
 ADAMW_STATES = 2  # exp_avg and exp_avg_sq
 REDISTRIBUTED_TENSORS = 3
 """Boundary tensors alive in a change of layout: what was there, what is sent and what comes.  They add to the peak only
@@ -89,13 +97,19 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
     flat_buffers = _gathering_elements(dense, experts, s) * setting.compute_bytes + reduced
     passing = np.where(stays, 0, gathered)
     unsharded = np.where(stays, gathered, 0) + _accumulated_bytes(setting, s, whole, gradient)
+    transient = passing + flat_buffers + new_gradients + np.maximum(workspace, trained * setting.reduce_bytes)
+    is_whole = s.zero == 0
+    copies = held * _copied_bytes(setting) + trained * _summed_bytes(setting)
+    # the projection's gradient goes where it belongs as it is made
+    arriving = np.maximum(trained_dense.largest, trained_experts.largest) * setting.compute_bytes
+    arriving = _label_bytes(setting, s) if unit == "head" else arriving
     return UnitMemory(
         parameter_bytes=held * MASTER_BYTES,
         gradient_bytes=gradient,
         optimizer_bytes=ADAMW_STATES * trained * MASTER_BYTES,
-        unsharded_bytes=unsharded,
+        unsharded_bytes=np.where(is_whole, copies, unsharded),
         activation_bytes=activations,
-        transient_bytes=passing + flat_buffers + new_gradients + np.maximum(workspace, trained * setting.reduce_bytes),
+        transient_bytes=np.where(is_whole, arriving + workspace, transient),
     )
 
 
@@ -109,6 +123,22 @@ def _early_gradient_bytes(setting: Setting, unit: UnitName, s: Strategies) -> In
         return np.zeros(len(s), dtype=np.int64)
     elements = {tp: math.prod(projections[0].local_shape(tp)) for tp in set(s.tp.tolist())}
     return MASTER_BYTES * np.array([elements[tp] for tp in s.tp.tolist()], dtype=np.int64)
+
+
+def _label_bytes(setting: Setting, s: Strategies) -> Ints:
+    """One microbatch's labels on their device."""
+    batch = setting.micro_batch_size / (s.dp * s.ulysses * s.cp)
+    return np.ceil(batch * setting.tokens("head") * LABEL_BYTES).astype(np.int64)
+
+
+def _copied_bytes(setting: Setting) -> int:
+    """Bytes of a parameter's copy beside the float32 one, where nothing is sharded."""
+    return setting.compute_bytes if setting.compute_bytes != MASTER_BYTES else 0
+
+
+def _summed_bytes(setting: Setting) -> int:
+    """Bytes of a gradient's copy for the sum over replicas: the parameter's copy serves where it has that dtype."""
+    return setting.reduce_bytes if setting.reduce_bytes not in (MASTER_BYTES, setting.compute_bytes) else 0
 
 
 def _gathering_elements(dense: ShardSize, experts: ShardSize, s: Strategies) -> Ints:

@@ -20,12 +20,13 @@ from .strategies import Ints, Strategies
 class ShardSize:
     """Elements of one unit on the fullest rank, one row a strategy.
 
-    ``held``: its shard, padding included; ``whole``: after the cut by tp (and ep), before sharding; ``uncut``: the
-    part of ``held`` that every tp rank has too.
+    ``held``: its shard, padding included; ``whole``: after the cut by tp (and ep), before sharding; ``largest``: of
+    that, the largest parameter; ``uncut``: the part of ``held`` that every tp rank has too.
     """
 
     held: Ints
     whole: Ints
+    largest: Ints
     uncut: Ints
 
 
@@ -46,7 +47,7 @@ def trained_sizes(parameters: Iterable[ParameterSpec], strategies: Strategies) -
 
 
 def _sizes(parameters: list[ParameterSpec], tp: Ints, ep: Ints, shard: Ints) -> ShardSize:
-    held, whole, uncut = (np.zeros(len(tp), dtype=np.int64) for _ in range(3))
+    held, whole, largest, uncut = (np.zeros(len(tp), dtype=np.int64) for _ in range(4))
     for t, e in sorted({*zip(tp.tolist(), ep.tolist(), strict=True)}) if parameters else ():
         rows = np.flatnonzero((tp == t) & (ep == e))
         for parameter in parameters:
@@ -55,6 +56,7 @@ def _sizes(parameters: list[ParameterSpec], tp: Ints, ep: Ints, shard: Ints) -> 
             part = -(-length // shard[rows]) * rest
             held[rows] += part
             whole[rows] += length * rest
+            largest[rows] = np.maximum(largest[rows], length * rest)
             if parameter.cut is None or parameter.cut.is_whole(t):
                 uncut[rows] += part
-    return ShardSize(held, whole, uncut)
+    return ShardSize(held, whole, largest, uncut)

@@ -28,7 +28,8 @@ class Chunk:
     ``redistribution_s``: one microbatch's, one way; a chunk's first unit redistributes what its neighbour sent.
     ``transfer_s``: the message into the chunk.  ``beside_bytes``: what a microbatch in flight keeps beyond its units'
     activations: the output, until the backward (the next profile does not count it), and what layers share, of which
-    every chunk but the first makes its own.
+    every chunk but the first makes its own.  ``sent_bytes``: the gradient of the chunk's input, which may still be on
+    its way while the next microbatch passes.
     """
 
     units: Units
@@ -37,6 +38,7 @@ class Chunk:
     redistribution_s: float
     transfer_s: float
     beside_bytes: int
+    sent_bytes: int
     in_flight: int
 
     @cached_property
@@ -111,8 +113,9 @@ def stages_of(plan: Plan, setting: Setting) -> tuple[Stage, ...]:
         times, memories = zip(*(costs.of(unit, strategy) for unit, strategy in units), strict=True)
         beside = (setting.entering_bytes(after) if after is not None else 0) + (shared_bytes(setting) if entry else 0)
         transferred_s = transfer_s(setting, units[0][0]) if entry else 0.0
+        sent = setting.entering_bytes(units[0][0]) if entry else 0
         in_flight = plan.microbatches_in_flight(entry % plan.pp, entry // plan.pp)
-        chunks.append(Chunk(units, times, memories, moved_s, transferred_s, beside, in_flight))
+        chunks.append(Chunk(units, times, memories, moved_s, transferred_s, beside, sent, in_flight))
     return tuple(Stage(tuple(chunks[stage :: plan.pp])) for stage in range(plan.pp))
 
 

@@ -146,7 +146,7 @@ def stage_prediction(plan: Plan, setting: Setting, stage: Stage) -> StagePredict
     units = stage.memories
     resident = sum(int(unit.resident_bytes) for unit in units)
     activations = sum(chunk.activation_bytes for chunk in stage.chunks)
-    workspace = max(int(unit.transient_bytes) for unit in units)
+    workspace = max(int(unit.transient_bytes) for unit in units) + sum(chunk.sent_bytes for chunk in stage.chunks)
     gradients = sum(int(unit.gradient_bytes) for unit in units)
     tensors = resident + activations + workspace
     # gradients meet all the activations in flight only if an earlier microbatch has left them behind

@@ -1,17 +1,17 @@
 """``parallelize``: every technique applied to a model, in one fixed order.
 
-tensor cuts → attention → recompute → compile → redistribution → data parallel (FSDP2) → weights.  Until the last step
-all parameters are on meta, so no rank ever holds more than its own part.
+tensor cuts → attention → recompute → compile → redistribution → data parallel (FSDP2 where something is sharded) →
+weights.  Until the last step all parameters are on meta, so no rank ever holds more than its own part.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -25,7 +25,7 @@ from .accept import check_model
 from .agreement import check_agreement
 from .attention import use_attention
 from .compile import LayerCompiler, compiles
-from .fsdp import ShardedUnit, mixed_precision, shard_unit
+from .fsdp import DTYPES, ShardedUnit, mixed_precision, prefetch, shard_root, shard_unit
 from .grid import Grid
 from .loss import fuse_loss
 from .model import ParallelModel, Replicated
@@ -34,8 +34,11 @@ from .ranks import together
 from .recompute import recompute_in_backward
 from .stage import Stage, enter_with_layout
 from .tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
+from .unsharded import UnshardedUnit
 from .weights import GivenWeights, StateDictWeights, Weights, check_names, fill
 from .world import World, init_world
+
+_Unit = tuple[tuple[nn.Module, ...], LayerStrategy]
 
 
 @dataclass(frozen=True)
@@ -98,15 +101,27 @@ def parallelize(
     compiled = compiles(compile, world.device)
     _cut(stage, family, spec, grid, LayerCompiler() if compiled else None)
     parts = _parts(stage, family, spec, grid)
-    units = _shard(stage, family, spec, grid)
-    _materialise(stage, world.device)
-    sharded = {part.name: getattr(part.module, part.attribute) for part in parts}
-    parameters = [_local_parameter(part, sharded[part.name], spec, grid) for part in parts]
+    units = list(_units(stage, family, spec, grid))
+    sharded = _shard(stage, units, grid)
+    _materialise(stage, sharded, world.device)
+    unsharded = tuple(_unsharded(modules, strategy, grid) for modules, strategy in units if not strategy.zero)
+    parameters = [_local_parameter(part, _held(part, unsharded), spec, grid) for part in parts]
     together(lambda: fill(parameters, values, twins))
     stage.train()
+    shards = {part.name: getattr(part.module, part.attribute) for part in parts if part.strategy.zero}
     replicated = _replicated(parts, parameters, spec, grid)
     return ParallelModel(
-        grid, spec, model.config, stage, units, sharded, parameters, replicated, seed, compiled=compiled
+        grid,
+        spec,
+        model.config,
+        stage,
+        sharded,
+        shards,
+        unsharded,
+        parameters,
+        replicated,
+        seed,
+        compiled=compiled,
     )
 
 
@@ -146,6 +161,8 @@ def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: La
         if compiler is not None:
             compiler(chain[index], (kinds[index].name, strategy))
         _enter(chain[index], grid, degrees[index], degrees[index + 1])
+    if not grid.is_first:
+        stage.receive_in(chain[plan.stage_layers(grid.stage).start])
     if grid.is_last:
         _enter(stage.decoder.get_submodule(family.norm), grid, degrees[-2], degrees[-1])
         _cut_head(stage, family, spec, grid)
@@ -178,18 +195,36 @@ def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None
     fuse_loss(head, projection, tp, stage.early_gradient)
 
 
-def _shard(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> tuple[ShardedUnit, ...]:
-    """Hand every unit to FSDP2, the whole stage last (it has no parameters of its own left)."""
-    units = tuple(_units(stage, family, spec, grid))
+def _shard(stage: Stage, units: list[_Unit], grid: Grid) -> tuple[ShardedUnit, ...]:
+    """Hand the units that are sharded to FSDP2, then the whole stage if there are any."""
+    sharded = tuple(ShardedUnit(modules, strategy) for modules, strategy in units if strategy.zero)
     policy = mixed_precision(grid.plan.precision, grid.plan.grad_reduce_dtype)
-    for unit in units:
+    for unit in sharded:
         shard_unit(unit, grid.mesh(unit.strategy), policy)
-    alone = grid.mesh(LayerStrategy(tp=grid.plan.stage_size))
-    fully_shard(stage, mesh=alone, reshard_after_forward=False)
-    return units
+    for before, after in itertools.pairwise(units):
+        if before[1].zero == after[1].zero == 3:
+            prefetch(ShardedUnit(*before), ShardedUnit(*after))
+    if sharded:
+        whole = [p for modules, strategy in units if not strategy.zero for m in modules for p in m.parameters()]
+        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole)
+    return sharded
 
 
-def _units(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> Iterator[ShardedUnit]:
+def _unsharded(modules: tuple[nn.Module, ...], strategy: LayerStrategy, grid: Grid) -> UnshardedUnit:
+    dtype, reduce_dtype = DTYPES[grid.plan.precision], DTYPES[grid.plan.grad_reduce_dtype]
+    return UnshardedUnit(modules, dtype, reduce_dtype, grid.world.device, grid.replicas(strategy))
+
+
+def _held(part: _Part, unsharded: tuple[UnshardedUnit, ...]) -> nn.Parameter:
+    """What this rank holds of a parameter, in float32: what an optimizer updates."""
+    own = getattr(part.module, part.attribute)
+    if isinstance(own, DTensor):
+        return nn.Parameter(own.to_local().detach(), requires_grad=own.requires_grad)
+    return next(unit.local(own) for unit in unsharded if unit.holds(own))
+
+
+def _units(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> Iterator[_Unit]:
+    """The modules whose parameters live, and are summed, together; in forward order."""
     plan = grid.plan
     names = [family.embedding, *([family.position_embedding] if family.position_embedding else [])]
     embedding = tuple(stage.decoder.get_submodule(name) for name in names) if grid.is_first else ()
@@ -197,14 +232,13 @@ def _units(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> Iterato
     if grid.is_last:
         head = (stage.decoder.get_submodule(family.norm), stage.model.get_submodule(family.head))
     if embedding and head and spec.tied_embeddings:
-        yield ShardedUnit(embedding + head, plan.embedding)
-    else:
-        if embedding:
-            yield ShardedUnit(embedding, plan.embedding)
-        if head:
-            yield ShardedUnit(head, plan.head)
+        embedding, head = embedding + head, ()
+    if embedding:
+        yield embedding, plan.embedding
     for index in plan.stage_layers(grid.stage):
-        yield ShardedUnit((stage.decoder.get_submodule(f"{family.layers}.{index}"),), plan.layers[index])
+        yield (stage.decoder.get_submodule(f"{family.layers}.{index}"),), plan.layers[index]
+    if head:
+        yield head, plan.head
 
 
 def _parts(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> list[_Part]:
@@ -230,22 +264,23 @@ def _parts(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> list[_P
     return parts
 
 
-def _materialise(stage: Stage, device: torch.device) -> None:
-    """Give the meta parameters memory on ``device``; buffers keep their values and move there."""
+def _materialise(stage: Stage, sharded: tuple[ShardedUnit, ...], device: torch.device) -> None:
+    """Give the shards memory on ``device``; buffers keep their values and move there."""
     buffers = [(module, name, b) for module in stage.modules() for name, b in module.named_buffers(recurse=False)]
-    stage.to_empty(device=device)
+    for unit in sharded:
+        for module in unit.modules:
+            module.to_empty(device=device)
     for module, name, buffer in buffers:
         put_buffer(module, name, buffer.to(device))
 
 
-def _local_parameter(part: _Part, sharded: nn.Parameter, spec: ModelSpec, grid: Grid) -> LocalParameter:
+def _local_parameter(part: _Part, held: nn.Parameter, spec: ModelSpec, grid: Grid) -> LocalParameter:
     strategy, tp_rank = part.strategy, grid.stage_rank % part.strategy.tp
     whole = part.spec.cut is None or part.spec.cut.is_whole(strategy.tp)
     twice = _is_tied_copy(part, spec, grid)
-    assert isinstance(sharded, DTensor)
     return LocalParameter(
         name=part.name,
-        tensor=nn.Parameter(sharded.to_local().detach(), requires_grad=part.spec.trainable),
+        tensor=held,
         global_shape=part.spec.shape,
         pieces=pieces_of(part.spec, strategy.tp, tp_rank, strategy.dp_shard, grid.shard_rank(strategy)),
         replicas=strategy.dp_replicate * (strategy.tp if whole else 1) * (2 if twice else 1),

@@ -1,7 +1,7 @@
 """One batch through this rank's stage: which rows it takes, whom it hears from, and the loss of the whole world.
 
-Takes a stage whose modules are cut already and batches that are checked already; leaves gradients where FSDP2 puts
-them.  Knows nothing of parameters.
+Takes a stage whose modules are cut already and batches that are checked already; leaves gradients where its units
+put them.  Knows nothing of parameters.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 from galvatron.core.model import ModelSpec
 from galvatron.plan.schedules import Action, actions
 
-from .fsdp import DTYPES, ShardedUnit, free_gathered, prepare_backward
+from .fsdp import DTYPES, ShardedUnit, free_gathered, gather_for_step, prepare_backward, reduce_held
 from .grid import Grid
 from .own_loss import LossFunction
-from .pipeline import Neighbours, run
+from .pipeline import Inbox, Neighbours, run
 from .stage import Stage
+from .unsharded import UnshardedUnit
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,16 @@ class Batch:
 class Driver:
     """Runs batches through one stage of a plan; every method is collective and gives the loss of all ranks."""
 
-    def __init__(self, grid: Grid, spec: ModelSpec, stage: Stage, units: tuple[ShardedUnit, ...]) -> None:
-        self.grid, self.plan, self.stage, self.units = grid, grid.plan, stage, units
+    def __init__(
+        self,
+        grid: Grid,
+        spec: ModelSpec,
+        stage: Stage,
+        sharded: tuple[ShardedUnit, ...],
+        unsharded: tuple[UnshardedUnit, ...],
+    ) -> None:
+        self.grid, self.plan, self.stage = grid, grid.plan, stage
+        self.sharded, self.unsharded = sharded, unsharded
         self.hidden_size = spec.hidden_size
         layers = self.plan.stage_layers(grid.stage)
         self.trains_before = not grid.is_first and spec.trains_before(layers.start)
@@ -53,36 +62,54 @@ class Driver:
         plan = self.plan
         loss = self._run(actions(plan.schedule, plan.pp, self.grid.stage, plan.num_microbatches), batch)
         if not self.trains_until:
-            free_gathered(self.units)  # which the end of a backward does elsewhere
+            free_gathered(self.sharded)  # which the end of a backward does elsewhere
+        self._finish_gradients()
         return loss
 
     def evaluate(self, batch: Batch) -> float:
         """Forward alone."""
         loss = self._run([Action("forward", index) for index in range(self.plan.num_microbatches)], batch)
-        free_gathered(self.units)
+        free_gathered(self.sharded)
         return loss
 
     def rehearse(self, microbatch: Batch, *, backward: bool) -> None:
         """Forward of a single microbatch, and its backward or not."""
         self._run([Action("forward", 0), *([Action("backward", 0)] if backward else [])], microbatch)
-        free_gathered(self.units)
+        free_gathered(self.sharded)
+        if backward:
+            self._finish_gradients()
+
+    def _finish_gradients(self) -> None:
+        for unit in self.unsharded:
+            unit.finish()
 
     def _run(self, order: list[Action], batch: Batch) -> float:
         self.stage.early_gradient.forget()
+        for unit in self.unsharded:
+            unit.refresh()
+        if not self.grid.is_first:
+            gather_for_step(self.sharded)
 
-        def forward(microbatch: int, received: Tensor | None) -> Tensor:
+        def forward(microbatch: int, received: Inbox | None) -> Tensor:
             return self._forward(batch, microbatch, received)
 
-        def before_backward(is_last: bool) -> None:
-            prepare_backward(self.stage, self.units, is_last=is_last)
-
+        neighbours = self._neighbours()
+        losses = run(order, forward, neighbours, self._before_backward)
+        if self.trains_before and order[-1].kind == "backward":
+            reduce_held(self.stage, self.sharded)
+        neighbours.finish()
         total = torch.zeros((), device=self.grid.world.device)
-        for loss in run(order, forward, self._neighbours(), before_backward):
+        for loss in losses:
             total += loss
         dist.all_reduce(total)
         return float(total)
 
-    def _forward(self, batch: Batch, microbatch: int, received: Tensor | None) -> Tensor:
+    def _before_backward(self, is_last: bool) -> None:
+        prepare_backward(self.stage, self.sharded, is_last=is_last, sends_back=self.trains_before)
+        for unit in self.unsharded:
+            unit.before_backward(is_last=is_last)
+
+    def _forward(self, batch: Batch, microbatch: int, received: Inbox | None) -> Tensor:
         tokens = received if received is not None else self._rows(batch.input_ids, microbatch, self.plan.embedding.dp)
         labels = self._rows(batch.labels, microbatch, self.plan.head.dp) if self.grid.is_last else None
         output: Tensor = self.stage(tokens, self.position_ids, labels, batch.weight, batch.loss_fn)

@@ -1,13 +1,18 @@
-"""Data parallelism and ZeRO by FSDP2, one group a unit, each on its own strategy's mesh.
+"""ZeRO by FSDP2, one group a unit, each on its own strategy's mesh.
 
-ZeRO 3 frees parameters after use; 0, 1 and 2 keep them gathered from the first forward to the last backward.
-ZeRO 2 and 3 reduce-scatter gradients every microbatch; 0 and 1 accumulate and reduce after the last.  Losses
+ZeRO 3 frees parameters after use; 1 and 2 keep them gathered from the first forward to the last backward.
+ZeRO 2 and 3 reduce-scatter gradients every microbatch; 1 accumulates and reduces after the last.  Losses
 are shares of the global loss, so every reduction is a plain sum (divide factor 1).
+
+What waits, and what does not: FSDP2 lets the backward of a unit wait for the reduction of the unit behind it (on CUDA
+the stream, on gloo the thread), so a microbatch's gradient message waits for the reductions of its own backward.  ZeRO
+1 has none but the last's: a stage that sends messages back (``sends_back``) reduces after its last backward instead,
+the others beside it.  Gathers that serve a whole step run before the first microbatch is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +29,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 @dataclass(frozen=True)
 class ShardedUnit:
-    """Modules that FSDP2 gathers and reduces together."""
+    """Modules that FSDP2 gathers and reduces together; ``strategy.zero`` is 1, 2 or 3."""
 
     modules: tuple[nn.Module, ...]
     strategy: LayerStrategy
@@ -47,15 +52,49 @@ def shard_unit(unit: ShardedUnit, mesh: DeviceMesh, policy: MixedPrecisionPolicy
     face.set_gradient_divide_factor(1.0)
 
 
-def prepare_backward(root: nn.Module, units: Iterable[ShardedUnit], *, is_last: bool) -> None:
+def shard_root(root: nn.Module, mesh: DeviceMesh, unsharded: Iterable[nn.Parameter]) -> None:
+    """Let ``root`` speak for the units within it; it has no parameters of its own beside ``unsharded``."""
+    fully_shard(root, mesh=mesh, reshard_after_forward=False, ignored_params=set(unsharded))
+
+
+def prefetch(before: ShardedUnit, after: ShardedUnit) -> None:
+    """Let two units that follow each other in forward gather each other while they compute, forward and backward."""
+    _face(before).set_modules_to_forward_prefetch([_face(after)])
+    _face(after).set_modules_to_backward_prefetch([_face(before)])
+
+
+def gather_for_step(units: Iterable[ShardedUnit]) -> None:
+    """Gather what stays gathered through the step, before there is anything to compute."""
+    for unit in units:
+        if unit.strategy.zero < 3:
+            _face(unit).unshard()
+
+
+def prepare_backward(root: nn.Module, units: Collection[ShardedUnit], *, is_last: bool, sends_back: bool) -> None:
     """Say what the coming backward pass of a microbatch reduces and frees; ``is_last``: of this step's last one."""
+    if not units:
+        return
     assert isinstance(root, FSDPModule)
-    root.set_is_last_backward(is_last)
+    root.set_is_last_backward(is_last and not sends_back)
     for unit in units:
         zero, face = unit.strategy.zero, _face(unit)
-        face.set_requires_gradient_sync(is_last or zero >= 2, recurse=False)
+        reduces = zero >= 2 or (is_last and not sends_back)
+        face.set_requires_gradient_sync(reduces, recurse=False)
         face.set_requires_all_reduce(is_last, recurse=False)
-        face.set_reshard_after_backward(is_last or zero == 3, recurse=False)
+        face.set_reshard_after_backward(zero == 3 or (is_last and reduces), recurse=False)
+
+
+def reduce_held(root: nn.Module, units: Collection[ShardedUnit]) -> None:
+    """After the last backward of a stage that sends back: reduce and free what it has held until now."""
+    if not units:
+        return
+    assert isinstance(root, FSDPModule)
+    root.set_is_last_backward(True)
+    for unit in units:
+        face = _face(unit)
+        face.set_requires_gradient_sync(True, recurse=False)
+        face.set_reshard_after_backward(True, recurse=False)
+    internals.end_backward(root)
 
 
 def free_gathered(units: Iterable[ShardedUnit]) -> None:

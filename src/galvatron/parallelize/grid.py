@@ -26,7 +26,10 @@ class Grid:
         for inner, outer in sorted(_group_shapes(plan)):
             world.group(self._ranks(inner, outer))
         for strategy in sorted(set(plan.strategies()), key=str):
-            self.mesh(strategy)
+            if strategy.zero:
+                self.mesh(strategy)
+            else:
+                self.replicas(strategy)
         column, ends = self.column, (self.column[0], self.column[-1])
         # one group a direction: forward and backward messages never queue behind each other
         self.forward_group = world.group(column, "forward") if plan.pp > 1 else None
@@ -67,6 +70,16 @@ class Grid:
             self._meshes[key] = self._make_mesh(*key)
         return self._meshes[key]
 
+    def replicas(self, strategy: LayerStrategy) -> dist.ProcessGroup | None:
+        """Of the ranks that hold the same unit under a strategy that shards nothing; None where there is one.
+
+        A group of its own: sums that run beside the backward hold up no other message.
+        """
+        ranks = self._ranks(strategy.sequence_degree, strategy.num_devices)
+        if len(ranks) == 1:
+            return None
+        return self.world.group(ranks, "gradients")
+
     def shard_rank(self, strategy: LayerStrategy) -> int:
         """This rank's index among the ``dp_shard`` ranks of a strategy."""
         return self.stage_rank // strategy.sequence_degree % strategy.dp_shard
@@ -92,13 +105,14 @@ class Grid:
 
 
 def _group_shapes(plan: Plan) -> set[tuple[int, int]]:
-    """(inner, outer) of every group some layer needs: tp, dp_shard, dp_replicate and changes of layout."""
+    """(inner, outer) of every group some layer needs: tp, FSDP2's dp_shard and dp_replicate, changes of layout."""
     shapes: set[tuple[int, int]] = {(1, 1)}
     previous = plan.embedding.sequence_degree
     for strategy in plan.strategies():
         degree = strategy.sequence_degree
-        shapes |= {(1, strategy.tp), (degree, degree * strategy.dp_shard)}
-        shapes |= {(degree * strategy.dp_shard, strategy.num_devices)}
-        shapes |= {(min(previous, degree), max(previous, degree))}
+        shapes |= {(1, strategy.tp), (min(previous, degree), max(previous, degree))}
+        if strategy.zero:
+            sharded = degree * strategy.dp_shard
+            shapes |= {(degree, sharded), (sharded, strategy.num_devices)}
         previous = degree
     return shapes

@@ -21,6 +21,7 @@ from galvatron.core.model import ParameterSpec
 
 from .collectives import AxisGroup
 from .tensor_parallel import vocabulary_range
+from .unsharded import GradientSlot, gradient_slot
 
 IGNORED = -100
 CHUNK_BYTES = 512 * 2**20
@@ -64,6 +65,8 @@ def _fitting(num_bytes: int, token_bytes: int) -> int:
 class EarlyGradient:
     """The weight's gradient from forward passes whose backward has yet to come: one float32 sum, however many wait.
 
+    Where nothing shards the weight it is the gradient itself.
+
     ``in_every_pass``: give zeros where the sum still waits, not nothing.  FSDP2 adds up what replicas will reduce over
     microbatches, and needs the same parameters in each of them.
     """
@@ -72,6 +75,7 @@ class EarlyGradient:
         self.in_every_pass = False
         self._total: Tensor | None = None
         self._waiting = 0
+        self._slot: GradientSlot | None = None
 
     def tensors(self) -> list[Tensor]:
         """The sum, while there is one: for those who count memory."""
@@ -79,6 +83,9 @@ class EarlyGradient:
 
     def opened(self, weight: Tensor) -> Tensor:
         """The sum for another forward pass to add to."""
+        self._slot = gradient_slot(weight)
+        if self._slot is not None:
+            return self._slot.accumulator()
         if self._total is None:
             self._total = torch.zeros_like(weight, dtype=torch.float32)
         self._waiting += 1
@@ -86,6 +93,9 @@ class EarlyGradient:
 
     def closed(self, dtype: torch.dtype) -> Tensor | None:
         """For a backward pass: the whole sum in ``dtype`` if it is the last that waits, else nothing or zeros."""
+        if self._slot is not None:
+            self._slot.arrived()
+            return None
         self._waiting -= 1
         total = self._total
         if total is None:

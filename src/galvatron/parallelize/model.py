@@ -32,6 +32,7 @@ from .refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .safetensors_file import Entry
 from .stage import Stage
 from .state import load_local_state, load_whole_state, local_state, whole_state
+from .unsharded import UnshardedUnit
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,27 @@ class ParallelModel:
         spec: ModelSpec,
         config: PretrainedConfig,
         stage: Stage,
-        units: tuple[ShardedUnit, ...],
-        sharded: dict[str, nn.Parameter],
+        sharded: tuple[ShardedUnit, ...],
+        shards: dict[str, nn.Parameter],
+        unsharded: tuple[UnshardedUnit, ...],
         parameters: list[LocalParameter],
         replicated: tuple[Replicated, ...],
         seed: int,
         *,
         compiled: bool = False,
     ) -> None:
-        """Made by ``parallelize``; ``sharded`` maps names to the FSDP2 parameters behind ``parameters``."""
+        """Made by ``parallelize``; ``shards`` maps names to the FSDP2 parameters behind some of ``parameters``."""
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
         self.stage, self.local_parameters = stage, parameters
-        self._units, self._sharded, self._replicated = units, sharded, replicated
+        self._sharded, self._shards, self._unsharded, self._replicated = sharded, shards, unsharded, replicated
+        self._local = {p.name: p for p in parameters}
+        self._placed = {p.name: (p.tensor.data_ptr(), p.tensor.requires_grad) for p in parameters}
         shape, vocabulary = (self.plan.global_batch_size, self.plan.seq_len), spec.vocab_size
         self.seed, self.steps, self.compiled = seed, 0, compiled
         self._checked_loss: LossFunction | None = None
         self._train_batches = BatchCheck(shape, vocabulary)
         self._evaluation_batches = BatchCheck(shape, vocabulary)
-        self._driver = Driver(grid, spec, stage, units)
+        self._driver = Driver(grid, spec, stage, sharded, unsharded)
 
     def train_step(
         self,
@@ -98,7 +102,8 @@ class ParallelModel:
                 [tokens]) → losses [tokens], called with the counted tokens of this rank.  Each may depend on its own
                 token alone, so that it is exact however the plan cuts vocabulary, sequence and batch; it is tried on
                 two tokens of zeros first.  Whole logits of a microbatch then exist, on the last stage.
-            accumulate: add to the gradients there are, at the cost of one more copy of this rank's while it runs.
+            accumulate: add to the gradients there are, at the cost of one more copy of this rank's shards of them while
+                it runs.
             num_tokens: what the summed token losses are divided by; by default how many labels count here.  Where
                 several calls add up, give all of them the number of all of them: losses and gradients then add up
                 to those of the mean over all their tokens.
@@ -114,8 +119,7 @@ class ParallelModel:
         """
         self._check_step(loss_fn)
         weight = self._train_batches.weight(input_ids, labels, num_tokens=num_tokens, accumulate=accumulate)
-        earlier = {p.name: p.tensor.grad for p in self.local_parameters if accumulate}
-        self.zero_grad()
+        earlier = self._begin(accumulate)
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
             loss = self._driver.train(Batch(input_ids, labels, weight, loss_fn))
         self._collect_gradients()
@@ -192,7 +196,8 @@ class ParallelModel:
         """Forget all gradients; ``train_step`` does so itself unless it accumulates."""
         for parameter in self.local_parameters:
             parameter.tensor.grad = None
-            self._sharded[parameter.name].grad = None
+        for shard in self._shards.values():
+            shard.grad = None
 
     def clip_grad_norm_(self, max_norm: float | None) -> float:
         """The global gradient norm, before scaling gradients down to ``max_norm`` if it is given."""
@@ -243,8 +248,10 @@ class ParallelModel:
         gather_whole(self.local_parameters, write)
 
     def gathered_buffers(self) -> Iterator[Tensor]:
-        """The buffers for gathered parameters, of no bytes while not in use: for those who count memory."""
-        return gathered_buffers(self._units)
+        """What parameters are gathered into (of no bytes while not in use) and flat buffers: to count memory."""
+        yield from gathered_buffers(self._sharded)
+        for unit in self._unsharded:
+            yield from unit.buffers()
 
     @property
     def _ties(self) -> dict[str, str]:
@@ -266,15 +273,29 @@ class ParallelModel:
         raise UnsupportedError(f"a parallel model cannot be copied or pickled: {INSTEAD_OF_COPYING}")
 
     def _collect_gradients(self) -> None:
-        """Point the local tensors at the gradients FSDP2 left, then sum what it does not know to be replicated."""
+        """Point the local tensors at the gradients that units left, then sum what they do not know to be replicated."""
         for parameter in self.local_parameters:
-            if not parameter.tensor.requires_grad:
-                continue
-            gradient = self._sharded[parameter.name].grad
-            assert isinstance(gradient, DTensor), parameter.name
-            parameter.tensor.grad = local_part(gradient)
+            if parameter.name in self._shards and parameter.tensor.requires_grad:
+                gradient = self._shards[parameter.name].grad
+                assert isinstance(gradient, DTensor), parameter.name
+                parameter.tensor.grad = local_part(gradient)
         for replicated in self._replicated:
             sum_over(replicated.group, [p.tensor.grad for p in replicated.parameters if p.tensor.grad is not None])
+
+    def _begin(self, accumulate: bool) -> dict[str, Tensor | None]:
+        """Forget gradients, or let those of unsharded parameters stay where they are and give the others to add."""
+        if not accumulate:
+            self.zero_grad()
+        earlier = {name: self._local[name].tensor.grad for name in self._shards}
+        for shard in self._shards.values():
+            shard.grad = None
+        for name, parameter in self._local.items():
+            # what stays is summed over all who hold it once more, so it counts on one of them
+            if name not in self._shards and parameter.tensor.grad is not None and not parameter.is_primary:
+                parameter.tensor.grad.zero_()
+        for unit in self._unsharded:
+            unit.begin()
+        return earlier
 
     def _add_gradients(self, earlier: Mapping[str, Tensor | None]) -> None:
         for parameter in self.local_parameters:
@@ -288,10 +309,10 @@ class ParallelModel:
             check_loss(loss_fn, self.spec.vocab_size, self.device)
             self._checked_loss = loss_fn
         for parameter in self.local_parameters:
-            sharded = self._sharded[parameter.name]
-            if parameter.tensor.data_ptr() != local_part(sharded).data_ptr():  # type: ignore[arg-type]
+            address, requires_grad = self._placed[parameter.name]
+            if parameter.tensor.data_ptr() != address:
                 raise ConfigError(f"{parameter.name} has lost its storage; change it in place (copy_), not by .data =")
-            if parameter.tensor.requires_grad != sharded.requires_grad:
+            if parameter.tensor.requires_grad != requires_grad:
                 raise ConfigError(
                     f"requires_grad of {parameter.name} was changed after parallelize, which no longer takes effect; "
                     "set it on the Hugging Face model before"

@@ -1,7 +1,8 @@
 """Run the passes of one stage in schedule order, with messages to its neighbours.
 
 Forward and backward messages have a process group each, and within a direction microbatches are sent and
-received in order, so no two ranks ever wait for each other.
+received in order, so no two ranks ever wait for each other.  A message leaves when the tensor exists: gradients from
+within the backward, before the first layer's own gradients are reduced.
 """
 
 from __future__ import annotations
@@ -19,39 +20,50 @@ from galvatron.plan.schedules import Action
 
 from .grid import Grid
 
-Forward = Callable[[int, Tensor | None], Tensor]
 
-
-@dataclass
 class Inbox:
-    """A microbatch's hidden states as received, and later their gradient where the sender ``trains``."""
+    """A microbatch's hidden states as received; their gradient is sent back, if it is, as soon as autograd has it."""
 
-    hidden: Tensor | None
-    trains: bool = True
-    gradient: Tensor | None = None
+    def __init__(self, hidden: Tensor, send_gradient: Callable[[Tensor], None] | None) -> None:
+        self._hidden: Tensor | None = hidden
+        self._send_gradient = send_gradient
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the hidden states."""
+        assert self._hidden is not None
+        return self._hidden.shape
+
+    def new_zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Zeros on the same device in the same dtype."""
+        assert self._hidden is not None
+        return self._hidden.new_zeros(shape)
 
     def open(self) -> Tensor:
         """The hidden states, once: from then on only autograd keeps them, and only if their values are needed."""
-        assert self.hidden is not None
-        hidden, self.hidden = self.hidden, None
-        if not (self.trains and torch.is_grad_enabled()):
+        assert self._hidden is not None
+        hidden, self._hidden = self._hidden, None
+        if self._send_gradient is None or not torch.is_grad_enabled():
             return hidden
         anchor = torch.empty((), device=hidden.device, requires_grad=True)
-        opened: Tensor = _Open.apply(anchor, hidden, self)
+        opened: Tensor = _Open.apply(anchor, hidden, self._send_gradient)
         return opened
 
 
 class _Open(torch.autograd.Function):
     # a leaf would be kept alive by its own gradient accumulator
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, hidden: Tensor, inbox: Inbox) -> Tensor:
-        ctx.inbox = inbox
+    def forward(ctx: Any, anchor: Tensor, hidden: Tensor, send_gradient: Callable[[Tensor], None]) -> Tensor:
+        ctx.send_gradient = send_gradient
         return hidden
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        ctx.inbox.gradient = gradient
+        ctx.send_gradient(gradient)
         return None, None, None
+
+
+Forward = Callable[[int, Inbox | None], Tensor]
 
 
 @dataclass
@@ -75,7 +87,8 @@ class Neighbours:
 
     def receive_hidden(self) -> Inbox:
         """The next microbatch's hidden states from the previous stage."""
-        return Inbox(self._receive(self.in_shape, self.grid.stage - 1, self.grid.forward_group), self.trains_before)
+        hidden = self._receive(self.in_shape, self.grid.stage - 1, self.grid.forward_group)
+        return Inbox(hidden, self._send_gradient if self.trains_before else None)
 
     def receive_gradient(self, like: Tensor) -> Tensor:
         """The gradient of the stage output ``like`` from the next stage."""
@@ -93,8 +106,8 @@ class Neighbours:
             _let_go(self._outputs)
         self._outputs.append(self._send(hidden.detach(), self.grid.stage + 1, self.grid.forward_group))
 
-    def send_gradient(self, gradient: Tensor) -> None:
-        """Send the gradient of a stage input back."""
+    def _send_gradient(self, gradient: Tensor) -> None:
+        """Send the gradient of a stage input back; called from within the backward."""
         _let_go(self._gradients)
         self._gradients.append(self._send(gradient, self.grid.stage - 1, self.grid.backward_group))
 
@@ -127,28 +140,30 @@ def run(
 ) -> list[Tensor]:
     """Run ``actions``; returns the last stage's losses by microbatch (detached), [] elsewhere.
 
+    What was sent may still be on its way: see ``Neighbours.finish``.
+
     Args:
         actions: the passes of this stage in order (plan.schedules).
-        forward: (microbatch, received hidden states or None) → stage output: hidden states or loss.
+        forward: (microbatch, what was received or None) → stage output: hidden states or loss.
         neighbours: this step's messages.
         before_backward: called with whether it is the step's last backward, before each.
     """
     grid = neighbours.grid
-    alive: dict[int, tuple[Inbox | None, Tensor]] = {}
+    alive: dict[int, Tensor] = {}
     losses: list[Tensor] = []
     backwards_left = sum(action.kind == "backward" for action in actions)
     for action in actions:
         if action.kind == "forward":
             inbox = None if grid.is_first else neighbours.receive_hidden()
-            output = forward(action.microbatch, None if inbox is None else inbox.open())
+            output = forward(action.microbatch, inbox)
             if grid.is_last:
                 losses.append(output.detach())
             else:
                 neighbours.send_hidden(output)
             if backwards_left:
-                alive[action.microbatch] = (inbox, output)
+                alive[action.microbatch] = output
         else:
-            inbox, output = alive.pop(action.microbatch)
+            output = alive.pop(action.microbatch)
             backwards_left -= 1
             if not neighbours.trains_until:  # nothing here or before has a gradient, and none comes
                 neighbours.let_go_of_hidden()
@@ -156,8 +171,5 @@ def run(
             before_backward(backwards_left == 0)
             gradient = None if grid.is_last else neighbours.receive_gradient(output)
             torch.autograd.backward(output, gradient)
-            if inbox is not None and inbox.trains:
-                assert inbox.gradient is not None
-                neighbours.send_gradient(inbox.gradient)
-    neighbours.finish()
+            del output, gradient  # or they would live on through the next forward
     return losses

@@ -1,8 +1,8 @@
 """One pipeline stage of a Hugging Face model, driven by the model's own forward.
 
 The decoder runs as it is, fed with ``inputs_embeds``; layers of other stages are stand-ins that pass hidden
-states on, and the one before the first own layer hands out what was received, so whatever the family's
-forward does before its layers is undone there.  Hidden states are [B/dp, S/sp, H] chunks throughout.
+states on, and the first own layer begins with what was received, so whatever the family's forward does before
+its layers is undone there.  Hidden states are [B/dp, S/sp, H] chunks throughout.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from galvatron.models import Family
 from .collectives import AxisGroup, batch_to_sequence, gather_sequence, sequence_to_batch
 from .loss import EarlyGradient
 from .own_loss import LossFunction, own_loss_share
+from .pipeline import Inbox
 
 
 class PassedLayer(nn.Module):
@@ -28,17 +29,6 @@ class PassedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return ``hidden_states`` unchanged."""
         return hidden_states
-
-
-class Received(nn.Module):
-    """Stands before the first own layer: ignores its input and returns ``hidden``, set before every forward."""
-
-    hidden: Tensor | None = None
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        """Return what the previous stage sent."""
-        assert self.hidden is not None
-        return self.hidden
 
 
 class NoPositions(nn.Module):
@@ -57,7 +47,6 @@ class Stage(nn.Module):
         super().__init__()
         self.model, self.family = model, family
         self.is_first, self.is_last = is_first, is_last
-        self.received = Received()
         self.head_tp: AxisGroup = AxisGroup(None, (), 0)
         self.early_gradient = EarlyGradient()  # of the head's weight
         chain = self.decoder.get_submodule(family.layers)
@@ -66,7 +55,6 @@ class Stage(nn.Module):
             if index not in layers:
                 chain[index] = PassedLayer()
         if not is_first:
-            chain[layers.start - 1] = self.received
             self.decoder.set_submodule(family.embedding, PassedLayer())
             if family.position_embedding:
                 self.decoder.set_submodule(family.position_embedding, NoPositions())
@@ -74,6 +62,7 @@ class Stage(nn.Module):
             self.decoder.set_submodule(family.norm, PassedLayer())
             model.set_submodule(family.head, PassedLayer())
         self._output: Tensor | None = None
+        self._received: Tensor | Inbox | None = None
         self.decoder.get_submodule(family.norm).register_forward_hook(self._keep_output)
 
     @property
@@ -81,9 +70,21 @@ class Stage(nn.Module):
         """The model without its head."""
         return self.model.get_submodule(self.family.decoder)
 
+    def receive_in(self, module: nn.Module) -> None:
+        """Let the first own module begin with what the previous stage sent.
+
+        Within the module, so that the gradient is sent before FSDP2 reduces those of the module's parameters.
+        """
+        wrap_forward(module, lambda forward, hidden, *args, **kwargs: forward(self._open(), *args, **kwargs))
+
+    def _open(self) -> Tensor:
+        received, self._received = self._received, None
+        assert received is not None
+        return received.open() if isinstance(received, Inbox) else received
+
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Inbox,
         position_ids: Tensor,
         labels: Tensor | None = None,
         weight: float = 1.0,
@@ -92,7 +93,7 @@ class Stage(nn.Module):
         """Run the stage.
 
         Args:
-            tokens: on the first stage ids [B/dp, S] of the embedding's layout, else hidden states as received.
+            tokens: on the first stage ids [B/dp, S] of the embedding's layout, else hidden states or what was received.
             position_ids: [1, S].
             labels: on the last stage ids [B/dp, S] of the head's layout.
             weight: what a token's loss counts for in the global loss.
@@ -104,9 +105,10 @@ class Stage(nn.Module):
         if self.is_first:
             hidden = self.decoder.get_submodule(self.family.embedding)(tokens)
         else:
-            self.received.hidden = hidden = tokens
+            # what the family's forward sees before the first own module has the same shape and no memory
+            self._received, hidden = tokens, tokens.new_zeros(()).expand(tokens.shape)
         self.decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False)
-        hidden, self._output, self.received.hidden = self._output, None, None
+        hidden, self._output = self._output, None
         assert hidden is not None
         if not self.is_last:
             return hidden

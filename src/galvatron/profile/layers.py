@@ -3,10 +3,10 @@
 Takes a unit's shape and a world; gives ComputeSamples, equal on all ranks.  Knows nothing of communication.
 
 What a sample includes: the unit run by the runtime's own code on one rank's shapes, hidden states entering and
-leaving cut [B, S/tp, H]; the local copies that gathering and scattering make; the hooks of FSDP2, and its
-accumulation of whole gradients from microbatch to microbatch.  What it leaves out: everything that other ranks
-take part in, FSDP2's gathering and reducing of parameters.  What recompute adds to a layer's backward is measured
-beside it.  All ranks of the world run at once, because ranks of one machine share its cores and memory.
+leaving cut [B, S/tp, H]; the local copies that gathering and scattering make; the accumulation of whole gradients
+from microbatch to microbatch.  What it leaves out: everything that other ranks take part in, and FSDP2 (its hooks, its
+gathering and reducing of parameters).  What recompute adds to a layer's backward is measured beside it.  All ranks of
+the world run at once, because ranks of one machine share its cores and memory.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from galvatron.core.model import ComputeSample, Precision, Recompute
-from galvatron.parallelize.fsdp import ShardedUnit, mixed_precision, prepare_backward, shard_unit
+from galvatron.parallelize.fsdp import DTYPES
+from galvatron.parallelize.unsharded import UnshardedUnit
 from galvatron.parallelize.world import World
-from galvatron.plan import LayerStrategy
 
 from .timing import Budget, agree, synchronize
-from .units import LocalUnit, UnitShape
+from .units import INITIAL_STD, LocalUnit, UnitShape
 
 ALWAYS_MEASURED = 2  # batches 1 and 2, so that a slope is known however small the budget
 MIN_REPEATS, MAX_REPEATS = 2, 3  # of one sweep
@@ -94,16 +92,13 @@ def _batches(max_batch: int) -> Iterator[int]:
 
 
 def _runnable(shape: UnitShape, precision: Precision, world: World) -> LocalUnit:
-    """The unit in memory, in FSDP2's hands as in training, on a mesh of this rank alone."""
+    """The unit in memory, as where nothing is sharded, its gradients from the second microbatch on added up."""
     unit = shape.build()
-    unit.allocate(torch.float32, world.device, lambda tensor: tensor.to(world.device))
-    own = world.group((world.rank,))
-    mesh = DeviceMesh.from_group(own, world.device.type, mesh_dim_names=("dp_shard",))
-    sharded = ShardedUnit(unit.owners, LayerStrategy())
-    shard_unit(sharded, mesh, mixed_precision(precision, "fp32"))
-    fully_shard(unit, mesh=mesh, reshard_after_forward=False)
-    # never the last microbatch: nothing is reduced, parameters stay gathered
-    prepare_backward(unit, [sharded], is_last=False)
+    held = UnshardedUnit(unit.owners, DTYPES[precision], torch.float32, world.device, None)
+    unit.place_buffers(lambda tensor: tensor.to(world.device))
+    with torch.no_grad():
+        held.master.normal_(0, INITIAL_STD)
+    held.refresh()
     return unit
 
 

@@ -35,7 +35,7 @@ class LocalUnit(nn.Module):
     """A unit with the inputs that do not change from one microbatch to the next.
 
     Attributes:
-        owners: the modules that hold its parameters, which FSDP2 gathers together.
+        owners: the modules that hold its parameters.
         forwards: of a layer, its forward under every mode of recompute.
     """
 
@@ -76,6 +76,11 @@ class LocalUnit(nn.Module):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, INITIAL_STD)
                 put_parameter(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        self.place_buffers(place)
+
+    def place_buffers(self, place: Callable[[Tensor], Tensor]) -> None:
+        """Take buffers and side inputs where they are needed."""
+        for module in self.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 put_buffer(module, name, place(buffer))
         self.args, self.kwargs = tree_map_only(Tensor, place, (self.args, self.kwargs))
@@ -154,6 +159,7 @@ class UnitShape:
         stage.head_tp = tp
         fuse_loss(head, projection, tp, stage.early_gradient)
         owners = (stage.decoder.get_submodule(family.norm), head)
+        stage.receive_in(owners[0])
         return LocalUnit(stage, owners, (), position_ids=self._position_ids())
 
     def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup, backend: str | None) -> LocalUnit:

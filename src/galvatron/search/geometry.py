@@ -41,7 +41,7 @@ class StageShape:
     """One stage's segments, as arrays over [row, k].
 
     ``counts[row, k, class]``: units of every class; ``received_s``: what its messages add to the work;
-    ``beside_bytes``: outputs and shared tensors of the microbatches in flight.
+    ``beside_bytes``: outputs and shared tensors of the microbatches in flight, and gradients on their way.
     """
 
     classes: tuple[UnitClass, ...]
@@ -172,8 +172,8 @@ class Geometry:
         output = np.array([self._entering_bytes[kind] for kind in self.kinds] + [0])
         is_last = ends == layers
         received[rows, lengths] = (stage > 0) * entering[rows] + np.where(is_last, 0.0, entering[ends])
-        shared = self._shared_bytes if stage > 0 else 0
-        beside[rows, lengths] = held * (shared + np.where(is_last, 0, output[ends]))
+        shared, sent = (self._shared_bytes, output[rows]) if stage > 0 else (0, 0)
+        beside[rows, lengths] = sent + held * (shared + np.where(is_last, 0, output[ends]))
         return allowed, counts, received, beside
 
     def _segments(self, stage: int) -> list[tuple[int, int]]:
@@ -204,7 +204,7 @@ class Geometry:
             held = self._held[stage][chunk]
             if entry > 0:
                 received_s += self._received[first]
-                beside += held * self._shared_bytes
+                beside += held * self._shared_bytes + self._entering_bytes[first]
             if entry < last * self.pp + self.pp - 1:
                 received_s += self._received[after]
                 beside += held * self._entering_bytes[after]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,16 +28,19 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
-    def watch(self, model: TrainableModel, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Put around every step; on CPU the first one is slower, for it is counted."""
+    def watch(
+        self, model: TrainableModel, optimizer: torch.optim.Optimizer, batch: Iterable[torch.Tensor] = ()
+    ) -> Iterator[None]:
+        """Put around every step; on CPU the first one is slower, for it is counted, all but the given ``batch``."""
         if self._device.type == "cuda" or self._counted is not None:
             yield
             return
         states = [value for state in optimizer.state.values() for value in state.values()]
-        lasting = storage_bytes([*(part.tensor for part in model.local_parameters), *states])
+        lasting = [*(part.tensor for part in model.local_parameters), *states]
         with StorageLog(resized=model.gathered_buffers) as log:
             yield
-        self._counted = lasting + log.peak_bytes()
+        log.ignore([*lasting, *batch])  # where nothing is sharded, operations return views of parameters
+        self._counted = storage_bytes(lasting) + log.peak_bytes()
 
     def bytes(self) -> int:
         """The peak so far."""

@@ -100,7 +100,7 @@ class Trainer:
         inputs, labels = self.dataset.batch(self.step)
         lr = lr_at(self.step, self.section)
         set_lr(self.optimizer, lr)
-        with self.peak_memory.watch(self.model, self.optimizer):
+        with self.peak_memory.watch(self.model, self.optimizer, (inputs, labels)):
             self.model.steps = self.step
             loss = self.model.train_step(inputs, labels)
             grad_norm = self.model.clip_grad_norm_(self.section.max_grad_norm)

@@ -10,7 +10,7 @@ import pytest
 
 from galvatron.core.errors import ProfileError
 from galvatron.core.hardware import Overlap
-from galvatron.core.model import ParameterSpec
+from galvatron.core.model import ParameterSpec, Precision
 from galvatron.cost import Setting, unit_memory, unit_times
 from galvatron.cost.communication import overlapped_s, redistribution_s, tied_reduction_s, transfer_s
 from galvatron.cost.compute import interpolate
@@ -146,10 +146,24 @@ def test_what_stays_unsharded(zero: int, m: int) -> None:
     shard = {"dp_replicate": 4} if zero == 0 else {"dp_shard": 4, "zero": zero}
     memory = unit_memory(case, "layer", LayerStrategy.model_validate(shard))
     whole = 4 * sum(math.prod(p.shape) for p in case.model.spec.layer.parameters)
-    gathered = 0 if zero == 3 else whole
+    gathered = 0 if zero in (0, 3) else whole
     waiting = whole - memory.gradient_bytes if zero < 2 and m > 1 else 0
     assert memory.unsharded_bytes == gathered + waiting
     assert memory.parameter_bytes == (whole if zero == 0 else whole // 4)
+
+
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize(
+    ("precision", "reduce", "per_parameter"), [("fp32", "fp32", 8), ("bf16", "fp32", 10), ("bf16", "bf16", 10)]
+)
+def test_unsharded_parameters_take_eight_bytes_or_ten_before_the_optimizer(
+    precision: Precision, reduce: Precision, per_parameter: int, m: int
+) -> None:
+    model = make_model(make_spec()).model_copy(update={"precision": precision})
+    case = Setting(model, make_hardware(4), 1, m, 16, S, precision, reduce)
+    memory = unit_memory(case, "layer", LayerStrategy(dp_replicate=4))
+    parameters = sum(math.prod(p.shape) for p in case.model.spec.layer.parameters)
+    assert memory.resident_bytes - memory.optimizer_bytes == per_parameter * parameters
 
 
 def test_activations_scale_with_the_local_batch() -> None:
@@ -172,8 +186,8 @@ def test_the_largest_transient_by_hand(m: int) -> None:
     # gathered parameters, the flat buffers of gathering and reducing, new gradients
     assert sharded.transient_bytes == whole + whole + whole + whole + passing
     copied = unit_memory(case, "layer", LayerStrategy(dp_replicate=4))
-    new_gradients = whole if m == 1 else 0
-    assert copied.transient_bytes == whole + new_gradients + max(workspace, whole)
+    largest = 4 * max(math.prod(p.shape) for p in case.model.spec.layer.parameters)
+    assert copied.transient_bytes == largest + workspace
 
 
 def test_a_shared_tied_weight_counts_once_and_a_copied_one_twice() -> None:

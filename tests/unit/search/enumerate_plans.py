@@ -160,7 +160,7 @@ def plans_of(setting: Setting, choice: Choice) -> Iterator[tuple[Any, Any]]:
                 first, after = costs.kinds[entries[e][0]], costs.units[entries[e][-1] + 2]
                 if e > 0:
                     work = work + setting.received_s(transfer_s(setting, first))
-                    bytes_ = bytes_ + held[e // pp] * shared_bytes(setting)
+                    bytes_ = bytes_ + held[e // pp] * shared_bytes(setting) + setting.entering_bytes(first)
                 if e < len(entries) - 1:
                     work = work + setting.received_s(transfer_s(setting, after))
                     bytes_ = bytes_ + held[e // pp] * setting.entering_bytes(after)
