@@ -32,11 +32,13 @@ SAMPLE = (
 SRUN = """#!{python}
 import os, subprocess, sys
 
-count = sys.argv[2]
+count, rest = sys.argv[2], sys.argv[3:]
+while rest[0].startswith("--"):
+    rest = rest[1:]
 step = {{"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": count}}
 step |= {{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": count}}
 tasks = [
-    subprocess.Popen(sys.argv[3:], env={{**os.environ, **step, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
+    subprocess.Popen(rest, env={{**os.environ, **step, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
     for i in range(int(count))
 ]
 sys.exit(max(task.wait() for task in tasks))

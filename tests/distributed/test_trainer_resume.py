@@ -208,7 +208,7 @@ def test_a_truncated_checkpoint_is_one_error_on_every_rank(pool: Pool, tmp_path:
 def test_an_export_that_fails_on_rank_0_fails_on_every_rank(pool: Pool, tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "precious").touch()
-    with pytest.raises(WorkerError, match="must be a new or empty directory"):
+    with pytest.raises(WorkerError, match="must be a new or empty folder"):
         _train(pool, "mixed", tmp_path, num_steps=2, export=tmp_path / "hf")
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["precious"]
 
