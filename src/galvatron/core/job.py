@@ -8,18 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StrictBool, field_validator, model_validator
 
 from .errors import ConfigError
 from .model import Precision
+from .numbers import Count, Devices, Layers, NonNegative, Positive, Sequences, Tokens, Whole
 from .parsing import parse_toml, read_text
 from .records import Record, validate
 from .units import parse_bytes
@@ -33,7 +26,7 @@ class ModelSection(Record):
     """
 
     path: str
-    weights: bool = False
+    weights: StrictBool = False
     freeze: tuple[str, ...] = ()
 
 
@@ -48,14 +41,14 @@ class DataSection(Record):
     tokenizer: str = "bytes"
     text_field: str = "text"
     split: str = "train"
-    skip_bad_records: bool = False
-    eval_fraction: float = Field(default=0.02, ge=0, lt=1)
+    skip_bad_records: StrictBool = False
+    eval_fraction: float = Field(default=0.02, strict=True, ge=0, lt=1)
 
 
 class ClusterSection(Record):
     """Where it runs: local processes to start, and the device type."""
 
-    num_processes: PositiveInt = 1
+    num_processes: Devices = 1
     device: Literal["cpu", "cuda", "auto"] = "auto"
 
 
@@ -63,9 +56,9 @@ class SearchSection(Record):
     """What the search may choose: the memory limit per device and, if given, fixed dimensions."""
 
     memory: str | None = None
-    pp: PositiveInt | None = None
-    num_microbatches: PositiveInt | None = None
-    max_tp: PositiveInt | None = None
+    pp: Layers | None = None
+    num_microbatches: Sequences | None = None
+    max_tp: Devices | None = None
 
     @field_validator("memory")
     @classmethod
@@ -77,13 +70,8 @@ class SearchSection(Record):
                 raise ValueError(str(error)) from None
         return value
 
-    @property
-    def memory_bytes(self) -> int | None:
-        """The limit in bytes; None means the device's own memory."""
-        return None if self.memory is None else parse_bytes(self.memory)
 
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
 class TrainSection(Record):
@@ -94,28 +82,28 @@ class TrainSection(Record):
     their loss or gradient is not finite; the next one ends the run.
     """
 
-    global_batch_size: PositiveInt
-    seq_len: PositiveInt
-    num_steps: PositiveInt
+    global_batch_size: Sequences
+    seq_len: Tokens
+    num_steps: Count
     precision: Precision = "fp32"
     grad_reduce_dtype: Precision = "fp32"
-    compile: bool | Literal["auto"] = "auto"
-    seed: int = Field(default=0, ge=0, lt=2**64)
-    lr: PositiveFloat = 3e-4
-    min_lr: NonNegativeFloat = 0.0
+    compile: StrictBool | Literal["auto"] = "auto"
+    seed: int = Field(default=0, strict=True, ge=0, lt=2**64)
+    lr: Positive = 3e-4
+    min_lr: NonNegative = 0.0
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
-    decay_steps: NonNegativeInt = 0
+    warmup_steps: Whole = 0
+    decay_steps: Whole = 0
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    max_grad_norm: PositiveFloat | None = 1.0
-    max_skipped_steps: NonNegativeInt = 0
-    eval_every: NonNegativeInt = 0
-    eval_batches: PositiveInt = 4
-    save_every: NonNegativeInt = 0
-    keep_checkpoints: PositiveInt = 3
-    tensorboard: bool = False
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    max_grad_norm: Positive | None = 1.0
+    max_skipped_steps: Whole = 0
+    eval_every: Whole = 0
+    eval_batches: Count = 4
+    save_every: Whole = 0
+    keep_checkpoints: Count = 3
+    tensorboard: StrictBool = False
 
     @property
     def compiled(self) -> bool | None:
@@ -147,7 +135,7 @@ class ResumeSection(Record):
     ``plan`` is ``runner-up`` (the search's best plan with another pipeline or other layer strategies) or a plan file.
     """
 
-    at_step: PositiveInt
+    at_step: Count
     plan: str = "runner-up"
 
 
@@ -158,8 +146,8 @@ class GenerateSection(Record):
     """
 
     prompt: str
-    max_new_tokens: PositiveInt = 64
-    temperature: NonNegativeFloat = 0.0
+    max_new_tokens: Count = 64
+    temperature: NonNegative = 0.0
 
 
 class Job(Record):

@@ -31,3 +31,5 @@ Rate = Annotated[float, Field(strict=True, gt=0, le=1e24, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(strict=True, ge=1, le=1e6, allow_inf_nan=False)]
 """How many times longer something takes."""
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]

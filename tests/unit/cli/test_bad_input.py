@@ -93,7 +93,7 @@ def edit(path: Path, old: str, new: str) -> None:
             r"train\.learning_rate: unknown key; known here: .*\blr\b",
         ),
         ("[train]", '[search]\nmemory = "36 gigs"\n[train]', r"search\.memory: .*got '36 gigs'; write 512MiB"),
-        ("num_steps = 2", "num_steps = -2", r"train\.num_steps: .*greater than 0 \(got -2\)"),
+        ("num_steps = 2", "num_steps = -2", r"train\.num_steps: .*greater than or equal to 1 \(got -2\)"),
         ("num_steps = 2", "num_steps = 2\n[resume]\nat_step = 2", "resume.at_step=2 must be below train.num_steps=2"),
         ("[train]", "[train", "job.toml is not TOML"),
         ("config.json", "no-such.json", "no-such.json"),

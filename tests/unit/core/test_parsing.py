@@ -139,3 +139,22 @@ def test_many_defects_are_counted() -> None:
     defects = ", ".join(f'"x{i}": {i}' for i in range(20))
     with pytest.raises(ProfileError, match=r"; and 15 more$"):
         HardwareProfile.from_json(text.replace("{", "{" + defects + ",", 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("num_steps = 10", 'num_steps = "10"', r"train.num_steps: .*valid integer \(got '10'\)"),
+        ("num_steps = 10", "num_steps = true", r"train.num_steps: .*valid integer \(got True\)"),
+        ("num_steps = 10", "num_steps = 10\ntensorboard = 1", r"train.tensorboard: .*valid boolean \(got 1\)"),
+        ("num_steps = 10", "num_steps = 10\nlr = inf", r"train.lr: .*finite number \(got inf\)"),
+        ("num_steps = 10", "num_steps = 10\nweight_decay = nan", r"train.weight_decay: .*\(got nan\)"),
+        ("global_batch_size = 8", "global_batch_size = 1_000_000_000_000", r"train.global_batch_size: .*16777216"),
+        ("seq_len = 64", "seq_len = 100_000_000_000_000_000_000", r"train.seq_len: .*134217728"),
+    ],
+)
+def test_no_setting_of_a_job_is_converted(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert old in JOB
+    (tmp_path / "job.toml").write_text(JOB.replace(old, new))
+    with pytest.raises(ConfigError, match=says):
+        Job.load(tmp_path / "job.toml")
