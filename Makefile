@@ -7,7 +7,8 @@ LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
 # What the names of torch, transformers and typer carry: training, resume, parity with one process, search, verbs.
 LOWEST_TESTS := tests/unit/test_internals.py tests/unit/models tests/unit/train tests/unit/cli \
-	tests/unit/search/test_search.py tests/numerics/test_certificate.py tests/distributed/test_trainer_resume.py
+	tests/unit/search/test_search.py tests/numerics/test_certificate.py tests/distributed/test_trainer_resume.py \
+	tests/distributed/test_compile.py
 
 .PHONY: quickstart test test-all test-lowest lint check format clean
 

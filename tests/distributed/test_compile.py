@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from galvatron.core.model import ModelProfile
 from galvatron.parallelize import ParallelModel, compile, init_world, parallelize
+from galvatron.parallelize.collectives import AxisGroup, gather_sequence, reduce_scatter_sequence
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.profile import profile_model
 from galvatron.testing.models import tiny_config, tiny_model
@@ -90,6 +91,26 @@ def check(pool: Pool, name: str, engine: str) -> None:
         assert none == [0] * 4
         # one to train and one to evaluate for every strategy, all of them made when warm
         assert graphs == [2 * len(set(layers))] * 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler itself does
+@pytest.mark.parametrize("collective", [gather_sequence, reduce_scatter_sequence])
+def test_a_compiled_collective_keeps_its_gradient(collective: Callable[..., torch.Tensor]) -> None:
+    """Where a compiled function returned a view, torch 2.11 gave what is before it no gradient, and no error."""
+    x, axes = torch.randn(2, 4, 8), AxisGroup(None, (2,), 0)
+
+    def gradient(compiled: bool) -> torch.Tensor:
+        weight = torch.ones(8, requires_grad=True)
+
+        def run(weight: torch.Tensor) -> torch.Tensor:
+            return collective(x * weight, axes).sin()
+
+        step = torch.compile(run, fullgraph=True, backend="aot_eager_decomp_partition") if compiled else run
+        step(weight).sum().backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    assert torch.equal(gradient(True), gradient(False))
 
 
 @pytest.mark.timeout(1800)

@@ -69,7 +69,9 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        return _unfold(_all_gather(x, axes), axes)
+        gathered = _unfold(_all_gather(x, axes), axes)
+        # torch 2.11 loses the gradient, in silence, where a compiled function returns a view
+        return gathered.clone() if torch.compiler.is_compiling() else gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
