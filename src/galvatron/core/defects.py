@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from .words import did_you_mean, shown
+from .words import did_you_mean, printable, shown
 
 MAX_SHOWN = 8
 """Defects that a sentence names; the rest are counted."""
@@ -32,7 +32,7 @@ def _defect(loc: tuple[int | str, ...], error: Any, known: list[str] | None) -> 
     if known is not None:
         choices = f"known here: {', '.join(known)}" if known else "remove it"
         return f"{where}: unknown key{did_you_mean(str(loc[-1]), known)}{choices}"
-    reason = error["msg"].removeprefix("Value error, ")
+    reason = printable(error["msg"].removeprefix("Value error, "))
     reason = reason if len(reason) <= MAX_REASON else f"{reason[: MAX_REASON - 3]}..."
     got = "" if isinstance(error["input"], (dict, list, tuple)) else f" (got {shown(error['input'])})"
     return f"{where}: {reason}{got}"

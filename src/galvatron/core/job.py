@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StrictBool, field_validator, model_validator
+from pydantic import AfterValidator, Field, StrictBool, field_validator, model_validator
 
 from .errors import ConfigError
 from .model import Precision
@@ -16,6 +16,18 @@ from .numbers import Count, Devices, Layers, NonNegative, Positive, Sequences, T
 from .parsing import parse_toml, read_text
 from .records import Record, validate
 from .units import parse_bytes
+
+MAX_NAME, MAX_PATH = 255, 2000  # bytes of a part (Linux), characters in all: half of what Linux takes
+
+
+def _no_endless_name(text: str) -> str:
+    if "\0" in text or len(text) > MAX_PATH or any(len(part.encode()) > MAX_NAME for part in text.split("/")):
+        raise ValueError(f"a path or name has at most {MAX_NAME} bytes a part and no null byte; shorten it")
+    return text
+
+
+Place = Annotated[str, AfterValidator(_no_endless_name)]
+"""A path or a name that a file system can be asked for."""
 
 
 class ModelSection(Record):
@@ -25,7 +37,7 @@ class ModelSection(Record):
     parameters that are not trained, by name or shell pattern (``model.layers.0.*``).
     """
 
-    path: str
+    path: Place
     weights: StrictBool = False
     freeze: tuple[str, ...] = ()
 
@@ -37,8 +49,8 @@ class DataSection(Record):
     ``skip_bad_records``: a record that is no JSON object with a text is counted and left out, not refused.
     """
 
-    source: str
-    tokenizer: str = "bytes"
+    source: Place
+    tokenizer: Place = "bytes"
     text_field: str = "text"
     split: str = "train"
     skip_bad_records: StrictBool = False
@@ -136,7 +148,7 @@ class ResumeSection(Record):
     """
 
     at_step: Count
-    plan: str = "runner-up"
+    plan: Place = "runner-up"
 
 
 class GenerateSection(Record):

@@ -25,6 +25,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {names[near[0]]!r}? " if near else "; "
 
 
+def printable(text: str) -> str:
+    """``text`` on one line: what no terminal shows is written as Python writes it."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def shown(value: object) -> str:
     """A value as Python writes it, cut where it is long."""
     try:

@@ -12,6 +12,7 @@ from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job
 from galvatron.core.parsing import is_file, parse_json, parse_toml, read_text
 from galvatron.core.units import parse_bytes
+from galvatron.core.words import printable
 from unit.core.test_records import HARDWARE, JOB
 
 
@@ -147,6 +148,8 @@ def test_many_defects_are_counted() -> None:
         ("num_steps = 10", 'num_steps = "10"', r"train.num_steps: .*valid integer \(got '10'\)"),
         ("num_steps = 10", "num_steps = true", r"train.num_steps: .*valid integer \(got True\)"),
         ("num_steps = 10", "num_steps = 10\ntensorboard = 1", r"train.tensorboard: .*valid boolean \(got 1\)"),
+        ("config.json", "x" * 300, r"model.path: a path or name has at most 255 bytes a part and no null byte"),
+        ("python-docs", "a\\u0000b", r"data.source: a path or name has at most 255 bytes a part and no null byte"),
         ("num_steps = 10", "num_steps = 10\nlr = inf", r"train.lr: .*finite number \(got inf\)"),
         ("num_steps = 10", "num_steps = 10\nweight_decay = nan", r"train.weight_decay: .*\(got nan\)"),
         ("global_batch_size = 8", "global_batch_size = 1_000_000_000_000", r"train.global_batch_size: .*16777216"),
@@ -158,3 +161,7 @@ def test_no_setting_of_a_job_is_converted(tmp_path: Path, old: str, new: str, sa
     (tmp_path / "job.toml").write_text(JOB.replace(old, new))
     with pytest.raises(ConfigError, match=says):
         Job.load(tmp_path / "job.toml")
+
+
+def test_what_no_terminal_shows_is_written_out() -> None:
+    assert printable("a\x01b\né") == r"a\x01b\né"
