@@ -6,9 +6,9 @@ INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
 # What the names of torch, transformers and typer carry: training, resume, parity with one process, search, verbs.
-LOWEST_TESTS := tests/unit/test_internals.py tests/unit/models tests/unit/train tests/unit/cli \
-	tests/unit/search/test_search.py tests/numerics/test_certificate.py tests/distributed/test_trainer_resume.py \
-	tests/distributed/test_compile.py
+LOWEST_TESTS := tests/unit/test_internals.py tests/unit/train tests/unit/search/test_search.py \
+	$(addprefix tests/unit/cli/test_,search_verb.py console.py outputs.py) \
+	tests/numerics/test_certificate.py $(addprefix tests/distributed/test_,trainer_resume.py compile.py)
 
 .PHONY: quickstart test test-all test-lowest lint check format clean
 
