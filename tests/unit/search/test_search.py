@@ -47,7 +47,7 @@ def step_s(plan: Plan | None) -> float:
 
 
 def test_a_tight_limit_gives_a_mix_that_fits_and_that_the_runtime_accepts() -> None:
-    limit = int(0.787 * TIGHT)
+    limit = int(0.74 * TIGHT)
     result = find(limit)
     check_plan(result.plan, MODEL.spec, 4)
     assert result.plan.prediction is not None
