@@ -29,8 +29,9 @@ class Pipeline:
     """A schedule with its seconds.
 
     Chunk c of stage p is entry c x pp + p of every sequence, in the order of the forward pass: seconds of a
-    microbatch's forward, backward and (zero bubble alone) weight pass; what the first microbatch's forward and the
-    last one's gradients take besides; and of the message into an entry, which goes back as long.
+    microbatch's forward, backward and (zero bubble alone) weight pass; what the last one's gradients take besides,
+    before their message; and of the message into an entry, which goes back as long.  ``ready_s``: when every stage may
+    begin.
     """
 
     schedule: Schedule
@@ -39,7 +40,7 @@ class Pipeline:
     forward_s: Sequence[float]
     backward_s: Sequence[float]
     weight_s: Sequence[float] = ()
-    first_s: Sequence[float] = ()
+    ready_s: Sequence[float] = ()
     last_s: Sequence[float] = ()
     transfer_s: Sequence[float] = ()
 
@@ -56,7 +57,7 @@ class Pipeline:
         """How long one pass computes."""
         entry, i = action.chunk * self.pp + stage, action.microbatch
         if action.kind == "forward":
-            return self.forward_s[entry] + (self.first_s[entry] if self.first_s and i == 0 else 0.0)
+            return self.forward_s[entry]
         last = self.last_s and i == self.num_microbatches - 1 and (action.kind == "weight" or not self.weight_s)
         seconds = self.backward_s if action.kind == "backward" else self.weight_s
         return seconds[entry] + (self.last_s[entry] if last else 0.0)
@@ -83,7 +84,7 @@ def timeline(pipeline: Pipeline, *, receiving_blocks: bool = False) -> tuple[Eve
     """
     pp = pipeline.pp
     orders = [pipeline.actions(stage) for stage in range(pp)]
-    next_action, free_at = [0] * pp, [0.0] * pp
+    next_action, free_at = [0] * pp, list(pipeline.ready_s or [0.0] * pp)
     ends: dict[tuple[int, Kind, int], float] = {}
     events: list[list[Event]] = [[] for _ in range(pp)]
     waiting = sum(map(len, orders))

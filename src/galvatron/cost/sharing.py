@@ -42,6 +42,8 @@ def shared_timeline(pipeline: Pipeline, full_speed_fraction: float) -> tuple[Eve
             if source is None or source in ends:
                 action = waiting[stage].popleft()
                 received_s = 0.0 if source is None else pipeline.message_s(stage, action)
+                if pipeline.ready_s and not events[stage]:
+                    received_s += pipeline.ready_s[stage]
                 running[stage] = _Running(action, now_s, pipeline.duration_s(stage, action) + received_s)
         assert running, f"schedule {pipeline.schedule} deadlocks with pp={pp}"
         least_s = min(run.left_s for run in running.values())

@@ -51,7 +51,10 @@ def replay(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> Replay
     stages = stages_of(plan, setting)
     pipeline = _pipeline(plan, stages)
     events, ends = _ends(pipeline, setting)
-    ends = [end + _replicated_s(setting, stage) for end, stage in zip(ends, stages, strict=True)]
+    ends = [
+        end + _total(stage, "reductions_s" if index else "last_s") + _replicated_s(setting, stage)
+        for index, (end, stage) in enumerate(zip(ends, stages, strict=True))
+    ]
     tied_s = max(float(stages[0].times[0].tied_s), float(stages[-1].times[-1].tied_s))
     synced_s = max(*ends, max(ends[0], ends[-1]) + tied_s)
     is_partial = max(event.microbatch for event in events) + 1 < plan.num_microbatches
@@ -68,8 +71,8 @@ def _pipeline(plan: Plan, stages: tuple[Stage, ...]) -> Pipeline:
         forward_s=[chunk.forward_s for chunk in chunks],
         backward_s=[chunk.backward_s - (chunk.weight_s if splits else 0.0) for chunk in chunks],
         weight_s=[chunk.weight_s for chunk in chunks] if splits else (),
-        first_s=[_total(chunk, "first_s") for chunk in chunks],
-        last_s=[_total(chunk, "last_s") for chunk in chunks],
+        ready_s=[_total(stage, "gathers_s" if index else "first_s") for index, stage in enumerate(stages)],
+        last_s=[_total(chunk, "delayed_s") for chunk in chunks],
         transfer_s=[chunk.transfer_s for chunk in chunks],
     )
 
@@ -212,7 +215,7 @@ def _stage_parts(plan: Plan, setting: Setting, replayed: Replay, index: int) -> 
         "context_parallel": microbatches("context_parallel_forward_s", "context_parallel_backward_s"),
         "expert_parallel": 2 * microbatches("expert_parallel_s"),
         "data_parallel": microbatches("data_parallel_forward_s", "data_parallel_backward_s")
-        + sum(_total(stage, name) for name in ("first_s", "last_s", "tied_s")),
+        + sum(_total(stage, name) for name in ("first_s", "last_s", "delayed_s", "tied_s")),
         "recompute": microbatches("recompute_s"),
         "redistribution": m * 2 * stage.redistribution_s,
         "pipeline_p2p": received_s,

@@ -31,7 +31,9 @@ class UnitTimes:
 
     Per microbatch: compute, recompute (its collectives included), tensor_parallel, context_parallel (Ulysses and
     ring), expert_parallel, data_parallel, forward and backward.  Once a step: ``first_s`` with the first forward
-    (gathers), ``last_s`` with the last backward (reductions), then ``replicated_s`` (uncut gradients summed over tp),
+    (gathers, which take ``gathers_s`` by themselves), ``last_s`` with the last backward (reductions, after which
+    message it is, ``reductions_s`` after it), ``delayed_s`` before that message, then ``replicated_s`` (uncut gradients
+    summed over tp),
     ``tied_s`` and ``optimizer_s``.
     """
 
@@ -46,7 +48,10 @@ class UnitTimes:
     data_parallel_forward_s: Floats
     data_parallel_backward_s: Floats
     first_s: Floats
+    gathers_s: Floats
     last_s: Floats
+    reductions_s: Floats
+    delayed_s: Floats
     replicated_s: Floats
     tied_s: Floats
     optimizer_s: Floats
@@ -72,22 +77,23 @@ class UnitTimes:
         """One microbatch's seconds with its share of what comes once a step: the additive objective's currency.
 
         A pipeline of equal stages takes ``Setting.slots`` times one stage's microbatch: m of them, and what each
-        other stage adds while it fills.  Gathers with the first forward and reductions with the last backward delay
-        every stage after them, so a step waits for those of all pp stages; what follows the pipeline runs on all
-        stages at once, so it waits for one stage's.
+        other stage adds while it fills.  All stages gather before their first microbatch and reduce after their last
+        message at once, so a step waits for one stage's.  What FSDP2 puts before the last message delays every stage
+        after it, so a step waits for that of all pp stages.
 
         Under zero bubble a stage adds forward + backward - weight, less what of the weight passes of others fits
         beside its forwards (ZB-H1, Qi et al. 2024, for passes of unequal length); its reductions delay no other stage.
         """
-        microbatch_s, in_series_s = self.forward_s + self.backward_s, self.first_s
-        at_once_s = self.replicated_s + self.tied_s + self.optimizer_s
+        microbatch_s, in_series_s = self.forward_s + self.backward_s, self.delayed_s
+        at_once_s = self.first_s + self.replicated_s + self.tied_s + self.optimizer_s
         if setting.schedule == "zero_bubble":
             hidden_s = setting.weights_in_bubble * np.minimum(self.weight_s, self.forward_s)
             fill_s = microbatch_s - self.weight_s - hidden_s
-            at_once_s = at_once_s + self.last_s
+            # stages end together, so that of those which reduce after their message none does so while another computes
+            at_once_s, in_series_s = at_once_s + self.reductions_s + self.delayed_s, 0.0 * self.delayed_s
         else:
             fill_s = setting.fill * microbatch_s
-            in_series_s = in_series_s + self.last_s
+            at_once_s = at_once_s + self.last_s
         others_s = (setting.pp - 1) * fill_s + setting.pp * in_series_s
         work_s: Floats = (setting.num_microbatches * microbatch_s + others_s + at_once_s) / setting.slots
         return work_s
@@ -137,7 +143,10 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
         data_parallel_forward_s=shard[0],
         data_parallel_backward_s=shard[1],
         first_s=shard[2],
-        last_s=shard[3],
+        gathers_s=shard[3],
+        last_s=shard[4],
+        reductions_s=shard[5],
+        delayed_s=shard[6],
         replicated_s=_replicated_s(setting, s, *trained),
         tied_s=_tied_s(setting, unit, s),
         optimizer_s=(trained[0].held + trained[1].held).astype(np.float64) * setting.model.optimizer_s_per_parameter,
@@ -236,8 +245,8 @@ def _data_parallel_s(
     backward_s: Floats,
     *,
     reached: bool,
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """Exposed (forward, backward) per microbatch and (first forward, last backward) per step.
+) -> tuple[Floats, ...]:
+    """Exposed (forward, backward) per microbatch, then what ``UnitTimes`` has once a step, from ``first_s`` on.
 
     All that is ``held`` (dense, experts) is gathered, and again for a backward that is ``reached``; what is
     ``trained`` of it is reduced.
@@ -261,7 +270,19 @@ def _data_parallel_s(
     backward = exposed_s(setting, backward_s, again_s + every_scatter_s)
     first = exposed_s(setting, forward_s, every_gather_s + once_gather_s) - forward
     last = exposed_s(setting, backward_s, again_s + every_scatter_s + once_scatter_s) - backward
-    return forward, backward, first, last
+    # under ZeRO 2 and 3 FSDP2 reduces within the backward, replicas at its last; under ZeRO 1 a stage that sends back
+    # reduces after its message; without ZeRO reductions run beside the backward and hold up nothing
+    within = s.zero >= 2
+    after = np.where(s.zero == 1, once_scatter_s, last)
+    return (
+        forward,
+        backward,
+        first,
+        once_gather_s,
+        np.where(within, 0.0, last),
+        np.where(within, 0.0, after),
+        np.where(within, last, 0.0),
+    )
 
 
 def _replicated_s(setting: Setting, s: Strategies, dense: ShardSize, experts: ShardSize) -> Floats:

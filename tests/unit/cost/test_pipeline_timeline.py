@@ -50,9 +50,9 @@ def test_a_transfer_delays_the_receiver_and_blocks_it_where_nothing_overlaps() -
     assert times(blocked, 1)[:2] == [("f", 0, 1.5, 2.5), ("f", 1, 3.0, 4.0)]
 
 
-def test_the_first_and_last_microbatch_may_take_longer() -> None:
-    events = timeline(Pipeline("1f1b", 1, 3, [1], [2], first_s=[2], last_s=[3]))
-    assert times(events, 0)[0] == ("f", 0, 0, 3)
+def test_a_stage_may_begin_later_and_the_last_microbatch_take_longer() -> None:
+    events = timeline(Pipeline("1f1b", 1, 3, [1], [2], ready_s=[2], last_s=[3]))
+    assert times(events, 0)[0] == ("f", 0, 2, 3)
     assert events[-1].end_s == 3 + 1 + 1 + 2 + 2 + 5
 
 

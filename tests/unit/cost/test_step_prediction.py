@@ -40,7 +40,7 @@ def test_one_stage_is_m_microbatches_and_what_comes_once() -> None:
     units = [("embedding", data), ("layer", data), ("layer", data), ("layer", tensor), ("layer", tensor)]
     times = [unit_times(setting, unit, strategy) for unit, strategy in [*units, ("head", tensor)]]  # type: ignore[arg-type]
     every = sum(t.forward_s + t.backward_s for t in times) + 2 * redistribution_s(setting, "layer", 1, 4)
-    once = sum(t.first_s + t.last_s + t.replicated_s + t.optimizer_s for t in times)
+    once = sum(t.first_s + t.last_s + t.delayed_s + t.replicated_s + t.optimizer_s for t in times)
     latency = setting.link("all_reduce", 4, 1).latency_s
     assert predict(plan, MODEL, HARDWARE).step_time_s == pytest.approx(4 * every + once + latency)
     assert objective_s(plan, setting) == pytest.approx(4 * every + once)

@@ -91,7 +91,7 @@ def test_replicas_reduce_their_shard_once_a_step() -> None:
     case = setting()
     held = shard_size(case.model.spec.layer.parameters, 1, 2).held
     times = unit_times(case, "layer", LayerStrategy(dp_shard=2, dp_replicate=2, zero=3))
-    assert times.last_s == pytest.approx(case.link("all_reduce", 2, 2).time_s(held * 4))
+    assert times.last_s + times.delayed_s == pytest.approx(case.link("all_reduce", 2, 2).time_s(held * 4))
 
 
 def test_on_cuda_gathers_hide_behind_compute_and_never_cost_more_than_in_series() -> None:
