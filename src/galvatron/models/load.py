@@ -16,12 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.numbers import MAX_LAYERS
-from galvatron.core.parsing import parse_json, read_text
+from galvatron.core.parsing import is_file, parse_json, read_text
 from galvatron.core.words import shown
 from galvatron.internals import put_parameter
 
 from .family import family_of
 
+LAYER_COUNTS = frozenset({"num_hidden_layers", "n_layer"})
 MAX_REASON = 200  # characters of a library's message
 
 
@@ -31,10 +32,13 @@ def load_config(path: str | Path) -> PretrainedConfig:
     Raises:
         ConfigError: it cannot be read, or its family is not supported.
     """
-    if Path(path).suffix == ".json" and not Path(path).is_file():
+    if Path(path).suffix == ".json" and not is_file(str(path)):
         raise ConfigError(f"{path} does not exist; check the path")  # and not a hub name to ask the network for
+    inside = Path(path) / "config.json"
     try:
-        config = _config_from_file(Path(path)) if Path(path).is_file() else AutoConfig.from_pretrained(str(path))
+        if is_file(str(inside)):
+            _read(inside)
+        config = _config_from_file(Path(path)) if is_file(str(path)) else AutoConfig.from_pretrained(str(path))
     except ConfigError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and hub errors here
@@ -46,11 +50,23 @@ def load_config(path: str | Path) -> PretrainedConfig:
 
 
 def _config_from_file(path: Path) -> PretrainedConfig:
+    data = _read(path)
+    return AutoConfig.for_model(data.pop("model_type"), **data)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a ``config.json``; transformers lists all its layers at once, so that they are counted here."""
     data = parse_json(read_text(path, ConfigError), str(path), ConfigError, "give a Hugging Face config.json")
-    model_type = data.pop("model_type", None) if isinstance(data, dict) else None
-    if not isinstance(model_type, str):
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise ConfigError(f"{path} lacks model_type; give a Hugging Face config.json")
-    return AutoConfig.for_model(model_type, **data)
+    for name in LAYER_COUNTS & data.keys():
+        _check_layers(data[name])
+    return data
+
+
+def _check_layers(count: object) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_LAYERS:
+        raise ConfigError(f"a model has 1 to {MAX_LAYERS:,} layers, got {shown(count)}; mend its config.json")
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -58,9 +74,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
     ``config`` itself stays as it is: transformers writes dtype and attention into the one it is given.
     """
-    layers = config.num_hidden_layers
-    if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
-        raise ConfigError(f"a model has 1 to {MAX_LAYERS:,} layers, got {shown(layers)}; mend its config.json")
+    _check_layers(config.num_hidden_layers)
     try:
         with _parameters_on_meta(), _EmptyOnMeta():
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)

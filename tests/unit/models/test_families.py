@@ -83,3 +83,25 @@ def test_a_config_loads_from_a_file_and_from_a_directory(tmp_path: Path) -> None
     assert load_config(tmp_path).hidden_size == 32
     assert load_config(tmp_path / "config.json").model_type == "qwen3"
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3"
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"num_hidden_layers": 10**12}, "a model has 1 to 16,384 layers, got 1000000000000"),
+        ({"num_hidden_layers": 0}, "a model has 1 to 16,384 layers, got 0"),
+        ({"hidden_size": 2**62}, "transformers cannot build the llama that its config describes"),
+        ({"num_key_value_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
+        ({"model_type": 5}, "lacks model_type"),
+    ],
+)
+@pytest.mark.parametrize("in_a_folder", [False, True])
+def test_sizes_that_make_no_model_are_one_sentence(
+    tmp_path: Path, keys: dict[str, object], says: str, in_a_folder: bool
+) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {"model_type": "llama", "vocab_size": 131, "intermediate_size": 96, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **sizes, **keys}))
+    with pytest.raises(ConfigError, match=says) as caught:
+        build_spec(load_config(tmp_path if in_a_folder else tmp_path / "config.json"))
+    assert "\n" not in str(caught.value)
