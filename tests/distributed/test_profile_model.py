@@ -57,8 +57,8 @@ def _saved_by_a_real_forward(config: PretrainedConfig, plan: Plan) -> int:
     with StorageLog() as log:
         log.ignore([*model.stage.parameters(), *model.stage.buffers(), ids, positions])
         loss = model.stage(ids.clone(), positions.clone(), labels.clone(), 1.0)
-        # now the gathered ones, and the gradient that the fused loss makes in the forward pass
-        log.ignore([loss, *model.stage.parameters(), *model.stage.early_gradient.tensors()])
+        # now the gathered ones, and the gradient that the fused loss makes in the forward pass, or its flat buffer
+        log.ignore([loss, *model.stage.parameters(), *model.gathered_buffers(), *model.stage.early_gradient.tensors()])
         saved_bytes = settled_bytes(log)
     loss.backward()
     return saved_bytes
