@@ -85,6 +85,35 @@ def test_equals_cross_entropy_on_whole_logits(pool: Pool, name: str, world_size:
         assert relative_error(gradient, tensor.grad) < 2e-6
 
 
+def cuts_of_tokens(dtype: torch.dtype) -> tuple[list[int], float]:
+    """Tokens of each chunk and block that this rank makes, and its share of the loss."""
+    world = init_world("cpu")
+    tp = AxisGroup(world.group((0, 1)), (2,), world.rank)
+    hidden, weight, bias, labels = inputs(dtype)
+    own = slice(0, 51) if world.rank == 0 else slice(51, VOCABULARY)
+    sizes: list[int] = []
+    chunked, blocked = loss._take_chunk, loss._take_block
+    with pytest.MonkeyPatch.context() as patch:
+        # fit twice as many tokens of the second rank's 50 rows as of the first one's 51
+        patch.setattr(loss, "CHUNK_BYTES", 50 * dtype.itemsize * 64)
+        patch.setattr(loss, "BLOCK_BYTES", 50 * 4 * 16)
+        patch.setattr(loss, "_take_chunk", lambda *args: sizes.append(len(args[0])) or chunked(*args))  # type: ignore[func-returns-value]
+        patch.setattr(loss, "_take_block", lambda *args, **kw: sizes.append(len(args[0])) or blocked(*args, **kw))  # type: ignore[func-returns-value]
+        share = projected_cross_entropy_share(
+            hidden, weight[own], labels, own.start, SCALE, tp, bias_V=bias[own], vocabulary_size=VOCABULARY
+        )
+    return sizes, float(share.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_of_uneven_rows_cut_tokens_alike(pool: Pool, dtype: torch.dtype) -> None:
+    (sizes, share), (others, other_share) = pool.run(cuts_of_tokens, dtype, world_size=2)
+    chunk, last = ([32, 32], [22, 22]) if dtype == torch.float32 else ([32, 8, 8, 8, 8], [22, 8, 8, 6])
+    assert sizes == others == chunk * 4 + last
+    truth = reference(*inputs(dtype), LossTerms())
+    assert share + other_share == pytest.approx(float(truth.detach()), rel=1e-6 if dtype == torch.float32 else 1e-2)
+
+
 def test_gradients_of_bf16_are_summed_in_float32() -> None:
     hidden, weight, bias, labels = inputs(torch.bfloat16)
     truth = reference(hidden, weight, bias, labels, LossTerms())

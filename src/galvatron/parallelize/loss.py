@@ -164,10 +164,11 @@ def projected_cross_entropy_share(
         start: this rank's first row.
         scale: what a token counts for in the global loss.
         tp: the ranks that share the vocabulary.
-        vocabulary_size: rows of all ranks (for label smoothing); this rank's if left out.
+        vocabulary_size: rows of all ranks, needed where tp has several; this rank's if left out.
         terms: see LossTerms.
         early: where the weight's gradient waits; shared by all passes over this weight whose backward is to come.
     """
+    assert vocabulary_size is not None or tp.size == 1
     size = weight_VH.shape[0] if vocabulary_size is None else vocabulary_size
     job = _Job(start, scale, tp, size, terms, early or EarlyGradient())
     share: Tensor = _Projected.apply(hidden_TH, weight_VH, bias_V, labels_T, job)
@@ -185,6 +186,11 @@ class _Job:
     terms: LossTerms
     early: EarlyGradient
 
+    @property
+    def most_rows(self) -> int:
+        """Of the rank that has most, by which all cut tokens alike: every chunk and block is reduced together."""
+        return -(-self.vocabulary_size // self.tp.size)
+
 
 class _Projected(torch.autograd.Function):
     @staticmethod
@@ -196,7 +202,7 @@ class _Projected(torch.autograd.Function):
             torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None,
         )
         total = torch.zeros((), device=hidden.device)
-        step = chunk_tokens(len(weight), weight.dtype)
+        step = chunk_tokens(job.most_rows, weight.dtype)
         for first in range(0, len(hidden), step):
             chunk = slice(first, first + step)
             total += _take_chunk(hidden[chunk], weight, bias, labels[chunk], job, made.of_chunk(chunk))
@@ -243,7 +249,7 @@ def _take_chunk(
 ) -> Tensor:
     """A chunk's summed loss (unscaled); its gradients go to ``made``.  All else is gone before the next chunk."""
     logits = F.linear(hidden_CH, weight_VH, bias_V)
-    block = len(logits) if logits.dtype == torch.float32 else _fitting(BLOCK_BYTES, 4 * logits.shape[1])
+    block = len(logits) if logits.dtype == torch.float32 else _fitting(BLOCK_BYTES, 4 * job.most_rows)
     total = torch.zeros((), device=logits.device)
     for own, labels in zip(logits.split(block), labels_C.split(block), strict=True):
         total += _take_block(own, labels, job, need_grad=made.are_needed)
