@@ -55,6 +55,8 @@ class Driver:
         layers = self.plan.stage_layers(grid.stage)
         self.trains_before = not grid.is_first and spec.trains_before(layers.start)
         self.trains_until = grid.is_last or spec.trains_before(layers.stop)
+        enters_unsharded = self.trains_before and not self.plan.layers[layers.start].zero
+        self._entry = unsharded[0] if enters_unsharded else None  # holds the layer that sends gradients back
         self.position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
 
     def train(self, batch: Batch) -> float:
@@ -107,7 +109,7 @@ class Driver:
     def _before_backward(self, is_last: bool) -> None:
         prepare_backward(self.stage, self.sharded, is_last=is_last, sends_back=self.trains_before)
         for unit in self.unsharded:
-            unit.before_backward(is_last=is_last)
+            unit.before_backward(is_last=is_last, sends_back=unit is self._entry)
 
     def _forward(self, batch: Batch, microbatch: int, received: Inbox | None) -> Tensor:
         tokens = received if received is not None else self._rows(batch.input_ids, microbatch, self.plan.embedding.dp)
@@ -127,5 +129,10 @@ class Driver:
         previous = plan.embedding if stage == 0 else plan.layers[plan.stage_layers(stage).start - 1]
         shape = (plan.micro_batch_size // previous.dp, plan.seq_len // previous.sequence_degree, self.hidden_size)
         return Neighbours(
-            self.grid, shape, DTYPES[plan.precision], trains_before=self.trains_before, trains_until=self.trains_until
+            self.grid,
+            shape,
+            DTYPES[plan.precision],
+            trains_before=self.trains_before,
+            trains_until=self.trains_until,
+            after_gradient=self._entry.count_arrival if self._entry is not None else None,
         )

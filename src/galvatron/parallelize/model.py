@@ -82,6 +82,7 @@ class ParallelModel:
         self._checked_loss: LossFunction | None = None
         self._train_batches = BatchCheck(shape, vocabulary)
         self._evaluation_batches = BatchCheck(shape, vocabulary)
+        self._rounded = {p.name for p in parameters if any(unit.rounds(p.tensor) for unit in unsharded)}
         self._driver = Driver(grid, spec, stage, sharded, unsharded)
 
     def train_step(
@@ -102,15 +103,16 @@ class ParallelModel:
                 [tokens]) → losses [tokens], called with the counted tokens of this rank.  Each may depend on its own
                 token alone, so that it is exact however the plan cuts vocabulary, sequence and batch; it is tried on
                 two tokens of zeros first.  Whole logits of a microbatch then exist, on the last stage.
-            accumulate: add to the gradients there are, at the cost of one more copy of this rank's shards of them while
-                it runs.
+            accumulate: add to the gradients there are, at the cost of one more copy, while it runs, of this rank's
+                shards of them, and of those that replicas sum in bf16: float32 sums of several calls are not rounded.
             num_tokens: what the summed token losses are divided by; by default how many labels count here.  Where
                 several calls add up, give all of them the number of all of them: losses and gradients then add up
                 to those of the mean over all their tokens.
 
         Returns:
             The mean loss over all counted tokens, equal on all ranks.  The ``grad`` of every one of
-            ``parameters()`` is then this rank's part of that loss's gradient.
+            ``parameters()`` is then this rank's part of that loss's gradient.  The memory of gradients is used again:
+            the next call overwrites what ``grad`` is now, so ``clone`` what shall outlive it.
 
         Raises:
             DataError: a batch of another shape or dtype, with ids that the vocabulary lacks, or not equal on all
@@ -283,10 +285,17 @@ class ParallelModel:
             sum_over(replicated.group, [p.tensor.grad for p in replicated.parameters if p.tensor.grad is not None])
 
     def _begin(self, accumulate: bool) -> dict[str, Tensor | None]:
-        """Forget gradients, or let those of unsharded parameters stay where they are and give the others to add."""
+        """Forget gradients, or let those of unsharded parameters stay where they are and give the others to add.
+
+        The others are shards, and what the sum over replicas would round once more.
+        """
         if not accumulate:
             self.zero_grad()
         earlier = {name: self._local[name].tensor.grad for name in self._shards}
+        for name in self._rounded:
+            rounded = self._local[name].tensor
+            if rounded.grad is not None:
+                earlier[name], rounded.grad = rounded.grad.clone(), None
         for shard in self._shards.values():
             shard.grad = None
         for name, parameter in self._local.items():

@@ -75,6 +75,7 @@ class Neighbours:
 
     ``trains_before``, ``trains_until``: whether stages before this one, or this one and those before, have trainable
     parameters: gradients go no further back than the first of them.
+    ``after_gradient``: called when a gradient is on its way.
     """
 
     grid: Grid
@@ -82,6 +83,7 @@ class Neighbours:
     dtype: torch.dtype
     trains_before: bool = True
     trains_until: bool = True
+    after_gradient: Callable[[], None] | None = None
     _outputs: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
     _gradients: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
 
@@ -110,6 +112,8 @@ class Neighbours:
         """Send the gradient of a stage input back; called from within the backward."""
         _let_go(self._gradients)
         self._gradients.append(self._send(gradient, self.grid.stage - 1, self.grid.backward_group))
+        if self.after_gradient is not None:
+            self.after_gradient()
 
     def finish(self) -> None:
         """Wait until everything sent has left."""

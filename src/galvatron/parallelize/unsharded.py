@@ -6,7 +6,8 @@ A unit's N elements on this rank, of which the first T are trained:
 * a copy in the compute dtype where that differs, made once a step: the module's parameters are views of it;
 * the gradient, float32 [T]: every microbatch adds to it as soon as autograd brings a parameter's.
 
-The last gradient of the last microbatch starts the sum over the replicas; who reads gradients waits for it.
+The last gradient of the last microbatch starts the sum over the replicas, after the message to the previous stage if
+the unit sends one; who reads gradients waits for it.
 Losses are shares of the global loss, so it is a plain sum.
 """
 
@@ -92,7 +93,7 @@ class UnshardedUnit:
         self._reduce_dtype, self._replicas = reduce_dtype, replicas
         self._slots: list[GradientSlot] = []
         self._locals: dict[nn.Parameter, nn.Parameter] = {}
-        self._arrivals, self._is_last = 0, False
+        self._arrivals, self._awaited = 0, -1
         self._sum: tuple[dist.Work, Tensor] | None = None
         start = 0
         for parameter in order:
@@ -120,6 +121,11 @@ class UnshardedUnit:
         """The float32 parameter to optimise behind a module's ``parameter``."""
         return self._locals[parameter]
 
+    def rounds(self, local: nn.Parameter) -> bool:
+        """Whether ``local`` is one of those to optimise, and the sum over replicas rounds its gradient."""
+        is_rounded = self._replicas is not None and self._reduce_dtype != torch.float32
+        return is_rounded and any(local is own for own in self._locals.values())
+
     def refresh(self) -> None:
         """Let the modules see the current values; before the first forward of a step or an evaluation."""
         if self._compute is not self.master:
@@ -130,14 +136,19 @@ class UnshardedUnit:
         for slot in self._slots:
             slot.begin()
 
-    def before_backward(self, *, is_last: bool) -> None:
-        """A microbatch's backward begins; ``is_last``: of this step's last one."""
-        self._arrivals, self._is_last = 0, is_last
+    def before_backward(self, *, is_last: bool, sends_back: bool = False) -> None:
+        """A microbatch's backward begins.
+
+        Args:
+            is_last: of this step's last one.
+            sends_back: the gradient of the unit's input is a message, which leaves first and counts as an arrival.
+        """
+        self._arrivals, self._awaited = 0, len(self._slots) + sends_back if is_last else -1
 
     def count_arrival(self) -> None:
         """One more parameter has its gradient of this backward; the last one of the last backward starts the sum."""
         self._arrivals += 1
-        if self._is_last and self._arrivals == len(self._slots):
+        if self._arrivals == self._awaited:
             self._start_sum()
 
     def finish(self) -> None:

@@ -1,0 +1,150 @@
+"""What travels in a training step, and in which order: closed forms of the plan, and no clock.
+
+Numbers are of LLaMA with two layers: H hidden, V vocabulary rows, float32 elements of 4 bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from galvatron.internals import TorchDispatchMode, tree_leaves
+from galvatron.parallelize import init_world, parallelize
+from galvatron.plan import LayerStrategy, Plan
+from galvatron.testing.models import tiny_config, tiny_model
+from galvatron.testing.pool import Pool
+
+ROWS, SEQ_LEN = 4, 16
+"""Sequences a microbatch, and their tokens."""
+DP2, TP2, ZERO3 = LayerStrategy(dp_replicate=2), LayerStrategy(tp=2), LayerStrategy(dp_shard=2, zero=3)
+KINDS = {
+    "allreduce_": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "send": "send",
+    "recv_": "receive",
+}
+Message = tuple[str, int]
+"""Its kind, and the bytes of the larger side: what is summed, gathered, cut up, sent or received."""
+
+
+class Messages(TorchDispatchMode):
+    """Within, every message of this rank, in the order in which it starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[Message] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.partition(".")[0]
+        if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
+            sizes = [t.nbytes for t in tree_leaves((args, result)) if isinstance(t, Tensor)]
+            self.started.append((KINDS.get(name, name), max(sizes)))
+        return result
+
+
+def plan_for(strategy: LayerStrategy, stages: tuple[int, ...] = (2,), microbatches: int = 1) -> Plan:
+    return Plan(
+        model="tiny", world_size=2 * len(stages), layers_per_stage=stages, embedding=strategy, head=strategy,
+        layers=(strategy,) * sum(stages), num_microbatches=microbatches, global_batch_size=ROWS * microbatches,
+        seq_len=SEQ_LEN,
+    )  # fmt: skip
+
+
+def messages(plan: Plan) -> list[Message]:
+    """Of a second step: FSDP2 prepares itself in the first."""
+    model = parallelize(tiny_model("llama", num_hidden_layers=2), plan, world=init_world("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.spec.vocab_size, (plan.global_batch_size, SEQ_LEN + 1), generator=generator)
+    model.train_step(tokens[:, :-1], tokens[:, 1:])
+    with Messages() as log:
+        model.train_step(tokens[:, :-1], tokens[:, 1:])
+    return log.started
+
+
+CONFIG = tiny_config("llama", num_hidden_layers=2)
+H, V = CONFIG.hidden_size, CONFIG.vocab_size
+KV = CONFIG.num_key_value_heads * H // CONFIG.num_attention_heads
+EMBEDDING = 4 * V * H
+LAYER = 4 * (2 * H * H + 2 * H * KV + 3 * H * CONFIG.intermediate_size + 2 * H)
+HEAD = 4 * (V * H + H)
+HIDDEN = 4 * ROWS * SEQ_LEN * H
+"""Bytes of a microbatch's hidden states, on all ranks together."""
+LOSS: Counter[Message] = Counter({("all-reduce", 4): 1})
+"""The loss of the step, over the world."""
+BATCH_CHECK = {("all-reduce", 16)}
+"""Ranks compare their batches now and then."""
+
+
+def counted(messages: list[Message]) -> Counter[Message]:
+    return Counter(message for message in messages if message not in BATCH_CHECK)
+
+
+def even(num_bytes: int, rows: int) -> int:
+    """``num_bytes`` in ``rows`` rows with one more, where two shards cannot have equally many."""
+    return num_bytes if rows % 2 == 0 else num_bytes // rows * (rows + 1)
+
+
+def test_replicas_sum_every_unit_once(pool: Pool) -> None:
+    expected = LOSS + Counter([("all-reduce", unit) for unit in (EMBEDDING, LAYER, LAYER, HEAD)])
+    for found in pool.run(messages, plan_for(DP2, microbatches=3), world_size=2):
+        assert counted(found) == expected
+
+
+def test_tensor_parallel_ranks_gather_and_scatter_twice_a_layer(pool: Pool) -> None:
+    # forward: the embedding's sum is scattered, attention and MLP gather and scatter, the head gathers; backward: the
+    # adjoint of each.  The loss takes the largest logit of every token, then its three sums; the rest is the gradients
+    # of five norms that both ranks hold.
+    around = 1 + 2 * 2
+    expected = LOSS + Counter(
+        {
+            ("all-gather", HIDDEN): 2 * around,
+            ("reduce-scatter", HIDDEN): 2 * around,
+            ("all-reduce", 4 * ROWS * SEQ_LEN): 1,
+            ("all-reduce", 3 * 4 * ROWS * SEQ_LEN): 1,
+            ("all-reduce", 4 * 5 * H): 1,
+        }
+    )
+    for found in pool.run(messages, plan_for(TP2), world_size=2):
+        assert counted(found) == expected
+
+
+def test_zero_3_gathers_a_unit_for_each_direction_and_reduces_it_once(pool: Pool) -> None:
+    embedding, head = even(EMBEDDING, V), even(HEAD - 4 * H, V) + 4 * H
+    expected = LOSS.copy()
+    for unit in (embedding, LAYER, LAYER, head):
+        expected["all-gather", unit] += 2
+        expected["reduce-scatter", unit] += 1
+    for found in pool.run(messages, plan_for(ZERO3), world_size=2):
+        assert counted(found) == expected
+
+
+def test_stages_exchange_hidden_states_and_gradients_once_a_microbatch(pool: Pool) -> None:
+    first, last = ("send", HIDDEN // 2), ("receive", HIDDEN // 2)
+    for rank, found in enumerate(pool.run(messages, plan_for(DP2, (1, 1), 2), world_size=4)):
+        end = EMBEDDING if rank < 2 else HEAD
+        assert counted(found) == LOSS + Counter({first: 2, last: 2, ("all-reduce", LAYER): 1, ("all-reduce", end): 1})
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_gradient_leaves_before_its_layers_own_are_reduced(pool: Pool, zero: int, recompute: str) -> None:
+    shape = {"dp_shard": 2} if zero else {"dp_replicate": 2}
+    strategy = LayerStrategy.model_validate({**shape, "zero": zero, "recompute": recompute})
+    plan = plan_for(strategy.model_copy(update={"recompute": "none"}), (1, 1), 2)
+    plan = Plan.model_validate({**plan.model_dump(), "layers": (strategy, strategy)})
+    reduced = "reduce-scatter" if zero else "all-reduce"
+    for found in pool.run(messages, plan, world_size=4)[2:]:
+        order = [kind if kind == "send" else size for kind, size in found if kind in ("send", reduced)]
+        assert order.count("send") == 2
+        reductions = [index for index, what in enumerate(order) if what == LAYER]
+        assert len(reductions) == (2 if zero >= 2 else 1)
+        for nth, index in enumerate(reversed(reductions)):
+            assert order[:index].count("send") == 2 - nth  # that of the same microbatch is on its way
