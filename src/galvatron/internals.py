@@ -40,6 +40,7 @@ __all__ = [
     "TorchDispatchMode",
     "all_gather",
     "call_attention",
+    "called_attention",
     "changes_in_place",
     "default_store",
     "end_backward",
@@ -185,6 +186,12 @@ def viewed(tensor: torch.Tensor) -> torch.Tensor | None:
 def call_attention(config: PretrainedConfig, name: str) -> None:
     """Make the modules built from ``config`` call the attention registered as ``name``, without checking the name."""
     config._attn_implementation = name
+
+
+def called_attention(config: PretrainedConfig) -> str | None:
+    """The name of the attention that modules built from ``config`` call."""
+    name: str | None = config._attn_implementation
+    return name
 
 
 def to_be_initialised(module: nn.Module) -> None:

@@ -160,3 +160,51 @@ def test_what_one_process_of_many_cannot_do_is_refused_by_name(pool: Pool) -> No
     assert "cannot be called: train_step gives loss and gradients" in texts[7]
     assert "cannot be copied or pickled" in texts[8]
     assert "cannot be copied or pickled" in texts[9]
+
+
+def parallelized_twice(strategy: LayerStrategy) -> None:
+    world = init_world("cpu")
+    plan = plan_for((4,), strategy, *(strategy,) * 4).model_copy(update={"world_size": world.world_size})
+    model = tiny_model("gpt2")
+    parallelize(model, plan, world=world)
+    with pytest.raises(ConfigError, match="has been consumed by parallelize or fully_shard; give a new one"):
+        parallelize(model, plan, world=world)
+    broken = tiny_model("gpt2")
+    with torch.no_grad():
+        broken.transformer.wpe.weight[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"wpe\.weight hold NaN"):
+        parallelize(broken, plan, world=world)
+    with pytest.raises(ConfigError, match="has been consumed"):  # and does not start anew from a seed
+        parallelize(broken, plan, world=world)
+
+
+@pytest.mark.parametrize("strategy", [LayerStrategy(dp_replicate=2), LayerStrategy(tp=2)], ids=["whole", "cut"])
+def test_a_model_parallelized_twice_is_refused(pool: Pool, strategy: LayerStrategy) -> None:
+    pool.run(parallelized_twice, strategy, world_size=2)
+
+
+def surroundings() -> None:
+    world = init_world("cpu")
+    plan = plan_for((4,), LayerStrategy(), *(LayerStrategy(),) * 4).model_copy(update={"world_size": 1})
+    model, _ = make(plan, world=world)
+    expected = model.evaluate(*batch(0))
+    for contexts, words in (
+        (torch.autocast("cpu", torch.bfloat16), "torch.autocast is in effect for cpu"),
+        (torch.inference_mode(), "torch.inference_mode is in effect"),
+        (torch.no_grad(), "torch.no_grad is in effect"),
+    ):
+        with contexts, pytest.raises(ConfigError, match=words):
+            model.train_step(*batch(0))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for attempt in (lambda: model.train_step(*batch(0)), lambda: make(plan, world=world)):
+            with pytest.raises(ConfigError, match=r"set_default_dtype\(torch.bfloat16\) is in effect"):
+                attempt()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        assert model.evaluate(*batch(0)) == expected
+
+
+def test_steps_do_not_run_where_torch_is_set_to_compute_otherwise(pool: Pool) -> None:
+    pool.run(surroundings, world_size=1)

@@ -78,6 +78,10 @@ def test_a_mean_is_refused_on_all_ranks(pool: Pool) -> None:
         (lambda logits, labels: logits, r"returned shape \[2, 97\]"),
         (lambda logits, labels: [0.0, 0.0], "returned list"),
         (lambda logits, labels: logits.detach().sum(-1), "a gradient to the logits"),
+        (
+            lambda logits, labels: (torch.ones(3, requires_grad=True).sum() * logits).sum(-1),
+            r"its own \(the first is \[3",
+        ),
         (lambda logits, labels: logits.argmax(-1), "a gradient to the logits"),
     ],
 )

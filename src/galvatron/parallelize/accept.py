@@ -18,6 +18,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.internals import has_tensor_hooks, hooks, is_compiled
 from galvatron.models import check_trains, family_of, meta_model
 
+from .attention import uses_attention
 from .model import ParallelModel
 from .weights import FLOATS
 
@@ -54,7 +55,7 @@ def _check_class(model: object) -> None:
         inner = next((part for part in _WRAPPED if isinstance(getattr(model, part, None), nn.Module)), None)
         remedy = f"give its .{inner}" if inner else "load one with AutoModelForCausalLM, or galvatron.models.meta_model"
         raise ConfigError(f"parallelize takes a Hugging Face causal language model, got {name}; {remedy}")
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if uses_attention(model) or any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ConfigError("this model has been consumed by parallelize or fully_shard; give a new one")
     family_of(model.config)
 

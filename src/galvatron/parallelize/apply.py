@@ -33,6 +33,7 @@ from .pieces import LocalParameter, pieces_of
 from .ranks import together
 from .recompute import recompute_in_backward
 from .stage import Stage, enter_with_layout
+from .surroundings import check_surroundings
 from .tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
 from .unsharded import UnshardedUnit
 from .weights import GivenWeights, StateDictWeights, Weights, check_names, fill
@@ -85,6 +86,7 @@ def parallelize(
     if not isinstance(plan, Plan):
         raise PlanError(f"parallelize takes a Plan, got {type(plan).__name__}; load a file with Plan.load(path)")
     world = world or init_world()
+    check_surroundings(world.device, gradients=False)
     check_agreement(model, plan, seed, own_weights=weights is None)
     family, spec = family_of(model.config), spec_of(model)
     plan.validate(spec, world.world_size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
-from galvatron.internals import call_attention
+from galvatron.internals import call_attention, called_attention
 
 NAME = "galvatron"
 
@@ -39,6 +39,12 @@ def use_attention(model: PreTrainedModel) -> None:
                 own[id(config)] = copy.deepcopy(config)
                 call_attention(own[id(config)], NAME)
             module.config = own[id(config)]  # type: ignore[assignment]
+
+
+def uses_attention(model: PreTrainedModel) -> bool:
+    """Whether ``use_attention`` was called with it: then another has taken it apart, or had begun to."""
+    configs = [getattr(module, "config", None) for module in model.modules() if module is not model]
+    return any(isinstance(config, PretrainedConfig) and called_attention(config) == NAME for config in configs)
 
 
 def attention(

@@ -32,6 +32,7 @@ from .refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .safetensors_file import Entry
 from .stage import Stage
 from .state import load_local_state, load_whole_state, local_state, whole_state
+from .surroundings import check_surroundings
 from .unsharded import UnshardedUnit
 
 
@@ -117,9 +118,10 @@ class ParallelModel:
         Raises:
             DataError: a batch of another shape or dtype, with ids that the vocabulary lacks, or not equal on all
                 ranks.  Nothing has changed then.
-            ConfigError: ``loss_fn`` does not return a loss a token, or a parameter was replaced.
+            ConfigError: ``loss_fn`` does not return a loss a token or trains parameters of its own, a parameter was
+                replaced, or autocast, ``no_grad`` or another default dtype is in effect.
         """
-        self._check_step(loss_fn)
+        self._check_step(loss_fn, gradients=True)
         weight = self._train_batches.weight(input_ids, labels, num_tokens=num_tokens, accumulate=accumulate)
         earlier = self._begin(accumulate)
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
@@ -155,7 +157,7 @@ class ParallelModel:
 
         Collective over the world; raises as ``train_step`` does.
         """
-        self._check_step(loss_fn)
+        self._check_step(loss_fn, gradients=False)
         weight = self._evaluation_batches.weight(input_ids, labels)
         training = self.training
         self.eval()
@@ -312,8 +314,9 @@ class ParallelModel:
             if before is not None and parameter.tensor.grad is not None:
                 parameter.tensor.grad.add_(before)
 
-    def _check_step(self, loss_fn: LossFunction | None) -> None:
-        """Raise ConfigError if ``loss_fn`` gives no losses, or something else is in a parameter's place, untrained."""
+    def _check_step(self, loss_fn: LossFunction | None, *, gradients: bool) -> None:
+        """Raise ConfigError if ``loss_fn``, torch's settings or a parameter's place make a step wrong in silence."""
+        check_surroundings(self.device, gradients=gradients)
         if loss_fn is not None and loss_fn is not self._checked_loss:
             check_loss(loss_fn, self.spec.vocab_size, self.device)
             self._checked_loss = loss_fn

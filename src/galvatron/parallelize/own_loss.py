@@ -9,7 +9,7 @@ T tokens (batch x sequence), V vocabulary rows, of this rank or whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,24 @@ def check_loss(loss_fn: LossFunction, vocabulary_size: int, device: torch.device
         )
     if not losses.requires_grad:
         raise ConfigError("loss_fn must return losses with a gradient to the logits; compute them by torch alone")
+    if others := [leaf for leaf in _leaves(losses) if leaf is not logits]:
+        raise ConfigError(
+            f"loss_fn has parameters of its own (the first is {list(others[0].shape)}), of whose gradients each rank "
+            "would have a part; detach them, or let them not require a gradient"
+        )
+
+
+def _leaves(result: Tensor) -> Iterator[Tensor]:
+    """What a backward from ``result`` would leave gradients at."""
+    waiting, seen = [result.grad_fn], set[object]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        waiting += [before for before, _ in node.next_functions]
 
 
 def _whole_rows(logits_TV: Tensor, vocabulary_size: int, tp: AxisGroup) -> Tensor:
