@@ -22,6 +22,7 @@ from galvatron.testing.pool import PRELOAD
 def _be_command(folder: Path, arguments: tuple[str, ...], path: list[str]) -> None:
     sys.path[:] = path
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests (nohup) may ignore it
     os.chdir(folder)
     os.environ["OMP_NUM_THREADS"] = "1"
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -78,8 +79,10 @@ class Command:
     def end(self, limit_s: float) -> tuple[int, float]:
         """Its exit code, and the seconds until nothing of it was left; fails after ``limit_s``."""
         start = time.monotonic()
-        while self.members():
-            assert time.monotonic() - start < limit_s, f"{self.members()} still there\n{self.log}"
+        while members := self.members():
+            if time.monotonic() - start > limit_s:
+                self.kill()
+                raise AssertionError(f"{members} still there\n{self.log}")
             time.sleep(0.01)
         self.process.join()
         assert self.process.exitcode is not None
