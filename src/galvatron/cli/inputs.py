@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from galvatron.core.errors import ConfigError, ProfileError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model import ModelProfile, Precision
+from galvatron.core.numbers import MAX_SEQUENCES
 from galvatron.core.parsing import is_file, parse_json, read_text
 from galvatron.core.units import format_bytes, parse_bytes
 from galvatron.core.words import shown
@@ -126,8 +127,8 @@ def batch_sizes(text: str) -> list[int]:
     match = re.fullmatch(rf"({_SIZE})-({_SIZE})", text, re.ASCII)
     if match is None or int(match[1]) > int(match[2]):
         raise ConfigError(
-            f"a global batch is a number of sequences, a range or a list, got {shown(text)}; "
-            "write 64, 64-512 or 64,96,128"
+            f"a global batch is a number of sequences, a range or a list, of {MAX_SEQUENCES:,} at most, "
+            f"got {shown(text)}; write 64, 64-512 or 64,96,128"
         )
     first, last = int(match[1]), int(match[2])
     return [first * 2**i for i in range((last // first).bit_length())]

@@ -54,7 +54,7 @@ class ClusterShape(Record):
         Raises:
             ConfigError: the text, the device or an override is none of these.
         """
-        match = re.fullmatch(r"([\w.-]+):(?:([1-9]\d{0,6})x)?([1-9]\d{0,6})", text.strip(), re.ASCII)
+        match = re.fullmatch(r"([\w. -]+):(?:([1-9]\d{0,6})x)?([1-9]\d{0,6})", text.strip(), re.ASCII)
         if match is None:
             raise ConfigError(
                 f"a cluster is device:nodesxdevices, got {shown(text)}; write h100:16x8 or h100:8, with one of "

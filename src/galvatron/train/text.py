@@ -140,6 +140,8 @@ def _json_text(line: str, text_field: str) -> str:
 
 
 def _text(record: dict[str, Any], text_field: str) -> str:
+    if text_field in record and record[text_field] is None:
+        raise _BadRecord(f"has no text in field {text_field!r} but null; mend that record")
     if not isinstance(record.get(text_field), str):
         texts = sorted(shown(key) for key, value in record.items() if isinstance(value, str))
         known = ", ".join(texts[:MAX_LISTED]) or "none"

@@ -166,6 +166,7 @@ def test_sixteen_thousand_devices_take_a_moment():
         ("H100-SXM", "h100"),
         ("h100_sxm5", "h100"),
         ("NVIDIA-H100-80GB-HBM3", "h100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
         ("RTX-4090", "rtx4090"),
         ("H200", "h200"),
     ],

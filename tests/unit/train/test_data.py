@@ -156,6 +156,7 @@ def test_a_saved_hugging_face_dataset_and_tokenizer(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
         ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1 has no text in field 'text', its text fields: 'body'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r"a\.jsonl:2 has no text in field"),
+        ("a.jsonl", b'{"text": null}\n', r"a\.jsonl:1 has no text in field 'text' but null; mend that record"),
         ("a.jsonl", b'{"text": \n', r"a\.jsonl:1 is not JSON"),
         ("a.jsonl", b'["text"]\n', "must be a JSON object"),
         ("a.csv", b"text\n", r"must end in \.txt or \.jsonl"),
