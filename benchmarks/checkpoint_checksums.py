@@ -30,8 +30,8 @@ import torch
 import xxhash
 
 from galvatron.core.job import TrainSection
-from galvatron.parallelize import safetensors_file
-from galvatron.parallelize.pieces import LocalParameter, Piece
+from galvatron.parallelize.state import safetensors_file
+from galvatron.parallelize.state.pieces import LocalParameter, Piece
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.train import index, load_checkpoint, save_checkpoint
 from galvatron.train.checkpoint import TrainState

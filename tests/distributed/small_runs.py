@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from galvatron.parallelize import ParallelModel
-from galvatron.parallelize.pieces import box
+from galvatron.parallelize.state.pieces import box
 from galvatron.plan import LayerStrategy, Plan
 
 TP, ZERO3, REPLICAS = LayerStrategy(tp=2), LayerStrategy(dp_shard=2, zero=3), LayerStrategy(dp_replicate=2)

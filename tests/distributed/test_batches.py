@@ -7,7 +7,7 @@ import torch
 
 from galvatron.core.errors import ConfigError, DataError, PlanError
 from galvatron.parallelize import ParallelModel, init_world, parallelize
-from galvatron.parallelize.batch import AGREEMENT_EVERY
+from galvatron.parallelize.checks.batch import AGREEMENT_EVERY
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_model
 from galvatron.testing.pool import Pool

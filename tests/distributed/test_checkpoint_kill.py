@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from galvatron.core.job import TrainSection
-from galvatron.parallelize.pieces import LocalParameter, Piece
+from galvatron.parallelize.state.pieces import LocalParameter, Piece
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.pool import PRELOAD
 from galvatron.train.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from galvatron.cli.launch import processes
 from galvatron.cli.workers import WorkerCrash
 from galvatron.core.errors import PlanError
-from galvatron.parallelize.world import World
+from galvatron.parallelize.processes.world import World
 
 
 def _sum_of_ranks(world: World, argument: int) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from galvatron.parallelize.collectives import (
+from galvatron.parallelize.processes.collectives import (
     AxisGroup,
     batch_to_sequence,
     gather_sequence,

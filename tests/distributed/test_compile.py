@@ -10,8 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from galvatron.core.model import ModelProfile
-from galvatron.parallelize import ParallelModel, compile, init_world, parallelize
-from galvatron.parallelize.collectives import AxisGroup, gather_sequence, reduce_scatter_sequence
+from galvatron.parallelize import ParallelModel, init_world, parallelize
+from galvatron.parallelize.layers import compile
+from galvatron.parallelize.processes.collectives import AxisGroup, gather_sequence, reduce_scatter_sequence
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.profile import profile_model
 from galvatron.testing.models import tiny_config, tiny_model

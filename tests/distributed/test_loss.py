@@ -7,9 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from galvatron.parallelize import init_world, loss
-from galvatron.parallelize.collectives import AxisGroup
-from galvatron.parallelize.loss import IGNORED, EarlyGradient, LossTerms, chunk_tokens, projected_cross_entropy_share
+from galvatron.parallelize import init_world
+from galvatron.parallelize.losses import fused
+from galvatron.parallelize.losses.fused import (
+    IGNORED,
+    EarlyGradient,
+    LossTerms,
+    chunk_tokens,
+    projected_cross_entropy_share,
+)
+from galvatron.parallelize.processes.collectives import AxisGroup
 from galvatron.testing.pool import Pool
 
 TOKENS, HIDDEN, VOCABULARY = 150, 24, 101
@@ -57,7 +64,7 @@ def on_rank(terms: LossTerms, chunk: int) -> tuple[float, list[Tensor]]:
     own_weight = weight.detach()[start:stop].requires_grad_()
     own_bias = bias.detach()[start:stop].requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "chunk_tokens", lambda *_: chunk)
+        patch.setattr(fused, "chunk_tokens", lambda *_: chunk)
         share = projected_cross_entropy_share(
             hidden, own_weight, labels, start, SCALE, tp, bias_V=own_bias, vocabulary_size=VOCABULARY, terms=terms
         )
@@ -92,13 +99,13 @@ def cuts_of_tokens(dtype: torch.dtype) -> tuple[list[int], float]:
     hidden, weight, bias, labels = inputs(dtype)
     own = slice(0, 51) if world.rank == 0 else slice(51, VOCABULARY)
     sizes: list[int] = []
-    chunked, blocked = loss._take_chunk, loss._take_block
+    chunked, blocked = fused._take_chunk, fused._take_block
     with pytest.MonkeyPatch.context() as patch:
         # fit twice as many tokens of the second rank's 50 rows as of the first one's 51
-        patch.setattr(loss, "CHUNK_BYTES", 50 * dtype.itemsize * 64)
-        patch.setattr(loss, "BLOCK_BYTES", 50 * 4 * 16)
-        patch.setattr(loss, "_take_chunk", lambda *args: sizes.append(len(args[0])) or chunked(*args))  # type: ignore[func-returns-value]
-        patch.setattr(loss, "_take_block", lambda *args, **kw: sizes.append(len(args[0])) or blocked(*args, **kw))  # type: ignore[func-returns-value]
+        patch.setattr(fused, "CHUNK_BYTES", 50 * dtype.itemsize * 64)
+        patch.setattr(fused, "BLOCK_BYTES", 50 * 4 * 16)
+        patch.setattr(fused, "_take_chunk", lambda *args: sizes.append(len(args[0])) or chunked(*args))  # type: ignore[func-returns-value]
+        patch.setattr(fused, "_take_block", lambda *args, **kw: sizes.append(len(args[0])) or blocked(*args, **kw))  # type: ignore[func-returns-value]
         share = projected_cross_entropy_share(
             hidden, weight[own], labels, own.start, SCALE, tp, bias_V=bias[own], vocabulary_size=VOCABULARY
         )
@@ -119,9 +126,9 @@ def test_gradients_of_bf16_are_summed_in_float32() -> None:
     truth = reference(hidden, weight, bias, labels, LossTerms())
     exact = torch.autograd.grad(truth, (hidden, weight, bias))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "chunk_tokens", lambda *_: 16)
-        patch.setattr(loss, "SLICE_ROWS", 32)
-        patch.setattr(loss, "BLOCK_BYTES", 3 * 4 * VOCABULARY)
+        patch.setattr(fused, "chunk_tokens", lambda *_: 16)
+        patch.setattr(fused, "SLICE_ROWS", 32)
+        patch.setattr(fused, "BLOCK_BYTES", 3 * 4 * VOCABULARY)
         share = projected_cross_entropy_share(hidden, weight, labels, 0, SCALE, ALONE, bias_V=bias)
     for ours, theirs in zip(torch.autograd.grad(share, (hidden, weight, bias)), exact, strict=True):
         assert ours.dtype == torch.bfloat16

@@ -20,7 +20,7 @@ from galvatron.core.model import ENDS, ModelProfile, Precision
 from galvatron.cost import predict
 from galvatron.models import build_spec, freeze_parameters
 from galvatron.parallelize import ParallelModel, init_world, parallelize
-from galvatron.parallelize.fsdp import DTYPES
+from galvatron.parallelize.sharding.fsdp import DTYPES
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.profile.activations import count_activations
 from galvatron.profile.storages import StorageLog, storage_bytes

@@ -12,7 +12,7 @@ from torch import Tensor
 from distributed.small_runs import MIXED, PIPELINE, batch, plan_for, worst_error
 from galvatron.core.errors import ConfigError
 from galvatron.parallelize import World, init_world, parallelize
-from galvatron.parallelize.own_loss import check_loss
+from galvatron.parallelize.losses.own import check_loss
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_model
 from galvatron.testing.pool import Pool

@@ -10,7 +10,7 @@ import torch
 from galvatron.core.errors import CheckpointError, DataError
 from galvatron.models import meta_model
 from galvatron.parallelize import ParallelModel, SafetensorsWeights, init_world, parallelize
-from galvatron.parallelize.pieces import box
+from galvatron.parallelize.state.pieces import box
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool

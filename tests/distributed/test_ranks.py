@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from galvatron.core.errors import DataError
-from galvatron.parallelize import ranks
+from galvatron.parallelize.processes import ranks
 from galvatron.testing.pool import Pool, WorkerError
 
 

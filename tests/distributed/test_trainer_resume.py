@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from galvatron.core.errors import CheckpointError
 from galvatron.core.job import TrainSection
 from galvatron.parallelize import init_world, parallelize
-from galvatron.parallelize.ranks import rank
+from galvatron.parallelize.processes.ranks import rank
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool, WorkerError

@@ -9,7 +9,7 @@ from tests.distributed.small_runs import REPLICAS, batch
 from torch import Tensor, nn
 
 from galvatron.parallelize import init_world, parallelize
-from galvatron.parallelize.unsharded import UnshardedUnit
+from galvatron.parallelize.sharding.unsharded import UnshardedUnit
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_model
 from galvatron.testing.pool import Pool

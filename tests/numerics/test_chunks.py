@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from galvatron.parallelize import loss
+from galvatron.parallelize.losses import fused
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.compare import RankFindings, compare_on_rank
 from galvatron.testing.sweep import Sweep, variant_spec
@@ -20,15 +20,15 @@ CHUNK_BYTES = {1: 8 * 104 * 4, 2: 8 * 48 * 4}
 def compare_in_chunks(path: Path, plan: Plan) -> RankFindings:
     """As ``compare_on_rank``."""
     tokens: list[int] = []
-    take_chunk = loss._take_chunk
+    take_chunk = fused._take_chunk
 
     def take(*args: object) -> object:
         tokens.append(len(args[0]))  # type: ignore[arg-type]
         return take_chunk(*args)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "CHUNK_BYTES", CHUNK_BYTES[plan.head.tp])
-        patch.setattr(loss, "_take_chunk", take)
+        patch.setattr(fused, "CHUNK_BYTES", CHUNK_BYTES[plan.head.tp])
+        patch.setattr(fused, "_take_chunk", take)
         findings = compare_on_rank(path, plan)
     assert max(tokens, default=0) <= 8 < BATCH // MICROBATCHES * SEQ_LEN // plan.head.dp
     return findings

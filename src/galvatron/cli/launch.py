@@ -21,7 +21,7 @@ from .lock import locked
 from .workers import DeviceName, end_with, run_ranks
 
 if TYPE_CHECKING:
-    from galvatron.parallelize.world import World
+    from galvatron.parallelize.processes.world import World
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -130,7 +130,7 @@ class Processes:
         """``function()`` once, on rank 0 of a joined world; its result, or its exception, on every rank."""
         if not self.joined:
             return function()
-        from galvatron.parallelize.ranks import on_rank_zero
+        from galvatron.parallelize.processes.ranks import on_rank_zero
 
         return self.here(lambda: on_rank_zero(function))
 
@@ -152,15 +152,15 @@ class Processes:
     def close(self) -> None:
         """Leave a joined world; local processes have ended already."""
         if self._world is not None:
-            from galvatron.parallelize.world import destroy_world
+            from galvatron.parallelize.processes.world import destroy_world
 
             self._world = None
             destroy_world()
 
     def _joined_world(self) -> World:
         if self._world is None:
-            from galvatron.parallelize.meeting import meet
-            from galvatron.parallelize.world import init_world
+            from galvatron.parallelize.processes.meeting import meet
+            from galvatron.parallelize.processes.world import init_world
 
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 end_with(os.getppid())

@@ -19,7 +19,7 @@ from .options import Compile, Device, Nproc, Precision, examples
 
 if TYPE_CHECKING:
     from galvatron.core.model import Precision as PrecisionName
-    from galvatron.parallelize.world import World
+    from galvatron.parallelize.processes.world import World
 
 app = typer.Typer(name="profile", help="Measure this cluster or a model on it.", no_args_is_help=True)
 

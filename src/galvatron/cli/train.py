@@ -28,7 +28,7 @@ from .rundir import RunDirectory
 
 if TYPE_CHECKING:
     from galvatron.core.model import ModelSpec
-    from galvatron.parallelize.world import World
+    from galvatron.parallelize.processes.world import World
     from galvatron.train import TrainResult
 
 
@@ -170,7 +170,7 @@ def check_inputs(
 ) -> None:
     """Make the tokens, and find what is wrong with them, and with weights to start from or a checkpoint to resume."""
     from galvatron.models import meta_model
-    from galvatron.parallelize.weights import check_names
+    from galvatron.parallelize.state.weights import check_names
     from galvatron.train import Lineage, check_goes_on, load_dataset, read_state
 
     if job.model.weights and checkpoint is None:
@@ -262,7 +262,7 @@ def _weights(path: str, config: Any) -> Any:
     """The safetensors beside a config file, in a directory, or of a hub name (fetched once by rank 0)."""
     from galvatron.models import family_of
     from galvatron.parallelize import SafetensorsWeights
-    from galvatron.parallelize.ranks import on_rank_zero, together
+    from galvatron.parallelize.processes.ranks import on_rank_zero, together
 
     directory = Path(path).parent if Path(path).is_file() else Path(path)
     if not directory.is_dir():

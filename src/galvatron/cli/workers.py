@@ -30,7 +30,7 @@ from galvatron.core.errors import GalvatronError
 from .mistakes import as_mistake
 
 if TYPE_CHECKING:
-    from galvatron.parallelize.world import World
+    from galvatron.parallelize.processes.world import World
 
 DeviceName = Literal["cpu", "cuda", "auto"]
 A = TypeVar("A")
@@ -224,7 +224,7 @@ def _work(task: _Task, rank: int) -> Any:
     import torch.distributed as dist
 
     from galvatron.internals import FileStore
-    from galvatron.parallelize.world import destroy_world, init_world
+    from galvatron.parallelize.processes.world import destroy_world, init_world
 
     torch.set_num_threads(task.num_threads)
     world = init_world(task.device, FileStore(task.store, task.world_size))

@@ -5,11 +5,11 @@ gradients on this rank's shards.  Knows nothing of why a plan was chosen, of dat
 """
 
 from .apply import parallelize
-from .grid import Grid
 from .model import ParallelModel
-from .pieces import LocalParameter, Piece
-from .weights import SafetensorsWeights, StateDictWeights
-from .world import World, destroy_world, init_world
+from .processes.grid import Grid
+from .processes.world import World, destroy_world, init_world
+from .state.pieces import LocalParameter, Piece
+from .state.weights import SafetensorsWeights, StateDictWeights
 
 __all__ = [
     "Grid",

@@ -21,23 +21,24 @@ from galvatron.internals import put_buffer
 from galvatron.models import Family, InitialWeights, family_of, spec_of
 from galvatron.plan import LayerStrategy, Plan, check_runnable
 
-from .accept import check_model
-from .agreement import check_agreement
-from .attention import use_attention
-from .compile import LayerCompiler, compiles
-from .fsdp import DTYPES, ShardedUnit, mixed_precision, prefetch, shard_root, shard_unit
-from .grid import Grid
-from .loss import fuse_loss
+from .checks.agreement import check_agreement
+from .checks.model import check_model
+from .checks.surroundings import check_surroundings
+from .layers.attention import use_attention
+from .layers.compile import LayerCompiler, compiles
+from .layers.forward import enter_with_layout
+from .layers.recompute import recompute_in_backward
+from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
+from .losses.fused import fuse_loss
 from .model import ParallelModel, Replicated
-from .pieces import LocalParameter, pieces_of
-from .ranks import together
-from .recompute import recompute_in_backward
-from .stage import Stage, enter_with_layout
-from .surroundings import check_surroundings
-from .tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
-from .unsharded import UnshardedUnit
-from .weights import GivenWeights, StateDictWeights, Weights, check_names, fill
-from .world import World, init_world
+from .pipeline.stage import Stage
+from .processes.grid import Grid
+from .processes.ranks import together
+from .processes.world import World, init_world
+from .sharding.fsdp import DTYPES, ShardedUnit, mixed_precision, prefetch, shard_root, shard_unit
+from .sharding.unsharded import UnshardedUnit
+from .state.pieces import LocalParameter, pieces_of
+from .state.weights import GivenWeights, StateDictWeights, Weights, check_names, fill
 
 _Unit = tuple[tuple[nn.Module, ...], LayerStrategy]
 
@@ -82,6 +83,8 @@ def parallelize(
             given different plans, models, seeds or weights; the model is left as it was.
         CheckpointError: ``weights`` are not those of the model, quantised or not finite.
     """
+    if isinstance(model, ParallelModel):
+        raise ConfigError("this model is parallel already; give parallelize a new one")
     check_model(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"parallelize takes a Plan, got {type(plan).__name__}; load a file with Plan.load(path)")

@@ -18,22 +18,22 @@ from galvatron.core.errors import ConfigError, UnsupportedError
 from galvatron.core.model import ModelSpec
 from galvatron.internals import local_part
 
-from .batch import BatchCheck
-from .driver import Batch, Driver
-from .export import MAX_SHARD_BYTES, write_hf_directory
-from .fsdp import ShardedUnit, gathered_buffers
-from .gather import Shapes, gather_whole
-from .gradients import clip, global_norm, sum_over
-from .grid import Grid
-from .own_loss import LossFunction, check_loss
-from .pieces import LocalParameter
-from .randomness import masks_of
-from .refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
-from .safetensors_file import Entry
-from .stage import Stage
-from .state import load_local_state, load_whole_state, local_state, whole_state
-from .surroundings import check_surroundings
-from .unsharded import UnshardedUnit
+from .checks.batch import BatchCheck
+from .checks.refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
+from .checks.surroundings import check_surroundings
+from .layers.randomness import masks_of
+from .losses.own import LossFunction, check_loss
+from .pipeline.driver import Batch, Driver
+from .pipeline.stage import Stage
+from .processes.grid import Grid
+from .sharding.fsdp import ShardedUnit, gathered_buffers
+from .sharding.gradients import clip, global_norm, sum_over
+from .sharding.unsharded import UnshardedUnit
+from .state.export import MAX_SHARD_BYTES, write_hf_directory
+from .state.gather import Shapes, gather_whole
+from .state.pieces import LocalParameter
+from .state.safetensors_file import Entry
+from .state.state import load_local_state, load_whole_state, local_state, whole_state
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from galvatron.core.model import ActivationSample, Recompute
 from galvatron.internals import FakeTensorMode
-from galvatron.parallelize.loss import chunk_tokens
+from galvatron.parallelize.losses.fused import chunk_tokens
 
 from .storages import StorageLog, storage_bytes
 from .units import LocalUnit, UnitShape

@@ -14,8 +14,8 @@ import torch
 
 from galvatron.core.hardware import Device
 from galvatron.core.model import Precision
-from galvatron.parallelize.fsdp import DTYPES
-from galvatron.parallelize.world import World
+from galvatron.parallelize.processes.world import World
+from galvatron.parallelize.sharding.fsdp import DTYPES
 
 from .timing import Budget, agree, seconds_of, slowest_median
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from galvatron.core.hardware import HardwareProfile
-from galvatron.parallelize.world import World
+from galvatron.parallelize.processes.world import World
 
 from .compute import local_ranks, measure_device
 from .links import measure_links

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from galvatron.core.model import ComputeSample, Precision, Recompute
-from galvatron.parallelize.fsdp import DTYPES
-from galvatron.parallelize.unsharded import UnshardedUnit
-from galvatron.parallelize.world import World
+from galvatron.parallelize.processes.world import World
+from galvatron.parallelize.sharding.fsdp import DTYPES
+from galvatron.parallelize.sharding.unsharded import UnshardedUnit
 
 from .timing import Budget, agree, synchronize
 from .units import INITIAL_STD, LocalUnit, UnitShape

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from galvatron.core.fit import Sample, fit_line, residual
 from galvatron.core.hardware import OPS, Link, Op
 from galvatron.core.units import format_bytes, format_seconds
-from galvatron.parallelize.world import World
+from galvatron.parallelize.processes.world import World
 from galvatron.plan.groups import group_shapes, groups_of, p2p_strides
 
 from .timing import Budget, Progress, agree, seconds_of, slowest_median

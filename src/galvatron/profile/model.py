@@ -29,9 +29,9 @@ from galvatron.core.model import (
 )
 from galvatron.core.units import format_seconds
 from galvatron.models import build_spec
-from galvatron.parallelize.compile import compiles
-from galvatron.parallelize.fsdp import DTYPES
-from galvatron.parallelize.world import World
+from galvatron.parallelize.layers.compile import compiles
+from galvatron.parallelize.processes.world import World
+from galvatron.parallelize.sharding.fsdp import DTYPES
 from galvatron.plan import LayerStrategy, StageAxes, check_strategy
 from galvatron.plan.axes import divisors
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from galvatron.core.model import ModelSpec
-from galvatron.parallelize.world import World
+from galvatron.parallelize.processes.world import World
 
 from .timing import slowest_median
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from galvatron.core.hardware import Overlap
-from galvatron.parallelize.world import World
+from galvatron.parallelize.processes.world import World
 
 from .timing import agree, seconds_of
 

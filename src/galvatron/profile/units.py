@@ -19,13 +19,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from galvatron.core.model import ENDS, ModelSpec, Recompute, UnitName
 from galvatron.internals import put_buffer, put_parameter, tree_map_only
 from galvatron.models import Family, family_of, meta_model
-from galvatron.parallelize.attention import use_attention
-from galvatron.parallelize.collectives import AxisGroup
-from galvatron.parallelize.compile import LayerCompiler
-from galvatron.parallelize.loss import fuse_loss
-from galvatron.parallelize.recompute import recompute_in_backward
-from galvatron.parallelize.stage import PassedLayer, Stage
-from galvatron.parallelize.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
+from galvatron.parallelize.layers.attention import use_attention
+from galvatron.parallelize.layers.compile import LayerCompiler
+from galvatron.parallelize.layers.recompute import recompute_in_backward
+from galvatron.parallelize.layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
+from galvatron.parallelize.losses.fused import fuse_loss
+from galvatron.parallelize.pipeline.stage import PassedLayer, Stage
+from galvatron.parallelize.processes.collectives import AxisGroup
 from galvatron.plan.axes import prime_factors
 
 INITIAL_STD = 0.02  # as transformers initialises: activations keep ordinary magnitudes

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from galvatron.parallelize.pieces import Piece, box, boxes_of
+from galvatron.parallelize.state.pieces import Piece, box, boxes_of
 
 
 @dataclass(frozen=True, slots=True)

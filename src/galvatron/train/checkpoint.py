@@ -28,9 +28,9 @@ from galvatron.core.errors import CheckpointError, GalvatronError
 from galvatron.core.files import write_atomic
 from galvatron.core.records import FileRecord, dump_json, read_text
 from galvatron.core.words import shown
-from galvatron.parallelize.pieces import is_finite
-from galvatron.parallelize.ranks import all_gather, on_rank_zero, rank, together, world_size
-from galvatron.parallelize.safetensors_file import fsync_directory
+from galvatron.parallelize.processes.ranks import all_gather, on_rank_zero, rank, together, world_size
+from galvatron.parallelize.state.pieces import is_finite
+from galvatron.parallelize.state.safetensors_file import fsync_directory
 from galvatron.plan import Plan
 
 from .boxes import BoxLoadPlanner, BoxSavePlanner, Held, held

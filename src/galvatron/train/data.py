@@ -13,7 +13,7 @@ import torch
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection, TrainSection
-from galvatron.parallelize.ranks import on_rank_zero, together
+from galvatron.parallelize.processes.ranks import on_rank_zero, together
 
 from .tokens import Progress, TokenInfo, prepare_tokens
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from galvatron.parallelize.export import MAX_SHARD_BYTES, write_hf_directory
-from galvatron.parallelize.safetensors_file import Entry
+from galvatron.parallelize.state.export import MAX_SHARD_BYTES, write_hf_directory
+from galvatron.parallelize.state.safetensors_file import Entry
 
 from .checkpoint import CONFIG_FILE, is_weight
 from .index import INDEX_FILE, CheckpointIndex, read_tensor

@@ -19,7 +19,7 @@ from pydantic import NonNegativeInt, model_validator
 
 from galvatron.core.errors import CheckpointError, GalvatronError
 from galvatron.core.records import FileRecord, Record
-from galvatron.parallelize.safetensors_file import DTYPES, checksum
+from galvatron.parallelize.state.safetensors_file import DTYPES, checksum
 
 INDEX_FILE = "metadata.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -12,7 +12,7 @@ import torch
 
 from galvatron.core.errors import ConfigError, DataError
 from galvatron.core.job import Job, TrainSection
-from galvatron.parallelize.ranks import communication_device, on_rank_zero, rank, together, world_size
+from galvatron.parallelize.processes.ranks import communication_device, on_rank_zero, rank, together, world_size
 from galvatron.plan import Plan, check_plan_for_job
 
 from .checkpoint import POINTER, TrainState, find_checkpoint, load_checkpoint, read_state

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from galvatron.core.errors import CheckpointError
-from galvatron.parallelize.safetensors_file import DTYPE_NAMES, Entry, write_safetensors
+from galvatron.parallelize.state.safetensors_file import DTYPE_NAMES, Entry, write_safetensors
 
 from .index import CheckpointIndex, Chunk, StoredTensor, map_chunk
 

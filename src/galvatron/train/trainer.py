@@ -15,7 +15,7 @@ import torch
 
 from galvatron.core.errors import GalvatronError
 from galvatron.core.job import TrainSection
-from galvatron.parallelize.ranks import all_max, rank, world_size
+from galvatron.parallelize.processes.ranks import all_max, rank, world_size
 from galvatron.plan import Plan
 
 from .checkpoint import TrainState, save_checkpoint

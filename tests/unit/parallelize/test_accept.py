@@ -13,10 +13,10 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from galvatron.core.errors import ConfigError, PlanError
 from galvatron.models import build_spec, meta_model
 from galvatron.parallelize import parallelize
-from galvatron.parallelize.accept import check_model
-from galvatron.parallelize.attention import NAME, use_attention
-from galvatron.parallelize.collectives import AxisGroup
-from galvatron.parallelize.tensor_parallel import cut_embedding
+from galvatron.parallelize.checks.model import check_model
+from galvatron.parallelize.layers.attention import NAME, use_attention
+from galvatron.parallelize.layers.tensor_parallel import cut_embedding
+from galvatron.parallelize.processes.collectives import AxisGroup
 from galvatron.testing.models import FAMILIES, tiny_config, tiny_model
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from galvatron.core.errors import DataError
-from galvatron.parallelize.batch import BatchCheck
+from galvatron.parallelize.checks.batch import BatchCheck
 
 SHAPE, VOCABULARY = (2, 3), 103
 

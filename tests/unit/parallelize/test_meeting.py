@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from galvatron.core.errors import WorldError
-from galvatron.parallelize.meeting import meet
+from galvatron.parallelize.processes.meeting import meet
 
 SOON = timedelta(seconds=20)
 

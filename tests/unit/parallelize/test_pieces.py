@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from galvatron.core.model import Cut, ParameterSpec
-from galvatron.parallelize.pieces import box, pieces_of, shard_rows
+from galvatron.parallelize.state.pieces import box, pieces_of, shard_rows
 
 SPECS = (
     ParameterSpec(name="norm", shape=(7,)),

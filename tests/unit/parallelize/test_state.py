@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from galvatron.core.errors import CheckpointError
-from galvatron.parallelize.pieces import LocalParameter, Piece
-from galvatron.parallelize.state import load_local_state, load_whole_state
+from galvatron.parallelize.state.pieces import LocalParameter, Piece
+from galvatron.parallelize.state.state import load_local_state, load_whole_state
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

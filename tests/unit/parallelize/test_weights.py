@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from galvatron.core.errors import CheckpointError
-from galvatron.parallelize.pieces import LocalParameter, Piece
-from galvatron.parallelize.weights import SafetensorsWeights, StateDictWeights, check_names, fill
+from galvatron.parallelize.state.pieces import LocalParameter, Piece
+from galvatron.parallelize.state.weights import SafetensorsWeights, StateDictWeights, check_names, fill
 from galvatron.testing.models import tiny_model
 
 NAME = "model.layers.3.mlp.down_proj.weight"

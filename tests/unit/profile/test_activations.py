@@ -56,7 +56,7 @@ def test_the_line_gives_the_count_of_any_batch(unit):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_heads_workspace_grows_by_chunks_of_tokens(monkeypatch, dtype):
     wide = LlamaConfig(**{**LLAMA.to_diff_dict(), "vocab_size": 20 * V})
-    monkeypatch.setattr("galvatron.parallelize.loss.CHUNK_BYTES", 4 * S * 20 * V * 6)  # four sequences in bf16
+    monkeypatch.setattr("galvatron.parallelize.losses.fused.CHUNK_BYTES", 4 * S * 20 * V * 6)  # four sequences in bf16
     shape = _shape(wide, "head", dtype=dtype)
     sample = count_activations(shape, "none")
     assert sample.workspace_beyond is not None

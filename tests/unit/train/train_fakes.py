@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from galvatron.core.job import TrainSection
 from galvatron.core.model import LayerKind, ModelSpec, ParameterSpec, UnitSpec
-from galvatron.parallelize.pieces import LocalParameter, Piece
+from galvatron.parallelize.state.pieces import LocalParameter, Piece
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.train import Lineage
 

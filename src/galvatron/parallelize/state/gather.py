@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from ..processes.ranks import all_gather, communication_device, on_rank_zero, rank
 from .pieces import LocalParameter, box, boxes_of
-from .ranks import all_gather, communication_device, on_rank_zero, rank
 
 Shapes = dict[str, tuple[int, ...]]
 _Boxes = list[tuple[tuple[int, ...], tuple[int, ...]]]

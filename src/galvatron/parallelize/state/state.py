@@ -14,9 +14,9 @@ from torch import Tensor
 
 from galvatron.core.errors import CheckpointError
 
+from ..processes.ranks import all_gather, communication_device, on_rank_zero, rank
 from .gather import Shapes, gather_whole
 from .pieces import LocalParameter, box, boxes_of, is_finite
-from .ranks import all_gather, communication_device, on_rank_zero, rank
 
 Ties = Mapping[str, str]
 """Name of a parameter that is another one → that one's name."""

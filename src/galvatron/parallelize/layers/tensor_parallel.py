@@ -20,7 +20,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.model import ParameterSpec, UnitSpec
 from galvatron.models import Family
 
-from .collectives import AxisGroup, gather_sequence, reduce_scatter_sequence
+from ..processes.collectives import AxisGroup, gather_sequence, reduce_scatter_sequence
 
 
 def cut_layer(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -> None:

@@ -7,8 +7,6 @@ its layers is undone there.  Hidden states are [B/dp, S/sp, H] chunks throughout
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +15,11 @@ from transformers import PreTrainedModel
 
 from galvatron.models import Family
 
-from .collectives import AxisGroup, batch_to_sequence, gather_sequence, sequence_to_batch
-from .loss import EarlyGradient
-from .own_loss import LossFunction, own_loss_share
-from .pipeline import Inbox
+from ..layers.forward import wrap_forward
+from ..losses.fused import EarlyGradient
+from ..losses.own import LossFunction, own_loss_share
+from ..processes.collectives import AxisGroup, gather_sequence
+from .passes import Inbox
 
 
 class PassedLayer(nn.Module):
@@ -123,16 +122,3 @@ class Stage(nn.Module):
     def _keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
         # not what the decoder returns: GPT-2 views that in the shape that came in, wrong if layouts differ
         self._output = output
-
-
-def enter_with_layout(module: nn.Module, axes: AxisGroup, previous: int, degree: int) -> None:
-    """Let ``module`` take hidden states cut ``previous`` ways along the sequence and see them cut ``degree`` ways."""
-    if previous == degree:
-        return
-    change = partial(batch_to_sequence if degree > previous else sequence_to_batch, axes=axes)
-    wrap_forward(module, lambda forward, hidden, *args, **kwargs: forward(change(hidden), *args, **kwargs))
-
-
-def wrap_forward(module: nn.Module, call: Callable[..., Any]) -> None:
-    """Put ``call(forward, *args, **kwargs)`` in the place of ``module``'s forward; FSDP2's hooks stay outside."""
-    module.forward = partial(call, module.forward)

@@ -19,8 +19,8 @@ from galvatron.core.model import Recompute
 from galvatron.internals import ATTENTION, REDUCE_SCATTER
 from galvatron.models import Family
 
-from .collectives import AxisGroup
-from .stage import wrap_forward
+from ..processes.collectives import AxisGroup
+from .forward import wrap_forward
 
 _aten = torch.ops.aten
 PRODUCTS: frozenset[Any] = frozenset({_aten.mm.default, _aten.addmm.default})

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from galvatron.core.errors import ConfigError
 from galvatron.plan import Plan
 
-from .ranks import all_gather, communication_device, world_size
+from ..processes.ranks import all_gather, communication_device, world_size
 
 SAMPLE = 64
 """Elements of a weight's first row that are compared: of two that were drawn apart, all differ."""

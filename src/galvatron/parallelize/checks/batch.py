@@ -14,8 +14,8 @@ from torch import Tensor
 
 from galvatron.core.errors import DataError
 
+from ..losses.fused import IGNORED
 from .agreement import disagreement
-from .loss import IGNORED
 
 AGREEMENT_EVERY = 100
 """Every how many batches the ranks compare theirs, from the first on.  [Empirical: November 2026, one CPU thread:

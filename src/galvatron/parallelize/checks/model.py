@@ -18,9 +18,8 @@ from galvatron.core.errors import ConfigError
 from galvatron.internals import has_tensor_hooks, hooks, is_compiled
 from galvatron.models import check_trains, family_of, meta_model
 
-from .attention import uses_attention
-from .model import ParallelModel
-from .weights import FLOATS
+from ..layers.attention import uses_attention
+from ..state.weights import FLOATS
 
 _RECORDER = "transformers.utils.output_capturing"  # leaves hooks behind that do nothing while nobody records
 _WRAPPED = ("module", "_orig_mod")  # where DistributedDataParallel and torch.compile keep the model
@@ -45,8 +44,6 @@ def check_model(model: object) -> None:
 
 def _check_class(model: object) -> None:
     name = type(model).__name__
-    if isinstance(model, ParallelModel):
-        raise ConfigError("this model is parallel already; give parallelize a new one")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
             f"parallelize takes models without adapters, got {name} with some; merge them first (merge_and_unload)"

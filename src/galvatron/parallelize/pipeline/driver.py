@@ -15,12 +15,12 @@ from torch import Tensor
 from galvatron.core.model import ModelSpec
 from galvatron.plan.schedules import Action, actions
 
-from .fsdp import DTYPES, ShardedUnit, free_gathered, gather_for_step, prepare_backward, reduce_held
-from .grid import Grid
-from .own_loss import LossFunction
-from .pipeline import Inbox, Neighbours, run
+from ..losses.own import LossFunction
+from ..processes.grid import Grid
+from ..sharding.fsdp import DTYPES, ShardedUnit, free_gathered, gather_for_step, prepare_backward, reduce_held
+from ..sharding.unsharded import UnshardedUnit
+from .passes import Inbox, Neighbours, run
 from .stage import Stage
-from .unsharded import UnshardedUnit
 
 
 @dataclass(frozen=True)

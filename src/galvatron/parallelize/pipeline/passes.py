@@ -18,7 +18,7 @@ from torch import Tensor
 
 from galvatron.plan.schedules import Action
 
-from .grid import Grid
+from ..processes.grid import Grid
 
 
 class Inbox:

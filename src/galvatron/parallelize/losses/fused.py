@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from galvatron.core.model import ParameterSpec
 
-from .collectives import AxisGroup
-from .tensor_parallel import vocabulary_range
-from .unsharded import GradientSlot, gradient_slot
+from ..layers.tensor_parallel import vocabulary_range
+from ..processes.collectives import AxisGroup
+from ..sharding.unsharded import GradientSlot, gradient_slot
 
 IGNORED = -100
 CHUNK_BYTES = 512 * 2**20

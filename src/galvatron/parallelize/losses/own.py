@@ -17,8 +17,8 @@ from torch import Tensor
 
 from galvatron.core.errors import ConfigError
 
-from .collectives import AxisGroup, exchange
-from .loss import IGNORED
+from ..processes.collectives import AxisGroup, exchange
+from .fused import IGNORED
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(float32 logits [tokens, vocabulary], int64 labels [tokens]) → losses [tokens], each of its own token alone."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from galvatron.internals import multiply_all_
 
-from .pieces import LocalParameter
+from ..state.pieces import LocalParameter
 
 
 def sum_over(group: dist.ProcessGroup, gradients: list[Tensor]) -> None:

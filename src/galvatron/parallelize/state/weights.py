@@ -21,8 +21,8 @@ from galvatron.core.parsing import parse_json
 from galvatron.core.records import read_text
 from galvatron.internals import needless_names
 
+from ..processes.ranks import rank
 from .pieces import LocalParameter, box, is_finite
-from .ranks import rank
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values are plain numbers; 8-bit ones mean something only with their scales."""

@@ -1,0 +1,1 @@
+"""The processes of a run: how they meet, which groups they form, what they send each other."""

@@ -1,0 +1,1 @@
+"""Where parameters and gradients are between steps: whole on every replica, or sharded by FSDP2."""

@@ -1,0 +1,1 @@
+"""Parameters as pieces of the whole: filled, gathered, saved and exported."""
