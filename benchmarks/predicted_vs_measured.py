@@ -21,7 +21,7 @@ import torch
 from galvatron.core.files import write_atomic
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import TrainSection
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.core.records import dump_json
 from galvatron.core.units import parse_bytes
 from galvatron.models import load_config, meta_model

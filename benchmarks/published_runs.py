@@ -22,7 +22,7 @@ from typing import Any
 import measure
 import numpy as np
 
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import predict
 from galvatron.estimate import ClusterShape, estimate_model, spec_of_config
 from galvatron.plan import LayerStrategy, Plan

@@ -21,7 +21,8 @@ from typing import Any
 import measure
 
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ENDS, ModelProfile
+from galvatron.core.model import ENDS
+from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import Setting, objective_s, replay
 from galvatron.plan import LayerStrategy, Plan
 

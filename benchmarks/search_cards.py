@@ -19,7 +19,8 @@ from typing import Any
 import measure
 
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ModelProfile, ModelSpec
+from galvatron.core.model import ModelSpec
+from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import Setting, objective_s, replay
 from galvatron.estimate import CARDS, ClusterShape, estimate_model, model_spec
 from galvatron.plan import Plan

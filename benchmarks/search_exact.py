@@ -20,7 +20,7 @@ import measure
 import numpy as np
 
 from galvatron.core.errors import InfeasibleError
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.plan import Plan
 from galvatron.search import search
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from galvatron.core.errors import GalvatronError
     from galvatron.core.hardware import HardwareProfile
     from galvatron.core.job import Job
-    from galvatron.core.model import ModelProfile, ModelSpec
+    from galvatron.core.model import ModelSpec
+    from galvatron.core.model_profile import ModelProfile
     from galvatron.parallelize import ParallelModel, parallelize
     from galvatron.plan import LayerStrategy, Plan
     from galvatron.search import search
@@ -44,7 +45,7 @@ _HOMES = {
     "HardwareProfile": "galvatron.core.hardware",
     "Job": "galvatron.core.job",
     "LayerStrategy": "galvatron.plan",
-    "ModelProfile": "galvatron.core.model",
+    "ModelProfile": "galvatron.core.model_profile",
     "ModelSpec": "galvatron.core.model",
     "ParallelModel": "galvatron.parallelize",
     "Plan": "galvatron.plan",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.parallelize import ParallelModel, init_world, parallelize
 from galvatron.parallelize.layers import compile
 from galvatron.parallelize.processes.collectives import AxisGroup, gather_sequence, reduce_scatter_sequence

@@ -16,7 +16,8 @@ import torch
 from tests.unit.profiles import make_hardware
 
 from galvatron.core.job import TrainSection
-from galvatron.core.model import ENDS, ModelProfile, Precision
+from galvatron.core.model import ENDS, Precision
+from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import predict
 from galvatron.models import build_spec, freeze_parameters
 from galvatron.parallelize import ParallelModel, init_world, parallelize

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.models import meta_model
 from galvatron.parallelize import init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan

@@ -17,7 +17,7 @@ from galvatron.cli.search import limits_of
 from galvatron.core.errors import GalvatronError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import DataSection, Job
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import predict
 from galvatron.estimate import estimate_model, model_spec
 from galvatron.exchange import export_plan, import_plan, to_megatron, to_torchtitan

@@ -5,18 +5,8 @@ from __future__ import annotations
 import random
 
 from galvatron.core.hardware import OPS, Device, HardwareProfile, Link, Overlap
-from galvatron.core.model import (
-    ENDS,
-    ActivationSample,
-    ComputeSample,
-    Cut,
-    LayerKind,
-    ModelProfile,
-    ModelSpec,
-    ParameterSpec,
-    UnitName,
-    UnitSpec,
-)
+from galvatron.core.model import ENDS, Cut, LayerKind, ModelSpec, ParameterSpec, UnitName, UnitSpec
+from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.plan.axes import StageAxes, divisors
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from galvatron.core.errors import ConfigError, ProfileError
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ModelProfile, Precision
+from galvatron.core.model import Precision
+from galvatron.core.model_profile import ModelProfile
 from galvatron.core.numbers import MAX_SEQUENCES
 from galvatron.core.parsing import is_file, parse_json, read_text
 from galvatron.core.units import format_bytes, parse_bytes

@@ -15,7 +15,7 @@ import typer
 from galvatron.core.errors import PlanError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.plan import Plan, check_plan_for_job
 
 from .console import heading, rank, say

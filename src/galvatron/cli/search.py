@@ -19,7 +19,8 @@ from galvatron.core.errors import InfeasibleError, OutputError
 from galvatron.core.files import check_output, is_special, write_output
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job, SearchSection
-from galvatron.core.model import ModelProfile, Precision
+from galvatron.core.model import Precision
+from galvatron.core.model_profile import ModelProfile
 
 from .console import console, error_console, say
 from .inputs import Cluster, Model, batch_sizes, memory_limit

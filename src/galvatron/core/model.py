@@ -1,4 +1,4 @@
-"""What a model is (ModelSpec) and what its layers cost on a device (ModelProfile, ``model.json``).
+"""What a model is: ModelSpec.
 
 A model is a chain of *units*: the ``embedding``, layers of one or more *kinds* (a T5's encoder and decoder, a
 DeepSeek's dense and MoE layers), and the ``head`` (final norm, projection to the vocabulary, cross entropy).  A unit
@@ -8,18 +8,13 @@ lists its parameters and how tensor and expert parallelism cut each: enough to k
 from __future__ import annotations
 
 import math
-from collections import Counter
-from functools import cached_property
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, StrictBool, model_validator
 
-from .errors import ConfigError, GalvatronError, ProfileError
-from .numbers import Bytes, Count, Devices, Layers, Seconds, Sequences, Tokens, Whole
-from .records import FileRecord, Record
-from .words import shown
+from .errors import ConfigError
+from .numbers import Count, Layers, Tokens, Whole
+from .records import Record
 
 UnitName = str
 """``embedding``, ``head`` or the name of a kind of layer (``layer`` where all are equal)."""
@@ -278,101 +273,3 @@ class ModelSpec(Record):
             layer = matmuls + (1.0 + reached) * kind.attention_flops_per_token(seq_len)
             total += kind.count * layer / kind.tokens_divisor
         return total
-
-
-class ComputeSample(Record):
-    """Median forward and backward seconds of one unit at a tp-cut shape, without any communication.
-
-    ``batch`` sequences of ``seq_len`` tokens enter as one of ``tp`` ranks holds them, [batch, seq_len/tp, hidden],
-    and weights have that rank's shape; the copies that gathering and scattering make locally are included.
-    ``selective_s`` and ``full_s``: how much longer the backward takes where the layer recomputes; without a measured
-    ``full_s`` it is the whole forward.
-    """
-
-    unit: UnitName
-    tp: Devices
-    batch: Sequences
-    seq_len: Tokens
-    forward_s: Seconds
-    backward_s: Seconds
-    selective_s: Seconds = 0.0
-    full_s: Seconds | None = None
-
-    def recompute_s(self, recompute: Recompute) -> float:
-        """What the backward runs again under ``recompute``."""
-        full_s = self.forward_s if self.full_s is None else self.full_s
-        return {"none": 0.0, "selective": self.selective_s, "full": full_s}[recompute]
-
-
-class ActivationSample(Record):
-    """Bytes that one microbatch leaves behind on a rank of a unit, counted on fake tensors.
-
-    For a local microbatch of b sequences of ``seq_len`` tokens:
-    saved bytes = ``fixed_bytes`` + b × ``bytes_per_sequence`` (alive from forward to backward);
-    the unit's own forward and backward reach ``workspace_bytes(b)`` above what is saved: a line, or the lesser of two
-    lines where a unit works in chunks (the head's logits), of which ``workspace_beyond`` is the second:
-    (fixed bytes, bytes per sequence).
-    The unit's input (the boundary tensor, cut 1/tp along the sequence) counts where the unit keeps it, its output
-    never: it is the next unit's input.  What all layers share (rotary tables) is in the embedding's ``fixed_bytes``.
-    """
-
-    unit: UnitName
-    tp: Devices
-    recompute: Recompute
-    seq_len: Tokens
-    fixed_bytes: Bytes
-    bytes_per_sequence: Bytes
-    workspace_bytes_per_sequence: Bytes
-    workspace_fixed_bytes: Bytes = 0
-    workspace_beyond: tuple[Bytes, Bytes] | None = None
-
-    def workspace_bytes(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What ``batch`` sequences (any shape, fractions too) take beyond what is saved."""
-        first = self.workspace_fixed_bytes + batch * self.workspace_bytes_per_sequence
-        if self.workspace_beyond is None:
-            return first
-        fixed, per_sequence = self.workspace_beyond
-        return np.minimum(first, fixed + batch * per_sequence)
-
-
-class ModelProfile(FileRecord):
-    """``model.json``: a model's shapes with its compute and activations, measured unless ``origin`` says otherwise.
-
-    ``optimizer_s_per_parameter`` is the time of one AdamW step divided by the local elements it updates.
-    ``compiled``: layers are, which makes them faster and leaner; to be trained in the same way.
-    """
-
-    FORMAT: ClassVar[str] = "galvatron.model"
-    VERSION: ClassVar[int] = 2
-    ERROR: ClassVar[type[GalvatronError]] = ProfileError
-
-    spec: ModelSpec
-    device: str
-    precision: Precision
-    seq_len: Tokens
-    origin: Origin = "measured"
-    compiled: bool = False
-    compute: tuple[ComputeSample, ...]
-    activations: tuple[ActivationSample, ...]
-    optimizer_s_per_parameter: Seconds = 0.0
-
-    @model_validator(mode="after")
-    def _samples_are_of_units_once(self) -> Self:
-        keys = [("compute", s.unit, s.tp, s.batch, s.seq_len) for s in self.compute]
-        keys += [("activations", s.unit, s.tp, s.recompute, s.seq_len) for s in self.activations]  # type: ignore[misc]
-        if len(set(keys)) < len(keys):
-            twice, _ = Counter(keys).most_common(1)[0]
-            raise ValueError(f"two samples of {' '.join(map(str, twice))}; leave out all but one")
-        unknown = {str(key[1]) for key in keys} - set(self.spec.units)
-        if unknown:
-            raise ValueError(f"samples of {shown(min(unknown))}, but the units are {', '.join(self.spec.units)}")
-        return self
-
-    def tp_degrees(self) -> tuple[int, ...]:
-        """The tp degrees at which every kind of layer was measured, ascending."""
-        return self._tp_degrees
-
-    @cached_property
-    def _tp_degrees(self) -> tuple[int, ...]:
-        measured = [{sample.tp for sample in self.compute if sample.unit == kind.name} for kind in self.spec.layers]
-        return tuple(sorted(set.intersection(*measured)))

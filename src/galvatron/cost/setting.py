@@ -10,7 +10,8 @@ import numpy as np
 
 from galvatron.core.errors import ProfileError
 from galvatron.core.hardware import HardwareProfile, Link, Op
-from galvatron.core.model import ENDS, ActivationSample, ComputeSample, ModelProfile, ParameterSpec, Precision, UnitName
+from galvatron.core.model import ENDS, ParameterSpec, Precision, UnitName
+from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import Plan, Schedule
 

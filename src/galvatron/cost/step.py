@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.plan.plan import Plan, Prediction, StagePrediction
 
 from .memory import runtime_bytes

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 
-from galvatron.core.model import ActivationSample, LayerKind, ModelSpec, Precision, Recompute, UnitName
+from galvatron.core.model import LayerKind, ModelSpec, Precision, Recompute, UnitName
+from galvatron.core.model_profile import ActivationSample
 from galvatron.core.units import DTYPE_BYTES
 
 from .layer import LocalLayer, local_layer, uses_rms

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import Device
-from galvatron.core.model import ComputeSample, LayerKind, ModelSpec, Precision, UnitName
+from galvatron.core.model import LayerKind, ModelSpec, Precision, UnitName
+from galvatron.core.model_profile import ComputeSample
 from galvatron.core.units import DTYPE_BYTES
 
 from .activations import FLOAT, TOKEN_ID, head_tokens

@@ -10,16 +10,8 @@ from collections.abc import Iterable
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import Device
-from galvatron.core.model import (
-    ENDS,
-    ActivationSample,
-    ComputeSample,
-    ModelProfile,
-    ModelSpec,
-    Precision,
-    Recompute,
-    UnitName,
-)
+from galvatron.core.model import ENDS, ModelSpec, Precision, Recompute, UnitName
+from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 
 from .activations import embedding_activations, head_activations, layer_activations
 from .compute import ADAMW_BYTES, Rates, embedding_sample, head_sample, layer_sample

@@ -25,16 +25,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from galvatron.core.errors import ProfileError
-from galvatron.core.model import (
-    ENDS,
-    ActivationSample,
-    ComputeSample,
-    LayerKind,
-    ModelProfile,
-    ModelSpec,
-    Precision,
-    UnitName,
-)
+from galvatron.core.model import ENDS, LayerKind, ModelSpec, Precision, UnitName
+from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.core.units import DTYPE_BYTES
 
 from .hetu_files import MIB, Memory, Tokens, read_memory, read_times

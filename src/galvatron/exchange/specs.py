@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from galvatron.core.errors import ProfileError
-from galvatron.core.model import ModelProfile, ModelSpec, Precision
+from galvatron.core.model import ModelSpec, Precision
+from galvatron.core.model_profile import ModelProfile
 from galvatron.core.records import read_text
 
 CARDS = {"swin-huge": "swin-h"}

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galvatron.core.model import ActivationSample, Recompute
+from galvatron.core.model import Recompute
+from galvatron.core.model_profile import ActivationSample
 from galvatron.internals import FakeTensorMode
 from galvatron.parallelize.losses.fused import chunk_tokens
 

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from galvatron.core.model import ComputeSample, Precision, Recompute
+from galvatron.core.model import Precision, Recompute
+from galvatron.core.model_profile import ComputeSample
 from galvatron.parallelize.processes.world import World
 from galvatron.parallelize.sharding.fsdp import DTYPES
 from galvatron.parallelize.sharding.unsharded import UnshardedUnit

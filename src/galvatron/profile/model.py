@@ -16,17 +16,8 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.model import (
-    ENDS,
-    ActivationSample,
-    ComputeSample,
-    LayerKind,
-    ModelProfile,
-    ModelSpec,
-    Precision,
-    Recompute,
-    UnitName,
-)
+from galvatron.core.model import ENDS, LayerKind, ModelSpec, Precision, Recompute, UnitName
+from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.core.units import format_seconds
 from galvatron.models import build_spec
 from galvatron.parallelize.layers.compile import compiles

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from galvatron.core.errors import ConfigError, ProfileError
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ENDS, ModelProfile
+from galvatron.core.model import ENDS
+from galvatron.core.model_profile import ModelProfile
 from galvatron.core.numbers import MAX_BYTES, MAX_SEQUENCES
 from galvatron.cost.setting import Setting
 from galvatron.estimate.devices import same_device

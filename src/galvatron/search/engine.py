@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ModelProfile, Precision
+from galvatron.core.model import Precision
+from galvatron.core.model_profile import ModelProfile
 from galvatron.cost.setting import Setting
 from galvatron.plan.plan import Plan, Proof
 

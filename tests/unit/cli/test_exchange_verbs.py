@@ -12,7 +12,7 @@ import pytest
 
 from galvatron.cli import main
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import predict
 from galvatron.plan import LayerStrategy, Plan
 from unit.exchange.hetu_fixtures import SEQ_LEN, SPEC, hardware_files, one_kind_files

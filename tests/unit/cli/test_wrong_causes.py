@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from galvatron.core.hardware import Device, HardwareProfile
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.estimate import cluster, estimate_model, model_spec
 from galvatron.plan import Plan
 from unit.cli.test_search_verb import CARD, galvatron

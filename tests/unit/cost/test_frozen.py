@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tests.unit.profiles import make_hardware, make_model
 
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.cost.memory import unit_memory
 from galvatron.cost.setting import Setting
 from galvatron.cost.unit import UnitTimes, unit_times

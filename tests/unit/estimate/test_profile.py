@@ -7,7 +7,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import Device
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.estimate import CARDS, cluster, estimate_model, model_spec, spec_of_config
 from galvatron.estimate.devices import Constant, preset
 from galvatron.estimate.profile import batches

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from galvatron.core.errors import ProfileError
-from galvatron.core.model import ActivationSample, ComputeSample, ModelProfile
+from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.exchange import card_of_file, import_model, named_spec
 from unit.exchange.hetu_fixtures import (
     MIB,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig
 
-from galvatron.core.model import ComputeSample
+from galvatron.core.model_profile import ComputeSample
 from galvatron.models import build_spec
 from galvatron.profile.layers import _batches
 from galvatron.profile.model import _median, _shapes, _stacked_degrees

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ENDS, ModelProfile
+from galvatron.core.model import ENDS
+from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import Setting, unit_memory, unit_times
 from galvatron.cost.communication import redistribution_s, transfer_s
 from galvatron.cost.memory import shared_bytes

@@ -10,7 +10,7 @@ import pytest
 
 from galvatron.core.errors import InfeasibleError
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import ModelProfile
+from galvatron.core.model_profile import ModelProfile
 from galvatron.search import Limits, search
 from unit.profiles import make_hardware, make_model, make_spec
 from unit.search.enumerate_plans import Choice, every_task, plans_of, size_of

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from galvatron.core.errors import ConfigError, InfeasibleError, ProfileError
-from galvatron.core.model import ModelProfile, ModelSpec
+from galvatron.core.model import ModelSpec
+from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import Setting, predict
 from galvatron.cost.step import objective_s
 from galvatron.plan.axes import StageAxes
