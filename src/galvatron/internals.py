@@ -42,6 +42,7 @@ __all__ = [
     "call_attention",
     "called_attention",
     "changes_in_place",
+    "clear_cublas_workspaces",
     "default_store",
     "end_backward",
     "forget_forwards",
@@ -161,6 +162,12 @@ def is_compiled(module: nn.Module) -> bool:
 def keep_graphs(number: int) -> None:
     """Let the compiler make up to ``number`` graphs of one function before it gives up on it."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, number)
+
+
+def clear_cublas_workspaces() -> None:
+    """Free the buffers that cuBLAS keeps within PyTorch's allocator until it is called again (CUDA builds alone)."""
+    clear: Any = torch._C._cuda_clearCublasWorkspaces
+    clear()
 
 
 def storage_address(tensor: torch.Tensor) -> int:

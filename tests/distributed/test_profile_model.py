@@ -82,7 +82,10 @@ def test_profile_is_whole_equal_on_all_ranks_and_counts_what_the_runtime_saves(p
     assert len({text for text, _ in answers}) == 1, "ranks disagree"
     profile = ModelProfile.from_json(answers[0][0])
     assert profile.tp_degrees() == (1, 2)
-    assert len(answers[0][1]) == 2 * len(profile.spec.units)
+    assert len(answers[0][1]) == 2 * len(profile.spec.units) + 1
+    assert answers[0][1][-1] == "attention runs on flash"
+    assert profile.attention_backend == "flash"
+    assert (profile.context_bytes, profile.allocator_slack_fraction) == (None, None)  # of CUDA devices alone
     for unit in profile.spec.units:
         for tp in (1, 2):
             measured = [s for s in profile.compute if (s.unit, s.tp) == (unit, tp)]

@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from .errors import GalvatronError, ProfileError
 from .model import ModelSpec, Origin, Precision, Recompute, UnitName
-from .numbers import Bytes, Devices, Seconds, Sequences, Tokens
+from .numbers import Bytes, Devices, NonNegative, Seconds, Sequences, Tokens
 from .records import FileRecord, Record
 from .words import shown
 
@@ -77,6 +77,11 @@ class ModelProfile(FileRecord):
 
     ``optimizer_s_per_parameter`` is the time of one AdamW step divided by the local elements it updates.
     ``compiled``: layers are, which makes them faster and leaner; to be trained in the same way.
+    ``attention_backend``: which of its kernels torch took for these shapes (flash, cudnn, efficient or math).
+
+    Of CUDA devices, after all units have run: ``context_bytes`` of a rank's device are in use for no tensor (context,
+    kernels, the world's communicator, cuBLAS, other processes), and the allocator reserves ``allocator_slack_fraction``
+    of what is allocated at the peak beyond it.
     """
 
     FORMAT: ClassVar[str] = "galvatron.model"
@@ -89,9 +94,12 @@ class ModelProfile(FileRecord):
     seq_len: Tokens
     origin: Origin = "measured"
     compiled: bool = False
+    attention_backend: str | None = None
     compute: tuple[ComputeSample, ...]
     activations: tuple[ActivationSample, ...]
     optimizer_s_per_parameter: Seconds = 0.0
+    context_bytes: Bytes | None = None
+    allocator_slack_fraction: NonNegative | None = None
 
     @model_validator(mode="after")
     def _samples_are_of_units_once(self) -> Self:

@@ -12,6 +12,7 @@ from galvatron.core.hardware import HardwareProfile
 from galvatron.parallelize.processes.world import World
 
 from .compute import local_ranks, measure_device
+from .device_memory import OutsideGrowth
 from .links import measure_links
 from .overlap import measure_overlap
 from .timing import Progress, agree
@@ -31,8 +32,11 @@ def profile_hardware(world: World, *, budget_s: float = 20.0, progress: Progress
     tell(f"{device.name}: {rates}")
     overlap = measure_overlap(world, budget_s=budget_s * SHARES["overlap"])
     tell(f"overlap slows compute {overlap.compute_slowdown:.2f}x, communication {overlap.communication_slowdown:.2f}x")
-    links = measure_links(world, budget_s=budget_s * SHARES["links"], progress=progress)
-    (devices_per_node,) = agree([local_ranks()], world.device)
+    growth = OutsideGrowth(world.device)
+    links = measure_links(world, budget_s=budget_s * SHARES["links"], progress=progress, watch=growth.look)
+    devices_per_node, communicator_bytes = agree([local_ranks(), growth.most_bytes], world.device)
+    if world.device.type == "cuda":
+        device = device.model_copy(update={"communicator_bytes": int(communicator_bytes)})
     profile = HardwareProfile(
         device=device,
         world_size=world.world_size,

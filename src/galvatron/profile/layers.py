@@ -15,31 +15,40 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from galvatron.core.model import Precision, Recompute
+from galvatron.core.model import ENDS, Precision, Recompute
 from galvatron.core.model_profile import ComputeSample
 from galvatron.parallelize.processes.world import World
 from galvatron.parallelize.sharding.fsdp import DTYPES
 from galvatron.parallelize.sharding.unsharded import UnshardedUnit
 
+from .device_memory import allocator_slack, attention_backend, fitting
 from .timing import Budget, agree, synchronize
 from .units import INITIAL_STD, LocalUnit, UnitShape
 
 ALWAYS_MEASURED = 2  # batches 1 and 2, so that a slope is known however small the budget
 MIN_REPEATS, MAX_REPEATS = 2, 3  # of one sweep
-# Short passes run several times between two looks at the clock: on CPU long enough to span the scheduler's time
-# slices where ranks outnumber cores, on CUDA so few that their activations fit.
-BURST_S = {"cpu": 40e-3, "cuda": 10e-3}
-MAX_BURST = {"cpu": 16, "cuda": 4}
+# Passes run several times between two looks at the clock, as layers do in a step: on CPU long enough to span the
+# scheduler's time slices where ranks outnumber cores, on CUDA so that launches run ahead of the device.
+BURST_S = {"cpu": 40e-3, "cuda": 60e-3}
+MAX_BURST = {"cpu": 16, "cuda": 8}
+MICROBATCHES = 2  # of the step in small that shows the allocator's slack: the second meets what the first has left
 
 
-def measure_unit(
-    shape: UnitShape, precision: Precision, world: World, max_batch: int, budget: Budget
-) -> list[ComputeSample]:
+@dataclass(frozen=True)
+class Measured:
+    """A unit's samples, and what the allocator reserved beyond its tensors, as a part of them (on CUDA, of layers)."""
+
+    samples: list[ComputeSample]
+    slack_fraction: float | None
+
+
+def measure_unit(shape: UnitShape, precision: Precision, world: World, max_batch: int, budget: Budget) -> Measured:
     """Collective: medians of the slowest rank at batches 1, 2, 4 … ``max_batch``.
 
     Stops early where the next batch would overrun its share of the budget or does not fit in the device's memory;
@@ -74,7 +83,31 @@ def measure_unit(
                 full_s=again_s.get("full"),
             )
         )
-    return samples
+    return Measured(samples, _slack(unit, shape, samples[-1].batch, world) if samples else None)
+
+
+def measure_attention(shape: UnitShape, precision: Precision, world: World) -> str:
+    """The backend of attention that layers of ``shape`` run on, by an eager forward of one sequence."""
+    eager = replace(shape, compiled=False)
+    unit = _runnable(eager, precision, world)
+    tokens, labels = eager.inputs(1, world.device)
+    return attention_backend(lambda: unit(tokens, **labels))
+
+
+def _slack(unit: LocalUnit, shape: UnitShape, batch: int, world: World) -> float | None:
+    """Collective: the allocator's slack over a step in small, of as many layers as the model has or as fit."""
+    if world.device.type != "cuda" or shape.name in ENDS:
+        return None
+    unit.recompute("none")
+    tokens, labels = shape.inputs(batch, world.device)
+    layers = fitting(world.device, shape.spec.num_layers, lambda: unit(tokens, **labels))
+
+    def step() -> None:
+        for _ in range(MICROBATCHES):
+            _passes(unit, tokens, labels, layers, world.device)
+
+    (slack,) = agree([allocator_slack(world.device, step)], world.device)
+    return slack
 
 
 def _once_s(sample: ComputeSample) -> float:
@@ -136,6 +169,10 @@ def _seconds(
     if once_s == float("inf"):
         return None
     burst = min(max(int(BURST_S[device.type] / once_s), 1), MAX_BURST[device.type])
+    if device.type == "cuda":
+        unit.recompute("none")  # which keeps the most
+        (negative_burst,) = agree([-fitting(device, burst, lambda: unit(tokens, **labels))], device)
+        burst = -int(negative_burst)
     seconds: list[float] = []
     repeats = min(max(repeats, MIN_REPEATS), MAX_REPEATS)
     for mode in modes * repeats:

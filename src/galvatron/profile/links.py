@@ -35,11 +35,18 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def measure_links(world: World, *, budget_s: float, progress: Progress | None = None) -> tuple[Link, ...]:
+def measure_links(
+    world: World,
+    *,
+    budget_s: float,
+    progress: Progress | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> tuple[Link, ...]:
     """Collective: a Link for every operation over every group shape of the world, in a fixed order.
 
     Sizes grow from 4 KiB by a factor of 4 as far as each operation's share of ``budget_s`` allows, 256 KiB at
-    least.  ``progress`` is told of every finished link, on every rank.  Empty for a world of one.
+    least.  ``progress`` is told of every finished link, on every rank; ``watch`` is called whenever a group is still
+    there after all of its links.  Empty for a world of one.
     """
     shapes, strides = group_shapes(world.world_size), p2p_strides(world.world_size)
     collectives = [op for op in OPS if op != "p2p"]
@@ -54,6 +61,7 @@ def measure_links(world: World, *, budget_s: float, progress: Progress | None = 
             run = _collective(op, size, group, world.device)
             links.append(_measure(op, size, stride, run, world, budget.next_share(), progress))
         dist.barrier()
+        watch()
         dist.destroy_process_group(group)
     for stride in strides:
         links.append(_measure("p2p", 2, stride, _shift(stride, world), world, budget.next_share(), progress))

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ENDS, LayerKind, ModelSpec, Precision, Recompute, UnitName
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
-from galvatron.core.units import format_seconds
+from galvatron.core.units import format_bytes, format_seconds
 from galvatron.models import build_spec
 from galvatron.parallelize.layers.compile import compiles
 from galvatron.parallelize.processes.world import World
@@ -28,12 +28,13 @@ from galvatron.plan.axes import divisors
 
 from .activations import count_activations
 from .compute import device_name
-from .layers import measure_unit
+from .device_memory import context_bytes
+from .layers import Measured, measure_attention, measure_unit
 from .optimizer import measure_optimizer
 from .timing import Budget, Progress, agree
 from .units import UnitShape
 
-SWEEPS = 3
+SWEEPS = {"cpu": 3, "cuda": 1}  # what disturbs a CPU for a second leaves a GPU alone, where each sweep compiles anew
 SECONDS = ("forward_s", "backward_s", "selective_s", "full_s")
 Sample = TypeVar("Sample", ComputeSample, ActivationSample)
 
@@ -78,19 +79,44 @@ def profile_model(
         )
     compiled = compiles(compile, world.device)
     shapes = _shapes(config, spec, tp_degrees or _stacked_degrees(world.world_size), seq_len, precision, compiled)
+    measured = _measure(shapes, precision, world, max_batch, budget_s, progress)
+    layer = next(shape for shape in shapes if shape.name not in ENDS)
+    attention = measure_attention(layer, precision, world)
+    optimizer_s = measure_optimizer(spec, world)
+    slacks = [unit.slack_fraction for unit in measured if unit.slack_fraction is not None]
     profile = ModelProfile(
         spec=spec,
         device=device_name(world.device),
         precision=precision,
         seq_len=seq_len,
         compiled=compiled,
-        compute=tuple(_of_alike(spec, _measure(shapes, precision, world, max_batch, budget_s, progress))),
+        attention_backend=attention,
+        compute=tuple(_of_alike(spec, _medians(measured))),
         activations=tuple(_of_alike(spec, _count(shapes, world))),
-        optimizer_s_per_parameter=measure_optimizer(spec, world),
+        optimizer_s_per_parameter=optimizer_s,
+        context_bytes=_agreed_context(world),  # all that it is made of is loaded by now
+        allocator_slack_fraction=max(slacks, default=None),
     )
+    if progress is not None:
+        progress(_about_device(profile))
     shared = [profile]
     dist.broadcast_object_list(shared, src=0, device=world.device)
     return shared[0]
+
+
+def _agreed_context(world: World) -> int | None:
+    """Collective: what the rank with the most takes beyond its tensors; None on CPU."""
+    own = context_bytes(world.device)
+    return None if own is None else int(agree([own], world.device)[0])
+
+
+def _about_device(profile: ModelProfile) -> str:
+    words = [f"attention runs on {profile.attention_backend}"]
+    if profile.context_bytes is not None:
+        words.append(f"context {format_bytes(profile.context_bytes)}")
+    if profile.allocator_slack_fraction is not None:
+        words.append(f"allocator's slack {profile.allocator_slack_fraction:.1%}")
+    return ", ".join(words)
 
 
 def _stacked_degrees(world_size: int) -> tuple[int, ...]:
@@ -137,25 +163,28 @@ def _measure(
     max_batch: int,
     budget_s: float,
     progress: Progress | None,
-) -> tuple[ComputeSample, ...]:
-    """Samples of every shape: medians over sweeps, so that what disturbs the machine for a second is outvoted.
-
-    Sweeps after the first end where the budget does.
-    """
-    budget = Budget(budget_s, SWEEPS * len(shapes))
-    samples: list[ComputeSample] = []
-    for sweep, shape in itertools.product(range(SWEEPS), shapes):
+) -> list[Measured]:
+    """Every shape, several sweeps of them; those after the first end where the budget does."""
+    sweeps = SWEEPS[world.device.type]
+    budget = Budget(budget_s, sweeps * len(shapes))
+    found: list[Measured] = []
+    for sweep, shape in itertools.product(range(sweeps), shapes):
         (over_s,) = agree([-budget.left_s()], world.device)
         if sweep > 0 and over_s > 0:
             break
         measured = measure_unit(shape, precision, world, max_batch, budget)
         gc.collect()  # FSDP2's modules refer to themselves
-        samples += measured
-        if progress is not None and sweep == 0 and measured:
-            last = measured[-1]
+        found.append(measured)
+        if progress is not None and sweep == 0 and measured.samples:
+            last = measured.samples[-1]
             forward, backward = format_seconds(last.forward_s), format_seconds(last.backward_s)
             progress(f"{shape.name}, tp {shape.tp}, batch {last.batch}: forward {forward}, backward {backward}")
-    return tuple(_median(samples))
+    return found
+
+
+def _medians(measured: list[Measured]) -> tuple[ComputeSample, ...]:
+    """Medians over sweeps, so that what disturbs the machine for a second is outvoted."""
+    return tuple(_median([sample for unit in measured for sample in unit.samples]))
 
 
 def _median(samples: list[ComputeSample]) -> list[ComputeSample]:

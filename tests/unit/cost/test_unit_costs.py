@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from galvatron.core.model import ParameterSpec, Precision
 from galvatron.cost import Setting, unit_memory, unit_times
 from galvatron.cost.communication import overlapped_s, redistribution_s, tied_reduction_s, transfer_s
 from galvatron.cost.compute import interpolate
-from galvatron.cost.memory import runtime_bytes, usable_bytes
+from galvatron.cost.memory import COMMUNICATORS, runtime_bytes, usable_bytes
 from galvatron.cost.sizes import ShardSize, shard_sizes
 from galvatron.cost.strategies import Strategies
 from galvatron.plan.plan import LayerStrategy
@@ -204,6 +205,20 @@ def test_usable_and_runtime_bytes_are_inverse() -> None:
     tensors = usable_bytes(case, limit)
     assert limit - 2 <= tensors + runtime_bytes(case, tensors) <= limit
     assert usable_bytes(setting(), limit) == limit
+
+
+def test_measured_context_communicators_and_slack_take_the_place_of_what_is_assumed() -> None:
+    case = setting(device="cuda")
+    assert case.hardware.world_size > 1
+    measured = case.model.model_copy(update={"context_bytes": 10**9, "allocator_slack_fraction": 0.5})
+    assert runtime_bytes(replace(case, model=measured), 100) == 10**9 + 50
+    device = case.hardware.device.model_copy(update={"communicator_bytes": 10**8})
+    hardware = case.hardware.model_copy(update={"device": device})
+    case = replace(case, model=measured, hardware=hardware)
+    assert runtime_bytes(case, 100) == 10**9 + COMMUNICATORS * 10**8 + 50
+    assert usable_bytes(case, 80 * 10**9) == int((79 * 10**9 - COMMUNICATORS * 10**8) / 1.5)
+    alone = hardware.model_copy(update={"world_size": 1})
+    assert runtime_bytes(replace(case, hardware=alone), 100) == 10**9 + 50
 
 
 def test_missing_measurements_are_profile_errors() -> None:
