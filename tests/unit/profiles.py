@@ -23,18 +23,18 @@ def make_spec(
     """``num_layers`` LLaMA-like layers, then ``others`` with experts, whose hidden states travel with a side input."""
     head_dim = hidden // heads
     columns = [
-        ("q", (heads * head_dim, hidden), Cut(dim=0, blocks=heads)),
-        ("k", (kv_heads * head_dim, hidden), Cut(dim=0, blocks=kv_heads, uneven="whole")),
-        ("v", (kv_heads * head_dim, hidden), Cut(dim=0, blocks=kv_heads, uneven="whole")),
-        ("o", (hidden, heads * head_dim), Cut(dim=1, blocks=heads)),
-        ("up", (ffn, hidden), Cut(dim=0, blocks=ffn)),
-        ("gate", (ffn, hidden), Cut(dim=0, blocks=ffn)),
-        ("down", (hidden, ffn), Cut(dim=1, blocks=ffn)),
+        ("q", (heads * head_dim, hidden), Cut(dim=0, segments=(heads,))),
+        ("k", (kv_heads * head_dim, hidden), Cut(dim=0, segments=(kv_heads,), uneven="whole")),
+        ("v", (kv_heads * head_dim, hidden), Cut(dim=0, segments=(kv_heads,), uneven="whole")),
+        ("o", (hidden, heads * head_dim), Cut(dim=1, segments=(heads,))),
+        ("up", (ffn, hidden), Cut(dim=0, segments=(ffn,))),
+        ("gate", (ffn, hidden), Cut(dim=0, segments=(ffn,))),
+        ("down", (hidden, ffn), Cut(dim=1, segments=(ffn,))),
         ("norm1", (hidden,), None),
         ("norm2", (hidden,), None),
     ]
     layer = tuple(ParameterSpec(name=name, shape=shape, cut=cut) for name, shape, cut in columns)
-    vocabulary = Cut(dim=0, blocks=vocab, uneven="ceil")
+    vocabulary = Cut(dim=0, segments=(vocab,), uneven="ceil")
     word = ParameterSpec(name="embed.weight", shape=(vocab, hidden), cut=vocabulary)
     norm = ParameterSpec(name="norm.weight", shape=(hidden,))
     out = word if tied else ParameterSpec(name="lm_head.weight", shape=(vocab, hidden), cut=vocabulary)
@@ -64,7 +64,7 @@ def make_spec(
 def _other_kind(
     count: int, hidden: int, ffn: int, heads: int, kv_heads: int, layer: tuple[ParameterSpec, ...]
 ) -> LayerKind:
-    experts = ParameterSpec(name="experts", shape=(4, ffn, hidden), cut=Cut(dim=1, blocks=ffn), experts=True)
+    experts = ParameterSpec(name="experts", shape=(4, ffn, hidden), cut=Cut(dim=1, segments=(ffn,)), experts=True)
     return LayerKind(
         name="other",
         count=count,

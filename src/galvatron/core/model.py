@@ -25,18 +25,23 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class Cut(Record):
-    """How tensor parallelism slices a parameter: along ``dim``, in ``segments`` equal parts, by blocks.
+    """How tensor parallelism slices a parameter: along ``dim``, in segments one after the other, by equal blocks.
 
-    Each segment (a fused qkv has three) holds ``blocks`` indivisible blocks (heads, kv heads, ffn or
-    vocabulary rows); tp rank r takes its run of blocks from every segment.  When tp does not divide
-    ``blocks`` the rule is ``uneven``: ``refuse`` the plan, ``whole`` (every rank keeps the parameter whole
-    and uses its part: kv heads fewer than tp), or ``ceil`` (ranks hold ceil(blocks / tp) or fewer: vocabulary).
+    ``segments``: how many indivisible blocks (heads, kv heads, ffn or vocabulary rows) each segment holds: ``(8,)`` of
+    a plain matrix, ``(8, 8, 8)`` of a fused query, key and value, ``(8, 2, 2)`` where kv heads are fewer.  tp rank r
+    takes its run of blocks from every segment.  When tp does not divide them all the rule is ``uneven``: ``refuse``
+    the plan, ``whole`` (every rank keeps the parameter whole and uses its part: kv heads fewer than tp), or ``ceil``
+    (ranks hold ceil(blocks / tp) or fewer: vocabulary).
     """
 
     dim: Annotated[int, Field(strict=True, ge=0, le=7)]
-    blocks: Count
-    segments: Count = 1
+    segments: tuple[Count, ...] = Field(min_length=1, max_length=8)
     uneven: Literal["refuse", "whole", "ceil"] = "refuse"
+
+    @property
+    def blocks(self) -> int:
+        """What tp must divide to divide every segment."""
+        return math.gcd(*self.segments)
 
     def is_whole(self, tp: int) -> bool:
         """Whether every tp rank keeps the whole parameter."""
@@ -50,12 +55,12 @@ class Cut(Record):
         """The (start, stop) ranges along ``dim`` of a ``size``-long dim that ``tp_rank`` of ``tp`` holds."""
         if self.is_whole(tp):
             return [(0, size)]
-        segment = size // self.segments
-        block = segment // self.blocks
-        per_rank = math.ceil(self.blocks / tp)
-        start = min(tp_rank * per_rank, self.blocks) * block
-        stop = min((tp_rank + 1) * per_rank, self.blocks) * block
-        return [(i * segment + start, i * segment + stop) for i in range(self.segments)]
+        block, before, found = size // sum(self.segments), 0, []
+        for blocks in self.segments:
+            start, stop = (before + min(rank * math.ceil(blocks / tp), blocks) for rank in (tp_rank, tp_rank + 1))
+            found.append((start * block, stop * block))
+            before += blocks
+        return found
 
 
 class ParameterSpec(Record):
@@ -76,10 +81,10 @@ class ParameterSpec(Record):
         if self.experts and len(self.shape) != 3:
             raise ValueError(f"{self.name} of experts must have 3 dims, got shape {list(self.shape)}")
         cut = self.cut
-        if cut is not None and (cut.dim >= len(self.shape) or self.shape[cut.dim] % (cut.segments * cut.blocks)):
+        if cut is not None and (cut.dim >= len(self.shape) or self.shape[cut.dim] % sum(cut.segments)):
             raise ValueError(
-                f"{self.name} of shape {list(self.shape)} cannot be cut along dim {cut.dim} into {cut.segments} "
-                f"segments of {cut.blocks} equal blocks"
+                f"{self.name} of shape {list(self.shape)} cannot be cut along dim {cut.dim} into segments of "
+                f"{list(cut.segments)} equal blocks"
             )
         return self
 

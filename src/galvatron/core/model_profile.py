@@ -85,7 +85,7 @@ class ModelProfile(FileRecord):
     """
 
     FORMAT: ClassVar[str] = "galvatron.model"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     ERROR: ClassVar[type[GalvatronError]] = ProfileError
 
     spec: ModelSpec

@@ -89,7 +89,7 @@ def _latent_attention(config: Config) -> tuple[ParameterSpec, ...]:
     """Queries, keys and values from latents; what makes the latents and their norms stay whole on every rank."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     q_rank, kv_rank, value = (config.size(key) for key in ("q_lora_rank", "kv_lora_rank", "v_head_dim"))
-    by_heads = Cut(dim=0, blocks=heads)
+    by_heads = Cut(dim=0, segments=(heads,))
     keys_and_values = heads * (config.size("qk_nope_head_dim") + value)
     return chain(
         column("self_attn.q_a_proj", q_rank, hidden, None),
@@ -168,10 +168,10 @@ def gpt2(config: Config, name: str) -> ModelSpec:
     ffn, positions = config.get("n_inner", 4 * hidden), config.size("n_positions")
     parameters = chain(
         layer_norm("ln_1", hidden),
-        column("attn.c_attn", 3 * hidden, hidden, Cut(dim=0, blocks=heads, segments=3), True, transposed=True),
+        column("attn.c_attn", 3 * hidden, hidden, Cut(dim=0, segments=(heads, heads, heads)), True, transposed=True),
         row("attn.c_proj", hidden, hidden, heads, True, transposed=True),
         layer_norm("ln_2", hidden),
-        column("mlp.c_fc", ffn, hidden, Cut(dim=0, blocks=ffn), True, transposed=True),
+        column("mlp.c_fc", ffn, hidden, Cut(dim=0, segments=(ffn,)), True, transposed=True),
         row("mlp.c_proj", hidden, ffn, ffn, True, transposed=True),
     )
     word = vocabulary("transformer.wte.weight", words, hidden)
@@ -196,9 +196,9 @@ def gpt_neox(config: Config, name: str) -> ModelSpec:
     parameters = chain(
         layer_norm("input_layernorm", hidden),
         layer_norm("post_attention_layernorm", hidden),
-        column("attention.query_key_value", 3 * hidden, hidden, Cut(dim=0, blocks=heads), bias),
+        column("attention.query_key_value", 3 * hidden, hidden, Cut(dim=0, segments=(heads,)), bias),
         row("attention.dense", hidden, hidden, heads, bias),
-        column("mlp.dense_h_to_4h", ffn, hidden, Cut(dim=0, blocks=ffn), True),
+        column("mlp.dense_h_to_4h", ffn, hidden, Cut(dim=0, segments=(ffn,)), True),
         row("mlp.dense_4h_to_h", hidden, ffn, ffn, True),
     )
     head = chain(layer_norm("gpt_neox.final_layer_norm", hidden), [vocabulary("lm_head.weight", words, hidden)])

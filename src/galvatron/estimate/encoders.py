@@ -108,7 +108,7 @@ def _swin_stage(index: int, depth: int, hidden: int, heads: int, ratio: float, w
     table = ParameterSpec(
         name="attention.self.relative_position_bias_table",
         shape=((2 * window - 1) ** 2, heads),
-        cut=Cut(dim=1, blocks=heads),
+        cut=Cut(dim=1, segments=(heads,)),
     )
     kind = multi_head(depth, hidden, ffn, heads, (*linears, table), name=f"stage{index}", causal=False)
     return kind.model_copy(update={"tokens_divisor": 4**index, "attention_span": window**2})
@@ -179,7 +179,7 @@ def _t5_layer(config: Config, attentions: tuple[str, ...]) -> tuple[ParameterSpe
         for i, module in enumerate(attentions)
     )
     ups = (
-        column(f"{last}.DenseReluDense.{wi}", ffn, hidden, Cut(dim=0, blocks=ffn))
+        column(f"{last}.DenseReluDense.{wi}", ffn, hidden, Cut(dim=0, segments=(ffn,)))
         for wi in (("wi_0", "wi_1") if gated else ("wi",))
     )
     down = row(f"{last}.DenseReluDense.wo", hidden, ffn, ffn)
@@ -191,7 +191,7 @@ def _encoder_layer(
 ) -> tuple[ParameterSpec, ...]:
     return chain(
         attention("", names, hidden, heads, heads, hidden // heads, bias=True),
-        column("intermediate.dense", ffn, hidden, Cut(dim=0, blocks=ffn), True),
+        column("intermediate.dense", ffn, hidden, Cut(dim=0, segments=(ffn,)), True),
         row("output.dense", hidden, ffn, ffn, True),
         *(layer_norm(norm, hidden) for norm in norms),
     )

@@ -88,7 +88,7 @@ def row(
 ) -> Iterator[ParameterSpec]:
     """A linear cut along its inputs; every rank adds its bias whole."""
     shape = (inputs, outputs) if transposed else (outputs, inputs)
-    yield ParameterSpec(name=f"{name}.weight", shape=shape, cut=Cut(dim=0 if transposed else 1, blocks=blocks))
+    yield ParameterSpec(name=f"{name}.weight", shape=shape, cut=Cut(dim=0 if transposed else 1, segments=(blocks,)))
     if bias:
         yield whole(f"{name}.bias", outputs)
 
@@ -105,7 +105,7 @@ def layer_norm(name: str, size: int) -> tuple[ParameterSpec, ParameterSpec]:
 
 def vocabulary(name: str, *shape: int) -> ParameterSpec:
     """A parameter whose first dim counts words or classes; tensor-parallel ranks may hold one block fewer."""
-    return ParameterSpec(name=name, shape=shape, cut=Cut(dim=0, blocks=shape[0], uneven="ceil"))
+    return ParameterSpec(name=name, shape=shape, cut=Cut(dim=0, segments=(shape[0],), uneven="ceil"))
 
 
 def attention(
@@ -120,8 +120,8 @@ def attention(
 ) -> Iterator[ParameterSpec]:
     """Query, key, value and output linears, cut by heads; kv heads fewer than the ranks stay whole."""
     query, key, value, output = names
-    kv_cut = Cut(dim=0, blocks=kv_heads, uneven="whole")
-    yield from column(f"{prefix}{query}", heads * head_dim, hidden, Cut(dim=0, blocks=heads), bias)
+    kv_cut = Cut(dim=0, segments=(kv_heads,), uneven="whole")
+    yield from column(f"{prefix}{query}", heads * head_dim, hidden, Cut(dim=0, segments=(heads,)), bias)
     yield from column(f"{prefix}{key}", kv_heads * head_dim, hidden, kv_cut, bias)
     yield from column(f"{prefix}{value}", kv_heads * head_dim, hidden, kv_cut, bias)
     yield from row(f"{prefix}{output}", hidden, heads * head_dim, heads, bias if output_bias is None else output_bias)
@@ -129,7 +129,7 @@ def attention(
 
 def gated_mlp(prefix: str, hidden: int, ffn: int, bias: bool = False) -> Iterator[ParameterSpec]:
     """Gate, up and down."""
-    cut = Cut(dim=0, blocks=ffn)
+    cut = Cut(dim=0, segments=(ffn,))
     yield from column(f"{prefix}gate_proj", ffn, hidden, cut, bias)
     yield from column(f"{prefix}up_proj", ffn, hidden, cut, bias)
     yield from row(f"{prefix}down_proj", hidden, ffn, ffn, bias)
@@ -137,8 +137,8 @@ def gated_mlp(prefix: str, hidden: int, ffn: int, bias: bool = False) -> Iterato
 
 def experts(prefix: str, count: int, hidden: int, ffn: int) -> Iterator[ParameterSpec]:
     """The router, and the experts' gate, up and down, batched over experts."""
-    gate_up = Cut(dim=1, blocks=ffn, segments=2)
-    down = Cut(dim=2, blocks=ffn)
+    gate_up = Cut(dim=1, segments=(ffn, ffn))
+    down = Cut(dim=2, segments=(ffn,))
     yield whole(f"{prefix}gate.weight", count, hidden)
     yield ParameterSpec(name=f"{prefix}experts.gate_up_proj", shape=(count, 2 * ffn, hidden), cut=gate_up, experts=True)
     yield ParameterSpec(name=f"{prefix}experts.down_proj", shape=(count, hidden, ffn), cut=down, experts=True)

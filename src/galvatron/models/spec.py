@@ -121,15 +121,15 @@ def _layer_cuts(layer: nn.Module, family: Family, counts: dict[Blocks, int]) -> 
         for linear, blocks in region.columns.items():
             name = f"{region.module}.{linear}"
             output_dim = 1 if isinstance(layer.get_submodule(name), Conv1D) else 0
-            segments = region.segments.get(linear, 1)
+            segments = (counts[blocks],) * region.segments.get(linear, 1)
             uneven = "whole" if blocks == "kv_heads" else "refuse"
-            cut = Cut(dim=output_dim, blocks=counts[blocks], segments=segments, uneven=uneven)
+            cut = Cut(dim=output_dim, segments=segments, uneven=uneven)
             yield f"{name}.weight", cut
             yield f"{name}.bias", cut.model_copy(update={"dim": 0})
         for linear, blocks in region.rows.items():
             name = f"{region.module}.{linear}"
             input_dim = 0 if isinstance(layer.get_submodule(name), Conv1D) else 1
-            yield f"{name}.weight", Cut(dim=input_dim, blocks=counts[blocks])
+            yield f"{name}.weight", Cut(dim=input_dim, segments=(counts[blocks],))
 
 
 def _embedding_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
@@ -150,5 +150,5 @@ def _head_parameters(model: PreTrainedModel, family: Family) -> Iterator[Paramet
 
 def _vocabulary_cut(name: str, module: nn.Module) -> ParameterSpec:
     weight = module.get_parameter("weight")
-    cut = Cut(dim=0, blocks=weight.shape[0], uneven="ceil")
+    cut = Cut(dim=0, segments=(weight.shape[0],), uneven="ceil")
     return ParameterSpec(name=name, shape=tuple(weight.shape), cut=cut, trainable=weight.requires_grad)

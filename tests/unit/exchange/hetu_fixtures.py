@@ -64,7 +64,7 @@ def one_kind_files(folder: Path, factor: float = 1.0) -> tuple[Path, Path]:
 
 def stage_kind(name: str, hidden: int, tokens_divisor: int) -> LayerKind:
     """A kind of layer that is one square matrix."""
-    weight = ParameterSpec(name="weight", shape=(hidden, hidden), cut=Cut(dim=0, blocks=hidden))
+    weight = ParameterSpec(name="weight", shape=(hidden, hidden), cut=Cut(dim=0, segments=(hidden,)))
     return LayerKind(
         name=name,
         count=2,

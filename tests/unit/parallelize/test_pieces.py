@@ -10,12 +10,13 @@ from galvatron.parallelize.state.pieces import box, pieces_of, shard_rows
 
 SPECS = (
     ParameterSpec(name="norm", shape=(7,)),
-    ParameterSpec(name="column", shape=(12, 5), cut=Cut(dim=0, blocks=4)),
-    ParameterSpec(name="row", shape=(5, 12), cut=Cut(dim=1, blocks=4)),
-    ParameterSpec(name="fused", shape=(5, 36), cut=Cut(dim=1, blocks=4, segments=3)),
-    ParameterSpec(name="fused bias", shape=(36,), cut=Cut(dim=0, blocks=4, segments=3)),
-    ParameterSpec(name="kv", shape=(6, 5), cut=Cut(dim=0, blocks=2, uneven="whole")),
-    ParameterSpec(name="vocabulary", shape=(11, 3), cut=Cut(dim=0, blocks=11, uneven="ceil")),
+    ParameterSpec(name="column", shape=(12, 5), cut=Cut(dim=0, segments=(4,))),
+    ParameterSpec(name="row", shape=(5, 12), cut=Cut(dim=1, segments=(4,))),
+    ParameterSpec(name="fused", shape=(5, 36), cut=Cut(dim=1, segments=(4, 4, 4))),
+    ParameterSpec(name="fused bias", shape=(36,), cut=Cut(dim=0, segments=(4, 4, 4))),
+    ParameterSpec(name="fused, fewer keys and values", shape=(5, 32), cut=Cut(dim=1, segments=(8, 4, 4))),
+    ParameterSpec(name="kv", shape=(6, 5), cut=Cut(dim=0, segments=(2,), uneven="whole")),
+    ParameterSpec(name="vocabulary", shape=(11, 3), cut=Cut(dim=0, segments=(11,), uneven="ceil")),
 )
 
 

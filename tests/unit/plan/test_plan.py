@@ -25,8 +25,8 @@ SPEC = ModelSpec(
             num_kv_heads=2,
             head_dim=2,
             parameters=(
-                ParameterSpec(name="q", shape=(8, 8), cut=Cut(dim=0, blocks=4)),
-                ParameterSpec(name="k", shape=(4, 8), cut=Cut(dim=0, blocks=2, uneven="whole")),
+                ParameterSpec(name="q", shape=(8, 8), cut=Cut(dim=0, segments=(4,))),
+                ParameterSpec(name="k", shape=(4, 8), cut=Cut(dim=0, segments=(2,), uneven="whole")),
                 ParameterSpec(name="norm", shape=(8,)),
             ),
         ),
@@ -34,8 +34,10 @@ SPEC = ModelSpec(
     vocab_size=15,
     max_seq_len=64,
     tied_embeddings=False,
-    embedding=UnitSpec(parameters=(ParameterSpec(name="e", shape=(15, 8), cut=Cut(dim=0, blocks=15, uneven="ceil")),)),
-    head=UnitSpec(parameters=(ParameterSpec(name="h", shape=(15, 8), cut=Cut(dim=0, blocks=15, uneven="ceil")),)),
+    embedding=UnitSpec(
+        parameters=(ParameterSpec(name="e", shape=(15, 8), cut=Cut(dim=0, segments=(15,), uneven="ceil")),)
+    ),
+    head=UnitSpec(parameters=(ParameterSpec(name="h", shape=(15, 8), cut=Cut(dim=0, segments=(15,), uneven="ceil")),)),
 )
 
 
@@ -155,7 +157,7 @@ def test_every_rank_has_rows_of_the_vocabulary() -> None:
     """5 rows over 4 ranks are 2, 2, 1 and none: the last rank has nothing to compute with."""
 
     def unit(words: int) -> UnitSpec:
-        word = ParameterSpec(name="e", shape=(words, 8), cut=Cut(dim=0, blocks=words, uneven="ceil"))
+        word = ParameterSpec(name="e", shape=(words, 8), cut=Cut(dim=0, segments=(words,), uneven="ceil"))
         return UnitSpec(parameters=(word,))
 
     for words, fits in ((5, False), (6, False), (7, True), (8, True), (3, False)):

@@ -8,9 +8,9 @@ from galvatron.testing.plans import pure_plans, random_plans
 
 def _spec(num_layers: int = 5, heads: int = 4, tied: bool = False) -> ModelSpec:
     vocabulary = UnitSpec(
-        parameters=(ParameterSpec(name="weight", shape=(97, 32), cut=Cut(dim=0, blocks=97, uneven="ceil")),)
+        parameters=(ParameterSpec(name="weight", shape=(97, 32), cut=Cut(dim=0, segments=(97,), uneven="ceil")),)
     )
-    layer = (ParameterSpec(name="q.weight", shape=(32, 32), cut=Cut(dim=0, blocks=heads)),)
+    layer = (ParameterSpec(name="q.weight", shape=(32, 32), cut=Cut(dim=0, segments=(heads,))),)
     sizes = {"hidden_size": 32, "ffn_size": 48, "num_heads": heads, "num_kv_heads": heads, "head_dim": 8}
     return ModelSpec(
         name="toy",
