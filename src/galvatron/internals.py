@@ -54,6 +54,7 @@ __all__ = [
     "local_part",
     "multiply_all_",
     "needless_names",
+    "norms",
     "put_buffer",
     "put_parameter",
     "reduce_scatter",
@@ -131,6 +132,11 @@ def local_part(tensor: DTensor) -> torch.Tensor:
 def multiply_all_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiply every tensor by ``factor``, in few kernels."""
     torch._foreach_mul_(tensors, factor)
+
+
+def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """[number of tensors]: the 2-norm of each, in few kernels."""
+    return torch.stack(torch._foreach_norm(tensors))
 
 
 def put_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:

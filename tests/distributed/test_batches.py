@@ -85,7 +85,7 @@ def steps_with_strided_batches() -> list[float]:
     model = parallelize(tiny_model("llama"), plan_for(DATA_PARALLEL), world=init_world("cpu"))
     ids, labels = batch()
     turned = ids.T.contiguous().T, labels.T.contiguous().T
-    return [model.train_step(ids, labels), model.train_step(*turned)]
+    return [float(model.train_step(ids, labels)), float(model.train_step(*turned))]
 
 
 def test_a_batch_of_any_stride_gives_the_same_loss(pool: Pool) -> None:

@@ -38,7 +38,7 @@ def losses_of(world: World, plan: Plan, rate: float = RATE) -> list[float]:
     losses = []
     for _ in range(3):
         torch.manual_seed(0)  # as everyone does, on every rank
-        losses.append(model.train_step(*batch(plan)))
+        losses.append(float(model.train_step(*batch(plan))))
         optimizer.step()
     return losses
 
@@ -96,16 +96,16 @@ def test_no_two_masks_are_equal_on_any_rank_microbatch_or_step(pool: Pool, strat
 
 def modes() -> tuple[list[float], float, float]:
     model = model_for(PLANS["tp"])
-    evaluated = model.evaluate(*batch(PLANS["tp"]))
+    evaluated = float(model.evaluate(*batch(PLANS["tp"])))
     assert model.training
-    still = model.eval().train_step(*batch(PLANS["tp"]))
+    still = float(model.eval().train_step(*batch(PLANS["tp"])))
     assert not model.training
     model.evaluate(*batch(PLANS["tp"]))
     assert not model.training
     model.train()
-    first = model.train_step(*batch(PLANS["tp"]))
+    first = float(model.train_step(*batch(PLANS["tp"])))
     model.steps = 1
-    return [first, model.train_step(*batch(PLANS["tp"]))], still, evaluated
+    return [first, float(model.train_step(*batch(PLANS["tp"])))], still, evaluated
 
 
 def test_eval_draws_none_and_a_step_is_told_by_its_number(pool: Pool) -> None:

@@ -30,7 +30,7 @@ def accumulate(plan: Plan) -> tuple[list[float], list[float]]:
     num_tokens = 64 + 24
     total = 0.0
     for index, (ids, labels) in enumerate(batches):
-        total += model.train_step(ids, labels, accumulate=index > 0, num_tokens=num_tokens)
+        total += float(model.train_step(ids, labels, accumulate=index > 0, num_tokens=num_tokens))
     losses = [
         F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum") for ids, labels in batches
     ]
@@ -62,7 +62,7 @@ def trains_with(optimizer_class: type[torch.optim.Optimizer]) -> tuple[float, fl
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-    return model.evaluate(ids, labels), float(F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten()))
+    return float(model.evaluate(ids, labels)), float(F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten()))
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])
@@ -88,9 +88,9 @@ def states(world_plan: Plan, other_plan: Plan) -> None:
         assert full == {}
     other, _ = make(other_plan, seed=1, world=world)
     local = {name: value.clone() for name, value in other.state_dict(full=False).items()}
-    assert other.evaluate(*batch(0)) != pytest.approx(model.evaluate(*batch(0)), rel=1e-3)
+    assert float(other.evaluate(*batch(0))) != pytest.approx(float(model.evaluate(*batch(0))), rel=1e-3)
     other.load_state_dict(full)
-    assert other.evaluate(*batch(0)) == pytest.approx(model.evaluate(*batch(0)), rel=1e-6)
+    assert float(other.evaluate(*batch(0))) == pytest.approx(float(model.evaluate(*batch(0))), rel=1e-6)
     other.load_state_dict(local, full=False)
     assert all(torch.equal(value, local[name]) for name, value in other.state_dict(full=False).items())
     with pytest.raises(CheckpointError, match=r"must hold this rank's parts under this plan, but .*@"):

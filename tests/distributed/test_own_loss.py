@@ -34,10 +34,11 @@ def deviations(world: World, plan: Plan, ignored: int) -> list[float]:
     truth = focal(plain(ids).logits[counted].float(), labels[counted]).mean()
     truth.backward()
     loss = model.train_step(ids, labels, loss_fn=focal)
-    found = [abs(loss / float(truth) - 1), worst_error(model, plain)]
-    found.append(abs(model.evaluate(ids, labels, loss_fn=focal) / float(truth) - 1))
+    found = [abs(float(loss) / float(truth) - 1), worst_error(model, plain)]
+    found.append(abs(float(model.evaluate(ids, labels, loss_fn=focal)) / float(truth) - 1))
     cross_entropy = partial(F.cross_entropy, reduction="none")
-    found.append(abs(model.evaluate(ids, labels, loss_fn=cross_entropy) / model.evaluate(ids, labels) - 1))
+    own, usual = model.evaluate(ids, labels, loss_fn=cross_entropy), model.evaluate(ids, labels)
+    found.append(abs(float(own) / float(usual) - 1))
     return found
 
 

@@ -61,7 +61,7 @@ def mismatches(model: ParallelModel, whole: dict[str, torch.Tensor]) -> list[str
 def start_from_seed(world_size: int) -> float:
     model = parallelize(meta_model(tiny_config("gpt2")), plan_for(world_size), seed=5)
     assert not any(p.tensor.is_meta for p in model.local_parameters)
-    return model.train_step(*batch())
+    return float(model.train_step(*batch()))
 
 
 def test_initial_weights_do_not_depend_on_the_plan(pool: Pool) -> None:
@@ -131,7 +131,7 @@ def step_in(world_size: int, precision: str, reduce: str) -> tuple[float, float,
     loss = model.train_step(*batch())
     norm = model.clip_grad_norm_(0.5)
     assert all(p.tensor.grad is not None and p.tensor.grad.dtype == torch.float32 for p in model.local_parameters)
-    return loss, norm, model.clip_grad_norm_(None)
+    return float(loss), float(norm), float(model.clip_grad_norm_(None))
 
 
 @pytest.mark.parametrize("reduce", ["fp32", "bf16"])
@@ -150,7 +150,7 @@ def evaluate_between_steps() -> tuple[float, float, float]:
     with torch.no_grad():
         for parameter in model.local_parameters:
             parameter.tensor.mul_(0.9)
-    return before, model.evaluate(*batch()), model.train_step(*batch())
+    return float(before), float(model.evaluate(*batch())), float(model.train_step(*batch()))
 
 
 def test_evaluation_sees_the_current_weights(pool: Pool) -> None:

@@ -158,13 +158,14 @@ def _skip_on_a_nan_of_one_rank(run_dir: Path) -> tuple[int, str, list[float]]:
     model = parallelize(tiny_model("llama", seed=0), PLANS["pair"], world=init_world("cpu"))
     original, calls = model.train_step, []
 
-    def train_step(input_ids: torch.Tensor, labels: torch.Tensor) -> float:
-        calls.append(original(input_ids, labels))
+    def train_step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = original(input_ids, labels)
+        calls.append(float(loss))
         if len(calls) == 2 and rank() == 1:
             gradient = model.local_parameters[-1].tensor.grad
             assert gradient is not None
             gradient.view(-1)[0] = torch.nan
-        return calls[-1]
+        return loss
 
     model.train_step = train_step  # type: ignore[method-assign]
     section = TrainSection(global_batch_size=BATCH, seq_len=SEQ_LEN, num_steps=3, lr=1e-3, max_skipped_steps=1)

@@ -94,7 +94,7 @@ class ParallelModel:
         loss_fn: LossFunction | None = None,
         accumulate: bool = False,
         num_tokens: int | None = None,
-    ) -> float:
+    ) -> Tensor:
         """Forward and backward of one global batch under the plan's schedule.  Collective over the world.
 
         Args:
@@ -111,9 +111,10 @@ class ParallelModel:
                 to those of the mean over all their tokens.
 
         Returns:
-            The mean loss over all counted tokens, equal on all ranks.  The ``grad`` of every one of
-            ``parameters()`` is then this rank's part of that loss's gradient.  The memory of gradients is used again:
-            the next call overwrites what ``grad`` is now, so ``clone`` what shall outlive it.
+            The mean loss over all counted tokens, equal on all ranks: a float32 scalar on the device, which the host
+            waits for only when it reads it (``float(loss)``).  The ``grad`` of every one of ``parameters()`` is then
+            this rank's part of that loss's gradient.  The memory of gradients is used again: the next call overwrites
+            what ``grad`` is now, so ``clone`` what shall outlive it.
 
         Raises:
             DataError: a batch of another shape or dtype, with ids that the vocabulary lacks, or not equal on all
@@ -152,8 +153,8 @@ class ParallelModel:
         return time.perf_counter() - start
 
     @torch.no_grad()
-    def evaluate(self, input_ids: Tensor, labels: Tensor, *, loss_fn: LossFunction | None = None) -> float:
-        """The mean loss of a batch of the plan's shape, without gradients or dropout; equal on all ranks.
+    def evaluate(self, input_ids: Tensor, labels: Tensor, *, loss_fn: LossFunction | None = None) -> Tensor:
+        """The mean loss of a batch of the plan's shape, without gradients or dropout: a scalar equal on all ranks.
 
         Collective over the world; raises as ``train_step`` does.
         """
@@ -203,12 +204,12 @@ class ParallelModel:
         for shard in self._shards.values():
             shard.grad = None
 
-    def clip_grad_norm_(self, max_norm: float | None) -> float:
-        """The global gradient norm, before scaling gradients down to ``max_norm`` if it is given."""
+    def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
+        """The global gradient norm, before scaling gradients down to ``max_norm`` if it is given; a float32 scalar."""
         norm = global_norm(self.local_parameters, self.grid.world.device)
         if max_norm is not None:
             clip(self.local_parameters, norm, max_norm)
-        return float(norm)
+        return norm
 
     def state_dict(self, *, full: bool = True) -> dict[str, Tensor]:
         """The weights.

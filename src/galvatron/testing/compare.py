@@ -85,7 +85,7 @@ def compare_on_rank(path: Path, plan: Plan) -> RankFindings:
         found, seen = _train_step(model, optimizer, step, index, reference.recipe.max_grad_norm)
         deviations += found
         scalars += seen
-    scalars.append(model.evaluate(reference.steps[0].input_ids, reference.steps[0].labels))
+    scalars.append(float(model.evaluate(reference.steps[0].input_ids, reference.steps[0].labels)))
     deviations.append(_scalar("final_loss", -1, scalars[-1], reference.final_loss))
     deviations += _final_state(model.local_parameters, optimizer, reference)
     return RankFindings(
@@ -111,7 +111,7 @@ def _train_step(
     model: ParallelModel, optimizer: torch.optim.AdamW, step: Step, index: int, max_grad_norm: float | None
 ) -> tuple[list[Deviation], list[float]]:
     model.zero_grad()
-    loss = model.train_step(step.input_ids, step.labels)
+    loss = float(model.train_step(step.input_ids, step.labels))
     deviations = [_scalar("loss", index, loss, step.loss)]
     for parameter in model.local_parameters:
         gradient = parameter.tensor.grad
@@ -121,7 +121,7 @@ def _train_step(
         elif gradient is not None and gradient.shape == parameter.tensor.shape:
             error = _error(gradient, parameter, step.gradients)
         deviations.append(_deviation("gradient", parameter.name, index, error))
-    grad_norm = model.clip_grad_norm_(max_grad_norm)
+    grad_norm = float(model.clip_grad_norm_(max_grad_norm))
     deviations.append(_scalar("grad_norm", index, grad_norm, step.grad_norm))
     optimizer.step()
     return deviations, [loss, grad_norm]

@@ -23,8 +23,8 @@ class TrainableModel(Protocol):
     """A model cut by a plan.  Batches are int64 [global_batch_size, seq_len], equal on all ranks.
 
     Labels are shifted by one already; -100 is ignored.  ``train_step`` leaves the gradients of the global
-    mean loss on the parameters; losses and norms are equal on all ranks.  ``steps`` calls of it are done, which
-    decides what dropout draws.
+    mean loss on the parameters; losses and norms are scalars on the device, equal on all ranks.  ``steps`` calls of
+    it are done, which decides what dropout draws.
     """
 
     steps: int
@@ -35,10 +35,10 @@ class TrainableModel(Protocol):
     def config(self) -> Any: ...  # noqa: D102
     @property
     def local_parameters(self) -> Sequence[LocalParameter]: ...  # noqa: D102
-    def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float: ...  # noqa: D102
-    def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float: ...  # noqa: D102
+    def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+    def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102
-    def clip_grad_norm_(self, max_norm: float | None) -> float: ...  # noqa: D102
+    def clip_grad_norm_(self, max_norm: float | None) -> torch.Tensor: ...  # noqa: D102
     def gathered_buffers(self) -> Iterable[torch.Tensor]: ...  # noqa: D102
 
 

@@ -12,6 +12,7 @@ import torch
 
 from galvatron.core.job import TrainSection
 from galvatron.parallelize import LocalParameter
+from galvatron.parallelize.sharding.gradients import excess
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -56,6 +57,17 @@ def build_optimizer(parameters: Sequence[LocalParameter], train: TrainSection) -
             **{moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS},
         }
     return optimizer
+
+
+def update(optimizer: torch.optim.AdamW, loss: torch.Tensor, norm: torch.Tensor, max_norm: float | None) -> None:
+    """AdamW by gradients of ``norm`` scaled down to ``max_norm``; where loss or norm is not finite nothing changes.
+
+    The host waits for nothing: the fused kernel divides by a scale and skips by a flag that it reads on the device, as
+    torch's GradScaler hands them to it.
+    """
+    finite = torch.isfinite(loss) & torch.isfinite(norm)
+    optimizer.grad_scale, optimizer.found_inf = excess(norm, max_norm), 1.0 - finite.float()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -24,7 +24,7 @@ from .interface import Reporter, TrainableModel
 from .lineage import RUN_FILE, Lineage
 from .memory import PeakMemory
 from .metrics import MetricsLog, StepMetrics
-from .optimizer import lr_at, set_lr
+from .optimizer import lr_at, set_lr, update
 from .stop import StopRequest, stop_requests
 
 
@@ -48,7 +48,7 @@ class Trainer:
     """A run between two steps: ``step`` are done, ``skipped_steps`` of them without learning; ``last_step`` ends it."""
 
     model: TrainableModel
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     section: TrainSection
     dataset: Dataset
     plan: Plan
@@ -62,6 +62,7 @@ class Trainer:
     skipped_in_a_row: int
     last_step: int
     loss: float = math.nan
+    upcoming: tuple[torch.Tensor, torch.Tensor] | None = None
     eval_loss: float | None = None
     checkpoint: Path | None = None
 
@@ -97,25 +98,26 @@ class Trainer:
     def _train_step(self, log: MetricsLog | None, request: StopRequest) -> int:
         """Learn from one batch, or skip it; the signal by which any rank was asked to stop, else 0."""
         start = time.perf_counter()
-        inputs, labels = self.dataset.batch(self.step)
+        inputs, labels = self.upcoming or self.dataset.batch(self.step)
         lr = lr_at(self.step, self.section)
         set_lr(self.optimizer, lr)
         with self.peak_memory.watch(self.model, self.optimizer, (inputs, labels)):
             self.model.steps = self.step
             loss = self.model.train_step(inputs, labels)
-            grad_norm = self.model.clip_grad_norm_(self.section.max_grad_norm)
-            defect = _defect(loss, grad_norm)
-            if defect is None:
-                self.optimizer.step()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the update runs on after its launch, and belongs to this step
+            norm = self.model.clip_grad_norm_(None)
+            update(self.optimizer, loss, norm, self.section.max_grad_norm)
+        more = self.step + 1 < self.last_step
+        self.upcoming = self.dataset.batch(self.step + 1) if more else None  # while the device works
+        # the only time that the host waits for the device
+        known = [float(self.peak_memory.bytes()), float(request.signum)]
+        peak_bytes, stop, loss_now, grad_norm = all_max(known, beside=[loss, norm])
         seconds = time.perf_counter() - start
+        defect = _defect(loss_now, grad_norm)
         if defect is not None:
             self._count_skipped(defect)
         self.step += 1
-        peak_bytes, stop = all_max([float(self.peak_memory.bytes()), float(request.signum)])
         if defect is None:
-            self.loss, self.skipped_in_a_row = loss, 0
+            self.loss, self.skipped_in_a_row = loss_now, 0
             metrics = self._metrics(grad_norm, lr, seconds, int(peak_bytes))
             if log is not None:
                 log.step(metrics)
@@ -163,7 +165,7 @@ class Trainer:
         for index in range(min(self.section.eval_batches, self.dataset.num_eval_batches)):
             inputs, labels = self.dataset.eval_batch(index)
             counted = int((labels != IGNORED_LABEL).sum())
-            total += self.model.evaluate(inputs, labels) * counted
+            total += float(self.model.evaluate(inputs, labels)) * counted
             count += counted
         if count == 0:
             return

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from train_fakes import section, whole_part
 
-from galvatron.train.optimizer import build_optimizer, lr_at, set_lr, set_update_count
+from galvatron.train.optimizer import build_optimizer, lr_at, set_lr, set_update_count, update
 
 
 def test_warmup_rises_to_lr_and_never_from_zero() -> None:
@@ -79,3 +80,24 @@ def test_frozen_parameters_have_no_state_and_stay() -> None:
     optimizer.step()
     assert torch.equal(frozen.tensor, torch.ones(2))
     build_optimizer([frozen], section()).step()  # a rank may hold nothing else
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 100.0, None])
+def test_an_update_clips_as_torch_does_and_skips_what_is_not_finite(max_norm: float | None) -> None:
+    parts = [whole_part("w", torch.randn(5, 7)), whole_part("b", torch.randn(7))]
+    twins = copy.deepcopy(parts)
+    train, (ours, theirs) = section(), ([p.tensor for p in which] for which in (parts, twins))
+    optimizer, reference = build_optimizer(parts, train), build_optimizer(twins, train)
+    for defect in (None, "loss", None, "norm"):
+        for own, other in zip(ours, theirs, strict=True):
+            own.grad = torch.randn_like(own)
+            other.grad = own.grad.clone()
+        loss, norm = torch.tensor(1.0), torch.nn.utils.get_total_norm([p.grad for p in ours])
+        if defect is None:
+            torch.nn.utils.clip_grad_norm_(theirs, max_norm or math.inf)
+            reference.step()
+        loss, norm = (torch.tensor(math.nan) if name == defect else x for name, x in (("loss", loss), ("norm", norm)))
+        update(optimizer, loss, norm, max_norm)
+        for own, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-7)
+            assert optimizer.state[own]["step"] == reference.state[other]["step"]

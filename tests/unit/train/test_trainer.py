@@ -25,7 +25,7 @@ from galvatron.train import (
     train,
 )
 from galvatron.train.metrics import MetricsLog
-from galvatron.train.optimizer import set_lr
+from galvatron.train.optimizer import set_lr, update
 
 TOKENS = np.random.RandomState(0).randint(0, 40, size=2100)
 
@@ -97,7 +97,7 @@ def test_evaluation_is_the_mean_over_counted_tokens(tmp_path: Path) -> None:
     model = FakeModel.make()
     result = run(model, tmp_path, section(num_steps=1, eval_batches=99))
     dataset = Dataset(TOKENS, seq_len=8, global_batch_size=1, eval_fraction=0.05)
-    single = [model.evaluate(*dataset.eval_batch(i)) for i in range(dataset.num_eval_batches)]
+    single = [float(model.evaluate(*dataset.eval_batch(i))) for i in range(dataset.num_eval_batches)]
     assert len(single) % 4 != 0  # so that the last batch of four was padded
     assert result.eval_loss == pytest.approx(sum(single) / len(single), rel=1e-6)
 
@@ -156,11 +156,11 @@ def test_a_run_killed_before_its_first_save_begins_again(tmp_path: Path) -> None
 def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: Path) -> None:
     model = FakeModel.make()
     original = model.train_step
-    calls: list[float] = []
+    calls: list[torch.Tensor] = []
 
-    def poisoned(input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+    def poisoned(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         calls.append(original(input_ids, labels))
-        return math.nan if len(calls) == 3 else calls[-1]
+        return torch.tensor(math.nan) if len(calls) == 3 else calls[-1]
 
     model.train_step = poisoned  # type: ignore[method-assign]
     with pytest.raises(GalvatronError, match="the loss is nan at step 3, training cannot go on"):
@@ -173,14 +173,14 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: 
 def poisoned(model: FakeModel, batches: set[int], *, in_gradient: bool = False) -> FakeModel:
     """``model`` whose loss is NaN, or whose gradients are infinite, at the ``batches`` counted from 1."""
     original = model.train_step
-    calls: list[float] = []
+    calls: list[torch.Tensor] = []
 
-    def train_step(input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+    def train_step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         calls.append(original(input_ids, labels))
         if len(calls) in batches:
             for part in model.local_parameters:
                 part.tensor.grad = torch.full_like(part.tensor, math.inf)
-            return calls[-1] if in_gradient else math.nan
+            return calls[-1] if in_gradient else torch.tensor(math.nan)
         return calls[-1]
 
     model.train_step = train_step  # type: ignore[method-assign]
@@ -207,9 +207,9 @@ def test_skipped_steps_teach_nothing_and_shift_nothing(
     expected = []
     for step in (0, 1, 4, 5, 6):
         set_lr(optimizer, lr_at(step, settings))
-        expected.append(twin.train_step(*dataset.batch(step)))
-        twin.clip_grad_norm_(settings.max_grad_norm)
-        optimizer.step()
+        loss = twin.train_step(*dataset.batch(step))
+        expected.append(float(loss))
+        update(optimizer, loss, twin.clip_grad_norm_(None), settings.max_grad_norm)
     assert losses(tmp_path) == expected
     for ours, theirs in zip(model.local_parameters, twin.local_parameters, strict=True):
         assert torch.equal(ours.tensor, theirs.tensor)

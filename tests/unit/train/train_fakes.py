@@ -90,15 +90,15 @@ class FakeModel:
         logits = self.table.tensor[rows] + self.bias.tensor
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
-    def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+    def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self.zero_grad()
         loss = self._loss(input_ids, labels)
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
-        return float(self._loss(input_ids, labels))
+    def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self._loss(input_ids, labels)
 
     def zero_grad(self) -> None:
         for part in self.local_parameters:
@@ -107,10 +107,8 @@ class FakeModel:
     def gathered_buffers(self) -> list[torch.Tensor]:
         return []
 
-    def clip_grad_norm_(self, max_norm: float | None) -> float:
-        return float(
-            torch.nn.utils.clip_grad_norm_([p.tensor for p in self.local_parameters], max_norm or float("inf"))
-        )
+    def clip_grad_norm_(self, max_norm: float | None) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_([p.tensor for p in self.local_parameters], max_norm or float("inf"))
 
 
 def section(**changes: object) -> TrainSection:

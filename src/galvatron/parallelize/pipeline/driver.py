@@ -59,7 +59,7 @@ class Driver:
         self._entry = unsharded[0] if enters_unsharded else None  # holds the layer that sends gradients back
         self.position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
 
-    def train(self, batch: Batch) -> float:
+    def train(self, batch: Batch) -> Tensor:
         """Forward and backward under the plan's schedule."""
         plan = self.plan
         loss = self._run(actions(plan.schedule, plan.pp, self.grid.stage, plan.num_microbatches), batch)
@@ -68,7 +68,7 @@ class Driver:
         self._finish_gradients()
         return loss
 
-    def evaluate(self, batch: Batch) -> float:
+    def evaluate(self, batch: Batch) -> Tensor:
         """Forward alone."""
         loss = self._run([Action("forward", index) for index in range(self.plan.num_microbatches)], batch)
         free_gathered(self.sharded)
@@ -85,7 +85,7 @@ class Driver:
         for unit in self.unsharded:
             unit.finish()
 
-    def _run(self, order: list[Action], batch: Batch) -> float:
+    def _run(self, order: list[Action], batch: Batch) -> Tensor:
         self.stage.early_gradient.forget()
         for unit in self.unsharded:
             unit.refresh()
@@ -104,7 +104,7 @@ class Driver:
         for loss in losses:
             total += loss
         dist.all_reduce(total)
-        return float(total)
+        return total
 
     def _before_backward(self, is_last: bool) -> None:
         prepare_backward(self.stage, self.sharded, is_last=is_last, sends_back=self.trains_before)

@@ -136,10 +136,15 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
-def all_max(values: Sequence[float]) -> list[float]:
-    """The elementwise maximum of ``values`` over all ranks, in float64."""
-    if world_size() == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=communication_device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return cast("list[float]", tensor.tolist())
+def all_max(values: Sequence[float], *, beside: Sequence[torch.Tensor] = ()) -> list[float]:
+    """The elementwise maximum of ``values`` over all ranks, in float64; then the scalars ``beside``, as they are here.
+
+    The host waits once for all of them.
+    """
+    numbers = torch.tensor(values, dtype=torch.float64, device=communication_device())
+    if world_size() > 1:
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    if beside:
+        scalars = torch.stack(list(beside)).double()
+        numbers = torch.cat([numbers.to(scalars.device), scalars])
+    return cast("list[float]", numbers.tolist())
