@@ -6,48 +6,19 @@ Numbers are of LLaMA with two layers: H hidden, V vocabulary rows, float32 eleme
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from galvatron.internals import TorchDispatchMode, tree_leaves
 from galvatron.parallelize import init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan
+from galvatron.testing.messages import Message, Messages
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool
 
 ROWS, SEQ_LEN = 4, 16
 """Sequences a microbatch, and their tokens."""
 DP2, TP2, ZERO3 = LayerStrategy(dp_replicate=2), LayerStrategy(tp=2), LayerStrategy(dp_shard=2, zero=3)
-KINDS = {
-    "allreduce_": "all-reduce",
-    "_allgather_base_": "all-gather",
-    "all_gather_into_tensor": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_tensor": "reduce-scatter",
-    "send": "send",
-    "recv_": "receive",
-}
-Message = tuple[str, int]
-"""Its kind, and the bytes of the larger side: what is summed, gathered, cut up, sent or received."""
-
-
-class Messages(TorchDispatchMode):
-    """Within, every message of this rank, in the order in which it starts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started: list[Message] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.__name__.partition(".")[0]
-        if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
-            sizes = [t.nbytes for t in tree_leaves((args, result)) if isinstance(t, Tensor)]
-            self.started.append((KINDS.get(name, name), max(sizes)))
-        return result
 
 
 def plan_for(strategy: LayerStrategy, stages: tuple[int, ...] = (2,), microbatches: int = 1) -> Plan:
