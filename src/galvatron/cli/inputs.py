@@ -116,6 +116,18 @@ def tp_degrees(world_size: int, at_most: int) -> list[int]:
     return sorted(degree for degree in degrees if degree <= at_most)
 
 
+def fraction(text: str) -> float:
+    """``1%`` → 0.01.
+
+    Raises:
+        ConfigError: it is no percentage, or 100% and more.
+    """
+    match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,9})?)\s*%\s*", text, re.ASCII)
+    if match is None or float(match[1]) >= 100:
+        raise ConfigError(f"a gap is a percentage below 100, got {shown(text)}; write 1% or 0.1%")
+    return float(match[1]) / 100
+
+
 def batch_sizes(text: str) -> list[int]:
     """``64``, ``64,96,128``, or ``64-512``: the first, doubled as long as it is within the range.
 

@@ -21,9 +21,10 @@ from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job, SearchSection
 from galvatron.core.model import Precision
 from galvatron.core.model_profile import ModelProfile
+from galvatron.core.units import parse_seconds
 
 from .console import console, error_console, say
-from .inputs import Cluster, Model, batch_sizes, memory_limit
+from .inputs import Cluster, Model, batch_sizes, fraction, memory_limit
 from .options import examples
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def register(app: typer.Typer) -> None:
             "galvatron search --model mixtral-8x7b --cluster h100:4x8 --link inter=25GB/s --seq-len 4096"
             " --global-batch-size 256 --space all --fix pp=4 --max tp=8 --what-if",
             "galvatron search --model llama2-7b --cluster a100:1x8 --seq-len 4096 --global-batch-size 64 --json",
+            "galvatron search --model deepseek-v3 --cluster h100:128x8 --seq-len 4096 --global-batch-size 1024"
+            " --space all --time-limit 30s --gap 1%",
         )
     )(search)
 
@@ -120,6 +123,13 @@ def search(
     what_if: Annotated[
         bool, typer.Option("--what-if", help="Search again with more memory, network and nodes: what would help.")
     ] = False,
+    gap: Annotated[
+        str, typer.Option("--gap", metavar="PERCENT", help="Stop when the plan is proved within this of the best: 1%.")
+    ] = "0%",
+    time_limit: Annotated[
+        str | None,
+        typer.Option("--time-limit", metavar="TIME", help="Stop with the best plan so far after 30s, 5m or 1h."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("plan.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -127,24 +137,25 @@ def search(
 
     Exact over its space: the plan carries a lower bound that no plan of the space beats.  Names of models and devices
     stand for estimated profiles; files for measured ones.  A picture of the predicted step goes beside the plan
-    (plan.svg).  Ctrl-C ends the search with the best plan so far.
+    (plan.svg).  Ctrl-C or the time limit ends the search with the best plan so far and its gap.
     """
     from galvatron.search import Limits, sensitivity
 
     picture = picture_beside(out, model, cluster)
     limits = Limits.parse(space, fix or (), forbid or (), at_most or ())
+    within, seconds = fraction(gap), None if time_limit is None else parse_seconds(time_limit)
     batches, where = batch_sizes(global_batch_size), Cluster.of(cluster, link or [])
     limit = memory_limit(memory, where.hardware)
     what = Model(model, seq_len, precision, _tp_asked(limits))
     profile = what.profile(where.hardware)
     with error_console().status("searching", spinner="line") as status:
-        job = _Search(what, batches, grad_reduce_dtype, limits, lambda line: status.update(line))
+        job = _Search(what, batches, grad_reduce_dtype, limits, within, seconds, lambda line: status.update(line))
         try:
             result = job.find(profile, where.hardware, limit, baselines=baselines)
         except InfeasibleError as error:
             raise _with_remedy(error, job.again, where, limit) from None
         changes: Sequence[Change] = ()
-        if what_if and not result.interrupted:
+        if what_if and not result.stopped:
             with contextlib.suppress(KeyboardInterrupt):  # the plan is there already
                 changes = sensitivity(job.again, where.hardware, result.memory_limit_bytes, where.shape)
     result.plan.save(out)
@@ -172,6 +183,8 @@ class _Search:
     batch_sizes: list[int]
     grad_reduce_dtype: Precision
     limits: Limits
+    gap: float
+    time_limit_s: float | None
     progress: Callable[[str], None]
 
     def find(
@@ -197,6 +210,8 @@ class _Search:
             limits=self.limits,
             num_candidates=num_candidates,
             baselines=baselines,
+            gap=self.gap,
+            time_limit_s=self.time_limit_s,
             progress=self.progress,
         )
 

@@ -38,6 +38,19 @@ def parse_bytes(text: str | int) -> int:
     return count
 
 
+def parse_seconds(text: str) -> float:
+    """``"30s"`` → 30.0; ``5m`` and ``1h`` alike.
+
+    Raises:
+        ConfigError: it is none of these, or zero.
+    """
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(s|m|h)\s*", text, re.ASCII)
+    seconds = 0.0 if match is None else float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+    if not seconds:
+        raise ConfigError(f"a time is a positive number with a unit, got {shown(text)}; write 30s, 5m or 1h")
+    return seconds
+
+
 def format_bytes(count: float) -> str:
     """Bytes for people, in binary units: ``1536`` → ``"1.5 KiB"``."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -64,7 +64,7 @@ def _search(result: SearchResult) -> Object:
         "infeasible": counts.infeasible,
         "replayed": counts.replayed,
         "strategies": counts.strategies,
-        "interrupted": result.interrupted,
+        "stopped": result.stopped,
         "origins": dict(zip(("model", "hardware"), result.origins, strict=True)),
     }
 

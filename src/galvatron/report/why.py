@@ -129,8 +129,9 @@ def _short_by(shortfall: Shortfall) -> str:
 def _proof(result: SearchResult) -> Iterator[str]:
     proof, counts = result.prediction.proof, result.counts
     assert proof is not None
-    if result.interrupted:
-        yield "the search was interrupted: this is the best plan so far, and the gap says what it may have missed"
+    if result.stopped:
+        stopped = {"interrupt": "was interrupted", "time limit": "ran out of time"}[result.stopped]
+        yield f"the search {stopped}: this is the best plan so far, and the gap says what it may have missed"
     yield (
         f"no plan of the space is below {format_seconds(proof.lower_bound_s)} in the additive model, whose best is "
         f"{format_seconds(proof.objective_s)} (gap {proof.gap:.2%})"

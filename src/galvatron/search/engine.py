@@ -21,13 +21,15 @@ from .checks import check_question
 from .job import Job, Progress, describe, score
 from .layers import FULL_EFFORT, LITTLE_EFFORT
 from .limits import Limits
-from .result import Counts, SearchResult, Shortfall, predicted, seconds_per_sample
+from .patience import Patience, TimeUp
+from .result import Counts, SearchResult, Shortfall, Stop, predicted, seconds_per_sample
 from .rivals import best_of_family, infeasible, shortfall_of_family, unlimited
-from .solve import solve
+from .solve import Solved, solve
 from .space import Space
 from .tables import Solution
 
 NUM_CANDIDATES = 8
+_STOPS: dict[type[BaseException], Stop] = {KeyboardInterrupt: "interrupt", TimeUp: "time limit"}
 
 
 def search(
@@ -42,13 +44,15 @@ def search(
     limits: Limits | None = None,
     num_candidates: int = NUM_CANDIDATES,
     baselines: bool = True,
+    gap: float = 0.0,
+    time_limit_s: float | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Find the fastest plan that fits.
 
     Exact for the additive objective over the whole space; the ``num_candidates`` best tasks' plans are replayed
-    and the fastest replay is chosen.  An interrupt (KeyboardInterrupt) ends the search with the best plan so far,
-    or with the first that is found quickly where there is none yet.
+    and the fastest replay is chosen.  An interrupt (KeyboardInterrupt) or the time limit ends the search with the best
+    plan so far, or with the first that is found quickly where there is none yet.
 
     Args:
         model_profile: measured at ``seq_len`` and ``precision``, which default to the profile's own.
@@ -61,6 +65,9 @@ def search(
         limits: the space, and what is fixed, forbidden or bounded in it.
         num_candidates: plans to replay.
         baselines: whether to search the simple plans too, and what memory costs.
+        gap: how much slower than proven possible the plan may be, a fraction; a search stops when its answer is
+            proved within it, and replays what it has by then.
+        time_limit_s: seconds of wall time after which it stops with what it has.
         progress: called with one line of text a task.
 
     Raises:
@@ -69,7 +76,7 @@ def search(
         ProfileError: a profile lacks a measurement, or the two are of different devices.
         InfeasibleError: no plan fits the memory limit, or none divides the batch.
     """
-    start, limits = time.process_time(), limits or Limits()
+    start, patience, limits = time.process_time(), Patience.of(gap, time_limit_s), limits or Limits()
     batches = [global_batch_size] if isinstance(global_batch_size, int) else sorted(set(global_batch_size))
     check_question(model_profile, hardware_profile, batches, limits)
     setting = Setting(
@@ -83,12 +90,12 @@ def search(
         grad_reduce_dtype,
     )
     limit = hardware_profile.device.memory_bytes if memory_limit_bytes is None else memory_limit_bytes
-    job = Job(setting, limits, limit, batches, progress or (lambda line: None))
+    job = Job(setting, limits, limit, batches, progress or (lambda line: None), patience)
     family = limits.space if limits.space in FAMILIES else None
     job.cost_all()
     found = _solve_all(job, num_candidates) if family is None else _solve_family(job, family)
     if not found.solved:
-        if found.interrupted:
+        if found.stopped == "interrupt":
             raise KeyboardInterrupt
         raise infeasible(job)
     return _result(job, found, num_candidates, baselines, start)
@@ -102,7 +109,7 @@ class _Found:
     lowest: float = math.inf
     bounded_away: int = 0
     infeasible: int = 0
-    interrupted: bool = False
+    stopped: Stop | None = None
 
     def best(self, rank: int = 1) -> float:
         """The ``rank``-th best value in seconds a sample; infinite while there are fewer."""
@@ -111,14 +118,14 @@ class _Found:
 
 
 def _solve_all(job: Job, num_candidates: int) -> _Found:
-    """Solve tasks by ascending bound until no other can be among the best ``num_candidates``."""
+    """Solve tasks by ascending bound until no other can be among the best ``num_candidates``, or within the gap."""
     found, order = _Found(), job.ascending()
     try:
-        while (i := order.first(found.best(num_candidates))) is not None:
+        while (i := order.first(_worth(found, num_candidates, job.patience.gap))) is not None:
             _solve_one(job, found, i, order.least, num_candidates)
             order.drop()
-    except KeyboardInterrupt:
-        found.interrupted = True
+    except (KeyboardInterrupt, TimeUp) as end:
+        found.stopped = _STOPS[type(end)]
         if not found.solved:
             _solve_any(job, found, [i for _, i in order.left])
     else:
@@ -129,13 +136,22 @@ def _solve_all(job: Job, num_candidates: int) -> _Found:
     return found
 
 
+def _worth(found: _Found, num_candidates: int, gap: float) -> float:
+    """Bounds up to this are looked at: what may be a candidate, and of that nothing that is within the gap anyway."""
+    worst = found.best(num_candidates)
+    return min(worst, found.best() * (1 - gap)) if gap else worst
+
+
 def _solve_one(job: Job, found: _Found, i: int, bound: float, num_candidates: int) -> None:
     task, worst = job.tasks[i], found.best(num_candidates)
     space = job.builder.build(task)
-    # what cannot be the best is a candidate for the replay alone: near its own best is good enough
-    effort = FULL_EFFORT if bound <= found.best() else LITTLE_EFFORT
-    solved = solve(space, worst * task.global_batch_size, effort)
-    found.lowest = min(found.lowest, solved.lower_bound_s / task.global_batch_size)
+    solved = Solved(None, bound * task.global_batch_size)
+    if bound <= found.best():
+        solved = solve(space, found.best() * task.global_batch_size, FULL_EFFORT, job.patience)
+    if solved.solution is None and solved.lower_bound_s < math.inf:
+        # what is not the best is a candidate for the replay alone: near its own best is good enough
+        near = solve(space, worst * task.global_batch_size, LITTLE_EFFORT, job.patience)
+        solved = Solved(near.solution, max(solved.lower_bound_s, near.lower_bound_s))
     if solved.solution is not None:
         found.solved.append((space, solved.solution))
     elif math.isinf(solved.lower_bound_s):
@@ -149,8 +165,8 @@ def _solve_one(job: Job, found: _Found, i: int, bound: float, num_candidates: in
 
 
 def _solve_any(job: Job, found: _Found, order: Sequence[int]) -> None:
-    """Interrupted before there was any plan: the first that a little effort finds."""
-    job.progress("interrupted; looking for any plan")
+    """Stopped before there was any plan: the first that a little effort finds."""
+    job.progress("stopped; looking for any plan")
     for i in order:
         space = job.builder.build(job.tasks[i])
         solution = solve(space, effort=LITTLE_EFFORT).solution
@@ -185,7 +201,7 @@ class _Rivals:
     baselines: dict[str, Plan | None] = field(default_factory=dict)
     shortfalls: dict[str, Shortfall] = field(default_factory=dict)
     unlimited: Plan | None = None
-    interrupted: bool = False
+    stopped: Stop | None = None
 
 
 def _rivals(job: Job, optimum: float) -> _Rivals:
@@ -200,14 +216,14 @@ def _rivals(job: Job, optimum: float) -> _Rivals:
         if job.limits.space not in FAMILIES:
             job.progress("searching with endless memory")
             rivals.unlimited = unlimited(job, optimum)
-    except KeyboardInterrupt:
-        rivals.interrupted = True
+    except (KeyboardInterrupt, TimeUp) as end:
+        rivals.stopped = _STOPS[type(end)]
     return rivals
 
 
 def _result(job: Job, found: _Found, num_candidates: int, baselines: bool, start: float) -> SearchResult:
     plans, optimum = _replayed(job, found, num_candidates), found.best()
-    rivals = _rivals(job, optimum) if baselines and not found.interrupted else _Rivals()
+    rivals = _rivals(job, optimum) if baselines and not found.stopped else _Rivals()
     if job.limits.space not in FAMILIES:  # a simple plan of equal objective may be a hair faster when replayed
         faster = [p for p in rivals.baselines.values() if p is not None and _rank(p) < _rank(plans[0])]
         plans = _distinct(sorted([*faster, *plans], key=_rank))
@@ -237,7 +253,7 @@ def _result(job: Job, found: _Found, num_candidates: int, baselines: bool, start
         memory_limit_bytes=job.limit,
         counts=counts,
         cpu_s=cpu_s,
-        interrupted=found.interrupted or rivals.interrupted,
+        stopped=found.stopped or rivals.stopped,
         origins=(job.setting.model.origin, job.setting.hardware.origin),
     )
 

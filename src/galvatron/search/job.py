@@ -18,6 +18,7 @@ from .ascending import Ascending
 from .baselines import FAMILIES, members
 from .bounds import free_bound_s, lower_bounds_s
 from .limits import Limits
+from .patience import ENDLESS, Patience
 from .space import Space, SpaceBuilder, Task, tasks
 from .tables import Solution
 
@@ -31,9 +32,16 @@ class Job:
     """
 
     def __init__(
-        self, setting: Setting, limits: Limits, limit: int, batches: Sequence[int], progress: Progress
+        self,
+        setting: Setting,
+        limits: Limits,
+        limit: int,
+        batches: Sequence[int],
+        progress: Progress,
+        patience: Patience = ENDLESS,
     ) -> None:
         self.setting, self.limits, self.limit, self.progress = setting, limits, limit, progress
+        self.patience = patience
         self.batches = tuple(batches)
         self.builder = SpaceBuilder(setting, limits, limit)
         world, layers = setting.hardware.world_size, setting.model.spec.num_layers
@@ -83,6 +91,7 @@ class Job:
     def _bound(self, i: int) -> float:
         """By the dual; what it says of others of the same stages and microbatches is kept."""
         if i not in self._bounds:
+            self.patience.check()
             if len(self._bounds) % 32 == 0:
                 self.progress(f"bounded {len(self._bounds)} of {len(self.tasks)} combinations")
             kin, batch = [j for j, plain in self._plain.items() if plain == i], self.tasks[i].global_batch_size

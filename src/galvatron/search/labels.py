@@ -92,7 +92,8 @@ def fastest(labels: Labels, transients: Ints, num_layouts: int, most: int) -> tu
     while True:
         columns, rows = int(held.max()) // size + 1, int(above.max()) // size + 1
         cell = (group * columns + held // size) * rows + above // size
-        num_cells = len(np.unique(cell))
+        ordered = np.sort(cell)  # several times as fast as np.unique, which hashes
+        num_cells = 1 + np.count_nonzero(ordered[1:] != ordered[:-1])
         if num_cells <= most or columns == rows == 1:
             break
         size = math.ceil(size * max(1.25, (num_cells / most) ** 0.75))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from galvatron.core.model import Origin
 from galvatron.plan.plan import Plan, Prediction
@@ -24,6 +25,9 @@ class Counts:
     left: int = 0
 
 
+Stop = Literal["interrupt", "time limit"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shortfall:
     """The plan of a family that comes nearest to fitting: ``stage`` needs ``bytes_short`` more than the limit."""
@@ -40,7 +44,7 @@ class SearchResult:
     ``plan`` carries the proof.  ``candidates``: the runners-up, best of their own task, fastest first.
     ``baselines``: the best of each simple family, None where none fits (``shortfalls`` then says by how much) or
     none is possible.  ``unlimited``: the additive optimum without a memory limit, None when the limit costs nothing.
-    ``interrupted``: the search was stopped before its proof was complete; its gap says how far it came.
+    ``stopped``: what ended the search before its proof was complete, if anything; its gap says how far it came.
     ``origins``: where the numbers of the model and of the hardware come from.
     """
 
@@ -52,7 +56,7 @@ class SearchResult:
     memory_limit_bytes: int
     counts: Counts
     cpu_s: float
-    interrupted: bool = False
+    stopped: Stop | None = None
     origins: tuple[Origin, Origin] = ("measured", "measured")
 
     @property

@@ -35,7 +35,7 @@ def best_of_family(job: Job, name: str) -> Found | None:
             if member.bound_s >= limit:
                 break
             smaller = space.restricted(member.chosen)
-            solution = solve(smaller, limit).solution
+            solution = solve(smaller, limit, patience=job.patience).solution
             if solution is not None and solution.value < limit:
                 best = smaller, solution
     return best
@@ -63,7 +63,7 @@ def unlimited(job: Job, optimum: float) -> Plan | None:
         if job.free[i] >= limit * (1 - 1e-9):
             break
         batch, space = job.tasks[i].global_batch_size, job.builder.build(job.tasks[i], UNLIMITED)
-        solution = solve(space, limit * batch).solution
+        solution = solve(space, limit * batch, patience=job.patience).solution
         if solution is not None and solution.value / batch < limit:
             best = space, solution
     return None if best is None else job.predicted(*best)

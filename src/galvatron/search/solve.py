@@ -15,6 +15,7 @@ import numpy as np
 
 from .bounds import StageBound, bound_of, least_works_s, relaxed_division, stage_bounds
 from .layers import FULL_EFFORT, GREAT_EFFORT, LITTLE_EFFORT, Effort
+from .patience import ENDLESS, Patience
 from .space import Space
 from .tables import ROUNDING, Solution, TaskSolver
 
@@ -37,10 +38,15 @@ class Solved:
     lower_bound_s: float
 
 
-def solve(space: Space, at_most: float = math.inf, effort: Effort = FULL_EFFORT) -> Solved:
+def solve(
+    space: Space, at_most: float = math.inf, effort: Effort = FULL_EFFORT, patience: Patience = ENDLESS
+) -> Solved:
     """The best plan of ``space`` whose value is at most ``at_most``; the bound is cut off there too.
 
-    With less than full effort the plan may be a little off the best; the bound stays true.
+    With less than full effort, or within a gap, the plan may be a little off the best; the bound stays true.
+
+    Raises:
+        TimeUp: ``patience`` came to its end.
     """
     best: Solution | None = None
     lower = math.inf
@@ -48,7 +54,7 @@ def solve(space: Space, at_most: float = math.inf, effort: Effort = FULL_EFFORT)
         if floor > at_most:
             lower = min(lower, floor)
             break
-        solved = _solve_within(part, at_most, effort)
+        solved = _solve_within(part, at_most, effort, patience)
         lower = min(lower, solved.lower_bound_s)
         if solved.solution is not None and (best is None or solved.solution.value < best.value):
             best, at_most = solved.solution, min(at_most, solved.solution.value)
@@ -86,7 +92,7 @@ def _pairs(space: Space) -> list[tuple[float, Space]]:
     return sorted(found, key=lambda pair: pair[0])
 
 
-def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
+def _solve_within(space: Space, at_most: float, effort: Effort, patience: Patience) -> Solved:
     """The same for one part: guesses rise from its bound until one is not too low."""
     bounds = stage_bounds(space)
     relaxed = relaxed_division(space, bounds)
@@ -98,28 +104,30 @@ def _solve_within(space: Space, at_most: float, effort: Effort) -> Solved:
     best: Solution | None = None
     for stretch in GUESSES if effort.bounds else COARSE_GUESSES:
         guess = min(relaxed.value * (1 + stretch), at_most, math.inf if best is None else best.value)
-        solver = TaskSolver(space, bounds, guess, effort)
+        solver = TaskSolver(space, bounds, guess, effort, patience)
         best = _better(best, solver.solve())
         lower = max(lower, min(solver.bound_s, guess))
         if best is not None and best.value <= lower * ROUNDING:
             return Solved(best, best.value)
+        if best is not None and best.value * (1 - patience.gap) <= lower:
+            return Solved(best, lower)
         if solver.merged and effort.bounds and solver.bound_s < math.inf:
-            best = _better(best, TaskSolver(space, bounds, guess, LITTLE_EFFORT).solve())
+            best = _better(best, TaskSolver(space, bounds, guess, LITTLE_EFFORT, patience).solve())
         if guess == at_most or (solver.merged and best is not None):
             break
     if best is None or best.value > at_most * ROUNDING:
         return Solved(None, lower)
-    return _retried(space, bounds, best, lower) if effort.bounds else Solved(best, lower)
+    return _retried(space, bounds, best, lower, patience) if effort.bounds else Solved(best, lower)
 
 
 def _better(a: Solution | None, b: Solution | None) -> Solution | None:
     return min((s for s in (a, b) if s is not None), key=lambda s: s.value, default=None)
 
 
-def _retried(space: Space, bounds: list[StageBound], best: Solution, lower: float) -> Solved:
+def _retried(space: Space, bounds: list[StageBound], best: Solution, lower: float, patience: Patience) -> Solved:
     """Where labels had to be merged: again with more of them, without what cannot beat the plan found."""
-    if best.value > lower * (1 + PROVEN):
-        solver, guess = TaskSolver(space, bounds, best.value, GREAT_EFFORT), best.value
+    if best.value > lower * (1 + max(PROVEN, patience.gap)):
+        solver, guess = TaskSolver(space, bounds, best.value, GREAT_EFFORT, patience), best.value
         best = _better(best, solver.solve()) or best
         lower = max(lower, min(solver.bound_s, guess))
     return Solved(best, min(lower, best.value))

@@ -21,6 +21,7 @@ from galvatron.plan.rules import beyond_runtime
 from .bounds import StageBound
 from .geometry import Geometry
 from .layers import ANY, FULL_EFFORT, Chain, ClassOptions, Effort, Goal, Grown, grow, undominated_options
+from .patience import ENDLESS, Patience
 from .space import Options, Space
 from .stages import Division, Join, Tables, by_ends, divide
 
@@ -65,7 +66,15 @@ class TaskSolver:
     the value of the best plan, because chains were merged for their number.
     """
 
-    def __init__(self, space: Space, bounds: list[StageBound], at_most: float, effort: Effort = FULL_EFFORT) -> None:
+    def __init__(
+        self,
+        space: Space,
+        bounds: list[StageBound],
+        at_most: float,
+        effort: Effort = FULL_EFFORT,
+        patience: Patience = ENDLESS,
+    ) -> None:
+        self.patience = patience
         self.space, self.geometry, self.bounds, self.effort = space, space.geometry, bounds, effort
         self.merged, self.bound_s = False, math.inf
         self.most_s = _most_work_s(self.geometry, self.bounds, at_most * ROUNDING)
@@ -103,6 +112,7 @@ class TaskSolver:
         """By (row, k) the chains of one stage's segments."""
         found: dict[tuple[int, int], Grown] = {}
         for members in self._alike(stage):
+            self.patience.check()
             chain = self._chain(stage, members, entries)
             if chain is not None:
                 result = grow(chain)

@@ -44,6 +44,6 @@ def test_an_interrupt_while_tasks_are_bounded_gives_some_plan(
         search(tmp_path, monkeypatch, "--json")
     assert stop.value.code == 0
     out = json.loads(capsys.readouterr().out)
-    assert out["search"]["interrupted"] is True
+    assert out["search"]["stopped"] == "interrupt"
     assert 0 < out["proof"]["gap"] < 1
     assert out["plan"] == json.loads((tmp_path / "plan.json").read_text())

@@ -16,6 +16,7 @@ from galvatron.core.job import SearchSection
 from galvatron.plan import Plan
 from galvatron.search import search
 from galvatron.search.layers import Effort
+from galvatron.search.patience import Patience
 from galvatron.search.solve import Solved, solve
 from galvatron.search.space import Space
 from unit.profiles import make_hardware, make_model, make_spec
@@ -141,16 +142,16 @@ def test_an_interrupt_gives_the_best_plan_so_far(
 ) -> None:
     solved: list[Solved] = []
 
-    def interrupted(space: Space, at_most: float, effort: Effort) -> Solved:
+    def interrupted(space: Space, at_most: float, effort: Effort, patience: Patience) -> Solved:
         if solved:
             raise KeyboardInterrupt
-        solved.append(solve(space, at_most, effort))
+        solved.append(solve(space, at_most, effort, patience))
         return solved[0]
 
     monkeypatch.setattr("galvatron.search.engine.solve", interrupted)
     assert galvatron(monkeypatch, *ARGUMENTS, "--json", "--what-if") == 0
     out = json.loads(capsys.readouterr().out)
-    assert out["search"]["interrupted"] is True
+    assert out["search"]["stopped"] == "interrupt"
     assert 0 <= out["proof"]["gap"] < 1
     assert out["plan"] == json.loads(Path("plan.json").read_text())
     assert "sensitivity" not in out
@@ -179,6 +180,10 @@ def test_a_job_s_limits_reach_the_search() -> None:
     ("options", "message"),
     [
         (["--memory", "1MiB"], "no plan fits in 1.0 MiB a device"),
+        (["--gap", "0.01"], "a gap is a percentage below 100, got '0.01'; write 1% or 0.1%"),
+        (["--gap", "100%"], "a gap is a percentage below 100"),
+        (["--time-limit", "30"], "a time is a positive number with a unit, got '30'; write 30s, 5m or 1h"),
+        (["--time-limit", "0s"], "a time is a positive number"),
         (["--memory", "lots"], "a memory size is a number with a unit, got 'lots'"),
         (["--fix", "pp=3"], "pp=3 must divide world_size=4; choose 1, 2, 4"),
         (["--seq-len", "128"], "the model profile was measured at seq_len=64 but the job has seq_len=128"),

@@ -11,7 +11,7 @@ from galvatron.core.errors import ConfigError, ProfileError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job
 from galvatron.core.parsing import is_file, parse_json, parse_toml, read_text
-from galvatron.core.units import parse_bytes
+from galvatron.core.units import parse_bytes, parse_seconds
 from galvatron.core.words import printable
 from unit.core.test_records import HARDWARE, JOB
 
@@ -95,6 +95,17 @@ def test_sizes_in_any_case(text: str, count: int) -> None:
 def test_sizes_that_are_none(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("1.5 m", 90), ("2h", 7200)])
+def test_times(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["30", "0s", "-1s", "infs", "1d", "", "9" * 500 + "s"])
+def test_times_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="a time is a positive number with a unit"):
+        parse_seconds(text)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,8 @@ def test_without_baselines_nothing_is_said_of_endless_memory() -> None:
 
 
 def test_an_interrupted_search_says_so() -> None:
-    assert "the search was interrupted" in explain(replace(find(2**34), interrupted=True))
+    assert "the search was interrupted" in explain(replace(find(2**34), stopped="interrupt"))
+    assert "the search ran out of time" in explain(replace(find(2**34), stopped="time limit"))
 
 
 def test_what_would_help_is_listed() -> None:

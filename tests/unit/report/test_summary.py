@@ -33,7 +33,7 @@ def test_the_plan_and_its_prediction() -> None:
     assert predicted_["memory_limit_bytes"] == TIGHT
     assert whole["proof"]["lower_bound_s"] <= whole["proof"]["objective_s"]
     assert whole["search"]["tasks"] == result.counts.tasks
-    assert whole["search"]["interrupted"] is False
+    assert whole["search"]["stopped"] is None
     assert "sensitivity" not in whole
 
 

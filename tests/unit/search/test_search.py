@@ -47,6 +47,27 @@ def step_s(plan: Plan | None) -> float:
     return plan.prediction.step_time_s
 
 
+@pytest.mark.parametrize("gap", [0.01, 0.2])
+def test_a_gap_is_kept_and_saves_work(gap: float) -> None:
+    exact, near = find(), find(gap=gap)
+    assert 0 <= proof_of(near).gap <= gap
+    assert proof_of(near).lower_bound_s <= proof_of(exact).objective_s * (1 + 1e-9)
+    assert proof_of(near).objective_s * (1 - gap) <= proof_of(exact).objective_s
+    assert near.counts.solved <= exact.counts.solved
+    assert near.stopped is None
+
+
+def test_a_time_limit_ends_a_search_with_some_plan_and_an_honest_gap() -> None:
+    exact, stopped = find(), find(time_limit_s=0.0)
+    check_plan(stopped.plan, MODEL.spec, 4)
+    assert stopped.stopped == "time limit"
+    assert step_s(stopped.plan) >= step_s(exact.plan) * (1 - 1e-9)
+    assert 0 < proof_of(stopped).gap < 1
+    assert proof_of(stopped).lower_bound_s <= proof_of(exact).objective_s * (1 + 1e-9)
+    assert stopped.baselines == {}
+    assert find(time_limit_s=3600.0).stopped is None
+
+
 def test_a_tight_limit_gives_a_mix_that_fits_and_that_the_runtime_accepts() -> None:
     limit = int(0.74 * TIGHT)
     result = find(limit)
