@@ -10,12 +10,17 @@ LOWEST_TESTS := tests/unit/test_internals.py tests/unit/train tests/unit/search/
 	$(addprefix tests/unit/cli/test_,search_verb.py console.py outputs.py) \
 	tests/numerics/test_certificate.py $(addprefix tests/distributed/test_,trainer_resume.py compile.py)
 
-.PHONY: quickstart test test-all test-lowest lint check format clean
+.PHONY: quickstart gpu test test-all test-lowest lint check format clean
 
 # The whole promise on this machine: profile, search, train, resume under another plan, generate.
 quickstart: $(INSTALLED)
 	rm -rf runs/quickstart
 	$(BIN)/galvatron run examples/quickstart.toml
+
+# Six minutes on one GPU (on a CPU small): right, as predicted, and how fast beside others?
+gpu: $(INSTALLED)
+	mkdir -p runs
+	$(BIN)/python -m benchmarks.gpu --out runs/gpu.json
 
 # What CI runs; a few minutes on two cores.
 test: $(INSTALLED)

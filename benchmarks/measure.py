@@ -18,10 +18,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -29,6 +29,7 @@ from rich.table import Table
 from galvatron.core.errors import InfeasibleError
 from galvatron.core.files import write_atomic
 from galvatron.core.records import dump_json
+from galvatron.core.version import __version__
 from galvatron.plan import Plan
 from galvatron.search import SearchResult
 
@@ -57,9 +58,16 @@ def header() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": platform.system()},
-        "versions": {name: version(name) for name in ("galvatron", "numpy")} | {"python": platform.python_version()},
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "versions": {"galvatron": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        "command": command(),
     }
+
+
+def command() -> str:
+    """What was typed; a package of benchmarks is run by its name."""
+    script = Path(sys.argv[0])
+    name = ["-m", f"benchmarks.{script.parent.name}"] if script.stem == "__main__" else [f"benchmarks/{script.name}"]
+    return shlex.join(["python", *name, *sys.argv[1:]])
 
 
 def _cpu_model() -> str:

@@ -34,11 +34,15 @@ def context_bytes(device: torch.device) -> int | None:
     that cuBLAS keeps within the allocator.
     """
     outside = outside_bytes(device)
-    if outside is None:
-        return None
+    return None if outside is None else outside + cublas_bytes(device)
+
+
+def cublas_bytes(device: torch.device) -> int:
+    """Bytes of a CUDA device's allocator that cuBLAS works in; freed, until it is called again."""
+    torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     clear_cublas_workspaces()
-    return outside + before - torch.cuda.memory_allocated(device)
+    return before - torch.cuda.memory_allocated(device)
 
 
 class OutsideGrowth:

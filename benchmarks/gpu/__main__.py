@@ -1,0 +1,81 @@
+"""``python -m benchmarks.gpu``: the parts in turn, each within its seconds; JSON and Markdown after every one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from benchmarks import measure
+
+from galvatron.core.files import write_atomic
+from galvatron.core.records import dump_json
+
+from . import __doc__ as questions
+from . import modes, peers, predictions, ranks
+from .children import Child, Clock, CutShortError, Row
+from .report import Parts, cell, tables, targets
+from .sizes import Device, describe
+
+PARTS: dict[str, tuple[float, Callable[[Device, Clock], Iterator[Row]]]] = {
+    "modes": (55, modes.run),
+    "predictions": (100, predictions.run),
+    "peers 1.2B": (95, partial(peers.run, "1.2B")),
+    "peers 3B": (70, partial(peers.run, "3B")),
+    "ranks": (25, ranks.run),
+}
+"""Every part with its share of the seconds; what one leaves goes to those after it."""
+
+
+def main() -> None:
+    parser = measure.parser(questions)
+    parser.add_argument("--seconds", type=float, default=345.0, help="for all parts together")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, help="by default all; on a CPU there is one model of peers"
+    )
+    options = measure.options(parser)
+    about, parts = measured(options.out, options.device, options.seconds, options.parts)
+    for table in tables(parts, on_gpu=about["type"] == "cuda"):
+        measure.show(table.title, table.columns, [[*map(cell, row)] for row in table.rows])
+
+
+def measured(out: Path, wanted: str, seconds: float, names: Sequence[str] | None = None) -> tuple[Row, Parts]:
+    """(what was measured on, the parts), written to ``out`` after every part."""
+    end, parts = Clock.of(seconds), Parts()
+    with Child(describe, wanted) as child:
+        about = dict(next(child.rows(end)))
+    device = Device(about["type"], about["name"], about["memory_bytes"])
+    left = {name: PARTS[name][0] for name in names or PARTS if names or device.is_gpu or name != "peers 3B"}
+    while left:
+        name, share = next(iter(left.items()))
+        clock = Clock.of(end.left_s * share / sum(left.values()))
+        del left[name]
+        parts[name] = _part(PARTS[name][1], device, clock)
+        write(out, about, parts)
+    return about, parts
+
+
+def _part(run: Callable[[Device, Clock], Iterator[Row]], device: Device, clock: Clock) -> Row:
+    start, rows, status = time.monotonic(), list[Row](), "whole"
+    try:
+        for row in run(device, clock):
+            rows.append(row)
+    except CutShortError as cut:
+        status = f"cut short ({cut})"
+    return {"status": status, "seconds": time.monotonic() - start, "rows": rows}
+
+
+def write(out: Path, about: Row, parts: Parts) -> None:
+    """The JSON, and the same as Markdown beside it."""
+    on_gpu = about["type"] == "cuda"
+    figures = [asdict(target) for target in targets(parts, on_gpu=on_gpu)]
+    write_atomic(out, dump_json({**measure.header(), "device": about, "targets": figures, "parts": parts}))
+    head = f"# One device\n\n{about['name']}, torch {about['torch']}, CUDA {about['cuda']}: `{measure.command()}`\n\n"
+    write_atomic(out.with_suffix(".md"), head + "\n".join(table.markdown() for table in tables(parts, on_gpu=on_gpu)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Processes that measure: a crash, a hang or a full device ends one of them, and what it has sent stays.
+
+Takes functions of this package; gives what they send.  Children are forked from a server that has imported torch and
+never touched CUDA (``galvatron.testing.pool`` does the same).  Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Self
+
+from galvatron.testing.pool import PRELOAD
+
+Row = dict[str, Any]
+GRACE_S = 15.0
+"""How long a child may go on after its seconds are over: it looks at the clock between two rows."""
+
+
+class CutShortError(Exception):
+    """A part ended before its last row; the message says why."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When seconds are over; all processes of a machine agree on it."""
+
+    end: float
+
+    @classmethod
+    def of(cls, seconds: float) -> Self:
+        return cls(time.monotonic() + seconds)
+
+    @property
+    def left_s(self) -> float:
+        return self.end - time.monotonic()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
+
+
+class Child:
+    """A process that runs ``fn(connection, *args)``; whatever it sends is a row, None the end."""
+
+    def __init__(self, fn: Callable[..., None], *args: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOAD))
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, fn, args))
+        self._process.start()
+        theirs.close()
+
+    def rows(self, clock: Clock) -> Iterator[Row]:
+        """What it sends until it ends; raises CutShortError where it fails or its seconds are long over."""
+        while (row := self.receive(clock.left_s + GRACE_S)) is not None:
+            yield row
+
+    def send(self, message: Any) -> None:
+        try:
+            self._ours.send(message)
+        except OSError:
+            raise CutShortError("the process has ended") from None
+
+    def receive(self, seconds: float) -> Row | None:
+        if not self._ours.poll(max(seconds, 0.0)):
+            self.close()
+            raise CutShortError("no answer in time")
+        try:
+            message = self._ours.recv()
+        except (EOFError, ConnectionError):
+            raise CutShortError("the process ended without an answer") from None
+        if isinstance(message, _Failure):
+            raise CutShortError(message.reason)
+        return message  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self._ours.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
+
+
+def _serve(connection: Connection, fn: Callable[..., None], args: tuple[Any, ...]) -> None:
+    message: _Failure | None = None
+    try:
+        fn(connection, *args)
+    except BaseException as error:  # whatever it was, the caller hears of it
+        message = _Failure(reason_of(error))
+    connection.send(message)

@@ -1,0 +1,143 @@
+"""Part ``predictions``: what plans take, against what a profile made in the same run predicts for them.
+
+One model on one device: microbatches and modes of recompute, alone and mixed.  Time is that of whole steps with clip
+and update.  Memory is the process's: on CUDA what the allocator has reserved at most and what lies outside it, on a CPU
+the tensors alive at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import get_args
+
+import torch
+
+from galvatron.core.hardware import HardwareProfile
+from galvatron.core.job import TrainSection
+from galvatron.core.model import Precision, Recompute
+from galvatron.core.model_profile import ModelProfile
+from galvatron.cost import predict
+from galvatron.models import meta_model
+from galvatron.parallelize import World, init_world, parallelize
+from galvatron.plan import Plan
+from galvatron.profile import profile_hardware, profile_model
+from galvatron.profile.device_memory import cublas_bytes, outside_bytes
+from galvatron.profile.timing import synchronize
+from galvatron.train import PeakMemory, build_optimizer
+
+from .children import Child, Clock, Row, reason_of
+from .sizes import Device, DrawnWeights, Work, config_of, one_device_plan, train
+
+STEPS = {"cpu": 1, "cuda": 4}
+MIXES: tuple[tuple[Recompute, Recompute], ...] = (("none", "full"), ("none", "selective"), ("selective", "full"))
+
+
+def run(device: Device, clock: Clock) -> Iterator[Row]:
+    with Child(measure, device, work_for(device), clock) as child:
+        yield from child.rows(clock)
+
+
+def precision_on(device: Device) -> Precision:
+    return "bf16" if device.is_gpu else "fp32"
+
+
+def work_for(device: Device) -> Work:
+    return Work("1.2B", 8, 2048, 4) if device.is_gpu else Work("tiny", 4, 64, 4)
+
+
+def plans(work: Work, precision: Precision) -> Iterator[Plan]:
+    """Every size of microbatch with every mode of recompute, then halves of two modes; 12 or more."""
+    num_layers = config_of(work.model).num_hidden_layers
+    sizes = [size for size in (1, 2, 4, 8) if size <= work.micro_batch_size]
+    alike = [(size, (mode, mode)) for size, mode in itertools.product(sizes[::-1], get_args(Recompute))]
+    for size, (first, second) in [*alike, *((sizes[len(sizes) // 2], mix) for mix in MIXES)]:
+        half = num_layers // 2
+        yield one_device_plan(work, size, precision, [first] * half + [second] * (num_layers - half))
+
+
+def measure(connection: Connection, device: Device, work: Work, clock: Clock) -> None:
+    """Sends a row with the profile, then one a plan."""
+    if not device.is_gpu:
+        torch.set_num_threads(1)
+    world = init_world(device.type)
+    start, precision = time.perf_counter(), precision_on(device)
+    most_s = 15.0 if device.is_gpu else 2.0
+    hardware = profile_hardware(world, budget_s=min(clock.left_s / 20, most_s / 4))
+    model = profile_model(
+        config_of(work.model),
+        world,
+        seq_len=work.seq_len,
+        precision=precision,
+        max_batch=work.micro_batch_size,
+        budget_s=min(clock.left_s / 6, most_s),
+    )
+    gc.collect()
+    about = model.model_dump(include={"compiled", "attention_backend", "context_bytes", "allocator_slack_fraction"})
+    about |= {"precision": precision, "matmul_flops_per_s": hardware.device.matmul_flops_per_s}
+    connection.send({"profile": about, "seconds": time.perf_counter() - start})
+    for plan in plans(work, precision):
+        connection.send(_row(plan, work, model, hardware, world, clock))
+
+
+def _row(plan: Plan, work: Work, model: ModelProfile, hardware: HardwareProfile, world: World, clock: Clock) -> Row:
+    about = {"plan": _words(plan)}
+    prediction = predict(plan, model, hardware)
+    if clock.left_s <= 0:
+        return {**about, "skipped": "no time left"}
+    if prediction.peak_memory_bytes > hardware.device.memory_bytes:
+        return {**about, "skipped": f"predicted to need {prediction.peak_memory_bytes / 2**30:.1f} GiB"}
+    try:
+        seconds, memory_bytes, tensor_bytes = _measure(plan, work, world)
+    except torch.OutOfMemoryError as error:
+        return {**about, "skipped": reason_of(error), "predicted_memory_bytes": prediction.peak_memory_bytes}
+    (stage,) = prediction.stages
+    predicted_tensors = stage.peak_memory_bytes - stage.runtime_bytes
+    predicted_bytes = prediction.peak_memory_bytes if world.device.type == "cuda" else predicted_tensors
+    return {
+        **about,
+        "predicted_step_time_s": prediction.step_time_s,
+        "step_times_s": seconds,
+        "time_error": prediction.step_time_s / statistics.median(seconds) - 1,
+        "predicted_memory_bytes": predicted_bytes,
+        "memory_bytes": memory_bytes,
+        "memory_error": predicted_bytes / memory_bytes - 1,
+        "predicted_tensor_bytes": predicted_tensors,
+        "tensor_bytes": tensor_bytes,
+        "tensor_error": predicted_tensors / tensor_bytes - 1,
+    }
+
+
+def _words(plan: Plan) -> str:
+    modes = dict.fromkeys(layer.recompute for layer in plan.layers)
+    return f"{plan.num_microbatches} x {plan.micro_batch_size}, recompute {' and '.join(modes)}"
+
+
+def _measure(plan: Plan, work: Work, world: World) -> tuple[list[float], int, int]:
+    """Seconds of every step after the first; bytes of the process and of its tensors at the peak."""
+    device, config = world.device, config_of(work.model)
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    memory = PeakMemory(device)
+    model = parallelize(meta_model(config), plan, world=world, weights=DrawnWeights(config, device))
+    section = TrainSection(global_batch_size=work.global_batch_size, seq_len=work.seq_len, num_steps=1)
+    optimizer = build_optimizer(model.local_parameters, section)
+    ids, labels = work.batch()
+    seconds = []
+    for _ in range(1 + STEPS[device.type]):
+        synchronize(device)
+        start = time.perf_counter()
+        with memory.watch(model, optimizer, [ids, labels]):
+            train(model, optimizer, ids, labels)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    outside = outside_bytes(device)
+    if outside is None:
+        return seconds[1:], memory.bytes(), memory.bytes()
+    memory_bytes = torch.cuda.max_memory_reserved(device) + outside
+    return seconds[1:], memory_bytes, memory.bytes() - cublas_bytes(device)
