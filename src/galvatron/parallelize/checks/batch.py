@@ -39,7 +39,9 @@ class BatchCheck:
             DataError: on all ranks alike where they compare their batches; otherwise where a batch breaks a rule.
         """
         host = [values.cpu() if isinstance(values, Tensor) else values for values in (input_ids, labels)]
-        problem = self._problem(*host) or _uncounted(host[1], num_tokens)
+        problem = self._problem(*host)
+        counted = 0 if problem else int((host[1] != IGNORED).sum())
+        problem = problem or _uncounted(counted, num_tokens)
         if self._num_seen % AGREEMENT_EVERY == 0:
             settings = zlib.crc32(f"{num_tokens} {accumulate} {problem}".encode())
             found = disagreement({"batch": settings if problem else _digest(settings, *host)})
@@ -52,7 +54,7 @@ class BatchCheck:
         if problem:
             raise DataError(problem)
         self._num_seen += 1
-        return 1.0 / (num_tokens or _num_counted(host[1]))
+        return 1.0 / (num_tokens or counted)
 
     def _problem(self, input_ids: Any, labels: Any) -> str | None:
         """The first rule that a batch breaks, as a sentence; None if it breaks none."""
@@ -81,12 +83,7 @@ class BatchCheck:
         )
 
 
-def _num_counted(labels: Tensor) -> int:
-    return int((labels != IGNORED).sum())
-
-
-def _uncounted(labels: Tensor, num_tokens: int | None) -> str | None:
-    counted = _num_counted(labels)
+def _uncounted(counted: int, num_tokens: int | None) -> str | None:
     if num_tokens is None and counted == 0:
         return f"no label of the batch counts, all are {IGNORED}; give at least one that does"
     if num_tokens is not None and num_tokens < max(counted, 1):

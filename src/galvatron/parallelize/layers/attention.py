@@ -1,7 +1,8 @@
 """The attention function that Hugging Face modules call, through the transformers registry.
 
 Causal, on the local heads of whole sequences; a sliding window becomes a mask only where it is shorter
-than the sequence.  Masks are described, never materialised by the model: documents are packed, not padded.
+than the sequence.  The model makes no masks, for it knows of none that go with this name: with one it would look at the
+positions in every microbatch, and the host would wait for the device each time.  Documents are packed, not padded.
 What training never asks for (padding, a KV cache, soft caps, attention sinks) is refused, not ignored.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.internals import call_attention, called_attention
@@ -30,7 +31,7 @@ def use_attention(model: PreTrainedModel) -> None:
     The modules get a config of their own: ``model.config`` is the user's, and other models may be made from it.
     """
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)  # a stage calls the modules within
     own: dict[int, PretrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -91,9 +92,8 @@ def _window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _no_mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **_: Any) -> None:
-    _check_whole(q_length, kv_length)
-    if attention_mask is not None:
+def _refuse_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("attention_mask") is not None or any(value is not None for value in args[1:2]):
         raise ConfigError("a parallel model takes sequences without padding, got an attention_mask; leave it out")
 
 

@@ -92,8 +92,16 @@ class Driver:
         if not self.grid.is_first:
             gather_for_step(self.sharded)
 
+        embedding_dp, head_dp = self.plan.embedding.dp, self.plan.head.dp
+        ids = self._own_rows(batch.input_ids, embedding_dp) if self.grid.is_first else None
+        labels = self._own_rows(batch.labels, head_dp) if self.grid.is_last else None
+
         def forward(microbatch: int, received: Inbox | None) -> Tensor:
-            return self._forward(batch, microbatch, received)
+            tokens = received if ids is None else ids[microbatch]
+            assert tokens is not None
+            own_labels = None if labels is None else labels[microbatch]
+            output: Tensor = self.stage(tokens, self.position_ids, own_labels, batch.weight, batch.loss_fn)
+            return output
 
         neighbours = self._neighbours()
         losses = run(order, forward, neighbours, self._before_backward)
@@ -111,18 +119,19 @@ class Driver:
         for unit in self.unsharded:
             unit.before_backward(is_last=is_last, sends_back=unit is self._entry)
 
-    def _forward(self, batch: Batch, microbatch: int, received: Inbox | None) -> Tensor:
-        tokens = received if received is not None else self._rows(batch.input_ids, microbatch, self.plan.embedding.dp)
-        labels = self._rows(batch.labels, microbatch, self.plan.head.dp) if self.grid.is_last else None
-        output: Tensor = self.stage(tokens, self.position_ids, labels, batch.weight, batch.loss_fn)
-        return output
+    def _own_rows(self, values: Tensor, dp: int) -> Tensor:
+        """This rank's rows [num_microbatches, micro_batch_size / dp, seq_len] of a batch, on its device.
 
-    def _rows(self, values: Tensor, microbatch: int, dp: int) -> Tensor:
-        """This rank's rows of a microbatch, on its device."""
-        rows = self.plan.micro_batch_size // dp
-        start = microbatch * self.plan.micro_batch_size
-        start += self.grid.axes.batch_chunk(self.grid.stage_rank, self.plan.stage_size // dp) * rows
-        return values[start : start + rows].to(self.grid.world.device)
+        All of a step at once, from pinned memory: a copy from other memory makes the host wait for the device.
+        """
+        chunk, device = (
+            self.grid.axes.batch_chunk(self.grid.stage_rank, self.plan.stage_size // dp),
+            self.grid.world.device,
+        )
+        own = values.unflatten(0, (-1, dp, self.plan.micro_batch_size // dp))[:, chunk]
+        if device.type == "cuda" and not own.is_cuda:
+            own = own.contiguous().pin_memory()
+        return own.to(device, non_blocking=True)
 
     def _neighbours(self) -> Neighbours:
         plan, stage = self.plan, self.grid.stage
