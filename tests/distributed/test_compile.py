@@ -66,7 +66,7 @@ def steps(name: str, compiled: bool, engine: str) -> tuple[list[float], dict[str
         model.warm_up()
         graphs.append(made() - start)
         for run in (model.train_step, model.train_step, model.evaluate):
-            losses.append(run(tokens[:, :-1], tokens[:, 1:]))
+            losses.append(float(run(tokens[:, :-1], tokens[:, 1:])))
             graphs.append(made() - start)
         return losses, gradients(model), graphs
 
