@@ -92,6 +92,6 @@ def test_the_public_call_takes_a_config(pool: Pool) -> None:
     assert report.ok, report.explain()
 
 
-def test_other_precisions_are_refused() -> None:
-    with pytest.raises(PlanError, match="precision=bf16"):
-        parity(tiny_config("llama"), PLAN.model_copy(update={"precision": "bf16"}))
+def test_other_sums_are_refused() -> None:
+    with pytest.raises(PlanError, match="grad_reduce_dtype=bf16"):
+        parity(tiny_config("llama"), PLAN.model_copy(update={"grad_reduce_dtype": "bf16"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from galvatron.core.model import Precision
 from galvatron.testing.models import VARIANTS
 from galvatron.testing.plans import pure_plans
 from galvatron.testing.reference import Recipe
@@ -27,9 +28,16 @@ PER_WORLD = {2: [s for s in STRATEGIES if "hsdp" not in s], 4: list(STRATEGIES),
 NAMES = [variant.name for variant in VARIANTS]
 
 
-def _check(sweep: Sweep, variant: str, world_size: int, strategy: str, recipe: Recipe | None = None) -> None:
+def _check(
+    sweep: Sweep,
+    variant: str,
+    world_size: int,
+    strategy: str,
+    recipe: Recipe | None = None,
+    precision: Precision = "fp32",
+) -> None:
     plan = pure_plans(variant_spec(variant, world_size), world_size)[strategy]
-    report = sweep.parity(variant, plan, recipe)
+    report = sweep.parity(variant, plan.model_copy(update={"precision": precision}), recipe)
     assert report.ok, report.explain()
 
 
@@ -43,6 +51,20 @@ def test_two_ranks(sweep: Sweep, variant: str, strategy: str) -> None:
 @pytest.mark.parametrize("variant", ["gpt2", "llama-tied-one-kv-head"])
 def test_four_ranks(sweep: Sweep, variant: str, strategy: str) -> None:
     _check(sweep, variant, 4, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["dp", "zero1", "zero3", "tp", "selective", "1f1b"])
+def test_two_ranks_in_fp16(sweep: Sweep, strategy: str) -> None:
+    """A loss scale that is lost, or taken out twice, is off by a thousand times the largest gradient."""
+    _check(sweep, "llama", 2, strategy, precision="fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("variant", ["gpt2", "llama-tied-one-kv-head"])
+def test_four_ranks_in_half_precisions(sweep: Sweep, variant: str, strategy: str, precision: Precision) -> None:
+    _check(sweep, variant, 4, strategy, precision=precision)
 
 
 @pytest.mark.slow

@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from galvatron.core import model
+
 Nproc = Annotated[
     int | None,
     typer.Option("--nproc", min=1, help="Local processes to start; leave out under torchrun or srun."),
 ]
 Device = Annotated[Literal["cpu", "cuda", "auto"], typer.Option("--device", help="Where to run.")]
-Precision = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="The precision layers compute in.")]
+Precision = Annotated[model.Precision, typer.Option("--precision", help="The precision layers compute in.")]
 Compile = Annotated[
     bool | None,
     typer.Option("--compile/--no-compile", help="Whether layers are compiled, as in training; by default on CUDA."),

@@ -15,7 +15,7 @@ from galvatron.core.files import check_output, write_output
 from galvatron.core.records import read_text
 
 from .console import say
-from .options import examples
+from .options import Precision, examples
 
 if TYPE_CHECKING:
     from galvatron.plan import Plan
@@ -105,9 +105,7 @@ def import_(
         str | None,
         typer.Option("--model", help="Check it against this model: a card, config.json or model.json."),
     ] = None,
-    precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option("--precision", help="The precision layers compute in.")
-    ] = "bf16",
+    precision: Precision = "bf16",
 ) -> None:
     """Bring in a plan that Hetu-Galvatron found; it is checked by all rules that plans obey here."""
     from galvatron.exchange import import_plan, named_spec

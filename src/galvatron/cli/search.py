@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +19,7 @@ from galvatron.core.errors import InfeasibleError, OutputError
 from galvatron.core.files import check_output, is_special, write_output
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job, SearchSection
-from galvatron.core.model import Precision
+from galvatron.core.model import Precision, ReduceDtype
 from galvatron.core.model_profile import ModelProfile
 from galvatron.core.units import parse_seconds
 
@@ -92,11 +92,11 @@ def search(
         int | None, typer.Option("--seq-len", min=1, help="Tokens a sequence; a profile's own if left out.")
     ] = None,
     precision: Annotated[
-        Literal["fp32", "bf16"] | None,
+        Precision | None,
         typer.Option("--precision", help="The precision layers compute in; a profile's own, else bf16."),
     ] = None,
     grad_reduce_dtype: Annotated[
-        Literal["fp32", "bf16"], typer.Option("--grad-reduce-dtype", help="What gradients are summed in.")
+        ReduceDtype, typer.Option("--grad-reduce-dtype", help="What gradients are summed in.")
     ] = "fp32",
     space: Annotated[
         str,
@@ -181,7 +181,7 @@ class _Search:
 
     model: Model
     batch_sizes: list[int]
-    grad_reduce_dtype: Precision
+    grad_reduce_dtype: ReduceDtype
     limits: Limits
     gap: float
     time_limit_s: float | None

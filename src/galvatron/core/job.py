@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, StrictBool, field_validator, model_validator
 
 from .errors import ConfigError
-from .model import Precision
+from .model import Precision, ReduceDtype
 from .numbers import Count, Devices, Layers, NonNegative, Positive, Sequences, Tokens, Whole
 from .parsing import parse_toml, read_text
 from .records import Record, validate
@@ -98,7 +98,7 @@ class TrainSection(Record):
     seq_len: Tokens
     num_steps: Count
     precision: Precision = "fp32"
-    grad_reduce_dtype: Precision = "fp32"
+    grad_reduce_dtype: ReduceDtype = "fp32"
     compile: StrictBool | Literal["auto"] = "auto"
     seed: int = Field(default=0, strict=True, ge=0, lt=2**64)
     lr: Positive = 3e-4

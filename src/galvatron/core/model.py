@@ -20,7 +20,10 @@ UnitName = str
 """``embedding``, ``head`` or the name of a kind of layer (``layer`` where all are equal)."""
 ENDS: tuple[UnitName, UnitName] = ("embedding", "head")
 Origin = Literal["measured", "imported", "estimated"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+"""What is computed in; parameters and optimizer states are always fp32."""
+ReduceDtype = Literal["fp32", "bf16"]
+"""What gradients are summed in; fp16 would overflow."""
 Recompute = Literal["none", "selective", "full"]
 
 

@@ -15,7 +15,7 @@ for _power, _letter in enumerate("kmgtp", start=1):
 LEAST_WITHOUT_UNIT = 2**20
 """A bare number below is taken for GiB with the unit forgotten, and refused."""
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def parse_bytes(text: str | int) -> int:

@@ -4,7 +4,7 @@ Takes a Setting, a unit and strategies; gives exact parameter, gradient and opti
 what passes.  Knows nothing of stages: ``step`` and ``search`` add units up.
 
 Where nothing is sharded (ZeRO 0, ``parallelize/sharding/unsharded.py``), 8 bytes a parameter before AdamW's 8, 10 in
-bf16:
+a half precision:
 
 * float32 parameters and a float32 gradient, to which every microbatch adds in place;
 * a copy of the parameters in the compute dtype where that is another;

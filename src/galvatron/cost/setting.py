@@ -10,7 +10,7 @@ import numpy as np
 
 from galvatron.core.errors import ProfileError
 from galvatron.core.hardware import HardwareProfile, Link, Op
-from galvatron.core.model import ENDS, ParameterSpec, Precision, UnitName
+from galvatron.core.model import ENDS, ParameterSpec, Precision, ReduceDtype, UnitName
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import Plan, Schedule
@@ -34,7 +34,7 @@ class Setting:
     global_batch_size: int
     seq_len: int
     precision: Precision
-    grad_reduce_dtype: Precision
+    grad_reduce_dtype: ReduceDtype
     schedule: Schedule = "1f1b"
     model_chunks: int = 1
 

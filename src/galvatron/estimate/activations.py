@@ -2,7 +2,7 @@
 
 Takes a model's shapes; gives ActivationSamples.  The formulas follow Korthikanti et al. 2022 (section 4), with flash
 attention in place of scores, the gathered input of a region kept whole on every rank, and Hugging Face's modules as
-they are: an RMS norm in bf16 keeps a float32 copy of its input.  Where ``profile`` can count, they give its counts.
+they are: an RMS norm in a half keeps a float32 copy of its input.  Where ``profile`` can count, they give its counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VISION = ("vit", "swin")
 CHUNK_BYTES, BLOCK_BYTES, SLICE_ROWS = 512 * 2**20, 128 * 2**20, 1 << 14
 """How the runtime's fused loss works (``parallelize/losses/fused.py``): what a chunk's logits take in the compute dtype
 and a block of them in float32, and rows of the weight's gradient that are summed at a time."""
-NORM_COPIES = {"bf16": 4, "fp32": 2}
+NORM_COPIES = {"bf16": 4, "fp16": 4, "fp32": 2}
 """Copies of a rank's chunk of hidden states at the peak of an RMS norm's backward; a LayerNorm's are 3.
 [Empirical: 2026-11, counted on fake tensors of the runtime's layers]"""
 LAYER_NORM_COPIES = 3
@@ -51,7 +51,7 @@ def _region(layer: LocalLayer, size: int) -> float:
 
 
 def _norm_bytes(rms: bool, size: int, width: int) -> float:
-    """A token's bytes: in float32 its input (in bf16 a copy), the normed and 1 / rms; or input, mean and 1 / std."""
+    """A token's bytes: in float32 its input (in a half a copy), the normed and 1 / rms; or input, mean and 1 / std."""
     return width * (FLOAT + size) + FLOAT if rms else width * size + 2 * FLOAT
 
 

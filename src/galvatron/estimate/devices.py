@@ -11,6 +11,7 @@ import json
 import re
 from functools import cache
 from importlib.resources import files
+from typing import get_args
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import Device
@@ -58,8 +59,8 @@ class Preset(Record):
     communication_slowdown: Constant
 
     def peak_flops_per_s(self, precision: Precision) -> float:
-        """The data sheet's matrix rate; fp32 means TF32."""
-        return self.bf16_flops_per_s.value if precision == "bf16" else self.fp32_flops_per_s.value
+        """The data sheet's matrix rate; fp32 means TF32, and tensor cores take fp16 as fast as bf16."""
+        return self.fp32_flops_per_s.value if precision == "fp32" else self.bf16_flops_per_s.value
 
     def matmul_flops_per_s(self, precision: Precision) -> float:
         """What large matrix products reach."""
@@ -76,7 +77,7 @@ class Preset(Record):
             name=self.product,
             type="cuda",
             memory_bytes=int(self.memory_bytes.value),
-            matmul_flops_per_s={"fp32": self.matmul_flops_per_s("fp32"), "bf16": self.matmul_flops_per_s("bf16")},
+            matmul_flops_per_s={precision: self.matmul_flops_per_s(precision) for precision in get_args(Precision)},
         )
 
 

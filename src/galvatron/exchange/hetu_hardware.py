@@ -24,7 +24,7 @@ from galvatron.plan.groups import group_shapes, p2p_strides
 
 from .hetu_files import MIB, read_numbers
 
-A100_BF16_FLOPS_PER_S = 312e12  # NVIDIA A100 datasheet: dense bf16 tensor cores
+A100_HALF_FLOPS_PER_S = 312e12  # NVIDIA A100 datasheet: dense bf16 and fp16 tensor cores
 A100_MEMORY_BYTES = 40 * 10**9  # the smaller of the two A100s (40 and 80 GB)
 GIGA = 1e9
 
@@ -71,7 +71,7 @@ def import_hardware(
             name="A100 (imported)",
             type="cuda",
             memory_bytes=device_memory_bytes,
-            matmul_flops_per_s={"bf16": A100_BF16_FLOPS_PER_S},
+            matmul_flops_per_s={"bf16": A100_HALF_FLOPS_PER_S, "fp16": A100_HALF_FLOPS_PER_S},
         ),
         world_size=cluster.world_size,
         devices_per_node=cluster.gpus_per_node,

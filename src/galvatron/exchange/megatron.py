@@ -33,7 +33,7 @@ def to_megatron(plan: Plan) -> tuple[str, ...]:
         *_pair("--micro-batch-size", plan.micro_batch_size // strategy.dp),
         *_pair("--global-batch-size", plan.global_batch_size),
         *_pair("--seq-length", plan.seq_len),
-        *(("--bf16",) if plan.precision == "bf16" else ()),
+        *(() if plan.precision == "fp32" else (f"--{plan.precision}",)),
         *(("--grad-reduce-in-bf16",) if plan.grad_reduce_dtype == "bf16" else ()),
     )
 

@@ -15,7 +15,7 @@ from galvatron.core.records import read_text
 
 CARDS = {"swin-huge": "swin-h"}
 """Hetu-Galvatron's names of models that have another name here."""
-PRECISIONS: dict[str, Precision] = {"bf16": "bf16", "fp32": "fp32"}
+PRECISIONS: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 
 _FILE_NAME = re.compile(r"(?:computation|memory)_profiling_([a-z0-9]+)_(.+?)(_all)?")
 

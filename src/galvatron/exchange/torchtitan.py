@@ -61,6 +61,8 @@ def _check(plan: Plan, strategy: LayerStrategy) -> None:
         raise refuse(SYSTEM, "schedule=gpipe without a pipeline (it runs microbatches one after the other)")
     if plan.schedule not in SCHEDULES:
         raise refuse(SYSTEM, f"schedule={plan.schedule} (its zero-bubble schedules are other ones)")
+    if plan.precision not in DTYPES:
+        raise refuse(SYSTEM, f"precision={plan.precision} (it scales no loss)")
     if plan.grad_reduce_dtype != "fp32":
         raise refuse(SYSTEM, f"grad_reduce_dtype={plan.grad_reduce_dtype} (it sums gradients in float32)")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError, UnsupportedError
 from galvatron.core.model import ModelSpec
-from galvatron.internals import local_part
+from galvatron.internals import local_part, multiply_all_
 
 from .checks.batch import BatchCheck
 from .checks.refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .checks.surroundings import check_surroundings
 from .layers.randomness import masks_of
 from .losses.own import LossFunction, check_loss
+from .losses.scale import LossScale
 from .pipeline.driver import Batch, Driver
 from .pipeline.stage import Stage
 from .processes.grid import Grid
@@ -55,6 +57,7 @@ class ParallelModel:
         local_parameters: every parameter this rank holds a part of.
         seed, steps: dropout's masks come from the seed, the number of calls of ``train_step`` so far, and the rank.
             Whoever goes on with a run of his own sets ``steps`` to what it was.
+        loss_scale: under fp16, what the loss of the next step is multiplied by: part of such a run too.
     """
 
     def __init__(
@@ -80,6 +83,8 @@ class ParallelModel:
         self._placed = {p.name: (p.tensor.data_ptr(), p.tensor.requires_grad) for p in parameters}
         shape, vocabulary = (self.plan.global_batch_size, self.plan.seq_len), spec.vocab_size
         self.seed, self.steps, self.compiled = seed, 0, compiled
+        self.loss_scale = LossScale() if self.plan.precision == "fp16" else None
+        self._carried = 1.0  # what the gradients that there are were multiplied by
         self._checked_loss: LossFunction | None = None
         self._train_batches = BatchCheck(shape, vocabulary)
         self._evaluation_batches = BatchCheck(shape, vocabulary)
@@ -113,24 +118,27 @@ class ParallelModel:
         Returns:
             The mean loss over all counted tokens, equal on all ranks: a float32 scalar on the device, which the host
             waits for only when it reads it (``float(loss)``).  The ``grad`` of every one of ``parameters()`` is then
-            this rank's part of that loss's gradient.  The memory of gradients is used again: the next call overwrites
+            this rank's part of that loss's gradient; under fp16 times ``loss_scale.scale``, until ``clip_grad_norm_``
+            takes that out.  The memory of gradients is used again: the next call overwrites
             what ``grad`` is now, so ``clone`` what shall outlive it.
 
         Raises:
             DataError: a batch of another shape or dtype, with ids that the vocabulary lacks, or not equal on all
                 ranks.  Nothing has changed then.
             ConfigError: ``loss_fn`` does not return a loss a token or trains parameters of its own, a parameter was
-                replaced, or autocast, ``no_grad`` or another default dtype is in effect.
+                replaced, the last step's gradients still carry the loss scale, or autocast, ``no_grad`` or another
+                default dtype is in effect.
         """
         self._check_step(loss_fn, gradients=True)
+        self._check_carried(accumulate)
         weight = self._train_batches.weight(input_ids, labels, num_tokens=num_tokens, accumulate=accumulate)
         earlier = self._begin(accumulate)
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
-            loss = self._driver.train(Batch(input_ids, labels, weight, loss_fn))
+            scaled = self._driver.train(Batch(input_ids, labels, self._carried * weight, loss_fn))
         self._collect_gradients()
         self._add_gradients(earlier)
         self.steps += 1
-        return loss
+        return scaled / self._carried
 
     def warm_up(self) -> float:
         """Compile what steps and evaluations will run, where layers are ``compiled``; the seconds it took.
@@ -203,12 +211,28 @@ class ParallelModel:
             parameter.tensor.grad = None
         for shard in self._shards.values():
             shard.grad = None
+        self._carried = 1.0
+
+    def grad_norm(self) -> Tensor:
+        """The global norm of the gradients, without the loss scale that they may carry: a float32 scalar."""
+        return global_norm(self.local_parameters, self.device) / self._carried
 
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
-        """The global gradient norm, before scaling gradients down to ``max_norm`` if it is given; a float32 scalar."""
-        norm = global_norm(self.local_parameters, self.grid.world.device)
-        if max_norm is not None:
-            clip(self.local_parameters, norm, max_norm)
+        """The global gradient norm, before scaling gradients down to ``max_norm`` if it is given; a float32 scalar.
+
+        Under fp16, between ``train_step`` and every update: takes the loss scale out of the gradients, and moves it for
+        the next step.  Where they overflowed (the norm is then inf or nan, on all ranks) there are none afterwards, so
+        that an optimizer's step changes nothing.
+        """
+        norm = self.grad_norm()
+        if max_norm is not None or self._carried != 1.0:
+            clip(self.local_parameters, norm, max_norm, self._carried)
+        self._carried = 1.0
+        if self.loss_scale is not None:
+            finite = math.isfinite(norm)
+            self.loss_scale = self.loss_scale.after(finite=finite)
+            if not finite:
+                self.zero_grad()
         return norm
 
     def state_dict(self, *, full: bool = True) -> dict[str, Tensor]:
@@ -287,6 +311,21 @@ class ParallelModel:
         for replicated in self._replicated:
             sum_over(replicated.group, [p.tensor.grad for p in replicated.parameters if p.tensor.grad is not None])
 
+    def _check_carried(self, accumulate: bool) -> None:
+        if not accumulate and self._carried != 1.0:
+            raise ConfigError(
+                f"the last step's gradients still carry fp16's loss scale of {self._carried:.0f}; call the model's "
+                "clip_grad_norm_(max_norm), or clip_grad_norm_(None), before every update, or zero_grad() to drop them"
+            )
+
+    def _carry(self) -> None:
+        """Multiply what gradients there are by the coming step's loss scale."""
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        kept = [p.tensor.grad for p in self.local_parameters if p.tensor.grad is not None]
+        if kept and self._carried != scale:
+            multiply_all_(kept, torch.tensor(scale / self._carried, device=self.device))
+        self._carried = scale
+
     def _begin(self, accumulate: bool) -> dict[str, Tensor | None]:
         """Forget gradients, or let those of unsharded parameters stay where they are and give the others to add.
 
@@ -294,6 +333,7 @@ class ParallelModel:
         """
         if not accumulate:
             self.zero_grad()
+        self._carry()
         earlier = {name: self._local[name].tensor.grad for name in self._shards}
         for name in self._rounded:
             rounded = self._local[name].tensor

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 from galvatron.core.errors import GalvatronError, PlanError
-from galvatron.core.model import ModelSpec, Precision, Recompute
+from galvatron.core.model import ModelSpec, Precision, Recompute, ReduceDtype
 from galvatron.core.numbers import (
     MAX_LAYERS,
     Bytes,
@@ -167,7 +167,7 @@ class Plan(FileRecord):
     global_batch_size: Sequences
     seq_len: Tokens
     precision: Precision = "fp32"
-    grad_reduce_dtype: Precision = "fp32"
+    grad_reduce_dtype: ReduceDtype = "fp32"
     embedding: LayerStrategy
     layers: tuple[LayerStrategy, ...]
     head: LayerStrategy

@@ -25,10 +25,10 @@ SHARING_SIZE, SHARING_ITERATIONS = 384, 20  # some 30 ms of one core: longer tha
 
 
 def measure_device(world: World, *, budget_s: float) -> Device:
-    """Collective: name, memory and best matrix-multiply rate in fp32 and bf16 of the slowest rank.
+    """Collective: name, memory and best matrix-multiply rate in each precision of the slowest rank.
 
-    All ranks multiply at once, because ranks of one machine share its cores.  A CPU too slow for bf16 to
-    finish one small product in its share of ``budget_s`` has no bf16 rate.
+    All ranks multiply at once, because ranks of one machine share its cores.  A CPU too slow to finish
+    one small product in bf16 or fp16 in its share of ``budget_s`` has no such rate.
     """
     (negative_memory,) = agree([-memory_bytes(world.device)], world.device)
     budget = Budget(budget_s, len(DTYPES))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import Precision
+from galvatron.core.model import Precision, ReduceDtype
 from galvatron.core.model_profile import ModelProfile
 from galvatron.cost.setting import Setting
 from galvatron.plan.plan import Plan, Proof
@@ -40,7 +40,7 @@ def search(
     seq_len: int | None = None,
     memory_limit_bytes: int | None = None,
     precision: Precision | None = None,
-    grad_reduce_dtype: Precision = "fp32",
+    grad_reduce_dtype: ReduceDtype = "fp32",
     limits: Limits | None = None,
     num_candidates: int = NUM_CANDIDATES,
     baselines: bool = True,

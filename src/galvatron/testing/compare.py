@@ -15,21 +15,20 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
+from galvatron.core.model import Precision
 from galvatron.core.records import Record
 from galvatron.parallelize import LocalParameter, ParallelModel, init_world, parallelize
+from galvatron.parallelize.losses.scale import LossScale
 from galvatron.plan import Plan
 
 from .coverage import Box, Holding, find_gaps
-from .reference import Reference, Step, Tensors
+from .reference import FP16_SCALE, Reference, Step, Tensors
 
-TOLERANCES: dict[str, float] = {
-    "loss": 1e-5,
-    "grad_norm": 1e-5,
-    "gradient": 1e-5,
-    "parameter": 1e-5,
-    "exp_avg": 1e-5,
-    "exp_avg_sq": 2e-5,
-    "final_loss": 1e-5,
+KINDS = ("loss", "grad_norm", "gradient", "parameter", "exp_avg", "exp_avg_sq", "final_loss")
+TOLERANCES: dict[Precision, dict[str, float]] = {
+    "fp32": dict(zip(KINDS, (1e-5, 1e-5, 1e-5, 1e-5, 1e-5, 2e-5, 1e-5), strict=True)),
+    "fp16": dict(zip(KINDS, (5e-4, 5e-3, 3e-2, 1e-2, 3e-2, 6e-2, 1e-3), strict=True)),
+    "bf16": dict(zip(KINDS, (4e-3, 4e-2, 0.24, 0.08, 0.24, 0.48, 8e-3), strict=True)),
 }
 """Largest allowed error of each kind, relative to the largest magnitude in the reference's whole tensor.
 
@@ -37,6 +36,10 @@ float32 rounds at 6e-8; sums of some hundred terms taken in another order, throu
 1e-6.  exp_avg_sq is quadratic in the gradient, so its relative error doubles.  Parameters obey the same
 bound because the recipe's eps keeps AdamW from amplifying rounding (see ``reference.Recipe``).
 [Empirical: November 2026, CPU, tiny models: worst 2e-7 of losses and norms, 4e-6 of gradients, 1e-6 of parameters.]
+
+fp16 rounds at 5e-4, 2^13 times as coarsely, and bf16 eight times as coarsely as that.
+[Empirical: likewise, fp16: worst 8e-5 of losses, 1e-3 of norms, 1e-2 of gradients, 4e-3 of parameters; bf16 7e-4, 5e-3,
+7e-2 and 9e-3.]
 """
 
 
@@ -47,17 +50,23 @@ class Deviation(Record):
     name: str
     step: int
     rank: int
+    precision: Precision = "fp32"
     error: float = Field(allow_inf_nan=True)
 
     @property
     def ok(self) -> bool:
         """Whether it is within its kind's tolerance (not a number never is)."""
-        return self.error <= TOLERANCES[self.kind]
+        return self.error <= self.tolerance
+
+    @property
+    def tolerance(self) -> float:
+        """Of its kind in its precision."""
+        return TOLERANCES[self.precision][self.kind]
 
     def __str__(self) -> str:
         when = "at the end" if self.step < 0 else f"in step {self.step}"
         what = f"{self.kind} of {self.name}" if self.name else self.kind
-        return f"{what} {when} on rank {self.rank}: {self.error:.2e} (tolerance {TOLERANCES[self.kind]:.0e})"
+        return f"{what} {when} on rank {self.rank}: {self.error:.2e} (tolerance {self.tolerance:.0e})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +86,8 @@ def compare_on_rank(path: Path, plan: Plan) -> RankFindings:
     """Run ``plan`` on this rank of an initialised gloo world against the reference saved at ``path``."""
     reference = Reference.load(path)
     model = parallelize(reference.model(), plan, world=init_world("cpu"))
+    if model.loss_scale is not None:
+        model.loss_scale = LossScale(scale=FP16_SCALE)
     tensors = [parameter.tensor for parameter in model.local_parameters]
     optimizer = reference.recipe.optimizer([tensor for tensor in tensors if tensor.requires_grad])
     deviations: list[Deviation] = []
@@ -88,8 +99,9 @@ def compare_on_rank(path: Path, plan: Plan) -> RankFindings:
     scalars.append(float(model.evaluate(reference.steps[0].input_ids, reference.steps[0].labels)))
     deviations.append(_scalar("final_loss", -1, scalars[-1], reference.final_loss))
     deviations += _final_state(model.local_parameters, optimizer, reference)
+    held = (deviation.model_copy(update={"precision": reference.precision}) for deviation in deviations)
     return RankFindings(
-        deviations=tuple(worth_reporting(deviations)),
+        deviations=tuple(worth_reporting(held)),
         holdings=tuple(_holding(parameter) for parameter in model.local_parameters),
         problems=tuple(_local_problems(model.local_parameters)),
         scalars=tuple(scalars),
@@ -112,6 +124,7 @@ def _train_step(
 ) -> tuple[list[Deviation], list[float]]:
     model.zero_grad()
     loss = float(model.train_step(step.input_ids, step.labels))
+    scale = 1.0 if model.loss_scale is None else model.loss_scale.scale
     deviations = [_scalar("loss", index, loss, step.loss)]
     for parameter in model.local_parameters:
         gradient = parameter.tensor.grad
@@ -119,7 +132,7 @@ def _train_step(
         if parameter.name not in step.gradients:
             error = 0.0 if gradient is None else math.inf
         elif gradient is not None and gradient.shape == parameter.tensor.shape:
-            error = _error(gradient, parameter, step.gradients)
+            error = _error(gradient / scale, parameter, step.gradients)
         deviations.append(_deviation("gradient", parameter.name, index, error))
     grad_norm = float(model.clip_grad_norm_(max_grad_norm))
     deviations.append(_scalar("grad_norm", index, grad_norm, step.grad_norm))

@@ -1,7 +1,7 @@
 """The certificate: a plan computes what one process computes.
 
 Takes a model and a plan; gives a ParityReport.  The reference is Hugging Face's own unmodified model,
-trained by one process in float32; the plan runs on as many gloo processes as it has devices.
+trained by one process in the plan's precision; the plan runs on as many gloo processes as it has devices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from galvatron.core.errors import PlanError
 from galvatron.core.records import Record
 from galvatron.plan import Plan
 
-from .compare import TOLERANCES, Deviation, RankFindings, compare_on_rank, worth_reporting
+from .compare import KINDS, Deviation, RankFindings, compare_on_rank, worth_reporting
 from .coverage import check_holdings
 from .models import tiny_model
 from .pool import Pool
@@ -48,7 +48,7 @@ class ParityReport(Record):
     @property
     def worst(self) -> dict[str, float]:
         """The largest relative error of each kind (see ``TOLERANCES``)."""
-        return {kind: max((d.error for d in self.deviations if d.kind == kind), default=0.0) for kind in TOLERANCES}
+        return {kind: max((d.error for d in self.deviations if d.kind == kind), default=0.0) for kind in KINDS}
 
     def explain(self) -> str:
         """The verdict for people: worst errors, and what failed first."""
@@ -73,28 +73,29 @@ def parity(
 ) -> ParityReport:
     """Certify that ``plan`` trains ``model`` exactly as one process would.
 
-    Both start from the same weights and take a few AdamW steps on the same random tokens, in float32 on the
-    CPU.  Compared on every rank, piece by piece: the loss, the gradient norm and every gradient of every
-    step, every parameter and both AdamW states at the end, and an evaluation of the result.  Also checked:
-    that the parts cover every parameter exactly once and that replicas end with the same bits.
+    Both start from the same weights and take a few AdamW steps on the same random tokens, on the CPU, in the
+    precision of the plan, which decides how near they must be (``compare.TOLERANCES``).  Compared on every rank,
+    piece by piece: the loss, the gradient norm and every gradient of every step, every parameter and both AdamW
+    states at the end, and an evaluation of the result. Also checked: that the parts cover every parameter exactly
+    once and that replicas end with the same bits.
 
     Args:
         model: a Hugging Face causal language model of a supported family, without dropout; or its config,
             for drawn weights.  One process trains a copy of it, so a large model is better certified by a
             twin: the same config with smaller sizes and the same number of layers.
-        plan: any plan for it, in precision fp32; ``plan.world_size`` processes run on this machine.
+        plan: any plan for it, whose gradients are reduced in fp32; ``plan.world_size`` processes run on this machine.
         recipe: how the steps are trained; default three steps of AdamW without clipping.
         pool: workers to use; by default new ones, ended afterwards.
 
     Raises:
-        PlanError: the plan breaks a rule, or is not in fp32.
+        PlanError: the plan breaks a rule, or reduces gradients in bf16.
         ConfigError: the model is of no supported family, or has dropout.
         WorkerError: a rank failed.
     """
     if isinstance(model, PretrainedConfig):
         model = tiny_model(model)
-    _check_precision(plan)
-    reference = train_reference(model, plan.global_batch_size, plan.seq_len, recipe)
+    _check_reduction(plan)
+    reference = train_reference(model, plan.global_batch_size, plan.seq_len, recipe, plan.precision)
     with tempfile.TemporaryDirectory(prefix="galvatron-parity-") as folder:
         path = Path(folder) / "reference.pt"
         reference.save(path)
@@ -121,9 +122,9 @@ def _problems(findings: list[RankFindings], shapes: dict[str, tuple[int, ...]]) 
     yield from check_holdings((holding for finding in findings for holding in finding.holdings), shapes)
 
 
-def _check_precision(plan: Plan) -> None:
-    if (plan.precision, plan.grad_reduce_dtype) != ("fp32", "fp32"):
+def _check_reduction(plan: Plan) -> None:
+    if plan.grad_reduce_dtype != "fp32":
         raise PlanError(
-            f"parity compares in fp32 but the plan has precision={plan.precision}, "
-            f"grad_reduce_dtype={plan.grad_reduce_dtype}; set both to fp32"
+            f"parity is held against one process, which reduces nothing, but the plan has "
+            f"grad_reduce_dtype={plan.grad_reduce_dtype}; set it to fp32"
         )

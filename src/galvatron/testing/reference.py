@@ -1,7 +1,8 @@
 """What one process computes: the truth that every plan is held against.
 
-Takes an unmodified Hugging Face model and a training recipe; gives the losses, gradients, parameters and
-AdamW states of a few steps in float32.  Knows nothing of plans or processes.
+Takes an unmodified Hugging Face model and a training recipe; gives the losses, gradients, parameters and AdamW
+states of a few steps, in float32 or in a half precision over float32 parameters. Knows nothing of plans or
+processes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.model import Precision
+from galvatron.parallelize.sharding.fsdp import DTYPES
 
 IGNORED = -100
+FP16_SCALE = 2.0**10
+"""Of the loss under fp16: with the few tokens of a test, each counts for so much that 2^16 overflows."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -71,10 +77,11 @@ class Step:
 class Reference:
     """A whole run: where it started, its steps, and where it ended (loss of the first batch included).
 
-    ``frozen`` parameters have no gradients and no AdamW states.
+    ``frozen`` parameters have no gradients and no AdamW states; ``precision`` is what layers computed in.
     """
 
     recipe: Recipe
+    precision: Precision
     config: PretrainedConfig
     frozen: frozenset[str]
     initial: Tensors
@@ -101,9 +108,13 @@ class Reference:
 
 
 def train_reference(
-    model: PreTrainedModel, global_batch_size: int, seq_len: int, recipe: Recipe | None = None
+    model: PreTrainedModel,
+    global_batch_size: int,
+    seq_len: int,
+    recipe: Recipe | None = None,
+    precision: Precision = "fp32",
 ) -> Reference:
-    """Train a copy of ``model`` in float32 for ``recipe.num_steps`` steps of AdamW; ``model`` stays as it is.
+    """Train a copy of ``model`` in ``precision`` for ``recipe.num_steps`` steps of AdamW; ``model`` stays as it is.
 
     What does not require a gradient in ``model`` is frozen in the copy.
 
@@ -119,11 +130,12 @@ def train_reference(
     trained = {name: parameter for name, parameter in parameters.items() if name not in frozen}
     optimizer = recipe.optimizer(list(trained.values()))
     batches = make_batches(recipe, model.config.vocab_size, global_batch_size, seq_len)
-    steps = tuple(_step(twin, optimizer, batch, recipe.max_grad_norm) for batch in batches)
+    steps = tuple(_step(twin, optimizer, batch, recipe.max_grad_norm, precision) for batch in batches)
     with torch.no_grad():
-        final_loss = token_loss(twin, *batches[0]).item()
+        final_loss = token_loss(twin, *batches[0], precision).item()
     return Reference(
         recipe=recipe,
+        precision=precision,
         config=model.config,
         frozen=frozen,
         initial=initial,
@@ -156,9 +168,12 @@ def make_batches(
     return batches
 
 
-def token_loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the counted tokens, a float32 scalar."""
-    logits = model(input_ids=input_ids, use_cache=False).logits
+def token_loss(
+    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, precision: Precision = "fp32"
+) -> torch.Tensor:
+    """Mean cross entropy of the counted tokens, a float32 scalar; ``precision`` is what the model computes in."""
+    weights = {name: parameter.to(DTYPES[precision]) for name, parameter in model.named_parameters()}
+    logits = functional_call(model, weights, kwargs={"input_ids": input_ids, "use_cache": False}).logits
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
@@ -177,10 +192,15 @@ def _step(
     optimizer: torch.optim.AdamW,
     batch: tuple[torch.Tensor, torch.Tensor],
     max_grad_norm: float | None,
+    precision: Precision,
 ) -> Step:
     optimizer.zero_grad()
-    loss = token_loss(model, *batch)
-    loss.backward()
+    loss = token_loss(model, *batch, precision)
+    scale = FP16_SCALE if precision == "fp16" else 1.0
+    (loss * scale).backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= scale
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()

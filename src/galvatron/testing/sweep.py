@@ -45,8 +45,9 @@ class Sweep:
     def _reference(self, variant: str, plan: Plan, recipe: Recipe) -> Path:
         heads = heads_for(plan.world_size)
         clip = recipe.max_grad_norm
-        path = self.folder / f"{variant}-{heads}-{plan.global_batch_size}x{plan.seq_len}-{clip}-{recipe.seed}.pt"
+        name = f"{variant}-{heads}-{plan.global_batch_size}x{plan.seq_len}-{clip}-{recipe.seed}"
+        path = self.folder / f"{name}-{plan.precision}.pt"
         if not path.exists():
             model = Variant.named(variant).model(heads, recipe.seed)
-            train_reference(model, plan.global_batch_size, plan.seq_len, recipe).save(path)
+            train_reference(model, plan.global_batch_size, plan.seq_len, recipe, plan.precision).save(path)
         return path

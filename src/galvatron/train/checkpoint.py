@@ -28,6 +28,7 @@ from galvatron.core.errors import CheckpointError, GalvatronError
 from galvatron.core.files import write_atomic
 from galvatron.core.records import FileRecord, dump_json, read_text
 from galvatron.core.words import shown
+from galvatron.parallelize.losses.scale import LossScale
 from galvatron.parallelize.processes.ranks import all_gather, on_rank_zero, rank, together, world_size
 from galvatron.parallelize.state.pieces import is_finite
 from galvatron.parallelize.state.safetensors_file import fsync_directory
@@ -50,7 +51,7 @@ class TrainState(FileRecord):
 
     ``step`` batches are behind it, so the data stands at sequence ``step`` × ``run.train.global_batch_size`` of
     the order that ``run.train.seed`` gives.  ``skipped_steps`` of them taught nothing, the last ``skipped_in_a_row``
-    among them.
+    among them.  ``loss_scale`` is fp16's, of the next step.
     """
 
     FORMAT: ClassVar[str] = "galvatron.train_state"
@@ -62,6 +63,7 @@ class TrainState(FileRecord):
     run: Lineage
     skipped_steps: NonNegativeInt = 0
     skipped_in_a_row: NonNegativeInt = 0
+    loss_scale: LossScale | None = None
 
     def to_json(self) -> str:
         """The file's text, defaults written out: another version may have others."""
@@ -116,6 +118,8 @@ def load_checkpoint(directory: Path, model: TrainableModel, optimizer: torch.opt
         )
     together(lambda: _check_finite(directory, targets))
     set_update_count(optimizer, state.step - state.skipped_steps)
+    if model.loss_scale is not None and state.loss_scale is not None:
+        model.loss_scale = state.loss_scale
     return state
 
 

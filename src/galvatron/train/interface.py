@@ -14,6 +14,7 @@ import torch
 
 from galvatron.core.model import ModelSpec
 from galvatron.parallelize import LocalParameter
+from galvatron.parallelize.losses.scale import LossScale
 
 if TYPE_CHECKING:
     from .metrics import StepMetrics
@@ -23,11 +24,12 @@ class TrainableModel(Protocol):
     """A model cut by a plan.  Batches are int64 [global_batch_size, seq_len], equal on all ranks.
 
     Labels are shifted by one already; -100 is ignored.  ``train_step`` leaves the gradients of the global
-    mean loss on the parameters; losses and norms are scalars on the device, equal on all ranks.  ``steps`` calls of
-    it are done, which decides what dropout draws.
+    mean loss on the parameters, times ``loss_scale`` where there is one, which norms are without; losses and norms are
+    scalars on the device, equal on all ranks.  ``steps`` calls of it are done, which decides what dropout draws.
     """
 
     steps: int
+    loss_scale: LossScale | None
 
     @property
     def spec(self) -> ModelSpec: ...  # noqa: D102
@@ -38,7 +40,7 @@ class TrainableModel(Protocol):
     def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
     def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102
-    def clip_grad_norm_(self, max_norm: float | None) -> torch.Tensor: ...  # noqa: D102
+    def grad_norm(self) -> torch.Tensor: ...  # noqa: D102
     def gathered_buffers(self) -> Iterable[torch.Tensor]: ...  # noqa: D102
 
 

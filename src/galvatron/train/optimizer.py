@@ -59,14 +59,23 @@ def build_optimizer(parameters: Sequence[LocalParameter], train: TrainSection) -
     return optimizer
 
 
-def update(optimizer: torch.optim.AdamW, loss: torch.Tensor, norm: torch.Tensor, max_norm: float | None) -> None:
+def update(
+    optimizer: torch.optim.AdamW,
+    loss: torch.Tensor,
+    norm: torch.Tensor,
+    max_norm: float | None,
+    loss_scale: float = 1.0,
+) -> None:
     """AdamW by gradients of ``norm`` scaled down to ``max_norm``; where loss or norm is not finite nothing changes.
+
+    Gradients carry ``loss_scale``, their norm does not.
 
     The host waits for nothing: the fused kernel divides by a scale and skips by a flag that it reads on the device, as
     torch's GradScaler hands them to it.
     """
     finite = torch.isfinite(loss) & torch.isfinite(norm)
-    optimizer.grad_scale, optimizer.found_inf = excess(norm, max_norm), 1.0 - finite.float()  # type: ignore[attr-defined]
+    optimizer.grad_scale = excess(norm, max_norm) * loss_scale  # type: ignore[attr-defined]
+    optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
     optimizer.step()
 
 

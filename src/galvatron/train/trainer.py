@@ -15,6 +15,7 @@ import torch
 
 from galvatron.core.errors import GalvatronError
 from galvatron.core.job import TrainSection
+from galvatron.parallelize.losses.scale import LossScale
 from galvatron.parallelize.processes.ranks import all_max, rank, world_size
 from galvatron.plan import Plan
 
@@ -102,23 +103,29 @@ class Trainer:
         lr = lr_at(self.step, self.section)
         set_lr(self.optimizer, lr)
         with self.peak_memory.watch(self.model, self.optimizer, (inputs, labels)):
-            self.model.steps = self.step
+            self.model.steps, scale = self.step, self.model.loss_scale
             loss = self.model.train_step(inputs, labels)
-            norm = self.model.clip_grad_norm_(None)
-            update(self.optimizer, loss, norm, self.section.max_grad_norm)
+            norm = self.model.grad_norm()
+            update(self.optimizer, loss, norm, self.section.max_grad_norm, 1.0 if scale is None else scale.scale)
         more = self.step + 1 < self.last_step
         self.upcoming = self.dataset.batch(self.step + 1) if more else None  # while the device works
         # the only time that the host waits for the device
         known = [float(self.peak_memory.bytes()), float(request.signum)]
         peak_bytes, stop, loss_now, grad_norm = all_max(known, beside=[loss, norm])
         seconds = time.perf_counter() - start
-        defect = _defect(loss_now, grad_norm)
-        if defect is not None:
+        if scale is not None:
+            self.model.zero_grad()  # they carry the scale
+            self.model.loss_scale = scale.after(finite=math.isfinite(grad_norm))
+        overflow = _overflow(loss_now, grad_norm, scale)
+        defect = overflow or _defect(loss_now, grad_norm)
+        if overflow is not None:
+            self.skipped_steps += 1
+        elif defect is not None:
             self._count_skipped(defect)
         self.step += 1
         if defect is None:
             self.loss, self.skipped_in_a_row = loss_now, 0
-            metrics = self._metrics(grad_norm, lr, seconds, int(peak_bytes))
+            metrics = self._metrics(grad_norm, lr, scale, seconds, int(peak_bytes))
             if log is not None:
                 log.step(metrics)
             self.reporter.stepped(metrics)
@@ -140,7 +147,9 @@ class Trainer:
         self.skipped_in_a_row += 1
         self.skipped_steps += 1
 
-    def _metrics(self, grad_norm: float, lr: float, seconds: float, peak_bytes: int) -> StepMetrics:
+    def _metrics(
+        self, grad_norm: float, lr: float, scale: LossScale | None, seconds: float, peak_bytes: int
+    ) -> StepMetrics:
         tokens_per_s = self.section.global_batch_size * self.section.seq_len / seconds
         flops_per_s = tokens_per_s * self.model.spec.flops_per_token(self.section.seq_len)
         peak_flops_per_s = None if self.device_flops_per_s is None else self.device_flops_per_s * world_size()
@@ -150,6 +159,7 @@ class Trainer:
             loss=self.loss,
             grad_norm=grad_norm,
             lr=lr,
+            loss_scale=None if scale is None else scale.scale,
             tokens_per_s=tokens_per_s,
             step_time_s=seconds,
             predicted_step_time_s=None if prediction is None else prediction.step_time_s,
@@ -181,6 +191,7 @@ class Trainer:
             run=self.lineage,
             skipped_steps=self.skipped_steps,
             skipped_in_a_row=self.skipped_in_a_row,
+            loss_scale=self.model.loss_scale,
         )
         root = self.run_dir / "checkpoints"
         keep = self.section.keep_checkpoints
@@ -196,3 +207,10 @@ def _defect(loss: float, grad_norm: float) -> str | None:
     """What makes a step useless, in words; its gradients would spoil the weights."""
     values = {"loss": loss, "gradient norm": grad_norm}
     return next((f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
+
+
+def _overflow(loss: float, grad_norm: float, scale: LossScale | None) -> str | None:
+    """That the loss scale was too large, in words: it is less from now on, and the run learns from the next step."""
+    if scale is None or scale.is_least or not math.isfinite(loss) or math.isfinite(grad_norm):
+        return None
+    return f"the gradients overflow fp16 at a loss scale of {scale.scale:.0f}"

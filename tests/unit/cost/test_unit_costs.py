@@ -155,7 +155,8 @@ def test_what_stays_unsharded(zero: int, m: int) -> None:
 
 @pytest.mark.parametrize("m", [1, 4])
 @pytest.mark.parametrize(
-    ("precision", "reduce", "per_parameter"), [("fp32", "fp32", 8), ("bf16", "fp32", 10), ("bf16", "bf16", 10)]
+    ("precision", "reduce", "per_parameter"),
+    [("fp32", "fp32", 8), ("bf16", "fp32", 10), ("fp16", "fp32", 10), ("bf16", "bf16", 10)],
 )
 def test_unsharded_parameters_take_eight_bytes_or_ten_before_the_optimizer(
     precision: Precision, reduce: Precision, per_parameter: int, m: int

@@ -130,12 +130,17 @@ def test_a_malformed_memory_file_is_one_sentence(tmp_path: Path, key: str, value
 
 
 def test_a_file_name_tells_model_and_precision(tmp_path: Path) -> None:
-    names = {"bf16_llama2-7b_all": "llama2-7b", "bf16_t5-3B": "t5-3b", "fp32_swin-huge": "swin-h"}
+    names = {
+        "bf16_llama2-7b_all": "llama2-7b",
+        "bf16_t5-3B": "t5-3b",
+        "fp32_swin-huge": "swin-h",
+        "fp16_vit-huge": "vit-huge",
+    }
     for name, card in names.items():
         assert card_of_file(Path(f"computation_profiling_{name}.json")) == card
     computation, memory = one_kind_files(tmp_path)
-    with pytest.raises(ProfileError, match=r"was measured in fp16, but profiles are of bf16 or fp32"):
-        import_model(computation.rename(tmp_path / "computation_profiling_fp16_toy.json"), memory, SPEC)
+    with pytest.raises(ProfileError, match=r"was measured in fp8, but profiles are of bf16 or fp16 or fp32"):
+        import_model(computation.rename(tmp_path / "computation_profiling_fp8_toy.json"), memory, SPEC)
     with pytest.raises(ProfileError, match=r"must be called computation_profiling_PRECISION_MODEL\.json"):
         card_of_file(Path("times.json"))
 

@@ -132,6 +132,15 @@ def test_bfloat16_halves_what_is_not_upcast():
     assert single / 2 < half < single
 
 
+@pytest.mark.parametrize("unit", ["layer", "head"])
+def test_float16_keeps_what_bfloat16_does(unit: str) -> None:
+    counted = (
+        count_activations(replace(_shape(LLAMA, unit), dtype=d), "none") for d in (torch.float16, torch.bfloat16)
+    )
+    first, second = counted
+    assert first == second
+
+
 def test_parameters_are_not_counted():
     wide = LlamaConfig(**{**LLAMA.to_diff_dict(), "vocab_size": 8 * V})
     assert count_activations(_shape(wide, "embedding"), "none") == count_activations(_shape(LLAMA, "embedding"), "none")

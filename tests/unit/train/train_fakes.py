@@ -58,6 +58,7 @@ class FakeModel:
     bias: LocalParameter
     swapped: bool = False
     steps: int = 0
+    loss_scale: None = None
 
     @staticmethod
     def make(*, swapped: bool = False, seed: int = 0) -> FakeModel:
@@ -107,8 +108,8 @@ class FakeModel:
     def gathered_buffers(self) -> list[torch.Tensor]:
         return []
 
-    def clip_grad_norm_(self, max_norm: float | None) -> torch.Tensor:
-        return torch.nn.utils.clip_grad_norm_([p.tensor for p in self.local_parameters], max_norm or float("inf"))
+    def grad_norm(self) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_([p.tensor for p in self.local_parameters], float("inf"))
 
 
 def section(**changes: object) -> TrainSection:

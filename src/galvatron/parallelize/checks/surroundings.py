@@ -24,7 +24,7 @@ def check_surroundings(device: torch.device, *, gradients: bool) -> None:
     if torch.is_autocast_enabled(device.type):
         raise ConfigError(
             f"torch.autocast is in effect for {device.type}, but the plan says the precision; leave autocast, "
-            "and set the plan's precision to bf16 if that is meant"
+            "and set the plan's precision to bf16 or fp16 if that is meant"
         )
     if torch.is_inference_mode_enabled() or (gradients and not torch.is_grad_enabled()):
         mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"

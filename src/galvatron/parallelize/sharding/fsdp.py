@@ -21,10 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from galvatron import internals
-from galvatron.core.model import Precision
+from galvatron.core.model import Precision, ReduceDtype
 from galvatron.plan import LayerStrategy
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ShardedUnit:
     strategy: LayerStrategy
 
 
-def mixed_precision(precision: Precision, grad_reduce_dtype: Precision) -> MixedPrecisionPolicy:
+def mixed_precision(precision: Precision, grad_reduce_dtype: ReduceDtype) -> MixedPrecisionPolicy:
     """Compute in ``precision``, reduce gradients in ``grad_reduce_dtype``; parameters stay float32."""
     compute = None if precision == "fp32" else DTYPES[precision]
     reduce = None if grad_reduce_dtype == precision else DTYPES[grad_reduce_dtype]

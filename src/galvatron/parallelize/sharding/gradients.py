@@ -52,11 +52,11 @@ def _blocks(gradient: Tensor) -> Sequence[Tensor]:
     return flat.split(NORM_BLOCK) if flat.device.type == "cpu" else (flat,)
 
 
-def clip(parameters: Iterable[LocalParameter], norm: Tensor, max_norm: float) -> None:
-    """Divide all gradients by ``excess`` of their norm."""
+def clip(parameters: Iterable[LocalParameter], norm: Tensor, max_norm: float | None, carried: float = 1.0) -> None:
+    """Divide all gradients by ``excess`` of their norm and by the loss scale that they carry (their norm does not)."""
     gradients = [p.tensor.grad for p in parameters if p.tensor.grad is not None]
     if gradients:
-        multiply_all_(gradients, 1.0 / excess(norm, max_norm))
+        multiply_all_(gradients, 1.0 / (excess(norm, max_norm) * carried))
 
 
 def excess(norm: Tensor, max_norm: float | None) -> Tensor:
