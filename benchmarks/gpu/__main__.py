@@ -15,15 +15,15 @@ from galvatron.core.records import dump_json
 
 from . import __doc__ as questions
 from . import modes, peers, predictions, ranks
-from .children import Child, Clock, CutShortError, Row
+from .children import Child, Clock, CutShortError, Row, Start
 from .report import Parts, cell, tables, targets
 from .sizes import Device, describe
 
 PARTS: dict[str, tuple[float, Callable[[Device, Clock], Iterator[Row]]]] = {
-    "modes": (55, modes.run),
-    "predictions": (100, predictions.run),
-    "peers 1.2B": (95, partial(peers.run, "1.2B")),
-    "peers 3B": (70, partial(peers.run, "3B")),
+    "modes": (40, modes.run),
+    "predictions": (130, predictions.run),
+    "peers 1.2B": (85, partial(peers.run, "1.2B")),
+    "peers 3B": (65, partial(peers.run, "3B")),
     "ranks": (25, ranks.run),
 }
 """Every part with its share of the seconds; what one leaves goes to those after it."""
@@ -45,9 +45,8 @@ def main() -> None:
 def measured(out: Path, wanted: str, seconds: float, names: Sequence[str] | None = None) -> tuple[Row, Parts]:
     """(what was measured on, the parts), written to ``out`` after every part."""
     end, parts = Clock.of(seconds), Parts()
-    with Child(describe, wanted) as child:
-        about = dict(next(child.rows(end)))
-    device = Device(about["type"], about["name"], about["memory_bytes"])
+    about, start = _described(wanted, end)
+    device = Device(about["type"], about["name"], about["memory_bytes"], start)
     left = {name: PARTS[name][0] for name in names or PARTS if names or device.is_gpu or name != "peers 3B"}
     while left:
         name, share = next(iter(left.items()))
@@ -56,6 +55,18 @@ def measured(out: Path, wanted: str, seconds: float, names: Sequence[str] | None
         parts[name] = _part(PARTS[name][1], device, clock)
         write(out, about, parts)
     return about, parts
+
+
+def _described(wanted: str, end: Clock) -> tuple[Row, Start]:
+    """What is measured on, and how processes that can use it are started."""
+    start: Start
+    for start in ("forkserver", "spawn"):
+        try:
+            with Child(describe, wanted, start=start) as child:
+                return dict(next(child.rows(end))), start
+        except CutShortError as cut:
+            reason = str(cut)
+    raise SystemExit(f"the device cannot be used: {reason}")
 
 
 def _part(run: Callable[[Device, Clock], Iterator[Row]], device: Device, clock: Clock) -> Row:

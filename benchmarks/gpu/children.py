@@ -1,7 +1,8 @@
 """Processes that measure: a crash, a hang or a full device ends one of them, and what it has sent stays.
 
 Takes functions of this package; gives what they send.  Children are forked from a server that has imported torch and
-never touched CUDA (``galvatron.testing.pool`` does the same).  Knows nothing of what is measured.
+does nothing else (``galvatron.testing.pool`` does the same); where that has touched CUDA, which survives no fork, they
+are spawned instead and import it themselves.  Knows nothing of what is measured.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from galvatron.testing.pool import PRELOAD
 
 Row = dict[str, Any]
+Start = Literal["forkserver", "spawn"]
 GRACE_S = 15.0
 """How long a child may go on after its seconds are over: it looks at the clock between two rows."""
 
@@ -47,9 +49,10 @@ class _Failure:
 class Child:
     """A process that runs ``fn(connection, *args)``; whatever it sends is a row, None the end."""
 
-    def __init__(self, fn: Callable[..., None], *args: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
+    def __init__(self, fn: Callable[..., None], *args: Any, start: Start = "forkserver") -> None:
+        context: Any = multiprocessing.get_context(start)
+        if start == "forkserver":
+            context.set_forkserver_preload(list(PRELOAD))
         self._ours, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, fn, args))
         self._process.start()

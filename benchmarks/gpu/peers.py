@@ -25,7 +25,7 @@ from .contenders import Contender, Parking, make, missing, rungs
 from .sizes import Device, Work, config_of
 
 OURS = "galvatron"
-NAMES = (OURS, "liger", "plain", "liger, compiled layers", "accelerate", "compiled layers", "compiled")
+NAMES = (OURS, "liger", "plain", "liger, compiled layers", "accelerate", "compiled")
 """In the order of their first turn: what is compiled whole comes last, for it may take the seconds that are left."""
 ROUNDS, STEPS = 4, 3
 SETTLING = 2
@@ -43,7 +43,7 @@ def run(model: str, device: Device, clock: Clock) -> Iterator[Row]:
             if reason is not None:
                 yield {"contender": name, "skipped": reason}
             else:
-                children[name] = stack.enter_context(Child(serve, name, work, device))
+                children[name] = stack.enter_context(Child(serve, name, work, device, start=device.start))
         later_s = 0.0  # what two more rounds of those that have run will take
         for turn in range(ROUNDS if device.is_gpu else 2):
             order = list(children)
@@ -61,8 +61,8 @@ def run(model: str, device: Device, clock: Clock) -> Iterator[Row]:
 def work_for(model: str, device: Device) -> Work:
     if not device.is_gpu:
         return Work("tiny", 4, 64, 2)
-    batch, largest = {"1.2B": (8, 2), "3B": (4, 1)}[model]
-    return Work(model, batch, 4096, 2 * largest if device.is_large else largest)
+    largest = {"1.2B": 2, "3B": 1}[model]
+    return Work(model, 4, 4096, 2 * largest if device.is_large else largest)
 
 
 def _about(work: Work, device: Device) -> Row:

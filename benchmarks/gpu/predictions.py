@@ -34,11 +34,19 @@ from .children import Child, Clock, Row, reason_of
 from .sizes import Device, DrawnWeights, Work, config_of, one_device_plan, train
 
 STEPS = {"cpu": 1, "cuda": 4}
-MIXES: tuple[tuple[Recompute, Recompute], ...] = (("none", "full"), ("none", "selective"), ("selective", "full"))
+MIXES: tuple[tuple[Recompute, Recompute], ...] = (
+    ("none", "none"),
+    ("selective", "selective"),
+    ("full", "full"),
+    ("none", "full"),
+    ("none", "selective"),
+    ("selective", "full"),
+)
+"""Modes of the first and of the second half of the layers."""
 
 
 def run(device: Device, clock: Clock) -> Iterator[Row]:
-    with Child(measure, device, work_for(device), clock) as child:
+    with Child(measure, device, work_for(device), clock, start=device.start) as child:
         yield from child.rows(clock)
 
 
@@ -47,15 +55,18 @@ def precision_on(device: Device) -> Precision:
 
 
 def work_for(device: Device) -> Work:
-    return Work("1.2B", 8, 2048, 4) if device.is_gpu else Work("tiny", 4, 64, 4)
+    return Work("1.2B", 4, 4096, 2) if device.is_gpu else Work("tiny", 4, 64, 2)
 
 
 def plans(work: Work, precision: Precision) -> Iterator[Plan]:
-    """Every size of microbatch with every mode of recompute, then halves of two modes; 12 or more."""
+    """Every size of microbatch with the usual modes of recompute and halves of two; other modes at the largest; 12
+    or more.
+    """
     num_layers = config_of(work.model).num_hidden_layers
-    sizes = [size for size in (1, 2, 4, 8) if size <= work.micro_batch_size]
-    alike = [(size, (mode, mode)) for size, mode in itertools.product(sizes[::-1], get_args(Recompute))]
-    for size, (first, second) in [*alike, *((sizes[len(sizes) // 2], mix) for mix in MIXES)]:
+    sizes = [size for size in (8, 4, 2, 1) if size <= work.micro_batch_size]
+    cases = [*itertools.product(sizes, MIXES)]
+    cases += [(sizes[0], (mode, mode)) for mode in get_args(Recompute) if (mode, mode) not in MIXES]
+    for size, (first, second) in cases:
         half = num_layers // 2
         yield one_device_plan(work, size, precision, [first] * half + [second] * (num_layers - half))
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from galvatron.core.job import TrainSection
-from galvatron.core.model import ENDS, ModelSpec
-from galvatron.core.model_profile import ModelProfile
+from galvatron.core.model import ENDS, ModelSpec, Precision, Recompute
+from galvatron.core.model_profile import ActivationSample, ModelProfile
 from galvatron.cost import predict
 from galvatron.estimate import cluster
 from galvatron.models import build_spec, meta_model
@@ -33,16 +33,17 @@ from .children import Child, Clock, Row, reason_of
 from .sizes import Device, DrawnWeights, Work, config_of, train
 
 S = LayerStrategy
+Counted = dict[tuple[str, int, Recompute], ActivationSample]
 
 
 def run(device: Device, clock: Clock) -> Iterator[Row]:
-    with Child(measure, device, clock) as child:
+    with Child(measure, device, clock, start=device.start) as child:
         yield from child.rows(clock)
 
 
-def plans(work: Work, num_layers: int, precision: str) -> Iterator[tuple[str, Plan]]:
+def plans(work: Work, num_layers: int, precision: Precision) -> Iterator[tuple[str, Plan]]:
     """Sharded, cut, mixed and pipelined, on 8 and on 64 devices; a CPU tries the first of either."""
-    zero3, tp = S(dp_shard=8, zero=3), S(tp=8)
+    zero3, tp = S(dp_shard=8, zero=3, recompute="selective"), S(tp=8)
     mixed = (S(tp=2, dp_shard=4, zero=3, recompute="selective"), S(tp=4, dp_shard=2, zero=1))
     halves = (mixed[0],) * (num_layers // 2) + (mixed[1],) * (num_layers - num_layers // 2)
     yield "ZeRO 3", _plan(work, precision, 8, (num_layers,), zero3, (zero3,) * num_layers)
@@ -54,7 +55,9 @@ def plans(work: Work, num_layers: int, precision: str) -> Iterator[tuple[str, Pl
     yield "hybrid ZeRO 3", _plan(work, precision, 64, (num_layers,), hybrid, (hybrid,) * num_layers)
 
 
-def _plan(work: Work, precision: str, world_size: int, stages: tuple[int, ...], ends: S, layers: tuple[S, ...]) -> Plan:
+def _plan(
+    work: Work, precision: Precision, world_size: int, stages: tuple[int, ...], ends: S, layers: tuple[S, ...]
+) -> Plan:
     """4 microbatches of at least a sequence a data-parallel rank."""
     ends, dp = ends.model_copy(update={"recompute": "none"}), max(s.dp for s in (ends, *layers))
     return Plan(
@@ -75,14 +78,15 @@ def measure(connection: Connection, device: Device, clock: Clock) -> None:
     work = Work("13B", 1, 4096, 1) if device.is_gpu else Work("tiny", 1, 64, 1)
     if not device.is_gpu:
         torch.set_num_threads(1)
-    precision, config = "bf16", config_of(work.model)
-    spec = build_spec(config)
+    precision: Precision = "bf16"
+    config = config_of(work.model)
+    spec, counted = build_spec(config), Counted()
     for name, plan in list(plans(work, spec.num_layers, precision))[:: 1 if device.is_gpu else 3]:
         about = {"plan": name, "devices": plan.world_size}
         if clock.left_s <= 0:
             connection.send({**about, "skipped": "no time left"})
             continue
-        prediction = predict(plan, _profile(plan, spec, work), cluster(f"h100:{plan.world_size}"))
+        prediction = predict(plan, _profile(plan, spec, work, counted), cluster(f"h100:{plan.world_size}"))
         first = prediction.stages[0]
         predicted = first.peak_memory_bytes - first.runtime_bytes
         try:
@@ -94,13 +98,16 @@ def measure(connection: Connection, device: Device, clock: Clock) -> None:
         connection.send({**about, "predicted_tensor_bytes": predicted, "tensor_bytes": measured, "tensor_error": error})
 
 
-def _profile(plan: Plan, spec: ModelSpec, work: Work) -> ModelProfile:
-    """Activations counted for what the plan uses; times that say nothing."""
+def _profile(plan: Plan, spec: ModelSpec, work: Work, counted: Counted) -> ModelProfile:
+    """Activations counted for what the plan uses, once for all plans; times that say nothing."""
     config, dtype = config_of(work.model), DTYPES[plan.precision]
     named = [("embedding", plan.embedding), *(("layer", layer) for layer in plan.layers), ("head", plan.head)]
     cases = sorted({(unit, strategy.tp, strategy.recompute) for unit, strategy in named})
     cases += [(unit, 1, "none") for unit in ENDS if (unit, 1, "none") not in cases]
     shapes = {(unit, tp): UnitShape(config, spec, unit, tp, work.seq_len, dtype) for unit, tp, _ in cases}
+    for unit, tp, mode in cases:
+        if (unit, tp, mode) not in counted:
+            counted[unit, tp, mode] = count_activations(shapes[unit, tp], mode)
     timed = [
         {"unit": unit, "tp": tp, "batch": 1, "seq_len": work.seq_len, "forward_s": 1e-3, "backward_s": 2e-3}
         for unit, tp in shapes
@@ -112,13 +119,13 @@ def _profile(plan: Plan, spec: ModelSpec, work: Work) -> ModelProfile:
             "precision": plan.precision,
             "seq_len": work.seq_len,
             "compute": timed,
-            "activations": [count_activations(shapes[unit, tp], mode) for unit, tp, mode in cases],
+            "activations": [counted[case] for case in cases],
         }
     )
 
 
 def _peak_bytes(plan: Plan, work: Work, device: Device) -> int:
-    """The most that tensors of rank 0 take in two steps, the first of which makes what lasts."""
+    """The most that tensors of rank 0 take in a step."""
     config, place = config_of(work.model), torch.device(device.type)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=plan.world_size)
     try:

@@ -203,7 +203,7 @@ def _predictions(rows: list[Row]) -> _Shown:
 
 
 def _peers(rows: list[Row]) -> _Shown:
-    columns = ["contender", "runs", "tokens/s", "spread", "causal MFU", "peak tensors", "rounds"]
+    columns = ["contender", "runs", "tokens/s", "spread", "causal MFU", "peak tensors", "ready after", "rounds"]
     about, steps, shown = rows[0], _steps(rows), list[list[object]]()
     last = {row["contender"]: row for row in rows if "step_times_s" in row}
     for name, turns in sorted(steps.items(), key=lambda item: _median([s for turn in item[1].values() for s in turn])):
@@ -213,9 +213,10 @@ def _peers(rows: list[Row]) -> _Shown:
         spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
         mfu = _percent(_mfu(about, seconds))
         rate = f"{statistics.median(rates):,.0f}"
-        shown.append([name, last[name]["runs"], rate, spread, mfu, peak and _mib(peak), len(turns)])
+        ready = f"{last[name]['prepared_s']:.0f} s"
+        shown.append([name, last[name]["runs"], rate, spread, mfu, peak and _mib(peak), ready, len(turns)])
     skipped = [row for row in rows if "skipped" in row]
-    return columns, shown + [[row["contender"], row["skipped"], None, None, None, None, None] for row in skipped]
+    return columns, shown + [[row["contender"], row["skipped"], *[None] * 6] for row in skipped]
 
 
 def _ranks(rows: list[Row]) -> _Shown:

@@ -21,6 +21,8 @@ from galvatron.plan import LayerStrategy, Plan
 from galvatron.profile.compute import device_name, memory_bytes
 from galvatron.train.optimizer import update
 
+from .children import Start
+
 _LLAMA: dict[str, Any] = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072}
 _LLAMA |= {"vocab_size": 128256, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
 MODELS: dict[str, dict[str, Any]] = {
@@ -47,11 +49,12 @@ def config_of(name: str) -> LlamaConfig:
 
 @dataclass(frozen=True)
 class Device:
-    """What is measured on; ``memory_bytes`` of one rank."""
+    """What is measured on; ``memory_bytes`` of one rank, and how processes that use it are started."""
 
     type: Literal["cpu", "cuda"]
     name: str
     memory_bytes: int
+    start: Start = "forkserver"
 
     @property
     def is_gpu(self) -> bool:
@@ -108,10 +111,13 @@ def train(model: ParallelModel, optimizer: torch.optim.AdamW, ids: torch.Tensor,
 
 
 def describe(connection: Connection, device: str) -> None:
-    """Sends the Device; of a process of its own, for whoever asks holds a context from then on."""
-    kind: Literal["cpu", "cuda"] = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
-    kind = "cuda" if device == "cuda" else kind
+    """Sends what ``device`` is; in a process of its own, for whoever asks holds a context from then on.
+
+    Fails where there is a GPU that this process cannot use: what was meant for a GPU never runs on a CPU in silence.
+    """
+    kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.device_count() > 0) else "cpu"
     place = torch.device(kind)
+    torch.zeros(1, device=place)
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
     connection.send({"type": kind, "name": device_name(place), "memory_bytes": memory_bytes(place), **versions})
 

@@ -39,7 +39,7 @@ def test_every_mode_of_one_device_equals_one_process(parts: Parts) -> None:
 def test_memory_is_as_predicted_and_never_under(parts: Parts) -> None:
     rows = parts["predictions"]["rows"]
     assert rows[0]["profile"]["attention_backend"] == "flash"
-    assert len(rows) == 1 + 12
+    assert len(rows) >= 1 + 12
     assert all(0 <= row["memory_error"] <= 0.05 for row in rows[1:])
     assert all(row["predicted_step_time_s"] > 0 for row in rows[1:])
 

@@ -173,6 +173,7 @@ def _seconds(
         unit.recompute("none")  # which keeps the most
         (negative_burst,) = agree([-fitting(device, burst, lambda: unit(tokens, **labels))], device)
         burst = -int(negative_burst)
+        _passes(unit, tokens, labels, burst, device)  # takes the memory for it, which is slow at first
     seconds: list[float] = []
     repeats = min(max(repeats, MIN_REPEATS), MAX_REPEATS)
     for mode in modes * repeats:
