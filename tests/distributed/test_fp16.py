@@ -126,7 +126,7 @@ def trains(plan: Plan, run_dir: Path, num_steps: int, resume: str | None, poison
     model = make(plan, scale=scale)
     original = model.train_step
 
-    def train_step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def train_step(input_ids: torch.Tensor, labels: torch.Tensor, **terms: float) -> torch.Tensor:
         loss = original(input_ids, labels)
         if model.steps == poisoned and rank() == 3:
             gradient = model.local_parameters[-1].tensor.grad

@@ -42,6 +42,42 @@ def deviations(world: World, plan: Plan, ignored: int) -> list[float]:
     return found
 
 
+def terms_deviations() -> dict[str, list[float]]:
+    """Of loss and gradients with a smoothed target and a z-loss; and of the evaluation, which has neither."""
+    world, found = init_world("cpu"), {}
+    for name, plan in {"pipeline": PIPELINE, "mixed": MIXED, "cut in four": CUT_IN_FOUR}.items():
+        model, plain = parallelize(tiny_model("gpt2"), plan, world=world), tiny_model("gpt2")
+        ids, labels = batch(0, 21)
+        logits = plain(ids).logits.flatten(0, 1)
+        squares = logits.logsumexp(-1).square()[labels.flatten() != -100].mean()
+        truth = F.cross_entropy(logits, labels.flatten(), label_smoothing=0.1) + 1e-2 * squares
+        truth.backward()
+        loss = model.train_step(ids, labels, label_smoothing=0.1, z_loss=1e-2)
+        usual = F.cross_entropy(logits, labels.flatten())
+        found[name] = [
+            abs(float(loss) / float(truth) - 1),
+            worst_error(model, plain),
+            abs(float(model.evaluate(ids, labels)) / float(usual) - 1),
+        ]
+        for words, settings in (
+            (r"label_smoothing=1\.0 must be from 0 to below 1", {"label_smoothing": 1.0}),
+            ("z_loss=-0.1 not negative", {"z_loss": -0.1}),
+            (
+                "are terms of cross entropy, which loss_fn replaces; let loss_fn add them",
+                {"z_loss": 1e-4, "loss_fn": focal},
+            ),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                model.train_step(ids, labels, **settings)
+    return found
+
+
+def test_smoothing_and_z_loss_equal_plain_transformers(pool: Pool) -> None:
+    for found in pool.run(terms_deviations, world_size=4):
+        for name, errors in found.items():
+            assert max(errors) < 1e-5, (name, errors)
+
+
 def all_deviations() -> dict[str, list[float]]:
     world = init_world("cpu")
     plans = {"pipeline": PIPELINE, "mixed": MIXED, "cut in four": CUT_IN_FOUR}

@@ -89,6 +89,7 @@ Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 class TrainSection(Record):
     """How to train: batch, optimiser, learning-rate schedule, and how often to evaluate, log and save.
 
+    ``label_smoothing`` and ``z_loss`` are terms of the training loss, not of evaluations.
     ``compile``: whether layers are compiled, profiled ones too; ``auto`` on CUDA alone.
     ``seed`` is what torch's generators take.  ``max_skipped_steps`` steps in a row may be skipped, unlearnt, because
     their loss or gradient is not finite; the next one ends the run.
@@ -99,6 +100,8 @@ class TrainSection(Record):
     num_steps: Count
     precision: Precision = "fp32"
     grad_reduce_dtype: ReduceDtype = "fp32"
+    label_smoothing: float = Field(default=0.0, strict=True, ge=0, lt=1)
+    z_loss: NonNegative = 0.0
     compile: StrictBool | Literal["auto"] = "auto"
     seed: int = Field(default=0, strict=True, ge=0, lt=2**64)
     lr: Positive = 3e-4

@@ -23,7 +23,7 @@ from .checks.batch import BatchCheck
 from .checks.refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .checks.surroundings import check_surroundings
 from .layers.randomness import masks_of
-from .losses.own import LossFunction, check_loss
+from .losses.own import LossFunction, check_loss, terms_of
 from .losses.scale import LossScale
 from .pipeline.driver import Batch, Driver
 from .pipeline.stage import Stage
@@ -97,6 +97,8 @@ class ParallelModel:
         labels: Tensor,
         *,
         loss_fn: LossFunction | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         accumulate: bool = False,
         num_tokens: int | None = None,
     ) -> Tensor:
@@ -109,6 +111,8 @@ class ParallelModel:
                 [tokens]) → losses [tokens], called with the counted tokens of this rank.  Each may depend on its own
                 token alone, so that it is exact however the plan cuts vocabulary, sequence and batch; it is tried on
                 two tokens of zeros first.  Whole logits of a microbatch then exist, on the last stage.
+            label_smoothing: the share of a token's target that is spread over the whole vocabulary, as torch's.
+            z_loss: what a token's log-sum-exp squared counts for beside its cross entropy (PaLM, section 5: 1e-4).
             accumulate: add to the gradients there are, at the cost of one more copy, while it runs, of this rank's
                 shards of them, and of those that replicas sum in bf16: float32 sums of several calls are not rounded.
             num_tokens: what the summed token losses are divided by; by default how many labels count here.  Where
@@ -125,16 +129,17 @@ class ParallelModel:
         Raises:
             DataError: a batch of another shape or dtype, with ids that the vocabulary lacks, or not equal on all
                 ranks.  Nothing has changed then.
-            ConfigError: ``loss_fn`` does not return a loss a token or trains parameters of its own, a parameter was
-                replaced, the last step's gradients still carry the loss scale, or autocast, ``no_grad`` or another
-                default dtype is in effect.
+            ConfigError: ``loss_fn`` does not return a loss a token or trains parameters of its own, terms of cross
+                entropy are out of range or beside a ``loss_fn``, a parameter was replaced, the last step's gradients
+                still carry the loss scale, or autocast, ``no_grad`` or another default dtype is in effect.
         """
         self._check_step(loss_fn, gradients=True)
         self._check_carried(accumulate)
+        terms = terms_of(loss_fn, label_smoothing, z_loss)
         weight = self._train_batches.weight(input_ids, labels, num_tokens=num_tokens, accumulate=accumulate)
         earlier = self._begin(accumulate)
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
-            scaled = self._driver.train(Batch(input_ids, labels, self._carried * weight, loss_fn))
+            scaled = self._driver.train(Batch(input_ids, labels, self._carried * weight, loss_fn, terms))
         self._collect_gradients()
         self._add_gradients(earlier)
         self.steps += 1

@@ -37,7 +37,9 @@ class TrainableModel(Protocol):
     def config(self) -> Any: ...  # noqa: D102
     @property
     def local_parameters(self) -> Sequence[LocalParameter]: ...  # noqa: D102
-    def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+    def train_step(  # noqa: D102
+        self, input_ids: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> torch.Tensor: ...
     def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102
     def grad_norm(self) -> torch.Tensor: ...  # noqa: D102

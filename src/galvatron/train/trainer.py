@@ -100,11 +100,12 @@ class Trainer:
         """Learn from one batch, or skip it; the signal by which any rank was asked to stop, else 0."""
         start = time.perf_counter()
         inputs, labels = self.upcoming or self.dataset.batch(self.step)
+        terms = {"label_smoothing": self.section.label_smoothing, "z_loss": self.section.z_loss}
         lr = lr_at(self.step, self.section)
         set_lr(self.optimizer, lr)
         with self.peak_memory.watch(self.model, self.optimizer, (inputs, labels)):
             self.model.steps, scale = self.step, self.model.loss_scale
-            loss = self.model.train_step(inputs, labels)
+            loss = self.model.train_step(inputs, labels, **terms)
             norm = self.model.grad_norm()
             update(self.optimizer, loss, norm, self.section.max_grad_norm, 1.0 if scale is None else scale.scale)
         more = self.step + 1 < self.last_step

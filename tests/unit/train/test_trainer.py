@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: 
     original = model.train_step
     calls: list[torch.Tensor] = []
 
-    def poisoned(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def poisoned(input_ids: torch.Tensor, labels: torch.Tensor, **terms: float) -> torch.Tensor:
         calls.append(original(input_ids, labels))
         return torch.tensor(math.nan) if len(calls) == 3 else calls[-1]
 
@@ -170,12 +170,25 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: 
     run(twin, tmp_path, section(), resume="latest")
 
 
+def test_terms_of_the_loss_reach_every_step(tmp_path: Path) -> None:
+    model, seen = FakeModel.make(), []
+    original = model.train_step
+
+    def train_step(input_ids: torch.Tensor, labels: torch.Tensor, **terms: float) -> torch.Tensor:
+        seen.append(terms)
+        return original(input_ids, labels)
+
+    model.train_step = train_step  # type: ignore[method-assign]
+    run(model, tmp_path, section(num_steps=2, label_smoothing=0.1, z_loss=1e-4))
+    assert seen == [{"label_smoothing": 0.1, "z_loss": 1e-4}] * 2
+
+
 def poisoned(model: FakeModel, batches: set[int], *, in_gradient: bool = False) -> FakeModel:
     """``model`` whose loss is NaN, or whose gradients are infinite, at the ``batches`` counted from 1."""
     original = model.train_step
     calls: list[torch.Tensor] = []
 
-    def train_step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def train_step(input_ids: torch.Tensor, labels: torch.Tensor, **terms: float) -> torch.Tensor:
         calls.append(original(input_ids, labels))
         if len(calls) in batches:
             for part in model.local_parameters:

@@ -91,7 +91,7 @@ class FakeModel:
         logits = self.table.tensor[rows] + self.bias.tensor
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
-    def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def train_step(self, input_ids: torch.Tensor, labels: torch.Tensor, **terms: float) -> torch.Tensor:
         self.zero_grad()
         loss = self._loss(input_ids, labels)
         loss.backward()

@@ -113,13 +113,16 @@ class EarlyGradient:
 def fuse_loss(head: nn.Module, parameter: ParameterSpec, tp: AxisGroup, early: EarlyGradient) -> None:
     """Let ``head``, a linear cut along the vocabulary, give this rank's share of the loss where it is given labels.
 
-    Its forward then takes hidden states [B, S, H], labels int64 [B, S] and what a token counts for in the global loss;
-    with hidden states alone it gives this rank's logits [B, S, V] as before.  The weight's gradient waits in ``early``.
+    Its forward then takes hidden states [B, S, H], labels int64 [B, S], what a token counts for in the global loss and
+    the terms of its own; with hidden states alone it gives this rank's logits [B, S, V] as before.  The weight's
+    gradient waits in ``early``.
     """
     start, _ = vocabulary_range(parameter, tp)
     logits_of = head.forward
 
-    def forward(hidden_BSH: Tensor, labels_BS: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    def forward(
+        hidden_BSH: Tensor, labels_BS: Tensor | None = None, scale: float = 1.0, terms: LossTerms = PLAIN
+    ) -> Tensor:
         if labels_BS is None:
             logits: Tensor = logits_of(hidden_BSH)
             return logits
@@ -132,6 +135,7 @@ def fuse_loss(head: nn.Module, parameter: ParameterSpec, tp: AxisGroup, early: E
             tp,
             bias_V=head.bias,  # type: ignore[arg-type]
             vocabulary_size=parameter.shape[0],
+            terms=terms,
             early=early,
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from galvatron.core.errors import ConfigError
 
 from ..processes.collectives import AxisGroup, exchange
-from .fused import IGNORED
+from .fused import IGNORED, LossTerms
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(float32 logits [tokens, vocabulary], int64 labels [tokens]) → losses [tokens], each of its own token alone."""
@@ -58,6 +58,21 @@ def check_loss(loss_fn: LossFunction, vocabulary_size: int, device: torch.device
             f"loss_fn has parameters of its own (the first is {list(others[0].shape)}), of whose gradients each rank "
             "would have a part; detach them, or let them not require a gradient"
         )
+
+
+def terms_of(loss_fn: LossFunction | None, label_smoothing: float, z_loss: float) -> LossTerms:
+    """What cross entropy is made of; raises ConfigError for what it cannot be, or where ``loss_fn`` takes its place."""
+    if not (0.0 <= label_smoothing < 1.0 and 0.0 <= z_loss < math.inf):
+        raise ConfigError(
+            f"label_smoothing={label_smoothing} must be from 0 to below 1 and z_loss={z_loss} not negative; choose 0.1 "
+            "and 1e-4, as is usual"
+        )
+    if loss_fn is not None and (label_smoothing or z_loss):
+        raise ConfigError(
+            f"label_smoothing={label_smoothing} and z_loss={z_loss} are terms of cross entropy, which loss_fn "
+            "replaces; let loss_fn add them, or leave it out"
+        )
+    return LossTerms(label_smoothing=label_smoothing, z_loss=z_loss)
 
 
 def _leaves(result: Tensor) -> Iterator[Tensor]:

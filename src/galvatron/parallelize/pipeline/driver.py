@@ -15,6 +15,7 @@ from torch import Tensor
 from galvatron.core.model import ModelSpec
 from galvatron.plan.schedules import Action, actions
 
+from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction
 from ..processes.grid import Grid
 from ..sharding.fsdp import DTYPES, ShardedUnit, free_gathered, gather_for_step, prepare_backward, reduce_held
@@ -30,12 +31,14 @@ class Batch:
     Attributes:
         weight: what a token's loss counts for.
         loss_fn: in place of cross entropy.
+        terms: of cross entropy.
     """
 
     input_ids: Tensor
     labels: Tensor
     weight: float
     loss_fn: LossFunction | None = None
+    terms: LossTerms = PLAIN
 
 
 class Driver:
@@ -100,7 +103,7 @@ class Driver:
             tokens = received if ids is None else ids[microbatch]
             assert tokens is not None
             own_labels = None if labels is None else labels[microbatch]
-            output: Tensor = self.stage(tokens, self.position_ids, own_labels, batch.weight, batch.loss_fn)
+            output: Tensor = self.stage(tokens, self.position_ids, own_labels, batch.weight, batch.loss_fn, batch.terms)
             return output
 
         neighbours = self._neighbours()

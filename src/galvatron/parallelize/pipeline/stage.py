@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from galvatron.models import Family
 
 from ..layers.forward import wrap_forward
-from ..losses.fused import EarlyGradient
+from ..losses.fused import PLAIN, EarlyGradient, LossTerms
 from ..losses.own import LossFunction, own_loss_share
 from ..processes.collectives import AxisGroup, gather_sequence
 from .passes import Inbox
@@ -88,6 +88,7 @@ class Stage(nn.Module):
         labels: Tensor | None = None,
         weight: float = 1.0,
         loss_fn: LossFunction | None = None,
+        terms: LossTerms = PLAIN,
     ) -> Tensor:
         """Run the stage.
 
@@ -97,6 +98,7 @@ class Stage(nn.Module):
             labels: on the last stage ids [B/dp, S] of the head's layout.
             weight: what a token's loss counts for in the global loss.
             loss_fn: the loss of tokens, in place of cross entropy.
+            terms: what cross entropy is made of.
 
         Returns:
             The hidden chunk for the next stage, or this rank's share of the loss (float32 scalar).
@@ -116,7 +118,7 @@ class Stage(nn.Module):
         if loss_fn is not None:
             logits, vocabulary_size = head(whole).flatten(0, 1), self.model.config.vocab_size
             return own_loss_share(loss_fn, logits, labels.flatten(), vocabulary_size, weight, self.head_tp)
-        share: Tensor = head(whole, labels, weight)
+        share: Tensor = head(whole, labels, weight, terms)
         return share
 
     def _keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
