@@ -20,6 +20,7 @@ import measure
 import numpy as np
 
 from galvatron.core.errors import InfeasibleError
+from galvatron.core.model import RECOMPUTES
 from galvatron.core.model_profile import ModelProfile
 from galvatron.plan import Plan
 from galvatron.search import search
@@ -110,7 +111,7 @@ def used(plan: Plan, model: ModelProfile, batches: tuple[int, ...]) -> list[str]
     strategies = plan.strategies()
     names = [n for n in ("tp", "ulysses", "cp", "ep", "dp_shard") if any(getattr(s, n) > 1 for s in strategies)]
     names += [f"zero {zero}" for zero in (1, 2, 3) if any(s.zero == zero for s in strategies)]
-    names += [mode for mode in ("selective", "full") if any(s.recompute == mode for s in strategies)]
+    names += [level for level in RECOMPUTES[1:] if any(s.recompute == level for s in strategies)]
     names += [plan.schedule] if plan.pp > 1 else []
     names += ["uneven stages"] if len(set(plan.layers_per_stage)) > 1 else []
     names += ["layers that differ"] if len(set(plan.layers)) > 1 else []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from galvatron.core.model import RECOMPUTES
 from galvatron.core.model_profile import ModelProfile
 from galvatron.parallelize import ParallelModel, init_world, parallelize
 from galvatron.parallelize.layers import compile
@@ -132,9 +133,10 @@ def test_what_is_trained_compiled_is_profiled_compiled(pool: Pool) -> None:
     measured = ModelProfile.from_json(pool.run(profile, world_size=1, timeout_s=TIMEOUT_S)[0])
     assert measured.compiled
     assert [s.batch for s in measured.compute if s.unit == "layer"] == [1, 2]
-    assert all((s.full_s is not None) == (s.unit == "layer") for s in measured.compute)
+    assert all(set(s.again_s) == ({*RECOMPUTES[1:]} if s.unit == "layer" else set()) for s in measured.compute)
     kept = {s.recompute: s.bytes_per_sequence for s in measured.activations if s.unit == "layer"}
-    assert kept["none"] > kept["selective"] > kept["full"] > 0
+    assert [*kept] == [*RECOMPUTES]
+    assert [*kept.values()] == sorted(kept.values(), reverse=True)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 from tests.unit.profiles import make_hardware
 
 from galvatron.core.job import TrainSection
-from galvatron.core.model import ENDS, Precision
+from galvatron.core.model import ENDS, RECOMPUTES, Precision
 from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import predict
 from galvatron.models import build_spec, freeze_parameters
@@ -56,7 +56,8 @@ def plan(layers: Iterable[LayerStrategy], ends: LayerStrategy, **changes: object
     return Plan.model_validate({**fields, **changes})
 
 
-FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
+FULL = {"recompute": "full"}
+BETWEEN = ("selective", "mlp", "linears", "mlp")
 FROZEN: dict[str, tuple[str, ...]] = {
     "frozen from below": ("model.embed_tokens.*", "model.layers.[01].*"),
     "a frozen first stage": ("model.embed_tokens.*", "model.layers.[01].*"),
@@ -80,7 +81,13 @@ PLANS: dict[str, tuple[str, Plan]] = {
     "a frozen first stage": ("llama", plan([S(dp_replicate=2), TP2] * 2, TP2, layers_per_stage=(2, 2))),
     "frozen between": ("gpt2", plan([ZERO3, ZERO3.model_copy(update=FULL), DP4, ZERO3], ZERO3)),
     "recompute": ("llama", plan([ZERO3.model_copy(update=FULL)] * 3 + [TP4.model_copy(update=FULL)], TP4)),
-    "selective": ("gpt2", plan([s.model_copy(update=SELECTIVE) for s in (ZERO3, TP4, TP4, MIXED2)], MIXED2)),
+    "levels between": (
+        "gpt2",
+        plan(
+            [s.model_copy(update={"recompute": r}) for s, r in zip((ZERO3, TP4, TP4, MIXED2), BETWEEN, strict=True)],
+            MIXED2,
+        ),
+    ),
 }
 
 
@@ -101,9 +108,17 @@ def profile_of(family: str, precision: Precision, freeze: tuple[str, ...]) -> Mo
     shapes = [UnitShape(config, spec, unit, tp, SEQ_LEN, DTYPES[precision]) for unit in spec.units for tp in (1, 2, 4)]
     counted = [count_activations(shape, "none") for shape in shapes]
     layers = [shape for shape in shapes if shape.name not in ENDS]
-    counted += [count_activations(shape, mode) for shape in layers for mode in ("selective", "full")]
+    counted += [count_activations(shape, mode) for shape in layers for mode in RECOMPUTES[1:]]
     compute = [
-        {"unit": s.name, "tp": s.tp, "batch": 1, "seq_len": SEQ_LEN, "forward_s": 1e-3, "backward_s": 2e-3}
+        {
+            "unit": s.name,
+            "tp": s.tp,
+            "batch": 1,
+            "seq_len": SEQ_LEN,
+            "forward_s": 1e-3,
+            "backward_s": 2e-3,
+            "again_s": dict.fromkeys(RECOMPUTES[1:], 1e-3),
+        }
         for s in shapes
     ]
     return ModelProfile.model_validate(

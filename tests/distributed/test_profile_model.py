@@ -91,7 +91,7 @@ def test_profile_is_whole_equal_on_all_ranks_and_counts_what_the_runtime_saves(p
             measured = [s for s in profile.compute if (s.unit, s.tp) == (unit, tp)]
             assert [s.batch for s in measured][:2] == [1, 2]
             assert all(s.forward_s > 0 and s.backward_s > 0 for s in measured)
-            assert all((s.full_s is not None) == (unit == "layer") for s in measured)
+            assert all(bool(s.again_s) == (unit == "layer") for s in measured)
     assert 0 < profile.optimizer_s_per_parameter < 1e-3
     for embedding, layers, head in (
         (TP2, (TP2,) * 4, TP2),

@@ -19,8 +19,10 @@ STRATEGIES = (
     "hsdp2",
     "hsdp3",
     "tp",
-    "recompute",
     "selective",
+    "mlp",
+    "linears",
+    "full",
     "gpipe",
     "1f1b",
 )

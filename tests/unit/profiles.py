@@ -9,6 +9,9 @@ from galvatron.core.model import ENDS, Cut, LayerKind, ModelSpec, ParameterSpec,
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.plan.axes import StageAxes, divisors
 
+AGAIN = {"selective": 0.2, "mlp": 0.5, "linears": 0.7}
+"""Levels of recompute between the two ends, with what part of a forward they run again; they keep about the rest."""
+
 
 def make_spec(
     num_layers: int = 4,
@@ -100,7 +103,7 @@ def make_model(
     for unit in spec.units:
         for tp in tps:
             compute += _compute(spec, unit, tp, seq_len, flops_per_s, noise())
-            for recompute in ("none",) if unit in ENDS else ("none", "selective", "full"):
+            for recompute in ("none",) if unit in ENDS else ("none", *AGAIN, "full"):
                 activations.append(_activations(spec, unit, tp, seq_len, recompute, noise()))
     return ModelProfile(
         spec=spec,
@@ -126,7 +129,7 @@ def _compute(spec: ModelSpec, unit: UnitName, tp: int, seq_len: int, rate: float
                 seq_len=seq_len,
                 forward_s=forward_s,
                 backward_s=2.1 * forward_s,
-                selective_s=0.0 if unit in ENDS else 0.2 * forward_s,
+                again_s={} if unit in ENDS else {level: share * forward_s for level, share in AGAIN.items()},
             )
         )
     return samples
@@ -141,8 +144,9 @@ def _activations(
     workspace = {"embedding": chunk, "head": 8 * seq_len * spec.vocab_size // tp}.get(unit, 4 * chunk)
     if recompute == "full":
         saved, workspace = chunk, saved + workspace
-    if recompute == "selective":
-        saved, workspace = saved // 2, saved // 4 + workspace
+    if recompute in AGAIN:
+        kept = int((0.7 - AGAIN[recompute]) * saved)
+        saved, workspace = kept, (saved - kept) // 2 + workspace
     return ActivationSample.model_validate(
         {
             "unit": unit,

@@ -8,7 +8,7 @@ lists its parameters and how tensor and expert parallelism cut each: enough to k
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, StrictBool, model_validator
 
@@ -24,7 +24,12 @@ Precision = Literal["fp32", "bf16", "fp16"]
 """What is computed in; parameters and optimizer states are always fp32."""
 ReduceDtype = Literal["fp32", "bf16"]
 """What gradients are summed in; fp16 would overflow."""
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "mlp", "linears", "full"]
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
+"""What a layer's backward pass runs again: every level all that the one before it does, and more, to keep less.
+
+``selective``: all but linears and attention; ``mlp``: linears of the MLP too; ``linears``: all but attention.
+"""
 
 
 class Cut(Record):

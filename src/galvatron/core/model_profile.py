@@ -8,10 +8,10 @@ from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from .errors import GalvatronError, ProfileError
-from .model import ModelSpec, Origin, Precision, Recompute, UnitName
+from .model import RECOMPUTES, ModelSpec, Origin, Precision, Recompute, UnitName
 from .numbers import Bytes, Devices, NonNegative, Seconds, Sequences, Tokens
 from .records import FileRecord, Record
 from .words import shown
@@ -22,8 +22,8 @@ class ComputeSample(Record):
 
     ``batch`` sequences of ``seq_len`` tokens enter as one of ``tp`` ranks holds them, [batch, seq_len/tp, hidden],
     and weights have that rank's shape; the copies that gathering and scattering make locally are included.
-    ``selective_s`` and ``full_s``: how much longer the backward takes where the layer recomputes; without a measured
-    ``full_s`` it is the whole forward.
+    ``again_s``: how much longer the backward takes at each level of recompute; without a measured one ``full`` takes
+    the whole forward.
     """
 
     unit: UnitName
@@ -32,13 +32,11 @@ class ComputeSample(Record):
     seq_len: Tokens
     forward_s: Seconds
     backward_s: Seconds
-    selective_s: Seconds = 0.0
-    full_s: Seconds | None = None
+    again_s: dict[Recompute, Seconds] = Field(default_factory=dict)
 
     def recompute_s(self, recompute: Recompute) -> float:
-        """What the backward runs again under ``recompute``."""
-        full_s = self.forward_s if self.full_s is None else self.full_s
-        return {"none": 0.0, "selective": self.selective_s, "full": full_s}[recompute]
+        """What the backward runs again under ``recompute``; KeyError where it was not measured."""
+        return {"none": 0.0, "full": self.forward_s, **self.again_s}[recompute]
 
 
 class ActivationSample(Record):
@@ -111,6 +109,20 @@ class ModelProfile(FileRecord):
         unknown = {str(key[1]) for key in keys} - set(self.spec.units)
         if unknown:
             raise ValueError(f"samples of {shown(min(unknown))}, but the units are {', '.join(self.spec.units)}")
+        return self
+
+    @model_validator(mode="after")
+    def _levels_have_seconds(self) -> Self:
+        timed: dict[tuple[UnitName, int, int], set[Recompute]] = {}
+        for measured in self.compute:
+            levels = timed.setdefault((measured.unit, measured.tp, measured.seq_len), set(RECOMPUTES))
+            levels &= {"none", "full", *measured.again_s}
+        for sample in self.activations:
+            if sample.recompute not in timed.get((sample.unit, sample.tp, sample.seq_len), RECOMPUTES):
+                raise ValueError(
+                    f"recompute={sample.recompute} of the {sample.unit} at tp={sample.tp} has bytes but no seconds "
+                    "(again_s); measure both, or leave it out"
+                )
         return self
 
     def tp_degrees(self) -> tuple[int, ...]:

@@ -31,13 +31,13 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from galvatron.core.model import ENDS, UnitName
+from galvatron.core.model import ENDS, RECOMPUTES, UnitName
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import LayerStrategy
 
 from .setting import Setting
 from .sizes import ShardSize, shard_sizes, trained_sizes
-from .strategies import RECOMPUTES, Floats, Ints, Strategies
+from .strategies import Floats, Ints, Strategies
 
 MASTER_BYTES = DTYPE_BYTES["fp32"]  # parameters, reduced gradients and both AdamW states are float32
 LABEL_BYTES = 8  # int64

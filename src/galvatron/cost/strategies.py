@@ -13,13 +13,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from galvatron.core.model import Recompute
+from galvatron.core.model import RECOMPUTES
 from galvatron.plan.plan import LayerStrategy
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
-NONE, SELECTIVE, FULL = range(3)
+NONE, SELECTIVE, MLP, LINEARS, FULL = range(len(RECOMPUTES))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from galvatron.core.model import ENDS, LayerKind, UnitName
+from galvatron.core.model import ENDS, RECOMPUTES, LayerKind, UnitName
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import LayerStrategy
 
@@ -19,7 +19,7 @@ from .compute import interpolate
 from .memory import MASTER_BYTES
 from .setting import Setting
 from .sizes import ShardSize, shard_sizes, trained_sizes
-from .strategies import FULL, RECOMPUTES, SELECTIVE, Floats, Strategies
+from .strategies import FULL, LINEARS, MLP, NONE, Floats, Strategies
 
 VOCABULARY_REDUCTIONS = (1, 2)  # floats a token in each: the maximum; the sum of exponentials with the target's logit
 WEIGHT_SHARE = 0.5  # of a backward's compute: a linear's gradients of input and of weight are matmuls of equal FLOPs
@@ -115,15 +115,15 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     forward_s, backward_s, again_s = _compute_s(setting, unit, s, batch)
     gather_s, scatter_s = _sequence_s(setting, unit, s, batch)
     tp_forward_s, tp_backward_s = _tensor_parallel_s(setting, unit, s, batch, gather_s, scatter_s)
-    context_forward_s, context_backward_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
+    context_forward_s, context_backward_s, enter_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
     expert_s = _expert_parallel_s(setting, unit, s, batch)
-    full, selective = s.recompute == FULL, s.recompute == SELECTIVE
     regions = 0 if unit in ENDS else setting.model.spec.kind(unit).regions
-    # both repeat gathers; a selective recompute keeps all other outputs, a full one needs all but the layer's own,
-    # which other engines repeat too (and estimates were held against their runs)
+    # what runs again asks again for what it takes in; sums are kept by all levels but the last, which needs all but
+    # the layer's own (which other engines repeat too, and estimates were held against their runs)
     scatters = regions - 1 if setting.model.origin == "measured" else regions
-    regathered_s = (full | selective) * regions * gather_s
-    repeated_s = regathered_s + full * (scatters * scatter_s + context_forward_s + expert_s)
+    repeated_s = (s.recompute > NONE) * regions * gather_s + (s.recompute >= MLP) * expert_s
+    entered_s = np.where(s.recompute == FULL, context_forward_s, (s.recompute == LINEARS) * enter_s)
+    repeated_s = repeated_s + entered_s + (s.recompute == FULL) * scatters * scatter_s
     reached = setting.model.spec.is_reached(unit)
     again_s, repeated_s, tp_backward_s, context_backward_s = (
         reached * seconds for seconds in (again_s, repeated_s, tp_backward_s, context_backward_s)
@@ -164,9 +164,9 @@ def _compute_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -
         rows, samples = np.flatnonzero(s.tp == tp), setting.compute_samples(unit, int(tp))
         for seconds, name in ((forward_s, "forward_s"), (backward_s, "backward_s")):
             seconds[rows] = interpolate([(sample.batch, getattr(sample, name)) for sample in samples], batch[rows])
-        for mode in np.unique(s.recompute[rows]):
-            own = rows[s.recompute[rows] == mode]
-            points = [(sample.batch, sample.recompute_s(RECOMPUTES[mode])) for sample in samples]
+        for level in np.unique(s.recompute[rows]):
+            own = rows[s.recompute[rows] == level]
+            points = [(sample.batch, sample.recompute_s(RECOMPUTES[level])) for sample in samples]
             again_s[own] = interpolate(points, batch[own])
     return forward_s, backward_s, again_s
 
@@ -197,14 +197,14 @@ def _tensor_parallel_s(
 
 def _context_parallel_s(
     setting: Setting, unit: UnitName, s: Strategies, batch: Floats, forward_s: Floats, backward_s: Floats
-) -> tuple[Floats, Floats]:
-    """Forward and backward of Ulysses (Jacobs et al. 2023) and ring attention (Liu et al. 2023).
+) -> tuple[Floats, Floats, Floats]:
+    """Forward and backward of Ulysses (Jacobs et al. 2023) and ring attention (Liu et al. 2023), and what enters alone.
 
     Ulysses: one all-to-all of queries, keys and values and one of the output, and back.  A ring passes keys and
     values on cp - 1 times (with their gradients in backward) while it computes on what it has.
     """
     if unit in ENDS or not ((s.ulysses > 1) | (s.cp > 1)).any():
-        return np.zeros(len(s)), np.zeros(len(s))
+        return np.zeros(len(s)), np.zeros(len(s)), np.zeros(len(s))
     kind = setting.model.spec.kind(unit)
     token_bytes = batch * setting.tokens(unit) * kind.head_dim * setting.compute_bytes
     heads, kv_heads = kind.num_heads / s.tp, np.maximum(kind.num_kv_heads / s.tp, 1.0)
@@ -218,7 +218,7 @@ def _context_parallel_s(
     share = _attention_share(kind, setting.seq_len)
     ring_s = exposed_s(setting, share * forward_s, hop_s)
     ring_back_s = exposed_s(setting, share * backward_s, hop_back_s)
-    return enter_s + leave_s + ring_s, enter_s + leave_s + ring_back_s
+    return enter_s + leave_s + ring_s, enter_s + leave_s + ring_back_s, enter_s
 
 
 def _attention_share(kind: LayerKind, seq_len: int) -> float:

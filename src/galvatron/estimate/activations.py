@@ -34,7 +34,7 @@ def layer_activations(
     layer, size = local_layer(kind, family, tp, seq_len), DTYPE_BYTES[precision]
     boundary = kind.entering_elements(seq_len) / tp * size
     every = _saved(layer, size) + boundary - layer.chunk * layer.hidden * size
-    saved = {"none": every, "selective": _selected(layer, size) + boundary, "full": boundary}[recompute]
+    saved = every if recompute == "none" else boundary + _kept(layer, recompute, size)
     workspace = _workspace(layer, precision)
     return _sample(kind.name, tp, recompute, seq_len, saved, workspace + every - min(saved, every))
 
@@ -68,16 +68,23 @@ def _mlp(layer: LocalLayer, size: int) -> float:
     return layer.tokens * size * (width + 2 * layer.routed * layer.hidden)
 
 
-def _selected(layer: LocalLayer, size: int) -> float:
-    """What selective recompute keeps beside the input: linears' outputs, attention's output and log-sum-exp.
+def _kept(layer: LocalLayer, recompute: Recompute, size: int) -> float:
+    """What a layer that recomputes keeps beside its input: of attention, then of linears, as far as its level says.
 
-    The last region's output is not among them: nothing in the layer needs it again.
+    The last region's output is not among them: nothing in the layer needs it again.  Sums over tensor-parallel ranks
+    are kept where a single rank's linears are not.
     """
-    ups = layer.kept_ups * (layer.ffn + layer.routed * layer.routed_ffn)
-    routed = layer.routed * layer.hidden
-    attention = size * (2 * layer.query + 2 * layer.key_value) + FLOAT * layer.heads
-    outputs = layer.attentions * layer.chunk * layer.hidden * size
-    return outputs + layer.tokens * (layer.attentions * attention + size * (ups + routed))
+    if recompute == "full":
+        return 0.0
+    has_linears = recompute != "linears"
+    projected = 2 * layer.key_value + layer.query if has_linears else 0
+    attention = layer.tokens * (size * (layer.query + projected) + FLOAT * layer.heads)
+    output = layer.chunk * layer.hidden * size if has_linears or layer.tp > 1 else 0
+    kept = layer.attentions * (attention + output)
+    if recompute == "selective":
+        ups = layer.kept_ups * (layer.ffn + layer.routed * layer.routed_ffn)
+        kept += layer.tokens * size * (ups + layer.routed * layer.hidden)
+    return kept
 
 
 def _workspace(layer: LocalLayer, precision: Precision) -> float:

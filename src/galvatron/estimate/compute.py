@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import Device
-from galvatron.core.model import LayerKind, ModelSpec, Precision, UnitName
+from galvatron.core.model import LayerKind, ModelSpec, Precision, Recompute, UnitName
 from galvatron.core.model_profile import ComputeSample
 from galvatron.core.units import DTYPE_BYTES
 
@@ -104,7 +104,15 @@ def layer_sample(kind: LayerKind, family: str, tp: int, batch: int, seq_len: int
     operators = len(layer.matrices) + OPERATORS["region"] * layer.regions + OPERATORS["window"] * layer.windowed
     forward_s = matmul_s + attention_s + again_s + other_s
     backward_s = BACKWARD * (matmul_s + again_s + other_s) + ATTENTION_BACKWARD * attention_s
-    return _sample(kind.name, tp, batch, seq_len, forward_s, backward_s, operators, again_s)
+    widths = ((1, layer.ffn, 1.0), (layer.experts, layer.routed_ffn, layer.routed / max(layer.experts, 1)))
+    mlp = tuple((count, layer.hidden, width, share) for count, width, share in widths if count * width)
+    one_s = _matmuls_s(mlp, batch * layer.tokens, rates)  # of the MLP's products: up, gate or down
+    levels: dict[Recompute, float] = {
+        "selective": again_s,
+        "mlp": again_s + layer.kept_ups * one_s,
+        "linears": again_s + matmul_s - one_s,  # the last is not needed again
+    }
+    return _sample(kind.name, tp, batch, seq_len, forward_s, backward_s, operators, levels)
 
 
 def _matmuls_s(shapes: tuple[tuple[int, int, int, float], ...], tokens: float, rates: Rates) -> float:
@@ -179,7 +187,7 @@ def _sample(
     forward_s: float,
     backward_s: float,
     operators: int,
-    again_s: float = 0.0,
+    again_s: dict[Recompute, float] | None = None,
 ) -> ComputeSample:
     return ComputeSample(
         unit=unit,
@@ -188,5 +196,5 @@ def _sample(
         seq_len=seq_len,
         forward_s=max(forward_s, DISPATCH_S * operators),
         backward_s=max(backward_s, BACKWARD_DISPATCH * DISPATCH_S * operators),
-        selective_s=again_s,
+        again_s=again_s or {},
     )

@@ -28,7 +28,7 @@ class LocalLayer:
 
     Elements a token: ``hidden`` between regions; ``query``, ``key_value`` (keys alone, or values alone) and ``ffn``
     of this rank; ``inner``, the normed queries and keys or latents inside attention.  ``routed``: copies of a token
-    that experts take, ``routed_ffn`` their width.  ``kept_ups``: of the MLP's kept elements, how many come out of
+    that ``experts`` take, ``routed_ffn`` their width.  ``kept_ups``: of the MLP's kept elements, how many come out of
     linears.
     """
 
@@ -41,6 +41,7 @@ class LocalLayer:
     heads: int
     inner: int
     ffn: int
+    experts: int
     routed: int
     routed_ffn: int
     kept: int
@@ -81,6 +82,7 @@ def local_layer(kind: LayerKind, family: str, tp: int, seq_len: int) -> LocalLay
         heads=kind.num_heads // tp,
         inner=_inner_norms(kind, tp),
         ffn=_shared_ffn(kind, tp) if kind.num_experts else ffn,
+        experts=kind.num_experts,
         routed=kind.experts_per_token,
         routed_ffn=ffn if kind.num_experts else 0,
         kept=kept,

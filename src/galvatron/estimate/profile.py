@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import Device
-from galvatron.core.model import ENDS, ModelSpec, Precision, Recompute, UnitName
+from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, Precision, Recompute, UnitName
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 
 from .activations import embedding_activations, head_activations, layer_activations
@@ -18,7 +18,6 @@ from .compute import ADAMW_BYTES, Rates, embedding_sample, head_sample, layer_sa
 from .devices import Preset, preset
 
 TP_DEGREES = (1, 2, 4, 8, 16, 32, 64)
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 def estimate_model(

@@ -217,8 +217,8 @@ def _inexpressible_strategy(strategy: LayerStrategy) -> str | None:
         return "zero=1"
     if strategy.zero and strategy.dp_replicate > 1:
         return f"dp_replicate={strategy.dp_replicate} of what dp_shard={strategy.dp_shard} shards"
-    if strategy.recompute == "selective":
-        return "recompute=selective"
+    if strategy.recompute not in ("none", "full"):
+        return f"recompute={strategy.recompute}"
     return None
 
 

@@ -47,7 +47,7 @@ def to_torchtitan(plan: Plan) -> str:
 
 
 def _check(plan: Plan, strategy: LayerStrategy) -> None:
-    recomputed_prefixes(plan, SYSTEM)  # refuses selective recompute
+    recomputed_prefixes(plan, SYSTEM)  # refuses to recompute layers in part
     if strategy.ulysses > 1:
         raise refuse(SYSTEM, f"ulysses={strategy.ulysses} (its context parallelism exchanges keys and values)")
     if strategy.zero == 1 and plan.pp == 1:

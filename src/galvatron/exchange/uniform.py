@@ -52,14 +52,14 @@ def recomputed_prefixes(plan: Plan, system: str) -> tuple[int, ...]:
     """How many layers each entry of ``layers_per_stage`` recomputes in full: always its first ones.
 
     Raises:
-        PlanError: a layer recomputes selectively, or a recomputed layer follows one that is not.
+        PlanError: a layer recomputes in part, or a recomputed layer follows one that is not.
     """
     counts: list[int] = []
     start = 0
     for length in plan.layers_per_stage:
         chunk = [plan.layers[start + i].recompute for i in range(length)]
-        if "selective" in chunk:
-            raise refuse(system, "recompute=selective as it is meant here (its own selection is of other operations)")
+        for level in set(chunk) - {"none", "full"}:
+            raise refuse(system, f"recompute={level} as it is meant here (its own selection is of other operations)")
         count = chunk.count("full")
         if chunk != ["full"] * count + ["none"] * (length - count):
             raise refuse(

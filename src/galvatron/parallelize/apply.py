@@ -162,7 +162,7 @@ def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: La
         strategy = plan.layers[index]
         tp = grid.axis_group(1, strategy.tp)
         cut_layer(chain[index], family, kinds[index], tp)
-        recompute_in_backward(chain[index], family, tp, strategy.recompute, compiled=compiler is not None)
+        recompute_in_backward(chain[index], family, tp, strategy.recompute)
         if compiler is not None:
             compiler(chain[index], (kinds[index].name, strategy))
         _enter(chain[index], grid, degrees[index], degrees[index + 1])

@@ -9,13 +9,16 @@ share (rotary tables), which count once, as fixed bytes of the embedding.  Buffe
 itself are not seen.
 
 Compiled layers are counted by the graphs that the compiler makes, run operation by operation: exact in what is kept,
-an upper bound of the peak, for a device's code fuses operations and never holds what is between them.
+an upper bound of the peak, for a device's code fuses operations and never holds what is between them.  Graphs are of
+small operations (an activation's gradient is a dozen, in float32), so that the same layer may peak lower when it is not
+compiled; then that bounds the fused code too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +76,7 @@ def _of_graph(shape: UnitShape, recompute: Recompute) -> ActivationSample:
     """A compiled layer's bytes, proportional to the batch; counted once, for it takes seconds to compile."""
     batch = BATCHES[0]
     counted = count(shape, recompute, batch)
+    peak_bytes = min(counted.peak_bytes, count(replace(shape, compiled=False), recompute, batch).peak_bytes)
     return ActivationSample(
         unit=shape.name,
         tp=shape.tp,
@@ -80,7 +84,7 @@ def _of_graph(shape: UnitShape, recompute: Recompute) -> ActivationSample:
         seq_len=shape.seq_len,
         fixed_bytes=0,
         bytes_per_sequence=math.ceil(counted.saved_bytes / batch),
-        workspace_bytes_per_sequence=math.ceil(counted.workspace_bytes / batch),
+        workspace_bytes_per_sequence=math.ceil((peak_bytes - counted.saved_bytes) / batch),
     )
 
 
@@ -107,18 +111,25 @@ def _line(shape: UnitShape, first: int, last: int) -> tuple[int, int]:
 
 def count(shape: UnitShape, recompute: Recompute, batch: int, *, fake: bool = True) -> Count:
     """One forward and backward of ``batch`` sequences, on fake or on real CPU tensors."""
-    unit = shape.build(GRAPHS_ALONE)
-    unit.recompute(recompute)
+    return counts(shape, [recompute], batch, fake=fake)[0]
+
+
+def counts(shape: UnitShape, levels: Iterable[Recompute], batch: int, *, fake: bool = True) -> list[Count]:
+    """The same at one level of recompute after the other, by one unit."""
+    unit, found = shape.build(GRAPHS_ALONE), []
     # graphs may hold the state of a random generator
     mode = FakeTensorMode(allow_non_fake_inputs=shape.is_compiled) if fake else contextlib.nullcontext()
     place = mode.from_tensor if isinstance(mode, FakeTensorMode) else torch.clone
     with mode:
         unit.allocate(shape.dtype, CPU, place)
         tokens, labels = shape.inputs(batch, CPU)
-        if shape.is_compiled:
-            _run_once(unit, tokens, labels)
-        with StorageLog() as log:
-            return _count(log, unit, tokens, labels)
+        for level in levels:
+            unit.recompute(level)
+            if shape.is_compiled:
+                _run_once(unit, tokens, labels)
+            with StorageLog() as log:
+                found.append(_count(log, unit, tokens, labels))
+    return found
 
 
 def _run_once(unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor]) -> None:
@@ -132,15 +143,19 @@ def _run_once(unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor]) -> Non
 def _count(log: StorageLog, unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor]) -> Count:
     parameters = list(unit.parameters())
     log.ignore([*parameters, *unit.buffers(), *unit.side_inputs(), tokens])
-    for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: _let_go_of_gradient(log, p))
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: _let_go_of_gradient(log, p))
+        for p in parameters
+        if p.requires_grad
+    ]
     # clones, so that inputs count exactly if the unit keeps them
     output = unit(tokens.clone(), **{name: label.clone() for name, label in labels.items()})
     log.ignore([output, *unit.early_gradients()])
     between = log.moment()
     if output.requires_grad:  # not where nothing up to here is trainable
         output.backward(torch.ones_like(output))
+    for hook in hooks:
+        hook.remove()
     return Count(log.live_bytes(between), log.peak_bytes())
 
 

@@ -70,7 +70,7 @@ def measure_unit(shape: UnitShape, precision: Precision, world: World, max_batch
         if seconds is None:
             break
         forward_s, backward_s = seconds["none"]
-        again_s = {mode: max(backward - backward_s, 0.0) for mode, (_, backward) in seconds.items()}
+        again_s = {level: max(s - backward_s, 0.0) for level, (_, s) in seconds.items() if level != "none"}
         samples.append(
             ComputeSample(
                 unit=shape.name,
@@ -79,8 +79,7 @@ def measure_unit(shape: UnitShape, precision: Precision, world: World, max_batch
                 seq_len=shape.seq_len,
                 forward_s=forward_s,
                 backward_s=backward_s,
-                selective_s=again_s.get("selective", 0.0),
-                full_s=again_s.get("full"),
+                again_s=again_s,
             )
         )
     return Measured(samples, _slack(unit, shape, samples[-1].batch, world) if samples else None)
@@ -111,9 +110,9 @@ def _slack(unit: LocalUnit, shape: UnitShape, batch: int, world: World) -> float
 
 
 def _once_s(sample: ComputeSample) -> float:
-    """Seconds to run the unit once in every mode of recompute."""
-    modes = [] if sample.full_s is None else [sample.selective_s, sample.full_s]
-    return (1 + len(modes)) * (sample.forward_s + sample.backward_s) + sum(modes)
+    """Seconds to run the unit once at every level of recompute."""
+    again_s = sample.again_s.values()
+    return (1 + len(again_s)) * (sample.forward_s + sample.backward_s) + sum(again_s)
 
 
 def _batches(max_batch: int) -> Iterator[int]:
@@ -137,17 +136,17 @@ def _runnable(shape: UnitShape, precision: Precision, world: World) -> LocalUnit
 
 
 def _compile(unit: LocalUnit, shape: UnitShape, batch: int, device: torch.device) -> float:
-    """Seconds until every mode of recompute has run once."""
+    """Seconds until every level of recompute has run once."""
     start = time.perf_counter()
     with suppress(torch.OutOfMemoryError):  # found again where ranks can agree on it
-        _run_all_modes(unit, *shape.inputs(batch, device), device)
+        _run_all_levels(unit, *shape.inputs(batch, device), device)
     return time.perf_counter() - start
 
 
-def _run_all_modes(unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor], device: torch.device) -> float:
+def _run_all_levels(unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor], device: torch.device) -> float:
     """Seconds of one forward and backward, all others done."""
-    for mode in unit.modes:
-        unit.recompute(mode)
+    for level in unit.levels:
+        unit.recompute(level)
         _passes(unit, tokens, labels, 1, device)
     return sum(_passes(unit, tokens, labels, 1, device))
 
@@ -155,14 +154,14 @@ def _run_all_modes(unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor], d
 def _seconds(
     unit: LocalUnit, shape: UnitShape, batch: int, world: World, repeats: int
 ) -> dict[Recompute, tuple[float, float]] | None:
-    """Collective: seconds of (forward, backward) by mode of recompute; None where some rank's memory is too small.
+    """Collective: seconds of (forward, backward) by level of recompute; None where some rank's memory is too small.
 
-    Modes take turns, so that what disturbs the machine disturbs all of them.
+    Levels take turns, so that what disturbs the machine disturbs all of them.
     """
-    device, modes = world.device, unit.modes
+    device, levels = world.device, unit.levels
     try:
         tokens, labels = shape.inputs(batch, device)
-        once_s = _run_all_modes(unit, tokens, labels, device)  # without collectives, so a rank may fail alone
+        once_s = _run_all_levels(unit, tokens, labels, device)  # without collectives, so a rank may fail alone
     except torch.OutOfMemoryError:
         once_s = float("inf")
     (once_s,) = agree([once_s], device)
@@ -176,13 +175,13 @@ def _seconds(
         _passes(unit, tokens, labels, burst, device)  # takes the memory for it, which is slow at first
     seconds: list[float] = []
     repeats = min(max(repeats, MIN_REPEATS), MAX_REPEATS)
-    for mode in modes * repeats:
-        unit.recompute(mode)
+    for level in levels * repeats:
+        unit.recompute(level)
         dist.barrier()
         seconds += _passes(unit, tokens, labels, burst, device)
-    slowest, stride = agree(seconds, device), 2 * len(modes)
+    slowest, stride = agree(seconds, device), 2 * len(levels)
     medians = [statistics.median(slowest[at::stride]) for at in range(stride)]
-    return dict(zip(modes, zip(medians[::2], medians[1::2], strict=True), strict=True))
+    return dict(zip(levels, zip(medians[::2], medians[1::2], strict=True), strict=True))
 
 
 def _passes(

@@ -10,13 +10,13 @@ import gc
 import itertools
 import statistics
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.model import ENDS, LayerKind, ModelSpec, Precision, Recompute, UnitName
+from galvatron.core.model import ENDS, RECOMPUTES, LayerKind, ModelSpec, Precision, UnitName
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.core.units import format_bytes, format_seconds
 from galvatron.models import build_spec
@@ -35,7 +35,6 @@ from .timing import Budget, Progress, agree
 from .units import UnitShape
 
 SWEEPS = {"cpu": 3, "cuda": 1}  # what disturbs a CPU for a second leaves a GPU alone, where each sweep compiles anew
-SECONDS = ("forward_s", "backward_s", "selective_s", "full_s")
 Sample = TypeVar("Sample", ComputeSample, ActivationSample)
 
 
@@ -193,13 +192,15 @@ def _median(samples: list[ComputeSample]) -> list[ComputeSample]:
     for sample in samples:
         groups.setdefault((sample.unit, sample.tp, sample.batch), []).append(sample)
     return [
-        group[0].model_copy(update={name: _median_of(group, name) for name in SECONDS}) for group in groups.values()
+        group[0].model_copy(
+            update={
+                "forward_s": statistics.median(s.forward_s for s in group),
+                "backward_s": statistics.median(s.backward_s for s in group),
+                "again_s": {level: statistics.median(s.again_s[level] for s in group) for level in group[0].again_s},
+            }
+        )
+        for group in groups.values()
     ]
-
-
-def _median_of(group: list[ComputeSample], name: str) -> float | None:
-    values = [getattr(sample, name) for sample in group]
-    return None if None in values else statistics.median(values)
 
 
 def _count(shapes: list[UnitShape], world: World) -> tuple[ActivationSample, ...]:
@@ -207,7 +208,7 @@ def _count(shapes: list[UnitShape], world: World) -> tuple[ActivationSample, ...
     cases = [
         (shape, recompute)
         for shape in shapes
-        for recompute in get_args(Recompute)
+        for recompute in RECOMPUTES
         if shape.name not in ENDS or recompute == "none"
     ]
     own = [count_activations(*case) for case in cases[world.rank :: world.world_size]]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from galvatron.core.model import ENDS, ModelSpec, Recompute, UnitName
+from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, Recompute, UnitName
 from galvatron.internals import put_buffer, put_parameter, tree_map_only
 from galvatron.models import Family, family_of, meta_model
 from galvatron.parallelize.layers.attention import use_attention
@@ -36,7 +36,7 @@ class LocalUnit(nn.Module):
 
     Attributes:
         owners: the modules that hold its parameters.
-        forwards: of a layer, its forward under every mode of recompute.
+        forwards: of a layer, its forward at every level of recompute.
     """
 
     def __init__(self, inner: nn.Module, owners: tuple[nn.Module, ...], args: tuple[Any, ...], **kwargs: Any) -> None:
@@ -46,14 +46,14 @@ class LocalUnit(nn.Module):
         self.forwards: dict[Recompute, Callable[..., Any]] = {}
 
     @property
-    def modes(self) -> list[Recompute]:
-        """The modes of recompute that it can run under."""
+    def levels(self) -> list[Recompute]:
+        """The levels of recompute that it can run at."""
         return list(self.forwards) or ["none"]
 
-    def recompute(self, mode: Recompute) -> None:
-        """Let a layer run under ``mode`` from now on."""
+    def recompute(self, level: Recompute) -> None:
+        """Let a layer run at ``level`` from now on."""
         if self.forwards:
-            self.inner.forward = self.forwards[mode]
+            self.inner.forward = self.forwards[level]
 
     def forward(self, tokens: Tensor, **labels: Tensor) -> Tensor:
         """Ids [B, S] or hidden states [B, S/tp, H] → hidden states [B, S/tp, H] or a scalar loss."""
@@ -168,12 +168,12 @@ class UnitShape:
         args, kwargs = self._call_of_a_layer(model, family)
         unit, plain = LocalUnit(layer, (layer,), args, **kwargs), layer.forward
         compiler = LayerCompiler(backend) if self.compiled else None
-        for mode in get_args(Recompute):
+        for level in RECOMPUTES:
             layer.forward = plain
-            recompute_in_backward(layer, family, tp, mode, compiled=self.compiled)
+            recompute_in_backward(layer, family, tp, level)
             if compiler is not None:
-                compiler(layer, mode)
-            unit.forwards[mode] = layer.forward
+                compiler(layer, level)
+            unit.forwards[level] = layer.forward
         unit.recompute("none")
         return unit
 

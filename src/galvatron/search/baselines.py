@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galvatron.core.model import ENDS, UnitName
-from galvatron.cost.strategies import FULL, Floats, Ints, Strategies
+from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.plan.schedules import in_flight
 
 from .bounds import ROUNDING
@@ -57,7 +57,7 @@ FAMILIES: dict[str, Family] = {
     "3d": Family(
         "tensor, pipeline and data parallelism, one strategy (3D)",
         lambda t: t.schedule in ("1f1b", "interleaved"),
-        lambda s, node: _plain(s) & (s.zero <= 1) & (s.tp <= node) & (s.recompute <= FULL),
+        lambda s, node: _plain(s) & (s.zero <= 1) & (s.tp <= node),
         False,
     ),
     "uniform": Family("one strategy for all layers", lambda t: True, lambda s, _: np.ones(len(s), dtype=bool), False),

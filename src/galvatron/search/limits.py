@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, cast, get_args
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.model import RECOMPUTES
 from galvatron.core.words import did_you_mean, plain, shown
 from galvatron.plan.plan import SCHEDULES
 from galvatron.plan.rules import RUNTIME_ONLY_ONE, RUNTIME_SCHEDULES
@@ -36,13 +37,13 @@ NEUTRAL: dict[str, Value] = {
 """Every dimension but the schedule, with the value that makes no use of it."""
 
 DIMENSIONS = ("schedule", *NEUTRAL)
-WORDS: dict[str, tuple[str, ...]] = {"schedule": SCHEDULES, "recompute": ("none", "selective", "full")}
+WORDS: dict[str, tuple[str, ...]] = {"schedule": SCHEDULES, "recompute": RECOMPUTES}
 
 
 @dataclass(frozen=True)
 class Limits:
     """``fix``: the only value of a dimension (of every layer); ``forbid``: dimensions that stay neutral, schedules or
-    recompute modes that are not used; ``at_most``: the largest value of a dimension."""
+    levels of recompute that are not used; ``at_most``: the largest value of a dimension."""
 
     space: SpaceName = "runtime"
     fix: Mapping[str, Value] = field(default_factory=dict)

@@ -13,11 +13,11 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from galvatron.core.model import ENDS, UnitName
+from galvatron.core.model import ENDS, RECOMPUTES, UnitName
 from galvatron.cost.communication import redistribution_s
 from galvatron.cost.memory import UnitMemory, all_unit_memory, usable_bytes
 from galvatron.cost.setting import Setting
-from galvatron.cost.strategies import RECOMPUTES, Floats, Ints, Strategies
+from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.cost.unit import UnitTimes, all_unit_times
 from galvatron.plan.axes import StageAxes, divisors
 from galvatron.plan.plan import LayerStrategy, Schedule
@@ -256,12 +256,12 @@ class SpaceBuilder:
         return all(self.limits.allows(name, value, end=end) for name, value in values.items())
 
     def _recomputes(self, unit: UnitName, tp: int) -> list[str]:
-        """The modes whose activations the profile has, where it has compute times."""
+        """The levels whose activations the profile has, where it has compute times."""
         profile = self.job.model
         if not any(sample.unit == unit and sample.tp == tp for sample in profile.compute):
             return []
-        modes = RECOMPUTES[:1] if unit in ENDS else RECOMPUTES
-        return [mode for mode in modes if self.job.has_activations(unit, tp, mode)]
+        levels = RECOMPUTES[:1] if unit in ENDS else RECOMPUTES
+        return [level for level in levels if self.job.has_activations(unit, tp, level)]
 
     def _sequence_degrees(self, stage_size: int, unit: UnitName, tp: int) -> Iterator[tuple[int, int, int]]:
         """(ulysses, cp, ep) beside ``tp`` that divide tokens, heads, experts and parameters."""

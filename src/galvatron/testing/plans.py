@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from typing import Literal, get_args
+from typing import Literal
 
-from galvatron.core.model import ModelSpec, Recompute, UnitName
+from galvatron.core.model import RECOMPUTES, ModelSpec, UnitName
 from galvatron.plan import LayerStrategy, Plan, check_strategy
 from galvatron.plan.axes import divisors
 from galvatron.plan.plan import Schedule
@@ -44,15 +44,13 @@ def random_plans(spec: ModelSpec, world_size: int, count: int, seed: int, seq_le
 def pure_plans(spec: ModelSpec, world_size: int, seq_len: int = SEQ_LEN) -> dict[str, Plan]:
     """Plans that use one technique for the whole model, by name, as far as ``spec`` and the world allow.
 
-    Names: dp, recompute and selective (both with data parallelism), zero1, zero2, zero3, tp; hsdp1, hsdp2, hsdp3
-    (replicas of shards) from 4 devices on; gpipe and 1f1b (up to 4 uneven stages, data parallel within) from 2 on.
+    Names: dp, the levels of recompute (with data parallelism), zero1, zero2, zero3, tp; hsdp1, hsdp2, hsdp3 (replicas
+    of shards) from 4 devices on; gpipe and 1f1b (up to 4 uneven stages, data parallel within) from 2 on.
     """
     world = world_size
     zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
     strategies = {
-        "dp": LayerStrategy(dp_replicate=world),
-        "recompute": LayerStrategy(dp_replicate=world, recompute="full"),
-        "selective": LayerStrategy(dp_replicate=world, recompute="selective"),
+        "dp" if level == "none" else level: LayerStrategy(dp_replicate=world, recompute=level) for level in RECOMPUTES
     }
     if world > 1:
         strategies |= {f"zero{zero}": LayerStrategy(dp_shard=world, zero=zero) for zero in zeros}
@@ -123,7 +121,7 @@ def _strategies(unit: UnitName, spec: ModelSpec, stage_size: int, seq_len: int) 
     """Every legal strategy of ``unit`` in a stage of ``stage_size`` devices."""
     zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
     found = []
-    for tp, recompute in itertools.product(divisors(stage_size), get_args(Recompute)):
+    for tp, recompute in itertools.product(divisors(stage_size), RECOMPUTES):
         dp = stage_size // tp
         found.append(LayerStrategy(tp=tp, dp_replicate=dp, recompute=recompute))
         found += [

@@ -7,6 +7,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import Device
+from galvatron.core.model import RECOMPUTES
 from galvatron.core.model_profile import ModelProfile
 from galvatron.estimate import CARDS, cluster, estimate_model, model_spec, spec_of_config
 from galvatron.estimate.devices import Constant, preset
@@ -44,11 +45,14 @@ def test_every_card_has_samples_of_every_unit_and_survives_its_file(name):
         for tp in {sample.tp for sample in profile.compute if sample.unit == unit}:
             assert [s.batch for s in profile.compute if (s.unit, s.tp) == (unit, tp)] == [1, 2, 4]
             kept = {s.recompute: s for s in profile.activations if (s.unit, s.tp) == (unit, tp)}
-            assert set(kept) == ({"none"} if unit in ("embedding", "head") else {"none", "selective", "full"})
-            if len(kept) == 3:
-                saved = [kept[r].bytes_per_sequence for r in ("none", "selective", "full")]
+            assert set(kept) == ({"none"} if unit in ("embedding", "head") else set(RECOMPUTES))
+            if len(kept) > 1:
+                saved = [kept[r].bytes_per_sequence for r in RECOMPUTES]
                 assert saved == sorted(saved, reverse=True)
-    assert all(sample.selective_s < sample.forward_s for sample in profile.compute)
+                for sample in (s for s in profile.compute if (s.unit, s.tp) == (unit, tp)):
+                    again_s = [sample.recompute_s(level) for level in RECOMPUTES]
+                    assert again_s == sorted(again_s)
+                    assert again_s[-1] == sample.forward_s
     layers = [sample for sample in profile.compute if sample.unit != "head"]  # whose loss does it all in its forward
     assert all(sample.forward_s < sample.backward_s * 1.01 for sample in layers)
 
@@ -100,7 +104,7 @@ def test_a_faster_device_is_never_slower(name, field):
     for slow, fast in zip(before.compute, after.compute, strict=True):
         assert fast.forward_s <= slow.forward_s
         assert fast.backward_s <= slow.backward_s
-        assert fast.selective_s <= slow.selective_s
+        assert all(fast.again_s[level] <= slow.again_s[level] for level in slow.again_s)
     assert after.optimizer_s_per_parameter <= before.optimizer_s_per_parameter
 
 
@@ -111,7 +115,7 @@ def test_more_work_takes_longer_and_more_ranks_keep_less(name):
     for unit in spec.units:
         one = [s.forward_s for s in profile.compute if (s.unit, s.tp) == (unit, 1)]
         assert one == sorted(one)
-        for recompute in ("none", "selective", "full"):
+        for recompute in RECOMPUTES:
             kept = [s.bytes_per_sequence for s in profile.activations if (s.unit, s.recompute) == (unit, recompute)]
             assert unit == "embedding" or kept == sorted(kept, reverse=True)
 

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from galvatron.models import build_spec
-from galvatron.profile.activations import count, count_activations
+from galvatron.profile.activations import count, count_activations, counts
 from galvatron.profile.units import UnitShape
 
 S, H, F, N, K, V = 32, 64, 96, 4, 2, 131
@@ -34,7 +34,7 @@ def _shape(config: PretrainedConfig, unit: str, tp: int = 1, dtype: torch.dtype 
 @pytest.mark.parametrize("unit", ["embedding", "layer", "head"])
 @pytest.mark.parametrize("config", [LLAMA, QWEN3, GPT2], ids=["llama", "qwen3", "gpt2"])
 def test_fake_counts_equal_what_a_real_run_allocates(config, unit, dtype):
-    for tp, recompute in ((1, "none"), (2, "none"), (1, "selective"), (2, "selective"), (2, "full")):
+    for tp, recompute in ((1, "none"), (2, "none"), (1, "selective"), (2, "mlp"), (2, "linears"), (2, "full")):
         if unit == "layer" or recompute == "none":
             shape = _shape(config, unit, tp, dtype)
             assert count(shape, recompute, 2) == count(shape, recompute, 2, fake=False)
@@ -95,24 +95,31 @@ LLAMA_1B = LlamaConfig(
     max_position_embeddings=4096,
 )
 LOG_SUM_EXP, RMS = 4 / 64, 2 * 4 / 2048  # a float32 for every head of 64; one for every norm
-KEPT = {"none": 53 + LOG_SUM_EXP + RMS, "selective": 25 + LOG_SUM_EXP, "full": 2}
+KEPT = {
+    "none": 53 + LOG_SUM_EXP + RMS,
+    "selective": 25 + LOG_SUM_EXP,
+    "mlp": 9 + LOG_SUM_EXP,
+    "linears": 4 + LOG_SUM_EXP,
+    "full": 2,
+}
 """Bytes that a bf16 layer keeps for every token and hidden unit.
 
 Without recompute: norms 2 x (4 + 2), inputs of both regions 2 x 2, attention 5 (q 2, k and v 0.5, output 2), the MLP
-4 x 8.  Selective: the input 2, attention 5, its projected output 2, gate and up 2 x 8.
+4 x 8.  Selective: the input 2, attention 5, its projected output 2, gate and up 2 x 8; without these the MLP's; without
+linears the input and attention's output.
 """
 
-
-COMPILED = {"none": 37 + LOG_SUM_EXP + RMS, "selective": 25 + LOG_SUM_EXP, "full": 2}
+COMPILED = {**KEPT, "none": 37 + LOG_SUM_EXP + RMS}
 """Without recompute the compiler keeps neither norms in float32 nor residual sums twice; it runs no product again."""
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler itself does
-@pytest.mark.parametrize("mode", COMPILED)
-def test_a_compiled_layer_keeps_no_more_than_it_did(mode):
+def test_a_compiled_layer_keeps_no_more_than_it_did_whatever_ran_before():
+    """Levels take turns in one process: graphs of one that served another would be silent."""
     shape = UnitShape(LLAMA_1B, build_spec(LLAMA_1B), "layer", 1, 4096, torch.bfloat16, compiled=True)
-    kept = count_activations(shape, mode).bytes_per_sequence / 4096 / 2048
-    assert kept == pytest.approx(COMPILED[mode], abs=1e-3)  # full: and the state of a random generator
+    levels = [*COMPILED, *reversed(COMPILED)]
+    kept = [counted.saved_bytes / 4096 / 2048 for counted in counts(shape, levels, 1)]
+    assert kept == pytest.approx([COMPILED[level] for level in levels], abs=1e-3)  # full: and a generator's state
 
 
 @pytest.mark.parametrize("tp", [1, 2, 8])
@@ -121,9 +128,10 @@ def test_a_layer_keeps_no_more_than_it_did(tp):
     shape = UnitShape(LLAMA_1B, build_spec(LLAMA_1B), "layer", tp, 4096, torch.bfloat16)
     kept = {m: count_activations(shape, m).bytes_per_sequence / 4096 / 2048 for m in KEPT}
     gathered = 2 * 2 * (1 - 1 / tp)  # without recompute both regions keep their whole input
-    assert kept["none"] == pytest.approx(KEPT["none"] / tp + gathered, abs=1e-6)
-    assert kept["selective"] == pytest.approx(KEPT["selective"] / tp, abs=1e-6)
-    assert kept["full"] == KEPT["full"] / tp
+    summed = 2 * (tp > 1)  # sums over ranks are kept where a rank's own linears are not
+    expected = {level: kept / tp for level, kept in KEPT.items()}
+    expected |= {"none": expected["none"] + gathered, "linears": expected["linears"] + summed / tp}
+    assert kept == pytest.approx(expected, abs=1e-6)
 
 
 def test_bfloat16_halves_what_is_not_upcast():

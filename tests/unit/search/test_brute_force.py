@@ -10,6 +10,7 @@ import pytest
 
 from galvatron.core.errors import InfeasibleError
 from galvatron.core.hardware import HardwareProfile
+from galvatron.core.model import RECOMPUTES
 from galvatron.core.model_profile import ModelProfile
 from galvatron.search import Limits, search
 from unit.profiles import make_hardware, make_model, make_spec
@@ -27,7 +28,7 @@ SHAPES = [  # world size, layers, layers with experts, global batches
     (6, 2, 1, (6,)),
     (8, 2, 0, (8,)),
 ]
-SWITCHED = ("tp", "ulysses", "cp", "ep", "zero", "dp_shard", "selective", "full")
+SWITCHED = ("tp", "ulysses", "cp", "ep", "zero", "dp_shard", "selective", "mlp", "linears", "full")
 FAST, INSTANCES = 60, 600
 TELLING = {142}  # interleaving two kinds of layers fits where 1F1B does not
 MOST = 200_000  # combinations of strategies that a task of an instance may have
@@ -60,7 +61,7 @@ def choice_of(on: list[str], schedules: list[tuple[str, int]]) -> Choice:
         name: degrees if name in on else (1,) for name in ("tp", "ulysses", "cp", "ep", "dp_shard")
     }
     values["zero"] = (0, 1, 2, 3) if "zero" in on else (0,)
-    values["recompute"] = ("none", *(mode for mode in ("selective", "full") if mode in on))
+    values["recompute"] = ("none", *(level for level in RECOMPUTES[1:] if level in on))
     return Choice(values, tuple(schedules))
 
 

@@ -100,8 +100,17 @@ def one_faster_link(job: Job, shake: random.Random) -> Job:
 
 
 def faster_devices(job: Job, shake: random.Random) -> Job:
-    rate, names = shake.uniform(0.1, 1.0), ("forward_s", "backward_s", "selective_s")
-    compute = (s.model_copy(update={n: rate * getattr(s, n) for n in names}) for s in job.model.compute)
+    rate = shake.uniform(0.1, 1.0)
+    compute = (
+        s.model_copy(
+            update={
+                "forward_s": rate * s.forward_s,
+                "backward_s": rate * s.backward_s,
+                "again_s": {level: rate * again_s for level, again_s in s.again_s.items()},
+            }
+        )
+        for s in job.model.compute
+    )
     optimizer_s = rate * job.model.optimizer_s_per_parameter
     update = {"compute": tuple(compute), "optimizer_s_per_parameter": optimizer_s}
     return replace(job, model=job.model.model_copy(update=update))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.core.model import RECOMPUTES, Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.testing.plans import pure_plans, random_plans
 
 
@@ -46,14 +46,14 @@ def test_random_plans_cover_what_they_promise() -> None:
     assert any(len(set(plan.layers_per_stage)) > 1 for plan in plans)
     assert {strategy.zero for strategy in layers} == {0, 1, 2, 3}
     assert {strategy.tp for strategy in layers} == {1, 2, 4}
-    assert {strategy.recompute for strategy in layers} == {"none", "selective", "full"}
+    assert {strategy.recompute for strategy in layers} == set(RECOMPUTES)
     assert any(strategy.dp_shard > 1 and strategy.dp_replicate > 1 for strategy in layers)
     assert any(plan.embedding != plan.head for plan in plans)
     assert all(len(set(plan.layers)) > 1 for plan in plans if plan.stage_size > 1)
 
 
 def test_pure_plans_by_name() -> None:
-    alone = {"dp", "recompute", "selective"}
+    alone = {"dp", "selective", "mlp", "linears", "full"}
     assert set(pure_plans(_spec(), 1)) == alone
     assert set(pure_plans(_spec(), 2)) == alone | {"zero1", "zero2", "zero3", "tp", "gpipe", "1f1b"}
     eight = pure_plans(_spec(heads=8), 8)

@@ -1,18 +1,30 @@
 """Recompute: what a layer's backward pass runs again instead of keeping it from the forward pass.
 
-``selective`` keeps the outputs of matrix products and of attention and runs the rest again (norms, rotary positions,
-activations, gathers of the sequence); ``full`` keeps the layer's input and runs all of it again (Korthikanti et al.
-2022; Chen et al. 2016).  Neither repeats the layer's last product: nothing in the layer needs its output.
+Every level runs more again than the one before it, and keeps less beside the layer's input:
+
+* ``selective`` keeps the outputs of linears and of attention; norms, rotary positions, activations and gathers of the
+  sequence run again (Korthikanti et al. 2022);
+* ``mlp`` keeps none of the last region's: all of the MLP runs again;
+* ``linears`` keeps attention's output alone: all linears run again;
+* ``full`` keeps nothing (Chen et al. 2016).
+
+None repeats the layer's last product: nothing in the layer needs its output.  Under tensor parallelism a row-cut
+product is whole and partial: what is kept of it is the ranks' sum, by all levels but ``full``, since it took a message.
+
+A layer calls its linears in the order of its family's record, so that their place tells them apart: eagerly, and in a
+compiled graph, where their modules are no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from galvatron.core.model import Recompute
@@ -24,53 +36,56 @@ from .forward import wrap_forward
 
 _aten = torch.ops.aten
 PRODUCTS: frozenset[Any] = frozenset({_aten.mm.default, _aten.addmm.default})
-SCATTERS: frozenset[Any] = frozenset({REDUCE_SCATTER, _aten.select_copy.int})
-"""What takes the place of a row-cut product's output: its sum, cut (``select_copy`` where one rank runs alone)."""
-EVERYTHING = PRODUCTS | ATTENTION | SCATTERS
-NOTHING: frozenset[Any] = frozenset()
+SUMS: frozenset[Any] = frozenset({REDUCE_SCATTER, _aten.select_copy.int})
+"""Row-cut products summed over ranks (``select_copy`` where one rank runs alone)."""
 
 
-class _Keeper:
-    """Which operations' outputs a selective layer keeps just now."""
+@dataclass(frozen=True)
+class Kept:
+    """Which outputs of a layer's products and sums are kept, by their order; attention's always is."""
 
-    kept = EVERYTHING
-
-    def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in self.kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_everything = _Keeper()  # one for all layers that are compiled, or they would not share a graph
+    products: frozenset[int]
+    sums: frozenset[int]
 
 
-def recompute_in_backward(
-    layer: nn.Module, family: Family, tp: AxisGroup, recompute: Recompute, *, compiled: bool = False
-) -> None:
-    """Let ``layer``, already cut by ``tp``, keep no more than ``recompute`` says; ``compiled``: it will be compiled.
-
-    The compiler finds out by itself which outputs nothing needs.
-    """
+def recompute_in_backward(layer: nn.Module, family: Family, tp: AxisGroup, recompute: Recompute) -> None:
+    """Let ``layer``, already cut by ``tp``, keep no more than ``recompute`` says."""
     if recompute == "none":
         return
     again = partial(checkpoint, use_reentrant=False)
-    if recompute == "selective":
-        keeper = _everything if compiled else _Keeper()
-        if not compiled:
-            _keep_sums_of_rows(layer, family, tp, keeper)
-        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, keeper))
+    if recompute != "full":
+        linears = tuple((len(region.columns), len(region.rows)) for region in family.regions)
+        again = partial(again, context_fn=partial(_contexts, kept(recompute, linears, summed=tp.size > 1)))
     wrap_forward(layer, again)
 
 
-def _keep_sums_of_rows(layer: nn.Module, family: Family, tp: AxisGroup, keeper: _Keeper) -> None:
-    """Row-cut products are whole and partial: keep what they are reduced to, and of the last one nothing."""
-    for region in family.regions:
-        kept = NOTHING if region is family.regions[-1] else SCATTERS if tp.size > 1 else EVERYTHING
-        for name in region.rows:
-            wrap_forward(layer.get_submodule(f"{region.module}.{name}"), partial(_keeping, keeper, kept))
+@lru_cache  # one for all layers that are alike, or they would not share a graph when compiled
+def kept(recompute: Recompute, linears: Sequence[tuple[int, int]], *, summed: bool) -> Kept:
+    """What is kept of regions of so many column-cut and row-cut ``linears``; ``summed``: over tensor-parallel ranks."""
+    products, sums, at = set[int](), set[int](), 0
+    for index, (columns, rows) in enumerate(linears):
+        is_last = index == len(linears) - 1
+        if recompute == "selective" or (recompute == "mlp" and not is_last):
+            products |= {*range(at, at + columns)}
+        if not is_last and (summed or recompute != "linears"):
+            products, sums = (products, sums | {index}) if summed else (products | {at + columns}, sums)
+        at += columns + rows
+    return Kept(frozenset(products), frozenset(sums))
 
 
-def _keeping(keeper: _Keeper, kept: frozenset[Any], forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    keeper.kept = kept
-    try:
-        return forward(*args)
-    finally:
-        keeper.kept = EVERYTHING
+def _contexts(kept: Kept) -> Any:
+    return create_selective_checkpoint_contexts(_Policy(kept))
+
+
+class _Policy:
+    """Tells of every operation of one pass through a layer whether its output is kept."""
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept, self.seen = kept, Counter[tuple[str, bool]]()
+
+    def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = "products" if op in PRODUCTS else "sums" if op in SUMS else ""
+        at = self.seen[name, context.is_recompute]
+        self.seen[name, context.is_recompute] += 1
+        is_kept = at in getattr(self.kept, name) if name else op in ATTENTION
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
