@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from galvatron.core.model import RECOMPUTES
+from galvatron.core.model import RECOMPUTES, Recompute
 from galvatron.core.model_profile import ModelProfile
 from galvatron.parallelize import ParallelModel, init_world, parallelize
 from galvatron.parallelize.layers import compile
@@ -22,11 +22,19 @@ from galvatron.testing.pool import Pool
 BATCH, SEQ_LEN = 4, 16
 TIMEOUT_S = 900.0  # of a busy machine
 S = LayerStrategy
-MODES = ("none", "selective", "full", "none")
+LEVELS: tuple[Recompute, ...] = ("linears", "selective", "full", "linears")
 PLANS = {
-    "one device": (1, tuple(S(recompute=mode) for mode in MODES)),
-    "tp": (2, tuple(S(tp=2, recompute=mode) for mode in MODES)),
-    "mixed": (2, (S(tp=2, recompute="selective"), S(dp_shard=2, zero=3, recompute="full"), S(dp_replicate=2), S(tp=2))),
+    "one device": (1, tuple(S(recompute=level) for level in LEVELS)),
+    "tp": (2, tuple(S(tp=2, recompute=level) for level in LEVELS)),
+    "mixed": (
+        2,
+        (
+            S(tp=2, recompute="mlp"),
+            S(dp_shard=2, zero=3, recompute="mlp"),
+            S(dp_replicate=2),
+            S(tp=2, recompute="selective"),
+        ),
+    ),
 }
 
 

@@ -10,7 +10,8 @@ from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelP
 from galvatron.plan.axes import StageAxes, divisors
 
 AGAIN = {"selective": 0.2, "mlp": 0.5, "linears": 0.7}
-"""Levels of recompute between the two ends, with what part of a forward they run again; they keep about the rest."""
+"""Levels of recompute between the two ends, with what part of a forward they run again."""
+KEPT = {"selective": 2, "mlp": 3, "linears": 6}  # one over what part of all they keep
 
 
 def make_spec(
@@ -94,9 +95,9 @@ def make_model(
 ) -> ModelProfile:
     """Compute from FLOPs with a fixed cost a call; activations as a LLaMA layer saves them; ``seed`` shakes both."""
     spec = spec or make_spec()
-    shake = random.Random(seed)
+    shake, between = random.Random(seed), random.Random(f"{seed} between")
 
-    def noise() -> float:
+    def noise(shake: random.Random = shake) -> float:
         return 1.0 if seed is None else shake.uniform(0.6, 1.6)
 
     compute, activations = [], []
@@ -104,7 +105,8 @@ def make_model(
         for tp in tps:
             compute += _compute(spec, unit, tp, seq_len, flops_per_s, noise())
             for recompute in ("none",) if unit in ENDS else ("none", *AGAIN, "full"):
-                activations.append(_activations(spec, unit, tp, seq_len, recompute, noise()))
+                shaken = noise(between if recompute in ("mlp", "linears") else shake)
+                activations.append(_activations(spec, unit, tp, seq_len, recompute, shaken))
     return ModelProfile(
         spec=spec,
         device="made up",
@@ -145,7 +147,7 @@ def _activations(
     if recompute == "full":
         saved, workspace = chunk, saved + workspace
     if recompute in AGAIN:
-        kept = int((0.7 - AGAIN[recompute]) * saved)
+        kept = saved // KEPT[recompute]
         saved, workspace = kept, (saved - kept) // 2 + workspace
     return ActivationSample.model_validate(
         {

@@ -28,7 +28,8 @@ SHAPES = [  # world size, layers, layers with experts, global batches
     (6, 2, 1, (6,)),
     (8, 2, 0, (8,)),
 ]
-SWITCHED = ("tp", "ulysses", "cp", "ep", "zero", "dp_shard", "selective", "mlp", "linears", "full")
+SWITCHED = ("tp", "ulysses", "cp", "ep", "zero", "dp_shard", "selective", "full")
+BETWEEN = ("mlp", "linears")  # one of them where the seed is odd
 FAST, INSTANCES = 60, 600
 TELLING = {142}  # interleaving two kinds of layers fits where 1F1B does not
 MOST = 200_000  # combinations of strategies that a task of an instance may have
@@ -49,7 +50,7 @@ def instance(seed: int) -> tuple[ModelProfile, HardwareProfile, tuple[int, ...],
         slow = hardware.device.model_copy(update={"full_speed_fraction": (1.0, 0.5, 0.3)[seed // 2 % 3]})
         hardware = hardware.model_copy(update={"device": slow})
     schedules = shake.sample([("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1)], shake.choice([1, 3]))
-    on = shake.sample(SWITCHED, shake.choice([3, 4, 5]))
+    on = shake.sample(SWITCHED, shake.choice([3, 4, 5])) + [BETWEEN[seed // 2 % 2]] * (seed % 2)
     while not 0 < size_of(model, hardware, batches, choice_of(on, schedules)) <= MOST:
         on, schedules = on[1:], [*schedules, ("1f1b", 1)] if ("1f1b", 1) not in schedules else schedules
     return model, hardware, batches, choice_of(on, schedules), limits_of(on, schedules), shake
@@ -67,7 +68,7 @@ def choice_of(on: list[str], schedules: list[tuple[str, int]]) -> Choice:
 
 def limits_of(on: list[str], schedules: list[tuple[str, int]]) -> Limits:
     used = {schedule for schedule, _ in schedules}
-    forbidden = {name for name in SWITCHED if name not in on}
+    forbidden = {name for name in (*SWITCHED, *BETWEEN) if name not in on}
     forbidden |= {"1f1b", "gpipe", "interleaved", "zero_bubble"} - used
     return Limits("all", forbid=frozenset(forbidden), at_most={"model_chunks": 2})
 

@@ -69,12 +69,12 @@ def test_a_time_limit_ends_a_search_with_some_plan_and_an_honest_gap() -> None:
 
 
 def test_a_tight_limit_gives_a_mix_that_fits_and_that_the_runtime_accepts() -> None:
-    limit = int(0.74 * TIGHT)
+    limit = int(0.72 * TIGHT)
     result = find(limit)
     check_plan(result.plan, MODEL.spec, 4)
     assert result.plan.prediction is not None
     assert result.plan.prediction.peak_memory_bytes <= limit
-    assert {strategy.recompute for strategy in result.plan.layers} == set(RECOMPUTES)
+    assert {strategy.recompute for strategy in result.plan.layers} == {*RECOMPUTES} - {"full"}
     again = predict(result.plan, MODEL, HARDWARE, limit)
     assert result.plan.prediction.model_copy(update={"proof": None}) == again
 
