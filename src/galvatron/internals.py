@@ -13,6 +13,7 @@ and pyproject.toml admits what lies between them.  What differed:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +52,7 @@ __all__ = [
     "hooks",
     "is_compiled",
     "keep_graphs",
+    "leave_out_advice",
     "local_part",
     "multiply_all_",
     "needless_names",
@@ -174,6 +176,15 @@ def clear_cublas_workspaces() -> None:
     """Free the buffers that cuBLAS keeps within PyTorch's allocator until it is called again (CUDA builds alone)."""
     clear: Any = torch._C._cuda_clearCublasWorkspaces
     clear()
+
+
+def leave_out_advice() -> None:
+    """Silence what the compiler says of every selective checkpoint: to beware of in-place operations."""
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
 
 
 def storage_address(tensor: torch.Tensor) -> int:

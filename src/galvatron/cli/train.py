@@ -231,6 +231,9 @@ def _train(world: World, leg: Leg) -> TrainResult:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the model lacks and that are left out")  # said by check_inputs
         model = parallelize(whole, leg.plan, world=world, weights=weights, seed=section.seed, compile=section.compiled)
+    unlike = leg.plan.prediction and leg.plan.prediction.unlike(compiled=model.compiled)
+    if unlike:
+        say(unlike)
     if model.compiled:
         say(f"layers compiled in {format_seconds(model.warm_up())}")
     reporter = ConsoleReporter(on_start=lambda: _keep_plan(leg))

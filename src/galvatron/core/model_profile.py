@@ -83,7 +83,7 @@ class ModelProfile(FileRecord):
     """
 
     FORMAT: ClassVar[str] = "galvatron.model"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     ERROR: ClassVar[type[GalvatronError]] = ProfileError
 
     spec: ModelSpec

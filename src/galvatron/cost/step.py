@@ -138,6 +138,7 @@ def predict(
         parts_s=_parts(plan, setting, replayed),
         stages=tuple(stages),
         memory_limit_bytes=memory_limit_bytes,
+        compiled=model.compiled,
     )
 
 

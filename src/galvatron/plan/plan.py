@@ -9,7 +9,7 @@ import itertools
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, StrictBool, field_serializer, field_validator, model_validator
 
 from galvatron.core.errors import GalvatronError, PlanError
 from galvatron.core.model import ModelSpec, Precision, Recompute, ReduceDtype
@@ -133,18 +133,29 @@ class Proof(Record):
 
 
 class Prediction(Record):
-    """What a plan promises; ``parts_s`` splits the step."""
+    """What a plan promises; ``parts_s`` splits the step; ``compiled``: of layers that are, as the profile's were."""
 
     step_time_s: Annotated[Seconds, Field(gt=0)]
     parts_s: dict[Part, Finite]
     stages: tuple[StagePrediction, ...] = Field(min_length=1)
     memory_limit_bytes: Bytes | None = None
+    compiled: StrictBool = False
     proof: Proof | None = None
 
     @property
     def peak_memory_bytes(self) -> int:
         """The fullest stage's upper end."""
         return max(stage.peak_memory_bytes for stage in self.stages)
+
+    def unlike(self, *, compiled: bool) -> str | None:
+        """Where layers that are (not) ``compiled`` are not what was predicted: a sentence; None where they are."""
+        if compiled == self.compiled:
+            return None
+        here, there = ("compiled", "not compiled")[:: 1 if compiled else -1]
+        return (
+            f"layers are {here} here but {there} in what the plan predicts, so that time and memory differ; "
+            f"set compile = {'true' if self.compiled else 'false'}, or search with a profile of such layers"
+        )
 
 
 class Plan(FileRecord):

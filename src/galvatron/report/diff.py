@@ -67,6 +67,9 @@ def _predictions(a: Prediction | None, b: Prediction | None) -> Iterator[str]:
         yield (
             f"step time (predicted): {format_seconds(a.step_time_s)} -> {format_seconds(b.step_time_s)} ({change:+.1%})"
         )
+    if a.compiled != b.compiled:
+        words = ("not compiled", "compiled")
+        yield f"layers (predicted): {words[a.compiled]} -> {words[b.compiled]}"
     ours = [stage.peak_memory_bytes for stage in a.stages]
     theirs = [stage.peak_memory_bytes for stage in b.stages]
     if ours != theirs:

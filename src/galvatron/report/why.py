@@ -50,7 +50,8 @@ def explain_prediction(plan: Plan, basis: str = "predicted") -> str:
     """What a predicted plan promises: step time and memory with their parts."""
     prediction = predicted(plan)
     tokens_per_s = plan.global_batch_size * plan.seq_len / prediction.step_time_s
-    lines = [f"Step time {format_seconds(prediction.step_time_s)}, {tokens_per_s:,.0f} tokens/s ({basis})"]
+    engine = ", layers compiled" if prediction.compiled else ""
+    lines = [f"Step time {format_seconds(prediction.step_time_s)}, {tokens_per_s:,.0f} tokens/s ({basis}{engine})"]
     for name, seconds in sorted(prediction.parts_s.items(), key=lambda part: -part[1]):
         share = seconds / prediction.step_time_s
         if share >= NOTICEABLE:

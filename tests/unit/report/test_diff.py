@@ -6,6 +6,7 @@ from typing import Any
 
 from galvatron.cost import predict
 from galvatron.plan import LayerStrategy, Plan
+from galvatron.report import explain_prediction
 from galvatron.report.diff import diff_plans
 from unit.profiles import make_hardware, make_model, make_spec
 
@@ -68,3 +69,20 @@ def test_predictions_are_compared_where_both_have_one() -> None:
     assert lines[1].endswith("%)")
     assert lines[2].startswith("memory by stage (predicted): ")
     assert diff_plans(PLAN, b) == "microbatches: 1 -> 2"
+
+
+def test_predictions_of_compiled_layers_say_so() -> None:
+    model, hardware = make_model(make_spec(4)), make_hardware(4)
+    eager = PLAN.model_copy(update={"prediction": predict(PLAN, model, hardware)})
+    compiled = predict(PLAN, model.model_copy(update={"compiled": True}), hardware)
+    plan = Plan.from_json(PLAN.model_copy(update={"prediction": compiled}).to_json())
+    assert diff_plans(eager, plan) == "layers (predicted): not compiled -> compiled"
+    assert "(predicted, layers compiled)" in explain_prediction(plan)
+    assert "compiled" not in explain_prediction(eager)
+    assert compiled.unlike(compiled=True) is None
+    assert str(compiled.unlike(compiled=False)).startswith(
+        "layers are not compiled here but compiled in what the plan predicts, so that time and memory differ; "
+        "set compile = true"
+    )
+    assert eager.prediction is not None
+    assert "layers are compiled here but not compiled in" in str(eager.prediction.unlike(compiled=True))

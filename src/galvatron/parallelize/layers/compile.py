@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from galvatron.internals import keep_graphs
+from galvatron.internals import keep_graphs, leave_out_advice
 
 BACKEND = "inductor"
 GRAPHS = 32
@@ -33,6 +33,7 @@ class LayerCompiler:
         self._backend = backend or BACKEND
         self._codes: dict[Hashable, CodeType] = {}
         keep_graphs(GRAPHS)
+        leave_out_advice()
 
     def __call__(self, layer: nn.Module, alike: Hashable) -> None:
         """Compile ``layer``'s forward; layers that are ``alike`` see equal shapes and share their graphs."""
