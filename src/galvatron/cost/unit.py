@@ -119,11 +119,10 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     expert_s = _expert_parallel_s(setting, unit, s, batch)
     regions = 0 if unit in ENDS else setting.model.spec.kind(unit).regions
     # what runs again asks again for what it takes in; sums are kept by all levels but the last, which needs all but
-    # the layer's own (which other engines repeat too, and estimates were held against their runs)
-    scatters = regions - 1 if setting.model.origin == "measured" else regions
+    # the layer's own
     repeated_s = (s.recompute > NONE) * regions * gather_s + (s.recompute >= MLP) * expert_s
     entered_s = np.where(s.recompute == FULL, context_forward_s, (s.recompute == LINEARS) * enter_s)
-    repeated_s = repeated_s + entered_s + (s.recompute == FULL) * scatters * scatter_s
+    repeated_s = repeated_s + entered_s + (s.recompute == FULL) * (regions - 1) * scatter_s
     reached = setting.model.spec.is_reached(unit)
     again_s, repeated_s, tp_backward_s, context_backward_s = (
         reached * seconds for seconds in (again_s, repeated_s, tp_backward_s, context_backward_s)

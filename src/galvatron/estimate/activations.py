@@ -2,7 +2,8 @@
 
 Takes a model's shapes; gives ActivationSamples.  The formulas follow Korthikanti et al. 2022 (section 4), with flash
 attention in place of scores, the gathered input of a region kept whole on every rank, and Hugging Face's modules as
-they are: an RMS norm in a half keeps a float32 copy of its input.  Where ``profile`` can count, they give its counts.
+they are: an RMS norm in a half keeps a float32 copy of its input.  Compiled layers keep what goes into and comes out of
+products and attention, and of norms a number a token.  Where ``profile`` can count, they give its counts.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ LAYER_NORM_COPIES = 3
 
 
 def layer_activations(
-    kind: LayerKind, family: str, tp: int, recompute: Recompute, seq_len: int, precision: Precision
+    kind: LayerKind, family: str, tp: int, recompute: Recompute, seq_len: int, precision: Precision, *, compiled: bool
 ) -> ActivationSample:
     """One layer's bytes of one sequence on one of ``tp`` ranks."""
-    layer, size = local_layer(kind, family, tp, seq_len), DTYPE_BYTES[precision]
+    layer, size = local_layer(kind, family, tp, seq_len, compiled=compiled), DTYPE_BYTES[precision]
     boundary = kind.entering_elements(seq_len) / tp * size
     every = _saved(layer, size) + boundary - layer.chunk * layer.hidden * size
     saved = every if recompute == "none" else boundary + _kept(layer, recompute, size)
@@ -46,19 +47,24 @@ def _saved(layer: LocalLayer, size: int) -> float:
 
 def _region(layer: LocalLayer, size: int) -> float:
     """Around every region: what its norm keeps, and its input, whole."""
-    norm = _norm_bytes(layer.rms, size, layer.hidden) * layer.chunk
+    norm = _norm_bytes(layer.rms, size, layer.hidden, fused=layer.compiled) * layer.chunk
     return norm + layer.tokens * layer.hidden * size
 
 
-def _norm_bytes(rms: bool, size: int, width: int) -> float:
-    """A token's bytes: in float32 its input (in a half a copy), the normed and 1 / rms; or input, mean and 1 / std."""
-    return width * (FLOAT + size) + FLOAT if rms else width * size + 2 * FLOAT
+def _norm_bytes(rms: bool, size: int, width: int, *, fused: bool) -> float:
+    """A token's bytes: in float32 its input (in a half a copy), the normed and 1 / rms; or input, mean and 1 / std.
+
+    ``fused``: an RMS norm keeps its input as it is, and 1 / rms.
+    """
+    if rms and not fused:
+        return width * (FLOAT + size) + FLOAT
+    return width * size + (1 if rms else 2) * FLOAT
 
 
 def _attention(layer: LocalLayer, size: int) -> float:
     """Query, key, value and output, a log-sum-exp a head, and the norms inside."""
     elements = 2 * layer.query + 2 * layer.key_value
-    inner = (FLOAT + size) * layer.inner
+    inner = layer.inner * (size + FLOAT / layer.head_dim if layer.compiled else FLOAT + size)
     return layer.tokens * (size * elements + FLOAT * layer.heads + inner)
 
 
@@ -92,7 +98,7 @@ def _workspace(layer: LocalLayer, precision: Precision) -> float:
     size = DTYPE_BYTES[precision]
     width = layer.ffn + layer.routed * (layer.routed_ffn + layer.hidden)
     mlp = layer.chunk * layer.hidden + 2 * layer.tokens * width
-    copies = NORM_COPIES[precision] if layer.rms else LAYER_NORM_COPIES
+    copies = NORM_COPIES[precision] if layer.rms and not layer.compiled else LAYER_NORM_COPIES
     norm = (2 * layer.tokens + copies * layer.chunk) * layer.hidden
     return size * max(mlp, norm)
 
@@ -100,7 +106,7 @@ def _workspace(layer: LocalLayer, precision: Precision) -> float:
 def embedding_activations(spec: ModelSpec, tp: int, seq_len: int, precision: Precision) -> ActivationSample:
     """Token ids (and which of them are this rank's); the tables that all layers share are fixed bytes."""
     size, kind = DTYPE_BYTES[precision], spec.layers[0]
-    layer = local_layer(kind, spec.family, 1, seq_len)
+    layer = local_layer(kind, spec.family, 1, seq_len, compiled=False)
     ids = seq_len * (TOKEN_ID + (tp > 1))
     rotary = 2 * seq_len * kind.head_dim * size if layer.rotary else 0
     learned = any("position" in p.name or "wpe" in p.name for p in spec.embedding.parameters)
@@ -118,7 +124,7 @@ def head_activations(spec: ModelSpec, tp: int, seq_len: int, precision: Precisio
     """What the norm keeps, and the gradient of the projection's whole input; the loss works in chunks of tokens."""
     size, hidden = DTYPE_BYTES[precision], spec.layers[-1].hidden_size
     normed, tokens = spec.layers[-1].tokens(seq_len), head_tokens(spec, seq_len)
-    saved = _norm_bytes(uses_rms(spec.head), size, hidden) * normed / tp + tokens * hidden * size
+    saved = _norm_bytes(uses_rms(spec.head), size, hidden, fused=False) * normed / tp + tokens * hidden * size
     copies = 2 if uses_rms(spec.head) and precision != "fp32" else 1  # before and after the norm's weight
     passing = (copies * normed / tp + (tp > 1) * normed) * hidden * size
     sample = _sample("head", tp, "none", seq_len, saved, passing)
@@ -130,7 +136,7 @@ def _chunked(
 ) -> dict[str, int | tuple[int, int] | None]:
     """The workspace of ``sample`` with logits: a line up to a chunk of tokens, a flatter one beyond."""
     size, casts = DTYPE_BYTES[precision], precision != "fp32"
-    chunk, block = _fitting(CHUNK_BYTES, rows * size), casts * _fitting(BLOCK_BYTES, rows * FLOAT)
+    chunk, block = chunk_tokens(rows, size), casts * _fitting(BLOCK_BYTES, rows * FLOAT)
     slices = casts * min(rows, SLICE_ROWS) * hidden * size
     passing = sample.workspace_bytes_per_sequence
     beyond = (rows * chunk * size + max(rows * block * FLOAT, slices), passing)
@@ -144,6 +150,11 @@ def _chunked(
         "workspace_bytes_per_sequence": passing + growing,
         "workspace_beyond": beyond,
     }
+
+
+def chunk_tokens(rows: int, size: int) -> int:
+    """Tokens whose logits of ``rows`` words the fused loss makes at a time."""
+    return _fitting(CHUNK_BYTES, rows * size)
 
 
 def _fitting(num_bytes: int, token_bytes: int) -> int:

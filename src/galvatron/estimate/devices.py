@@ -31,6 +31,7 @@ class Preset(Record):
     """One product in the server it usually comes in; ``product`` is the name that its driver gives.
 
     ``memory_bytes``: what PyTorch finds there, as a measured profile has it: less than the data sheet says.
+    ``exponentials_per_s``: of the units for special functions.
 
     ``intra_*``: between the devices of a node; ``intra_peer_bytes_per_s`` is what one device can send to one other,
     less than all it can send where every pair has a link of its own.  ``inter_*``: each device's share of the
@@ -46,6 +47,7 @@ class Preset(Record):
     memory_bytes_per_s: Constant
     matmul_efficiency: Constant
     memory_efficiency: Constant
+    exponentials_per_s: Constant
     devices_per_node: Constant
     intra_kind: str
     intra_bytes_per_s: Constant

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from galvatron.core.model import LayerKind, ParameterSpec, UnitSpec
 
 # Elements that autograd keeps for every element of the MLP's width: gate, up, activation, product; the Python GELU
-# of GPT-2 keeps its input, the tanh, both factors and the product; a fused activation its input and output.
+# of GPT-2 keeps its input, the tanh, both factors and the product; a fused activation its input and output, and so do
+# compiled ones, for the compiler fuses whatever lies between two products.
 KEPT_GATED, KEPT_GELU_NEW, KEPT_PLAIN = 4, 5, 2
+KEPT_GATED_COMPILED = 3
 # Elements read and written for every one in forward: activation 2, product 3; GPT-2's eight operations; activation.
 MOVED_GATED, MOVED_GELU_NEW, MOVED_PLAIN = 5, 18, 2
+MOVED_GATED_COMPILED = 3
 WITHOUT_ROTARY = ("gpt2", "bert", "t5", "vit", "swin")
 
 
@@ -29,7 +32,7 @@ class LocalLayer:
     Elements a token: ``hidden`` between regions; ``query``, ``key_value`` (keys alone, or values alone) and ``ffn``
     of this rank; ``inner``, the normed queries and keys or latents inside attention.  ``routed``: copies of a token
     that ``experts`` take, ``routed_ffn`` their width.  ``kept_ups``: of the MLP's kept elements, how many come out of
-    linears.
+    linears.  ``compiled``: what lies between products is fused.
     """
 
     tokens: int
@@ -52,6 +55,7 @@ class LocalLayer:
     span: int
     windowed: bool
     masked_share: float
+    compiled: bool
     matrices: tuple[tuple[int, int, int, float], ...]
 
     @property
@@ -64,12 +68,17 @@ class LocalLayer:
         """Regions that are attention; the last is the MLP."""
         return self.regions - 1
 
+    @property
+    def head_dim(self) -> int:
+        """Elements of one head's query."""
+        return self.query // self.heads
 
-def local_layer(kind: LayerKind, family: str, tp: int, seq_len: int) -> LocalLayer:
+
+def local_layer(kind: LayerKind, family: str, tp: int, seq_len: int, *, compiled: bool) -> LocalLayer:
     """The part of tp rank 0, which holds the most."""
     tokens, names = kind.tokens(seq_len), [p.name for p in kind.parameters]
     gated = any(re.search(r"gate_proj|gate_up_proj|wi_0", name) for name in names)
-    kept, moved = _activation(family, gated)
+    kept, moved = _activation(family, gated, compiled)
     span = min(tokens, kind.attention_span or tokens)
     ffn = kind.ffn_size // tp
     return LocalLayer(
@@ -93,6 +102,7 @@ def local_layer(kind: LayerKind, family: str, tp: int, seq_len: int) -> LocalLay
         span=span,
         windowed=kind.attention_span is not None,
         masked_share=0.5 if kind.causal and span == tokens else 0.0,
+        compiled=compiled,
         matrices=matrices(kind.parameters, tp, kind.experts_per_token),
     )
 
@@ -119,10 +129,10 @@ def uses_rms(unit: UnitSpec) -> bool:
     return not any(re.search(r"(norm|ln_).*bias$", p.name.lower()) for p in unit.parameters)
 
 
-def _activation(family: str, gated: bool) -> tuple[int, int]:
+def _activation(family: str, gated: bool, compiled: bool) -> tuple[int, int]:
     if gated:
-        return KEPT_GATED, MOVED_GATED
-    return (KEPT_GELU_NEW, MOVED_GELU_NEW) if family == "gpt2" else (KEPT_PLAIN, MOVED_PLAIN)
+        return (KEPT_GATED_COMPILED, MOVED_GATED_COMPILED) if compiled else (KEPT_GATED, MOVED_GATED)
+    return (KEPT_GELU_NEW, MOVED_GELU_NEW) if family == "gpt2" and not compiled else (KEPT_PLAIN, MOVED_PLAIN)
 
 
 def _inner_norms(kind: LayerKind, tp: int) -> int:

@@ -14,7 +14,7 @@ from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, Precision, Recompu
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 
 from .activations import embedding_activations, head_activations, layer_activations
-from .compute import ADAMW_BYTES, Rates, embedding_sample, head_sample, layer_sample
+from .compute import Rates, embedding_sample, head_sample, layer_sample, update_bytes
 from .devices import Preset, preset
 
 TP_DEGREES = (1, 2, 4, 8, 16, 32, 64)
@@ -28,6 +28,7 @@ def estimate_model(
     precision: Precision = "bf16",
     tp_degrees: Iterable[int] | None = None,
     max_batch: int = 64,
+    compiled: bool | None = None,
 ) -> ModelProfile:
     """Seconds and bytes of every unit of ``spec`` on one rank of ``device``.
 
@@ -39,6 +40,7 @@ def estimate_model(
         tp_degrees: tensor-parallel degrees, by default powers of two up to 64; those that a unit's cuts or
             tokens refuse are left out.
         max_batch: most sequences that a rank computes at once.
+        compiled: whether layers are, as they will be in training; by default on CUDA alone.
 
     Raises:
         ConfigError: ``seq_len`` does not suit the model, no preset is of that name, or no rate of that precision is
@@ -50,6 +52,8 @@ def estimate_model(
     found = preset(device) if isinstance(device, str) else device
     rates = Rates.of(found, precision)
     degrees = sorted({1, *(TP_DEGREES if tp_degrees is None else tp_degrees)})
+    if compiled is None:
+        compiled = isinstance(found, Preset) or found.type == "cuda"
     units = [(unit, tp) for unit, tp in itertools.product(spec.units, degrees) if _cuts(spec, unit, tp, seq_len)]
     return ModelProfile(
         spec=spec,
@@ -57,16 +61,17 @@ def estimate_model(
         precision=precision,
         seq_len=seq_len,
         origin="estimated",
+        compiled=compiled,
         compute=tuple(
-            _compute(spec, unit, tp, batch, seq_len, rates)
+            _compute(spec, unit, tp, batch, seq_len, rates, compiled)
             for (unit, tp), batch in itertools.product(units, batches(max_batch))
         ),
         activations=tuple(
-            _activations(spec, unit, tp, recompute, seq_len, precision)
+            _activations(spec, unit, tp, recompute, seq_len, precision, compiled)
             for (unit, tp), recompute in itertools.product(units, RECOMPUTES)
             if unit not in ENDS or recompute == "none"
         ),
-        optimizer_s_per_parameter=ADAMW_BYTES / rates.bytes_per_s,
+        optimizer_s_per_parameter=update_bytes(rates.element_bytes) / rates.bytes_per_s,
     )
 
 
@@ -86,15 +91,17 @@ def _cuts(spec: ModelSpec, unit: UnitName, tp: int, seq_len: int) -> bool:
     return not (refused or whole or empty) and kind.tokens(seq_len) % tp == 0
 
 
-def _compute(spec: ModelSpec, unit: UnitName, tp: int, batch: int, seq_len: int, rates: Rates) -> ComputeSample:
+def _compute(
+    spec: ModelSpec, unit: UnitName, tp: int, batch: int, seq_len: int, rates: Rates, compiled: bool
+) -> ComputeSample:
     if unit in ENDS:
         return (embedding_sample if unit == "embedding" else head_sample)(spec, tp, batch, seq_len, rates)
-    return layer_sample(spec.kind(unit), spec.family, tp, batch, seq_len, rates)
+    return layer_sample(spec.kind(unit), spec.family, tp, batch, seq_len, rates, compiled=compiled)
 
 
 def _activations(
-    spec: ModelSpec, unit: UnitName, tp: int, recompute: Recompute, seq_len: int, precision: Precision
+    spec: ModelSpec, unit: UnitName, tp: int, recompute: Recompute, seq_len: int, precision: Precision, compiled: bool
 ) -> ActivationSample:
     if unit in ENDS:
         return (embedding_activations if unit == "embedding" else head_activations)(spec, tp, seq_len, precision)
-    return layer_activations(spec.kind(unit), spec.family, tp, recompute, seq_len, precision)
+    return layer_activations(spec.kind(unit), spec.family, tp, recompute, seq_len, precision, compiled=compiled)

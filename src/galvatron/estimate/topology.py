@@ -19,13 +19,17 @@ from galvatron.plan.groups import group_shapes, p2p_strides
 
 RING_PASSES: dict[Op, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """How often (n - 1) / n of the tensor passes every link of a ring of n (Thakur et al. 2005, sections 4.1 to 4.4)."""
+START_S = 8.4e-6
+"""What a collective takes before its first hop.  [NCCL 2.20's own model of its Simple protocol, which large messages
+take: ``baseLat`` in src/graph/tuning.cc]"""
 
 
 class Topology(Record):
     """Nodes of ``devices_per_node`` devices: what one device sends within its node and out of it.
 
     ``intra_peer_bytes_per_s``: most of it that goes to any one device of its node.  ``inter_bytes_per_s``: its own
-    share of the network (one adapter a device, all of a node's usable by the members of one group there).
+    share of the network (one adapter a device, all of a node's usable by the members of one group there).  Latencies
+    are of one hop.
     """
 
     nodes: int
@@ -48,12 +52,13 @@ class Topology(Record):
 
     def _group_links(self, size: int, stride: int) -> Iterator[Link]:
         members = self.members_per_node(size, stride)
-        latency_s = self._latency_s(size, members)
+        tree_s, ring_s = self._tree_s(size, members), self._ring_s(size, members)
         for op, passes in RING_PASSES.items():
             seconds = passes * (size - 1) / size / self._ring_bytes_per_s(size, members)
-            yield Link(op=op, size=size, stride=stride, latency_s=passes * latency_s, seconds_per_byte=seconds)
+            latency_s = START_S + (2 * tree_s if op == "all_reduce" else ring_s)
+            yield Link(op=op, size=size, stride=stride, latency_s=latency_s, seconds_per_byte=seconds)
         seconds = self._all_to_all_s_per_byte(size, members)
-        yield Link(op="all_to_all", size=size, stride=stride, latency_s=latency_s, seconds_per_byte=seconds)
+        yield Link(op="all_to_all", size=size, stride=stride, latency_s=START_S + tree_s, seconds_per_byte=seconds)
 
     def members_per_node(self, size: int, stride: int) -> int:
         """The fewest ranks that any group of that shape has in a node it touches; ``size`` where no group leaves.
@@ -93,20 +98,26 @@ class Topology(Record):
         leaving_s = (size - members) / size / self.inter_bytes_per_s
         return max(within_s, leaving_s)
 
-    def _latency_s(self, size: int, members: int) -> float:
-        """Hops of a tree, over the members of a node and over the nodes.
+    def _ring_s(self, size: int, members: int) -> float:
+        """Hops of gathers and reduce-scatters, which NCCL sends around a ring: one for every rank but the first.
 
-        [Assumed: logarithmic, as NCCL's trees and the recursive algorithms of Thakur et al. 2005 are]
+        Each rank waits for what its neighbour sends before it passes that on, so latency grows with the ranks (NCCL's
+        ``ncclTopoTuneModel``: ranks - nodes hops within nodes, nodes - 1 between them).
         """
         nodes = math.ceil(size / members)
-        return self.intra_latency_s * _hops(members) + self.inter_latency_s * _hops(nodes)
+        return self.intra_latency_s * (size - nodes) + self.inter_latency_s * (nodes - 1)
+
+    def _tree_s(self, size: int, members: int) -> float:
+        """Hops up or down NCCL's trees, which all-reduces take where a ring would take longer: a chain over a node's
+        members, then log2 over the nodes.  [Assumed for all-to-alls: their messages travel side by side]"""
+        return self.intra_latency_s * (members - 1) + self.inter_latency_s * _hops(math.ceil(size / members))
 
     def _p2p(self, stride: int) -> Link:
         """A message from every rank to the one ``stride`` later; with several nodes some of them cross."""
         crosses = self.nodes > 1
         rate = self.inter_bytes_per_s if crosses else self._intra_bytes_per_s(2)
         latency_s = self.inter_latency_s if crosses else self.intra_latency_s
-        return Link(op="p2p", size=2, stride=stride, latency_s=latency_s, seconds_per_byte=1 / rate)
+        return Link(op="p2p", size=2, stride=stride, latency_s=START_S + latency_s, seconds_per_byte=1 / rate)
 
 
 def _hops(count: int) -> int:

@@ -9,7 +9,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.hardware import OPS, HardwareProfile
 from galvatron.estimate import DEVICES, ClusterShape, cluster
 from galvatron.estimate.devices import preset, same_device
-from galvatron.estimate.topology import Topology
+from galvatron.estimate.topology import START_S, Topology
 from galvatron.plan.axes import divisors
 from unit.profiles import _shapes
 
@@ -95,7 +95,7 @@ def test_overrides_are_line_rates_in_bits_or_bytes():
     assert cluster("h100:2x8", ["inter=400Gb/s"]).links == default.links
     slow = cluster("h100:2x8", ["inter=25GB/s", "inter_latency=1ms"]).link("p2p", 2, 8)
     assert slow.seconds_per_byte == pytest.approx(2 * default.link("p2p", 2, 8).seconds_per_byte)
-    assert slow.latency_s == 1e-3
+    assert slow.latency_s == pytest.approx(START_S + 1e-3)
 
 
 def test_closed_forms_within_and_between_nodes():
@@ -108,8 +108,21 @@ def test_closed_forms_within_and_between_nodes():
     assert links["all_gather", 2, 8].seconds_per_byte == pytest.approx(ring(2, 10e9))
     assert links["all_to_all", 16, 1].seconds_per_byte == pytest.approx(8 / 16 / 10e9)
     assert links["all_to_all", 8, 1].seconds_per_byte == pytest.approx(7 / 8 / 200e9)
-    assert links["all_gather", 16, 1].latency_s == pytest.approx(3 * 1e-6 + 1e-5)
-    assert links["p2p", 2, 8].time_s(1e9) == pytest.approx(1e-5 + 0.1)
+    assert links["all_gather", 16, 1].latency_s == pytest.approx(START_S + 14 * 1e-6 + 1e-5)
+    assert links["all_reduce", 16, 1].latency_s == pytest.approx(START_S + 2 * (7 * 1e-6 + 1e-5))
+    assert links["all_gather", 2, 8].latency_s == pytest.approx(START_S + 1e-5)
+    assert links["p2p", 2, 8].time_s(1e9) == pytest.approx(START_S + 1e-5 + 0.1)
+
+
+@pytest.mark.parametrize("op", ["all_gather", "reduce_scatter"])
+def test_the_latency_of_a_ring_grows_with_its_ranks(op):
+    """3.4 µs a hop within a node, 14 µs between two: 2,048 ranks wait for some 10 ms before they have anything."""
+    profile = cluster("h100:256x8")
+    waits = {size: profile.link(op, size, 1).latency_s - START_S for size in (2, 8, 64, 512, 2048)}
+    assert waits == pytest.approx(
+        {2: 3.4e-6, 8: 7 * 3.4e-6, 64: 56 * 3.4e-6 + 7 * 14e-6, 512: 448 * 3.4e-6 + 63 * 14e-6, 2048: 9.6628e-3}
+    )
+    assert profile.link("all_reduce", 2048, 1).latency_s < 0.05 * waits[2048]
 
 
 def test_devices_joined_pair_by_pair_need_more_peers_for_more_bandwidth():
@@ -144,7 +157,7 @@ def test_a_better_link_is_never_slower(text, link):
 
 def test_more_ranks_in_nodes_of_any_size_never_have_less_latency():
     profile = cluster("h100:4x6")
-    for op in ("all_reduce", "all_to_all"):
+    for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
         latencies = [profile.link(op, size, 1).latency_s for size in (2, 4, 8, 24)]
         assert latencies == sorted(latencies)
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,9 @@ from galvatron.core.hardware import Device
 from galvatron.core.model import RECOMPUTES
 from galvatron.core.model_profile import ModelProfile
 from galvatron.estimate import CARDS, cluster, estimate_model, model_spec, spec_of_config
+from galvatron.estimate.compute import Rates, attention_s
 from galvatron.estimate.devices import Constant, preset
+from galvatron.estimate.layer import local_layer
 from galvatron.estimate.profile import batches
 from galvatron.models import build_spec
 from galvatron.profile.activations import count_activations
@@ -52,7 +57,8 @@ def test_every_card_has_samples_of_every_unit_and_survives_its_file(name):
                 for sample in (s for s in profile.compute if (s.unit, s.tp) == (unit, tp)):
                     again_s = [sample.recompute_s(level) for level in RECOMPUTES]
                     assert again_s == sorted(again_s)
-                    assert again_s[-1] == sample.forward_s
+                    assert again_s[-1] < sample.forward_s  # without the last product
+    assert profile.compiled
     layers = [sample for sample in profile.compute if sample.unit != "head"]  # whose loss does it all in its forward
     assert all(sample.forward_s < sample.backward_s * 1.01 for sample in layers)
 
@@ -61,7 +67,7 @@ def test_every_card_has_samples_of_every_unit_and_survives_its_file(name):
 @pytest.mark.parametrize("config", [LLAMA, QWEN3, GPT2], ids=["llama", "qwen3", "gpt2"])
 def test_activations_are_what_the_runtime_keeps(config, precision):
     spec = build_spec(config)
-    profile = estimate_model(spec, "a100", seq_len=S, precision=precision, tp_degrees=(1, 2, 4))
+    profile = estimate_model(spec, "a100", seq_len=S, precision=precision, tp_degrees=(1, 2, 4), compiled=False)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     for sample in profile.activations:
         if sample.tp == 4 and sample.unit != "layer":
@@ -76,9 +82,89 @@ def test_activations_are_what_the_runtime_keeps(config, precision):
             assert estimated == pytest.approx(found, rel=0.1)
 
 
+COUNTED = {
+    "llama": (29.375, 16.6875, 58.375, 33.1875),
+    "gpt2": (32.375, 18.1875, 64.5, 36.25),
+    "qwen3": (32.75, 18.375, 64.75, 36.375),
+}
+"""Bytes a token and hidden unit that a compiled layer keeps, in bf16 under tp 1 and 2 and in fp32 under tp 1 and 2.
+[``count_activations`` with ``compiled``, torch 2.13; each takes seconds to compile]"""
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3, GPT2], ids=["llama", "qwen3", "gpt2"])
+def test_activations_of_compiled_layers_are_what_was_counted(config):
+    spec, counted = build_spec(config), iter(COUNTED[config.model_type])
+    for precision, size in (("bf16", 2), ("fp32", 4)):
+        profile = estimate_model(spec, "a100", seq_len=S, precision=precision, tp_degrees=(1, 2))
+        for tp in (1, 2):
+            kept = next(s for s in profile.activations if (s.unit, s.tp, s.recompute) == ("layer", tp, "none"))
+            # CUDA's LayerNorm keeps float32 statistics, four a token and layer, and the CPU in the input's dtype
+            statistics = 4 * (4 - size) / 64 / tp
+            assert kept.bytes_per_sequence / S / 64 == pytest.approx(next(counted), abs=statistics + 1e-9)
+
+
+LLAMA_1B = {
+    "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _h200(*, compiled):
+    spec = spec_of_config(LLAMA_1B, "1b")
+    profile = estimate_model(spec, "h200", seq_len=4096, tp_degrees=[1], compiled=compiled)
+    return profile, {(s.unit, s.batch): s for s in profile.compute}
+
+
+def test_layers_of_an_h200_take_what_was_measured():
+    """Eager layers of LLaMA-1.24B on one H200, torch 2.11: 11.0 and 22.1 ms for 8 sequences of 4,096, 53 bytes kept."""
+    eager, samples = _h200(compiled=False)
+    layer = samples["layer", 8]
+    assert layer.forward_s == pytest.approx(10.98e-3, rel=0.1)
+    assert layer.backward_s == pytest.approx(22.08e-3, rel=0.05)
+    compiled, faster = _h200(compiled=True)
+    for profile, num_bytes in ((eager, 53.1), (compiled, 37.1)):
+        kept = next(s for s in profile.activations if (s.unit, s.recompute) == ("layer", "none"))
+        assert kept.bytes_per_sequence / 4096 / 2048 == pytest.approx(num_bytes, abs=0.1)
+    assert faster["layer", 8].forward_s < 0.9 * layer.forward_s
+    assert faster["layer", 8].recompute_s("full") < 0.9 * faster["layer", 8].forward_s
+
+
+def test_attention_is_slower_for_small_heads():
+    """H200, cuDNN, causal, 4,096 tokens, 32 heads of 64: 398 TFLOP/s forward and 342 backward, measured."""
+    spec = spec_of_config(LLAMA_1B, "1b")
+    layer, rates = local_layer(spec.layer, "llama", 1, 4096, compiled=True), Rates.of(preset("h200"), "bf16")
+    flops = 4 * 4096 * 4096 * 64 * 32 / 2
+    forward_s, backward_s = attention_s(layer, rates)
+    assert flops / forward_s == pytest.approx(398e12, rel=0.05)
+    assert 2.5 * flops / backward_s == pytest.approx(342e12, rel=0.05)
+    wide, wide_back = attention_s(replace(layer, heads=16), rates)
+    assert (forward_s, backward_s) > (1.2 * wide, 1.2 * wide_back)
+
+
+def test_what_a_step_moves_of_every_parameter_takes_its_time():
+    """Bytes a parameter over 85% of 4.8 TB/s, which no cache holds: nothing of it shrinks with the batch."""
+    profile, samples = _h200(compiled=True)
+    rate, vocabulary = 0.85 * 4.8e12, 128256 * 2048
+    # clipped: 4 + 4 + 4 for the norm, 4 + 4 for the factor; AdamW 28; float32 read and its copy written
+    assert profile.optimizer_s_per_parameter == pytest.approx((20 + 28 + 6) / rate)
+    # the embedding's gradient: zeros, read and added to the sum; the measured 1.5 ms gathered and reduced it besides
+    assert samples["embedding", 1].backward_s == pytest.approx((2 + 2 + 8) * vocabulary / rate, rel=0.05)
+    frozen = estimate_model(_frozen(spec_of_config(LLAMA_1B, "1b")), "h200", seq_len=4096, tp_degrees=[1])
+    without = {(s.unit, s.batch): s for s in frozen.compute}
+    layer = sum(math.prod(p.shape) for p in profile.spec.layer.parameters)
+    added = samples["layer", 4].backward_s - without["layer", 4].backward_s
+    assert added == pytest.approx(layer * (2 + 8) / rate)
+
+
+def _frozen(spec):
+    parameters = tuple(p.model_copy(update={"trainable": False}) for p in spec.layer.parameters)
+    return spec.model_copy(update={"layers": (spec.layer.model_copy(update={"parameters": parameters}),)})
+
+
 def test_a_layer_of_llama2_7b_takes_what_was_published():
     """Forward of one layer on an A100, Hetu-Galvatron's profile: 4.40 ms at batch 1, 3.94 ms a sequence at batch 8."""
-    profile = estimate_model(model_spec("llama2-7b"), "a100-40g", seq_len=2048)
+    profile = estimate_model(model_spec("llama2-7b"), "a100-40g", seq_len=2048, compiled=False)
     forward = {s.batch: s.forward_s for s in profile.compute if (s.unit, s.tp) == ("layer", 1)}
     assert forward[1] == pytest.approx(4.40e-3, rel=0.2)
     assert forward[8] / 8 == pytest.approx(3.94e-3, rel=0.2)
@@ -94,7 +180,9 @@ def test_large_layers_take_their_flops_at_the_best_rate():
 
 
 @pytest.mark.parametrize("name", ["llama2-7b", "gpt3-175b", "mixtral-8x7b", "deepseek-v3", "t5-3b", "swin-h"])
-@pytest.mark.parametrize("field", ["bf16_flops_per_s", "memory_bytes_per_s", "matmul_efficiency", "memory_efficiency"])
+@pytest.mark.parametrize(
+    "field", ["bf16_flops_per_s", "memory_bytes_per_s", "matmul_efficiency", "memory_efficiency", "exponentials_per_s"]
+)
 def test_a_faster_device_is_never_slower(name, field):
     device = preset("a100")
     faster = device.model_copy(update={field: Constant(value=1.2 * getattr(device, field).value, source="made up")})

@@ -27,10 +27,10 @@ def test_memory_network_and_nodes_are_tried_one_by_one() -> None:
         asked.append((hardware.world_size, memory_limit_bytes))
         return again(hardware, memory_limit_bytes)
 
-    limit = 40 * GIB
+    limit = 31 * GIB
     before = again(SHAPE.profile(), limit).plan
     memory, network, node = sensitivity(watched, SHAPE.profile(), limit, SHAPE)
-    assert asked == [(4, 48 * GIB), (4, limit), (6, limit)]
+    assert asked == [(4, 39 * GIB), (4, limit), (6, limit)]
     assert node.words == "another node (6 devices)"
     for change in (memory, network, node):
         assert change.plan is not None
