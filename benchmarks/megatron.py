@@ -1,6 +1,6 @@
 """How the engine behind published runs differs from the one that estimates describe.
 
-The runs were made by Megatron-DeepSpeed under PyTorch 2.0.  What it did otherwise is taken from the code and the settings
+The runs were made by Megatron-DeepSpeed under PyTorch 2.0.  What it did otherwise is taken from the code and settings
 that vTrain publishes to reproduce them (github.com/VIA-Research/vTrain: ``config/validation``, ``src/model``), none of
 it from the times of the runs:
 

@@ -3,11 +3,11 @@
     python benchmarks/published_runs.py --runs RUNS --out published_runs.json
 
 RUNS holds ``ground_truth_single.csv`` and ``ground_truth_multi.csv`` as the vTrain project publishes them: GPT models
-trained on nodes of 8 A100 80 GB by Megatron-DeepSpeed, a row a run with its degrees and its iteration time.  Every run is
-written as a plan (1F1B, data parallel replicas, full recompute, bf16), its step predicted from the ``a100-80g`` preset
-and from what that engine did otherwise than ours (``megatron.py``), and held against the time it took.  *Regret*: of all
-runs of one job (model, devices, batch), by how much that with the least predicted time is slower than the fastest.  One
-constant of the estimates is fitted on these runs (``BACKWARD_DISPATCH`` in ``estimate/compute.py``).
+trained on nodes of 8 A100 80 GB by Megatron-DeepSpeed, a row a run with its degrees and its iteration time.  Every run
+is written as a plan (1F1B, data parallel replicas, full recompute, bf16), its step predicted from the ``a100-80g``
+preset and from what that engine did otherwise than ours (``megatron.py``), and held against the time it took.
+*Regret*: of all runs of one job (model, devices, batch), by how much that with the least predicted time is slower than
+the fastest.  One constant of the estimates is fitted on these runs (``BACKWARD_DISPATCH`` in ``estimate/compute.py``).
 """
 
 from __future__ import annotations

@@ -49,10 +49,10 @@ COMPILED_OPERATORS = {"region": 4, "window": 8}
 """The same where kernels are fused: a norm with the sum before it, an activation or rotary positions, attention.
 [Empirical: 2026-11, a LLaMA layer too small to compute, one CPU core: compiled it took 0.28 ms forward, 0.35 backward;
 eagerly 1.3 and 2.4]"""
-ADAMW_BYTES = 7 * FLOAT
-"""AdamW reads parameter, gradient and two moments, writes all but the gradient: float32 (fused kernel)."""
-CLIP_BYTES = 5 * FLOAT
-"""The gradient's norm reads it, writes squares and sums them; clipping reads and writes it."""
+ADAMW_BYTES = 8 * FLOAT
+"""AdamW reads parameter, gradient and two moments and writes them, the gradient clipped: float32 (fused kernel)."""
+NORM_BYTES = FLOAT
+"""The gradient's norm reads it."""
 FLOPS_PER_BYTE = {"cuda": 200.0, "cpu": 10.0}
 """Best matrix rate over memory bandwidth of a device without a preset.  [Assumed: presets have 130 to 370, server CPUs
 some 5 to 20]"""
@@ -111,9 +111,9 @@ class Rates:
 
 
 def update_bytes(size: int) -> int:
-    """What a step moves for each parameter beside its gradient's sum: clipping, AdamW, the copy in a compute dtype of
+    """What a step moves for each parameter beside its gradient's sum: the norm, AdamW, the copy in a compute dtype of
     ``size`` bytes where that is not float32."""
-    return CLIP_BYTES + ADAMW_BYTES + (FLOAT + size if size != FLOAT else 0)
+    return NORM_BYTES + ADAMW_BYTES + (FLOAT + size if size != FLOAT else 0)
 
 
 def layer_sample(
