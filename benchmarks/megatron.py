@@ -69,7 +69,7 @@ def _layer(kind: LayerKind, spec: ModelSpec, sample: ComputeSample, rates: compu
         update={
             "forward_s": max(forward_s, host_s),
             "backward_s": max(backward_s + added_s, compute.BACKWARD_DISPATCH * host_s),
-            "full_s": None,
+            "again_s": {},
         }
     )
 

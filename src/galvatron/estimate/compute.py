@@ -5,8 +5,8 @@ traffic (Williams et al. 2009); large products lose to their shape; below a numb
 the host that launches them.  Communication is left out.
 
 [Empirical: 2026-11, ``benchmarks/published_runs.py``: of vTrain's 1,440 published runs of GPT on one node of A100 the
-predicted over the measured step time is 0.98 in the median, off by 7.0% in the mean; of its 109 runs on up to 512 A100
-it is 0.97 and 7.4%, where the benchmark says what their engine did otherwise.]
+predicted over the measured step time is 0.97 in the median, off by 7.0% in the mean; of its 109 runs on up to 512 A100
+it is 0.97 and 7.5%, where the benchmark says what their engine did otherwise.]
 """
 
 from __future__ import annotations

@@ -45,5 +45,5 @@ def test_sums_over_more_replicas_hardly_hold_up_a_pipeline(layer, reduced_in):
 
     for devices, seconds in NEMOTRON_340B.items():
         grown = seconds / NEMOTRON_340B[128]
-        assert step_s(devices) / step_s(128) == pytest.approx(grown, abs=0.025)
+        assert step_s(devices) / step_s(128) == pytest.approx(grown, abs=0.03)
     assert step_s(2048) / step_s(128) == pytest.approx(1.05, abs=0.016)
