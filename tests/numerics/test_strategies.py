@@ -26,7 +26,11 @@ STRATEGIES = (
     "gpipe",
     "1f1b",
 )
-PER_WORLD = {2: [s for s in STRATEGIES if "hsdp" not in s], 4: list(STRATEGIES), 8: list(STRATEGIES)}
+PER_WORLD = {
+    2: [s for s in STRATEGIES if "hsdp" not in s],
+    4: [s for s in STRATEGIES if s not in ("selective", "mlp")],
+    8: list(STRATEGIES),
+}
 NAMES = [variant.name for variant in VARIANTS]
 
 

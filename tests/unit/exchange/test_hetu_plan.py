@@ -111,7 +111,7 @@ def test_a_plan_is_held_against_its_model() -> None:
             "dp_replicate=2 of what dp_shard=4 shards of embedding",
         ),
         (make(LayerStrategy(tp=2, ulysses=2, dp_replicate=2)), "tp=2 together with ulysses=2 of embedding"),
-        (make(LayerStrategy(dp_replicate=8, recompute="selective")), "recompute=selective of layer 0"),
+        (make(LayerStrategy(dp_replicate=8, recompute="linears")), "recompute=linears of layer 0"),
         (
             make(LayerStrategy(dp_replicate=8), LayerStrategy(dp_shard=8, zero=2)),
             "data parallelism and zero 2 in one plan",

@@ -197,7 +197,7 @@ def test_megatron_recomputes_all_or_the_first_layers_of_every_stage(
             stages((again(ZERO3), ZERO3, ZERO3, ZERO3), (2, 2)),
             r"different numbers of layers, and here they do \[1, 0\]",
         ),
-        (make(LayerStrategy(dp_shard=8, zero=3, recompute="selective")), "recompute=selective as it is meant here"),
+        (make(LayerStrategy(dp_shard=8, zero=3, recompute="mlp")), "recompute=mlp as it is meant here"),
         (make(LayerStrategy(ulysses=2, cp=2, dp_replicate=2)), "ulysses=2 and cp=2"),
         (stages(ZERO3, (2, 2), schedule="zero_bubble"), "schedule=zero_bubble"),
         (stages(ZERO3, (2, 2), schedule="gpipe"), "schedule=gpipe with 4 microbatches"),

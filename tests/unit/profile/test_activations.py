@@ -123,6 +123,17 @@ def test_a_compiled_layer_keeps_no_more_than_it_did_whatever_ran_before(capfd):
     assert capfd.readouterr().err == ""  # torch's advice on any selective checkpoint is left out
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler itself does
+def test_a_compiled_layer_peaks_no_higher_than_the_same_layer_that_is_not():
+    """Graphs run operation by operation hold more at once than kernels that torch has for the same."""
+    shape = UnitShape(LLAMA, build_spec(LLAMA), "layer", 1, S, torch.bfloat16)
+    eager, compiled = (count_activations(replace(shape, compiled=compiled), "none") for compiled in (False, True))
+    assert compiled.bytes_per_sequence < eager.bytes_per_sequence
+    assert compiled.bytes_per_sequence + compiled.workspace_bytes_per_sequence <= (
+        eager.bytes_per_sequence + eager.workspace_bytes_per_sequence
+    )
+
+
 @pytest.mark.parametrize("tp", [1, 2, 8])
 def test_a_layer_keeps_no_more_than_it_did(tp):
     """A guard: whoever makes layers fatter changes these numbers."""

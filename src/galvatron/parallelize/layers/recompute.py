@@ -18,7 +18,6 @@ compiled graph, where their modules are no more.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -60,16 +59,19 @@ def recompute_in_backward(layer: nn.Module, family: Family, tp: AxisGroup, recom
 
 
 @lru_cache  # one for all layers that are alike, or they would not share a graph when compiled
-def kept(recompute: Recompute, linears: Sequence[tuple[int, int]], *, summed: bool) -> Kept:
+def kept(recompute: Recompute, linears: tuple[tuple[int, int], ...], *, summed: bool) -> Kept:
     """What is kept of regions of so many column-cut and row-cut ``linears``; ``summed``: over tensor-parallel ranks."""
-    products, sums, at = set[int](), set[int](), 0
-    for index, (columns, rows) in enumerate(linears):
-        is_last = index == len(linears) - 1
-        if recompute == "selective" or (recompute == "mlp" and not is_last):
-            products |= {*range(at, at + columns)}
-        if not is_last and (summed or recompute != "linears"):
-            products, sums = (products, sums | {index}) if summed else (products | {at + columns}, sums)
-        at += columns + rows
+    products, sums, product, row = set[int](), set[int](), 0, 0
+    for columns, rows in linears[:-1]:
+        if recompute != "linears":
+            products.update(range(product, product + columns))
+        if summed:
+            sums.update(range(row, row + rows))
+        elif recompute != "linears":
+            products.update(range(product + columns, product + columns + rows))
+        product, row = product + columns + rows, row + rows
+    if recompute == "selective":  # of the last region, the MLP; nothing needs its output
+        products.update(range(product, product + linears[-1][0]))
     return Kept(frozenset(products), frozenset(sums))
 
 
