@@ -21,6 +21,7 @@ from galvatron.cli import main
 from galvatron.cli.lock import locked
 from galvatron.models import load_config
 from galvatron.plan import LayerStrategy, Plan
+from galvatron.plan.plan import Prediction, StagePrediction
 from galvatron.train import read_metrics
 
 CONFIG = {
@@ -105,15 +106,22 @@ def losses(run: str) -> dict[int, float]:
 def test_train_resume_under_another_plan_and_export(
     folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    stage = StagePrediction.model_validate(dict.fromkeys(StagePrediction.model_fields, 1))
+    promised = Prediction(step_time_s=1.0, parts_s={}, stages=(stage, stage), compiled=True)
+    predicted = PIPELINE.model_copy(update={"prediction": promised})
+    predicted.save("pipeline.json")
     assert galvatron("train", "job.toml", "--plan", "mixed.json", "--run-dir", "whole") == 0
+    assert "predicts" not in capfd.readouterr().out
     assert galvatron("train", "job.toml", "--plan", "pipeline.json", "--resume", "whole/checkpoints/step-000002") == 0
+    assert (
+        " ".join(capfd.readouterr().out.split()).count("not compiled here but compiled in what the plan predicts") == 1
+    )
     whole, resumed = losses("whole"), losses("runs/job")
     assert list(whole) == [1, 2, 3, 4]
     assert list(resumed) == [3, 4]
     assert resumed[4] == pytest.approx(whole[4], rel=1e-4)
-    assert Plan.load("runs/job/plan.json") == PIPELINE
+    assert Plan.load("runs/job/plan.json") == predicted
 
-    capfd.readouterr()
     assert galvatron("checkpoint", "verify", "whole") == 0
     lines = capfd.readouterr().out.splitlines()
     assert [line.split(" (")[0] for line in lines if not line.startswith(" ")] == [
