@@ -95,7 +95,7 @@ def test_estimates_are_called_so(
     monkeypatch.chdir(tmp_path)
     assert galvatron(monkeypatch, *CARD, "--seq-len", "4096", "--no-baselines") == 0
     out = capsys.readouterr().out
-    assert "tokens/s (predicted from estimated profiles)" in out
+    assert "tokens/s (predicted from estimated profiles, layers compiled)" in out
     assert "Simple plans" not in out
 
 
