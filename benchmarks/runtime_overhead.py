@@ -162,7 +162,8 @@ def closed_form(case: Case, size: Size) -> list[dict[str, int]]:
     if case.stages == 2:
         return [numbers | {"send": hidden, "receive": hidden}] * 2
     if case.strategy.zero == 3:
-        return [numbers | {"all-gather": 2 * matrices, "reduce-scatter": matrices}] * 2
+        ends = model.model.embed_tokens.weight.nbytes + model.model.norm.weight.nbytes + model.lm_head.weight.nbytes
+        return [numbers | {"all-gather": 2 * matrices - ends, "reduce-scatter": matrices}] * 2
     if case.strategy.dp_replicate == 2:
         return [{"all-reduce": 8 + matrices}] * 2
     if case.strategy.tp == 2:

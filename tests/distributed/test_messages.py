@@ -87,13 +87,22 @@ def test_tensor_parallel_ranks_gather_and_scatter_twice_a_layer(pool: Pool) -> N
         assert counted(found) == expected
 
 
-def test_zero_3_gathers_a_unit_for_each_direction_and_reduces_it_once(pool: Pool) -> None:
+@pytest.mark.parametrize(("schedule", "m", "of_head"), [("1f1b", 1, 1), ("1f1b", 3, 3), ("gpipe", 3, 6)])
+def test_zero_3_gathers_a_layer_for_each_direction_and_ends_once(
+    pool: Pool, schedule: str, m: int, of_head: int
+) -> None:
+    # the embedding's backward needs no value; the head's begins where its forward ends, but under GPipe
     embedding, head = even(EMBEDDING, V), even(HEAD - 4 * H, V) + 4 * H
-    expected = LOSS.copy()
+    plan = plan_for(ZERO3, microbatches=m).model_copy(update={"schedule": schedule})
+    expected = LOSS + Counter(
+        {("all-gather", embedding): m, ("all-gather", LAYER): 2 * 2 * m, ("all-gather", head): of_head}
+    )
     for unit in (embedding, LAYER, LAYER, head):
-        expected["all-gather", unit] += 2
-        expected["reduce-scatter", unit] += 1
-    for found in pool.run(messages, plan_for(ZERO3), world_size=2):
+        expected["reduce-scatter", unit] += m
+    if schedule == "gpipe":  # the projection's gradient is whole, and comes, with the last
+        expected["reduce-scatter", head] = 1
+        expected["reduce-scatter", 4 * H] = m - 1
+    for found in pool.run(messages, plan, world_size=2):
         assert counted(found) == expected
 
 

@@ -14,6 +14,7 @@ from galvatron.core.model import ENDS, ParameterSpec, Precision, ReduceDtype, Un
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import Plan, Schedule
+from galvatron.plan.schedules import turns_at_once
 
 from .strategies import Floats, Ints
 
@@ -137,6 +138,16 @@ class Setting:
         """
         fill = 1.0 if self.schedule == "zero_bubble" else self.fill
         return (self.num_microbatches + fill * (self.pp - 1)) / self.slots
+
+    def gathers_twice(self, unit: UnitName) -> bool:
+        """Whether ZeRO 3 gathers parameters for the backward of ``unit`` too.
+
+        An embedding's backward needs no value of them; a head's begins where its forward ends, if the schedule says so.
+        """
+        if unit not in ENDS:
+            return True
+        holds_head = unit == "head" or self.shares_tied_weight
+        return holds_head and not turns_at_once(self.schedule, self.num_microbatches)
 
     def combined_s(self, total_s: Seconds, largest_s: Seconds) -> Seconds:
         """A step from Σ w and max w of its stages' microbatches: max(s·(φ·Σ w + (m - φ)·max w), m·Σ w / pp).

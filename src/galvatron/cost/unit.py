@@ -129,7 +129,8 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     )
     parameters = setting.parameters(unit)
     held, trained = shard_sizes(parameters, s), trained_sizes(parameters, s)
-    shard = _data_parallel_s(setting, s, held, trained, forward_s, backward_s + again_s, reached=reached)
+    twice = reached and setting.gathers_twice(unit)
+    shard = _data_parallel_s(setting, s, held, trained, forward_s, backward_s + again_s, twice=twice)
     return UnitTimes(
         compute_forward_s=forward_s,
         compute_backward_s=backward_s,
@@ -243,11 +244,11 @@ def _data_parallel_s(
     forward_s: Floats,
     backward_s: Floats,
     *,
-    reached: bool,
+    twice: bool,
 ) -> tuple[Floats, ...]:
     """Exposed (forward, backward) per microbatch, then what ``UnitTimes`` has once a step, from ``first_s`` on.
 
-    All that is ``held`` (dense, experts) is gathered, and again for a backward that is ``reached``; what is
+    All that is ``held`` (dense, experts) is gathered, and under ZeRO 3 again for the backward if ``twice``; what is
     ``trained`` of it is reduced.
     """
     gather_s = scatter_s = replicate_s = np.zeros(len(s))
@@ -265,7 +266,7 @@ def _data_parallel_s(
     once_gather_s = gather_s - every_gather_s
     once_scatter_s = scatter_s - every_scatter_s + replicate_s
     forward = exposed_s(setting, forward_s, every_gather_s)
-    again_s = reached * every_gather_s
+    again_s = twice * every_gather_s
     backward = exposed_s(setting, backward_s, again_s + every_scatter_s)
     first = exposed_s(setting, forward_s, every_gather_s + once_gather_s) - forward
     last = exposed_s(setting, backward_s, again_s + every_scatter_s + once_scatter_s) - backward

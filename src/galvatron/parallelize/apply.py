@@ -20,6 +20,7 @@ from galvatron.core.model import ModelSpec, ParameterSpec
 from galvatron.internals import put_buffer
 from galvatron.models import Family, InitialWeights, family_of, spec_of
 from galvatron.plan import LayerStrategy, Plan, check_runnable
+from galvatron.plan.schedules import turns_at_once
 
 from .checks.agreement import check_agreement
 from .checks.model import check_model
@@ -202,7 +203,11 @@ def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None
 
 def _shard(stage: Stage, units: list[_Unit], grid: Grid) -> tuple[ShardedUnit, ...]:
     """Hand the units that are sharded to FSDP2, then the whole stage if there are any."""
-    sharded = tuple(ShardedUnit(modules, strategy) for modules, strategy in units if strategy.zero)
+    head = stage.model.get_submodule(stage.family.head)
+    turns = grid.is_last and turns_at_once(grid.plan.schedule, grid.plan.num_microbatches)
+    sharded = tuple(
+        ShardedUnit(modules, strategy, turns=turns and head in modules) for modules, strategy in units if strategy.zero
+    )
     policy = mixed_precision(grid.plan.precision, grid.plan.grad_reduce_dtype)
     for unit in sharded:
         shard_unit(unit, grid.mesh(unit.strategy), policy)
@@ -211,7 +216,7 @@ def _shard(stage: Stage, units: list[_Unit], grid: Grid) -> tuple[ShardedUnit, .
             prefetch(ShardedUnit(*before), ShardedUnit(*after))
     if sharded:
         whole = [p for modules, strategy in units if not strategy.zero for m in modules for p in m.parameters()]
-        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole)
+        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole, sharded[0])
     return sharded
 
 

@@ -43,6 +43,11 @@ def actions(schedule: Schedule, pp: int, stage: int, num_microbatches: int, mode
     return forwards[:warmup] + steady + backwards[num_microbatches - warmup :]
 
 
+def turns_at_once(schedule: Schedule, num_microbatches: int) -> bool:
+    """Whether the last stage, once through its head, goes back with the same microbatch."""
+    return schedule != "gpipe" or num_microbatches == 1
+
+
 def _zero_bubble(forwards: list[Action], backwards: list[Action], warmup: int, delay: int) -> list[Action]:
     """1F1B's order; the weight pass of microbatch i follows the backward of i + ``delay``, the last ones the end."""
     order, m = forwards[:warmup], len(forwards)

@@ -89,6 +89,22 @@ def test_what_every_zero_stage_does_a_microbatch_and_a_step(zero: int, gathers: 
     assert once == pytest.approx((0 if zero == 3 else gather_s) + (0 if zero >= 2 else scatter_s))
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_zero_3_gathers_ends_once_where_one_gather_serves_both_directions(schedule: str, m: int, tied: bool) -> None:
+    case = replace(setting(m=m, tied=tied), schedule=schedule)
+    for unit in ("embedding", "head"):
+        held = shard_sizes(case.parameters(unit), Strategies.of([LayerStrategy(dp_shard=4, zero=3)]))[0].held
+        if held == 0:
+            continue
+        times = unit_times(case, unit, LayerStrategy(dp_shard=4, zero=3))
+        gather_s, scatter_s = (case.link(op, 4, 1).time_s(16 * held) for op in ("all_gather", "reduce_scatter"))
+        again = (schedule, m) == ("gpipe", 2) and (unit == "head" or tied)
+        assert times.data_parallel_forward_s == pytest.approx(gather_s)
+        assert times.data_parallel_backward_s == pytest.approx(scatter_s + again * gather_s)
+
+
 def test_replicas_reduce_their_shard_once_a_step() -> None:
     case = setting()
     held = shard_size(case.model.spec.layer.parameters, 1, 2).held

@@ -1,6 +1,7 @@
 """ZeRO by FSDP2, one group a unit, each on its own strategy's mesh.
 
-ZeRO 3 frees parameters after use; 1 and 2 keep them gathered from the first forward to the last backward.
+ZeRO 3 frees parameters after use (a head's at once only where its backward is not next); 1 and 2 keep them gathered
+from the first forward to the last backward.
 ZeRO 2 and 3 reduce-scatter gradients every microbatch; 1 accumulates and reduces after the last.  Losses
 are shares of the global loss, so every reduction is a plain sum (divide factor 1).
 
@@ -29,10 +30,14 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 @dataclass(frozen=True)
 class ShardedUnit:
-    """Modules that FSDP2 gathers and reduces together; ``strategy.zero`` is 1, 2 or 3."""
+    """Modules that FSDP2 gathers and reduces together; ``strategy.zero`` is 1, 2 or 3.
+
+    ``turns``: the backward begins where its forward ends, so what is gathered serves both.
+    """
 
     modules: tuple[nn.Module, ...]
     strategy: LayerStrategy
+    turns: bool = False
 
 
 def mixed_precision(precision: Precision, grad_reduce_dtype: ReduceDtype) -> MixedPrecisionPolicy:
@@ -45,16 +50,25 @@ def mixed_precision(precision: Precision, grad_reduce_dtype: ReduceDtype) -> Mix
 def shard_unit(unit: ShardedUnit, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """Hand the parameters of ``unit`` to FSDP2 on ``mesh``."""
     modules = unit.modules[0] if len(unit.modules) == 1 else list(unit.modules)
-    fully_shard(modules, mesh=mesh, reshard_after_forward=unit.strategy.zero == 3, mp_policy=policy)
+    frees = unit.strategy.zero == 3 and not unit.turns
+    fully_shard(modules, mesh=mesh, reshard_after_forward=frees, mp_policy=policy)
     face = _face(unit)
+    if all(isinstance(module, nn.Embedding) for module in unit.modules):
+        face.set_unshard_in_backward(False)  # which needs no value of theirs
     # gloo has no pre-multiplied sum; with factor 1 a sum is what is meant anyway
     face.set_force_sum_reduction_for_comms(True)
     face.set_gradient_divide_factor(1.0)
 
 
-def shard_root(root: nn.Module, mesh: DeviceMesh, unsharded: Iterable[nn.Parameter]) -> None:
-    """Let ``root`` speak for the units within it; it has no parameters of its own beside ``unsharded``."""
+def shard_root(root: nn.Module, mesh: DeviceMesh, unsharded: Iterable[nn.Parameter], first: ShardedUnit) -> None:
+    """Let ``root`` speak for the units within it; it has no parameters of its own beside ``unsharded``.
+
+    The ``first`` unit's backward ends a microbatch's: without the root, which has nothing to gather, FSDP2 would gather
+    the unit that went forward before it, which is the last one of the microbatch before.
+    """
     fully_shard(root, mesh=mesh, reshard_after_forward=False, ignored_params=set(unsharded))
+    assert isinstance(root, FSDPModule)
+    _face(first).set_modules_to_backward_prefetch([root])
 
 
 def prefetch(before: ShardedUnit, after: ShardedUnit) -> None:
