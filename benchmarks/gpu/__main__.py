@@ -20,11 +20,11 @@ from .report import Parts, cell, tables, targets
 from .sizes import Device, describe
 
 PARTS: dict[str, tuple[float, Callable[[Device, Clock], Iterator[Row]]]] = {
-    "modes": (40, modes.run),
-    "predictions": (130, predictions.run),
-    "peers 1.2B": (85, partial(peers.run, "1.2B")),
-    "peers 3B": (65, partial(peers.run, "3B")),
-    "ranks": (25, ranks.run),
+    "modes": (45, modes.run),
+    "predictions": (150, predictions.run),
+    "peers 1.2B": (75, partial(peers.run, "1.2B")),
+    "peers 3B": (55, partial(peers.run, "3B")),
+    "ranks": (20, ranks.run),
 }
 """Every part with its share of the seconds; what one leaves goes to those after it."""
 

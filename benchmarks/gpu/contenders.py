@@ -208,9 +208,11 @@ class Parking:
 
     @torch.no_grad()
     def unpark(self) -> None:
-        """Take as much memory again: weights are drawn, all else is zeros."""
+        """Take as much memory again: weights are drawn, norms are ones, all else is zeros."""
         for storage, num_bytes, tensor in self._parked:
             storage.resize_(num_bytes)
-            whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
-            whole.normal_(0, 0.02) if isinstance(tensor, nn.Parameter) else whole.zero_()
+            torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage).zero_()
         self._parked.clear()
+        for tensor in self._contender.lasting():
+            if isinstance(tensor, nn.Parameter):
+                tensor.normal_(0, 0.02) if tensor.dim() > 1 else tensor.fill_(1.0)

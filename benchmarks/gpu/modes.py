@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 
 from galvatron.core.errors import GalvatronError
-from galvatron.core.model import Precision, Recompute
+from galvatron.core.model import RECOMPUTES, Precision, Recompute
 from galvatron.parallelize import ParallelModel, World, init_world, parallelize
 from galvatron.parallelize.layers import compile
 from galvatron.parallelize.sharding.fsdp import DTYPES
@@ -75,9 +75,9 @@ def measure(connection: Connection, device: Device, clock: Clock) -> None:
     )
     # eager ones first, for they are cheap, then what is trained in most
     precisions = sorted(get_args(Precision), key=lambda precision: precision != "bf16")
-    for compiled, precision, recompute in itertools.product((False, True), precisions, get_args(Recompute)):
-        if compiled and precision != "fp32" and not device.is_gpu:
-            continue  # the graphs are the same, and each takes seconds
+    for compiled, precision, recompute in itertools.product((False, True), precisions, RECOMPUTES):
+        if compiled and not device.is_gpu and (precision != "fp32" or recompute not in ("none", "full")):
+            continue  # each takes seconds
         mode = {"precision": precision, "compiled": compiled, "recompute": recompute}
         if clock.left_s <= 0:
             connection.send({**mode, "skipped": "no time left"})

@@ -13,13 +13,12 @@ import statistics
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import get_args
 
 import torch
 
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import TrainSection
-from galvatron.core.model import Precision, Recompute
+from galvatron.core.model import RECOMPUTES, Precision, Recompute
 from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import predict
 from galvatron.models import meta_model
@@ -33,16 +32,11 @@ from galvatron.train import PeakMemory, build_optimizer
 from .children import Child, Clock, Row, reason_of
 from .sizes import Device, DrawnWeights, Work, config_of, one_device_plan, train
 
-STEPS = {"cpu": 1, "cuda": 4}
-MIXES: tuple[tuple[Recompute, Recompute], ...] = (
-    ("none", "none"),
-    ("selective", "selective"),
-    ("full", "full"),
-    ("none", "full"),
-    ("none", "selective"),
-    ("selective", "full"),
-)
-"""Modes of the first and of the second half of the layers."""
+STEPS = {"cpu": 1, "cuda": 3}
+Halves = tuple[Recompute, Recompute]
+ALIKE: tuple[Halves, ...] = tuple((level, level) for level in RECOMPUTES)
+MIXED: tuple[Halves, ...] = (("none", "full"), ("none", "selective"), ("selective", "full"))
+"""Levels of recompute of the first and of the second half of the layers."""
 
 
 def run(device: Device, clock: Clock) -> Iterator[Row]:
@@ -50,60 +44,60 @@ def run(device: Device, clock: Clock) -> Iterator[Row]:
         yield from child.rows(clock)
 
 
-def precision_on(device: Device) -> Precision:
-    return "bf16" if device.is_gpu else "fp32"
-
-
 def work_for(device: Device) -> Work:
-    return Work("1.2B", 4, 4096, 2) if device.is_gpu else Work("tiny", 4, 64, 2)
+    return Work("1.2B", 4, 4096, 2) if device.is_gpu else Work("tiny", 2, 64, 1)
 
 
-def plans(work: Work, precision: Precision) -> Iterator[Plan]:
-    """Every size of microbatch with the usual modes of recompute and halves of two; other modes at the largest; 12
-    or more.
-    """
-    num_layers = config_of(work.model).num_hidden_layers
+def plans(work: Work, precision: Precision, halves: tuple[Halves, ...]) -> Iterator[Plan]:
+    """Microbatches of all sizes with the layers' ``halves``."""
+    half = config_of(work.model).num_hidden_layers // 2
     sizes = [size for size in (8, 4, 2, 1) if size <= work.micro_batch_size]
-    cases = [*itertools.product(sizes, MIXES)]
-    cases += [(sizes[0], (mode, mode)) for mode in get_args(Recompute) if (mode, mode) not in MIXES]
-    for size, (first, second) in cases:
-        half = num_layers // 2
-        yield one_device_plan(work, size, precision, [first] * half + [second] * (num_layers - half))
+    for size, (first, second) in itertools.product(sizes, halves):
+        yield one_device_plan(work, size, precision, [first] * half + [second] * half)
 
 
 def measure(connection: Connection, device: Device, work: Work, clock: Clock) -> None:
-    """Sends a row with the profile, then one a plan."""
+    """Sends a row with a profile, then one a plan: of mixed layers, eager, then of equal ones, compiled on a GPU."""
     if not device.is_gpu:
         torch.set_num_threads(1)
-    world = init_world(device.type)
-    start, precision = time.perf_counter(), precision_on(device)
-    most_s = 15.0 if device.is_gpu else 2.0
+    world, most_s = init_world(device.type), 6.0 if device.is_gpu else 2.0
+    precision: Precision = "bf16" if device.is_gpu else "fp32"
     hardware = profile_hardware(world, budget_s=min(clock.left_s / 20, most_s / 4))
-    model = profile_model(
-        config_of(work.model),
-        world,
-        seq_len=work.seq_len,
-        precision=precision,
-        max_batch=work.micro_batch_size,
-        budget_s=min(clock.left_s / 6, most_s),
-    )
-    gc.collect()
-    about = model.model_dump(include={"compiled", "attention_backend", "context_bytes", "allocator_slack_fraction"})
-    about |= {"precision": precision, "matmul_flops_per_s": hardware.device.matmul_flops_per_s}
-    connection.send({"profile": about, "seconds": time.perf_counter() - start})
-    for plan in plans(work, precision):
-        connection.send(_row(plan, work, model, hardware, world, clock))
+    model: ModelProfile | None = None
+    for compiled, halves in ((False, MIXED), (device.is_gpu, ALIKE)):
+        if clock.left_s <= 0:
+            connection.send({"plan": "equal layers" if halves is ALIKE else "mixed layers", "skipped": "no time left"})
+            return
+        if model is None or model.compiled != compiled:
+            start = time.perf_counter()
+            model = profile_model(
+                config_of(work.model),
+                world,
+                seq_len=work.seq_len,
+                precision=precision,
+                max_batch=work.micro_batch_size,
+                budget_s=min(clock.left_s / 6, most_s),
+                compile=compiled,
+            )
+            connection.send({"profile": _about(model), "seconds": time.perf_counter() - start})
+        for plan in plans(work, precision, halves):
+            connection.send(_row(plan, work, model, hardware, world, clock))
+
+
+def _about(model: ModelProfile) -> Row:
+    noted = ("precision", "compiled", "attention_backend", "context_bytes", "allocator_slack_fraction")
+    return model.model_dump(include=set(noted))
 
 
 def _row(plan: Plan, work: Work, model: ModelProfile, hardware: HardwareProfile, world: World, clock: Clock) -> Row:
-    about = {"plan": _words(plan)}
+    about = {"plan": _words(plan, model)}
     prediction = predict(plan, model, hardware)
     if clock.left_s <= 0:
         return {**about, "skipped": "no time left"}
     if prediction.peak_memory_bytes > hardware.device.memory_bytes:
         return {**about, "skipped": f"predicted to need {prediction.peak_memory_bytes / 2**30:.1f} GiB"}
     try:
-        seconds, memory_bytes, tensor_bytes = _measure(plan, work, world)
+        seconds, memory_bytes, tensor_bytes = _measure(plan, work, world, compiled=model.compiled)
     except torch.OutOfMemoryError as error:
         return {**about, "skipped": reason_of(error), "predicted_memory_bytes": prediction.peak_memory_bytes}
     (stage,) = prediction.stages
@@ -123,19 +117,20 @@ def _row(plan: Plan, work: Work, model: ModelProfile, hardware: HardwareProfile,
     }
 
 
-def _words(plan: Plan) -> str:
+def _words(plan: Plan, model: ModelProfile) -> str:
     modes = dict.fromkeys(layer.recompute for layer in plan.layers)
-    return f"{plan.num_microbatches} x {plan.micro_batch_size}, recompute {' and '.join(modes)}"
+    words = f"{plan.num_microbatches} x {plan.micro_batch_size}, recompute {' and '.join(modes)}"
+    return words + (", compiled" if model.compiled else ", eager")
 
 
-def _measure(plan: Plan, work: Work, world: World) -> tuple[list[float], int, int]:
+def _measure(plan: Plan, work: Work, world: World, *, compiled: bool) -> tuple[list[float], int, int]:
     """Seconds of every step after the first; bytes of the process and of its tensors at the peak."""
     device, config = world.device, config_of(work.model)
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
     memory = PeakMemory(device)
-    model = parallelize(meta_model(config), plan, world=world, weights=DrawnWeights(config, device))
+    model = parallelize(meta_model(config), plan, world=world, weights=DrawnWeights(config, device), compile=compiled)
     section = TrainSection(global_batch_size=work.global_batch_size, seq_len=work.seq_len, num_steps=1)
     optimizer = build_optimizer(model.local_parameters, section)
     ids, labels = work.batch()

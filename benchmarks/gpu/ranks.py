@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from galvatron.core.job import TrainSection
-from galvatron.core.model import ENDS, ModelSpec, Precision, Recompute
+from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, Precision, Recompute
 from galvatron.core.model_profile import ActivationSample, ModelProfile
 from galvatron.cost import predict
 from galvatron.estimate import cluster
@@ -108,10 +108,8 @@ def _profile(plan: Plan, spec: ModelSpec, work: Work, counted: Counted) -> Model
     for unit, tp, mode in cases:
         if (unit, tp, mode) not in counted:
             counted[unit, tp, mode] = count_activations(shapes[unit, tp], mode)
-    timed = [
-        {"unit": unit, "tp": tp, "batch": 1, "seq_len": work.seq_len, "forward_s": 1e-3, "backward_s": 2e-3}
-        for unit, tp in shapes
-    ]
+    seconds = {"forward_s": 1e-3, "backward_s": 2e-3, "again_s": dict.fromkeys(RECOMPUTES[1:], 1e-3)}
+    timed = [{"unit": unit, "tp": tp, "batch": 1, "seq_len": work.seq_len, **seconds} for unit, tp in shapes]
     return ModelProfile.model_validate(
         {
             "spec": spec,

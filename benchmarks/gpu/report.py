@@ -90,7 +90,7 @@ def _of_predictions(rows: list[Row], on_gpu: bool) -> list[Target]:
     sizes = [abs(error) for error in memories]
     least = min(memories, default=0.0)
     return [
-        _target("plans predicted and measured", str(len(measured)), "at least 12", measured, len(measured) >= 12),
+        _target("plans predicted and measured", str(len(measured)), "at least 12", times, len(measured) >= 12),
         _target(
             "time error, median",
             _percent(_median(times)),
@@ -191,8 +191,8 @@ def _predictions(rows: list[Row]) -> _Shown:
     shown: list[list[object]] = []
     for row in rows:
         if "profile" in row:
-            continue  # is in the JSON
-        if "skipped" in row:
+            shown.append([_profile(row["profile"]), f"made in {row['seconds']:.0f} s", *[None] * 6])
+        elif "skipped" in row:
             shown.append([row["plan"], row["skipped"], *[None] * 6])
         else:
             median = statistics.median(row["step_times_s"])
@@ -200,6 +200,12 @@ def _predictions(rows: list[Row]) -> _Shown:
             memory = [_mib(row["predicted_memory_bytes"]), _mib(row["memory_bytes"]), _percent(row["memory_error"])]
             shown.append([row["plan"], *times, *memory, _percent(row["tensor_error"])])
     return columns, shown
+
+
+def _profile(about: Row) -> str:
+    context, slack = about["context_bytes"], about["allocator_slack_fraction"]
+    words = f"profile, {'compiled' if about['compiled'] else 'eager'}: {about['attention_backend']} attention"
+    return words if context is None else f"{words}, context {_mib(context)}, slack {slack:.1%}"
 
 
 def _peers(rows: list[Row]) -> _Shown:

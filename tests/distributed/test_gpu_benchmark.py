@@ -11,7 +11,7 @@ from benchmarks.gpu.__main__ import measured
 from benchmarks.gpu.children import Child, CutShortError
 from benchmarks.gpu.report import Parts, ratios_to_fastest, targets
 
-from galvatron.core.model import Precision, Recompute
+from galvatron.core.model import RECOMPUTES, Precision
 
 FOREVER_S = 3600.0
 
@@ -30,8 +30,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 def test_every_mode_of_one_device_equals_one_process(parts: Parts) -> None:
     rows = [row for row in parts["modes"]["rows"] if "skipped" not in row]
     modes = {(row["precision"], row["compiled"], row["recompute"], row["loss"]) for row in rows}
-    wanted = {(p, False, r, loss) for p in ("fp32", "bf16") for r in get_args(Recompute) for loss in ("fused", "own")}
-    assert wanted | {(p, True, r, loss) for p, _, r, loss in wanted if p == "fp32"} <= modes
+    wanted = {(p, False, r, loss) for p in ("fp32", "bf16") for r in RECOMPUTES for loss in ("fused", "own")}
+    assert wanted | {("fp32", True, r, loss) for r in ("none", "full") for loss in ("fused", "own")} <= modes
     assert [row for row in rows if not row["holds"]] == []
     assert {row["precision"] for row in parts["modes"]["rows"]} == set(get_args(Precision))
 
@@ -39,7 +39,7 @@ def test_every_mode_of_one_device_equals_one_process(parts: Parts) -> None:
 def test_memory_is_as_predicted_and_never_under(parts: Parts) -> None:
     rows = parts["predictions"]["rows"]
     assert rows[0]["profile"]["attention_backend"] == "flash"
-    assert len(rows) >= 1 + 12
+    assert {row["plan"].split("recompute ")[1] for row in rows[1:]} >= {f"{level}, eager" for level in RECOMPUTES}
     assert all(0 <= row["memory_error"] <= 0.05 for row in rows[1:])
     assert all(row["predicted_step_time_s"] > 0 for row in rows[1:])
 
