@@ -66,7 +66,7 @@ def test_training_goes_on_under_every_strategy_and_recomputes_with_equal_masks(p
 def masks_of_a_rank(plan: Plan, seed: int) -> list[bytes]:
     """Which elements were dropped, for every call of every dropout of two steps on this rank's own layers."""
     model, masks = model_for(plan, seed), []
-    own = model.stage.decoder.h[plan.stage_layers(model.grid.stage)[0]]
+    own = model.stages[0].decoder.h[plan.chunk_layers(model.grid.stage)[0]]
 
     def note(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         dropped = (output == 0) & (args[0] != 0)

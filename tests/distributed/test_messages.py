@@ -9,9 +9,15 @@ from collections import Counter
 
 import pytest
 import torch
+from tests.unit.profiles import make_hardware, make_model
 
+from galvatron.core.hardware import Link
+from galvatron.cost.setting import Setting
+from galvatron.cost.stages import messages_s, stages_of
+from galvatron.models import build_spec
 from galvatron.parallelize import init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan
+from galvatron.plan.plan import Schedule
 from galvatron.testing.messages import Message, Messages
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool
@@ -21,17 +27,23 @@ ROWS, SEQ_LEN = 4, 16
 DP2, TP2, ZERO3 = LayerStrategy(dp_replicate=2), LayerStrategy(tp=2), LayerStrategy(dp_shard=2, zero=3)
 
 
-def plan_for(strategy: LayerStrategy, stages: tuple[int, ...] = (2,), microbatches: int = 1) -> Plan:
+def plan_for(
+    strategy: LayerStrategy,
+    stages: tuple[int, ...] = (2,),
+    microbatches: int = 1,
+    schedule: Schedule = "1f1b",
+    chunks: int = 1,
+) -> Plan:
     return Plan(
-        model="tiny", world_size=2 * len(stages), layers_per_stage=stages, embedding=strategy, head=strategy,
-        layers=(strategy,) * sum(stages), num_microbatches=microbatches, global_batch_size=ROWS * microbatches,
-        seq_len=SEQ_LEN,
+        model="tiny", world_size=strategy.num_devices * len(stages) // chunks, layers_per_stage=stages,
+        embedding=strategy, head=strategy, layers=(strategy,) * sum(stages), num_microbatches=microbatches,
+        global_batch_size=ROWS * microbatches, seq_len=SEQ_LEN, schedule=schedule, model_chunks=chunks,
     )  # fmt: skip
 
 
 def messages(plan: Plan) -> list[Message]:
     """Of a second step: FSDP2 prepares itself in the first."""
-    model = parallelize(tiny_model("llama", num_hidden_layers=2), plan, world=init_world("cpu"))
+    model = parallelize(tiny_model("llama", num_hidden_layers=len(plan.layers)), plan, world=init_world("cpu"))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.spec.vocab_size, (plan.global_batch_size, SEQ_LEN + 1), generator=generator)
     model.train_step(tokens[:, :-1], tokens[:, 1:])
@@ -111,6 +123,31 @@ def test_stages_exchange_hidden_states_and_gradients_once_a_microbatch(pool: Poo
     for rank, found in enumerate(pool.run(messages, plan_for(DP2, (1, 1), 2), world_size=4)):
         end = EMBEDDING if rank < 2 else HEAD
         assert counted(found) == LOSS + Counter({first: 2, last: 2, ("all-reduce", LAYER): 1, ("all-reduce", end): 1})
+
+
+ALONE = LayerStrategy()
+SCHEDULES: dict[str, Plan] = {
+    "1f1b, 2 stages of 2 ranks": plan_for(DP2, (1, 1), 3),
+    "interleaved, 2 stages of 2 ranks": plan_for(TP2, (1, 2, 1, 1), 2, "interleaved", 2),
+    "interleaved, 4 stages": plan_for(ALONE, (1,) * 8, 4, "interleaved", 2),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_messages_between_stages_are_those_that_the_cost_model_counts(pool: Pool, name: str) -> None:
+    plan = SCHEDULES[name]
+    hardware = make_hardware(plan.world_size)
+    a_byte_a_second = [Link(op="p2p", size=2, stride=plan.stage_size, latency_s=0.0, seconds_per_byte=1.0)]
+    others = [link for link in hardware.links if (link.op, link.stride) != ("p2p", plan.stage_size)]
+    hardware = hardware.model_copy(update={"links": (*others, *a_byte_a_second)})
+    model = make_model(build_spec(tiny_config("llama", num_hidden_layers=len(plan.layers))), SEQ_LEN)
+    stages = stages_of(plan, Setting.of(plan, model, hardware))
+    for rank, found in enumerate(pool.run(messages, plan, world_size=plan.world_size)):
+        received = [size for kind, size in found if kind == "receive"]
+        expected = list(messages_s(stages, rank // plan.stage_size))
+        assert len(received) == plan.num_microbatches * len(expected)
+        assert sum(received) == plan.num_microbatches * sum(expected)
+        assert Counter(kind for kind, _ in found)["send"] == len(received)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

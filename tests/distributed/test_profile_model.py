@@ -55,10 +55,12 @@ def _saved_by_a_real_forward(config: PretrainedConfig, plan: Plan) -> int:
     labels = torch.zeros(rows[plan.head], S, dtype=torch.int64)
     positions = torch.arange(S).unsqueeze(0)
     with StorageLog() as log:
-        log.ignore([*model.stage.parameters(), *model.stage.buffers(), ids, positions])
-        loss = model.stage(ids.clone(), positions.clone(), labels.clone(), 1.0)
+        log.ignore([*model.stages[0].parameters(), *model.stages[0].buffers(), ids, positions])
+        loss = model.stages[0](ids.clone(), positions.clone(), labels.clone(), 1.0)
         # now the gathered ones, and the gradient that the fused loss makes in the forward pass, or its flat buffer
-        log.ignore([loss, *model.stage.parameters(), *model.gathered_buffers(), *model.stage.early_gradient.tensors()])
+        log.ignore(
+            [loss, *model.stages[0].parameters(), *model.gathered_buffers(), *model.stages[0].early_gradient.tensors()]
+        )
         saved_bytes = settled_bytes(log)
     loss.backward()
     return saved_bytes

@@ -36,16 +36,21 @@ PAIR_TP, PAIR_ZERO3, PAIR_DP = LayerStrategy(tp=2), LayerStrategy(dp_shard=2, ze
 ONE = LayerStrategy()
 
 
-def _plan(world_size: int, stages: tuple[int, ...], ends: LayerStrategy, *layers: LayerStrategy, m: int = 1) -> Plan:
+def _plan(
+    world_size: int, stages: tuple[int, ...], ends: LayerStrategy, *layers: LayerStrategy, m: int = 1, **changes: Any
+) -> Plan:
     return Plan(
         model="tiny", world_size=world_size, layers_per_stage=stages, num_microbatches=m, embedding=ends, layers=layers,
-        head=ends, global_batch_size=BATCH, seq_len=SEQ_LEN,
+        head=ends, global_batch_size=BATCH, seq_len=SEQ_LEN, **changes,
     )  # fmt: skip
 
 
 PLANS = {
     "mixed": _plan(4, (4,), TP2, TP4, ZERO3, HSDP, TP2),
     "pipeline": _plan(4, (1, 3), PAIR_TP, PAIR_ZERO3, PAIR_TP, PAIR_DP, PAIR_ZERO3, m=2),
+    "interleaved": _plan(
+        4, (1, 1, 1, 1), PAIR_TP, PAIR_ZERO3, PAIR_TP, PAIR_DP, PAIR_ZERO3, m=2, schedule="interleaved", model_chunks=2
+    ),
     "pair": _plan(2, (4,), PAIR_ZERO3, PAIR_TP, PAIR_DP, PAIR_ZERO3, PAIR_TP),
     "one": _plan(1, (4,), ONE, ONE, ONE, ONE, ONE, m=2),
 }
@@ -107,7 +112,7 @@ def test_the_same_plan_resumes_bit_for_bit_over_20_steps(pool: Pool, tmp_path: P
     ("family", "first", "second"),
     [
         ("llama", "mixed", "pipeline"),
-        ("gpt2", "pipeline", "mixed"),
+        ("gpt2", "interleaved", "mixed"),
         ("llama", "pipeline", "pair"),
         ("qwen2", "pair", "mixed"),
         ("gpt2", "mixed", "one"),
@@ -128,11 +133,14 @@ def test_another_plan_or_world_resumes_within_tolerance(
         torch.testing.assert_close(ours[name], expected, rtol=0, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("gpt2", True)])
+@pytest.mark.parametrize(
+    ("family", "tied", "plan"),
+    [("llama", True, "interleaved"), ("llama", False, "pipeline"), ("gpt2", True, "pipeline")],
+)
 def test_exports_load_with_from_pretrained_and_give_equal_logits(
-    pool: Pool, tmp_path: Path, family: str, tied: bool
+    pool: Pool, tmp_path: Path, family: str, tied: bool, plan: str
 ) -> None:
-    _train(pool, "pipeline", tmp_path, family=family, tied=tied, num_steps=2, export=tmp_path / "hf")
+    _train(pool, plan, tmp_path, family=family, tied=tied, num_steps=2, export=tmp_path / "hf")
     checkpoint_to_hf(tmp_path / "checkpoints" / "step-000002", tmp_path / "offline")
     config = tiny_config(family, tie_word_embeddings=tied)
     reference = AutoModelForCausalLM.from_config(config)

@@ -6,6 +6,7 @@ weights.  Until the last step all parameters are on meta, so no rank ever holds 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from .layers.recompute import recompute_in_backward
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
 from .losses.fused import fuse_loss
 from .model import ParallelModel, Replicated
+from .pipeline.driver import Chunk
 from .pipeline.stage import Stage
 from .processes.grid import Grid
 from .processes.ranks import together
@@ -103,27 +105,26 @@ def parallelize(
     grid = Grid(plan, world, tied=spec.tied_embeddings)
     use_attention(model)
     _to_meta(model)
-    stage = Stage(model, family, plan.stage_layers(grid.stage), is_first=grid.is_first, is_last=grid.is_last)
+    stages = tuple(_stages(model, family, grid))
     compiled = compiles(compile, world.device)
-    _cut(stage, family, spec, grid, LayerCompiler() if compiled else None)
-    parts = _parts(stage, family, spec, grid)
-    units = list(_units(stage, family, spec, grid))
-    sharded = _shard(stage, units, grid)
-    _materialise(stage, sharded, world.device)
-    unsharded = tuple(_unsharded(modules, strategy, grid) for modules, strategy in units if not strategy.zero)
+    compiler = LayerCompiler() if compiled else None
+    for stage in stages:
+        _cut(stage, family, spec, grid, compiler)
+    parts = [part for stage in stages for part in _parts(stage, family, spec, grid)]
+    chunks = tuple(_chunk(stage, list(_units(stage, family, spec, grid)), grid) for stage in stages)
+    unsharded = [unit for chunk in chunks for unit in chunk.unsharded]
     parameters = [_local_parameter(part, _held(part, unsharded), spec, grid) for part in parts]
     together(lambda: fill(parameters, values, twins))
-    stage.train()
+    for stage in stages:
+        stage.train()
     shards = {part.name: getattr(part.module, part.attribute) for part in parts if part.strategy.zero}
     replicated = _replicated(parts, parameters, spec, grid)
     return ParallelModel(
         grid,
         spec,
         model.config,
-        stage,
-        sharded,
+        chunks,
         shards,
-        unsharded,
         parameters,
         replicated,
         seed,
@@ -151,15 +152,25 @@ def _to_meta(model: PreTrainedModel) -> None:
             setattr(module, name, metas[parameter])
 
 
+def _stages(model: PreTrainedModel, family: Family, grid: Grid) -> Iterator[Stage]:
+    """This rank's model chunks in forward order, each in a skeleton (on meta) of its own."""
+    plan, last = grid.plan, len(grid.plan.layers_per_stage) - 1
+    skeletons = [model, *(copy.deepcopy(model) for _ in range(plan.model_chunks - 1))]
+    for chunk, skeleton in enumerate(skeletons):
+        entry = chunk * plan.pp + grid.stage
+        layers = plan.chunk_layers(grid.stage, chunk)
+        yield Stage(skeleton, family, layers, is_first=entry == 0, is_last=entry == last)
+
+
 def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: LayerCompiler | None) -> None:
     """Tensor cuts, recompute, compilation, and changes of layout on entry, for every module this stage owns."""
     plan = grid.plan
     degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
     chain = stage.decoder.get_submodule(family.layers)
     assert isinstance(chain, nn.ModuleList)
-    if grid.is_first:
+    if stage.is_first:
         _cut_embedding(stage, family, spec, grid)
-    for index in plan.stage_layers(grid.stage):
+    for index in stage.layers:
         strategy = plan.layers[index]
         tp = grid.axis_group(1, strategy.tp)
         cut_layer(chain[index], family, kinds[index], tp)
@@ -167,9 +178,9 @@ def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: La
         if compiler is not None:
             compiler(chain[index], (kinds[index].name, strategy))
         _enter(chain[index], grid, degrees[index], degrees[index + 1])
-    if not grid.is_first:
-        stage.receive_in(chain[plan.stage_layers(grid.stage).start])
-    if grid.is_last:
+    if not stage.is_first:
+        stage.receive_in(chain[stage.layers.start])
+    if stage.is_last:
         _enter(stage.decoder.get_submodule(family.norm), grid, degrees[-2], degrees[-1])
         _cut_head(stage, family, spec, grid)
 
@@ -192,13 +203,21 @@ def _cut_embedding(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) ->
 def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
     tp, projection = grid.axis_group(1, grid.plan.head.tp), spec.head.parameters[-1]
     head = stage.model.get_submodule(family.head)
-    if spec.tied_embeddings and grid.is_first:
+    if spec.tied_embeddings and stage.is_first:
         head.weight = stage.decoder.get_submodule(family.embedding).weight
     else:
         shrink(stage.model, (projection,), tp)
     stage.head_tp = tp
     stage.early_gradient.in_every_pass = grid.plan.head.dp_replicate > 1 and grid.plan.head.zero >= 2
     fuse_loss(head, projection, tp, stage.early_gradient)
+
+
+def _chunk(stage: Stage, units: list[_Unit], grid: Grid) -> Chunk:
+    """``stage`` with memory for what this rank holds of its parameters."""
+    sharded = _shard(stage, units, grid)
+    _materialise(stage, sharded, grid.world.device)
+    unsharded = tuple(_unsharded(modules, strategy, grid) for modules, strategy in units if not strategy.zero)
+    return Chunk(stage, sharded, unsharded)
 
 
 def _shard(stage: Stage, units: list[_Unit], grid: Grid) -> tuple[ShardedUnit, ...]:
@@ -225,7 +244,7 @@ def _unsharded(modules: tuple[nn.Module, ...], strategy: LayerStrategy, grid: Gr
     return UnshardedUnit(modules, dtype, reduce_dtype, grid.world.device, grid.replicas(strategy))
 
 
-def _held(part: _Part, unsharded: tuple[UnshardedUnit, ...]) -> nn.Parameter:
+def _held(part: _Part, unsharded: list[UnshardedUnit]) -> nn.Parameter:
     """What this rank holds of a parameter, in float32: what an optimizer updates."""
     own = getattr(part.module, part.attribute)
     if isinstance(own, DTensor):
@@ -237,15 +256,15 @@ def _units(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> Iterato
     """The modules whose parameters live, and are summed, together; in forward order."""
     plan = grid.plan
     names = [family.embedding, *([family.position_embedding] if family.position_embedding else [])]
-    embedding = tuple(stage.decoder.get_submodule(name) for name in names) if grid.is_first else ()
+    embedding = tuple(stage.decoder.get_submodule(name) for name in names) if stage.is_first else ()
     head: tuple[nn.Module, ...] = ()
-    if grid.is_last:
+    if stage.is_last:
         head = (stage.decoder.get_submodule(family.norm), stage.model.get_submodule(family.head))
     if embedding and head and spec.tied_embeddings:
         embedding, head = embedding + head, ()
     if embedding:
         yield embedding, plan.embedding
-    for index in plan.stage_layers(grid.stage):
+    for index in stage.layers:
         yield (stage.decoder.get_submodule(f"{family.layers}.{index}"),), plan.layers[index]
     if head:
         yield head, plan.head
@@ -255,17 +274,17 @@ def _parts(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> list[_P
     """Every parameter this stage owns, once; a tied head on the embedding's stage is the embedding."""
     plan, kinds = grid.plan, spec.kind_of_layers()
     named: list[tuple[str, str, ParameterSpec, LayerStrategy]] = []
-    if grid.is_first:
+    if stage.is_first:
         named += [(p.name, p.name, p, plan.embedding) for p in spec.embedding.parameters]
-    for index in plan.stage_layers(grid.stage):
+    for index in stage.layers:
         prefix = f"{family.decoder}.{family.layers}.{index}."
         named += [(prefix + p.name, prefix + p.name, p, plan.layers[index]) for p in kinds[index].parameters]
-    if grid.is_last:
+    if stage.is_last:
         *norm, projection = spec.head.parameters
         named += [(p.name, p.name, p, plan.head) for p in norm]
         if not spec.tied_embeddings:
             named.append((projection.name, projection.name, projection, plan.head))
-        elif not grid.is_first:
+        elif not stage.is_first:
             named.append((spec.embedding.parameters[0].name, projection.name, projection, plan.head))
     parts = []
     for name, path, parameter, strategy in named:
@@ -294,7 +313,7 @@ def _local_parameter(part: _Part, held: nn.Parameter, spec: ModelSpec, grid: Gri
         global_shape=part.spec.shape,
         pieces=pieces_of(part.spec, strategy.tp, tp_rank, strategy.dp_shard, grid.shard_rank(strategy)),
         replicas=strategy.dp_replicate * (strategy.tp if whole else 1) * (2 if twice else 1),
-        is_primary=grid.replica_rank(strategy) == 0 and not (whole and tp_rank) and not (twice and grid.is_last),
+        is_primary=grid.replica_rank(strategy) == 0 and not (whole and tp_rank) and not (twice and grid.stage),
     )
 
 

@@ -25,12 +25,10 @@ from .checks.surroundings import check_surroundings
 from .layers.randomness import masks_of
 from .losses.own import LossFunction, check_loss, terms_of
 from .losses.scale import LossScale
-from .pipeline.driver import Batch, Driver
-from .pipeline.stage import Stage
+from .pipeline.driver import Batch, Chunk, Driver
 from .processes.grid import Grid
-from .sharding.fsdp import ShardedUnit, gathered_buffers
+from .sharding.fsdp import gathered_buffers
 from .sharding.gradients import clip, global_norm, sum_over
-from .sharding.unsharded import UnshardedUnit
 from .state.export import MAX_SHARD_BYTES, write_hf_directory
 from .state.gather import Shapes, gather_whole
 from .state.pieces import LocalParameter
@@ -53,7 +51,7 @@ class ParallelModel:
 
     Attributes:
         plan, spec, grid, config: what it was made from.
-        stage: this rank's stage as a module.
+        stages: this rank's part as modules, one a model chunk, in forward order.
         local_parameters: every parameter this rank holds a part of.
         seed, steps: dropout's masks come from the seed, the number of calls of ``train_step`` so far, and the rank.
             Whoever goes on with a run of his own sets ``steps`` to what it was.
@@ -65,10 +63,8 @@ class ParallelModel:
         grid: Grid,
         spec: ModelSpec,
         config: PretrainedConfig,
-        stage: Stage,
-        sharded: tuple[ShardedUnit, ...],
+        chunks: tuple[Chunk, ...],
         shards: dict[str, nn.Parameter],
-        unsharded: tuple[UnshardedUnit, ...],
         parameters: list[LocalParameter],
         replicated: tuple[Replicated, ...],
         seed: int,
@@ -77,8 +73,10 @@ class ParallelModel:
     ) -> None:
         """Made by ``parallelize``; ``shards`` maps names to the FSDP2 parameters behind some of ``parameters``."""
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
-        self.stage, self.local_parameters = stage, parameters
-        self._sharded, self._shards, self._unsharded, self._replicated = sharded, shards, unsharded, replicated
+        self.stages, self.local_parameters = tuple(chunk.stage for chunk in chunks), parameters
+        self._shards, self._replicated = shards, replicated
+        self._sharded = tuple(unit for chunk in chunks for unit in chunk.sharded)
+        self._unsharded = tuple(unit for chunk in chunks for unit in chunk.unsharded)
         self._local = {p.name: p for p in parameters}
         self._placed = {p.name: (p.tensor.data_ptr(), p.tensor.requires_grad) for p in parameters}
         shape, vocabulary = (self.plan.global_batch_size, self.plan.seq_len), spec.vocab_size
@@ -88,8 +86,8 @@ class ParallelModel:
         self._checked_loss: LossFunction | None = None
         self._train_batches = BatchCheck(shape, vocabulary)
         self._evaluation_batches = BatchCheck(shape, vocabulary)
-        self._rounded = {p.name for p in parameters if any(unit.rounds(p.tensor) for unit in unsharded)}
-        self._driver = Driver(grid, spec, stage, sharded, unsharded)
+        self._rounded = {p.name for p in parameters if any(unit.rounds(p.tensor) for unit in self._unsharded)}
+        self._driver = Driver(grid, spec, chunks)
 
     def train_step(
         self,
@@ -182,11 +180,12 @@ class ParallelModel:
     @property
     def training(self) -> bool:
         """Whether ``train_step`` draws dropout."""
-        return self.stage.training
+        return self.stages[0].training
 
     def train(self, mode: bool = True) -> Self:
         """Let ``train_step`` draw dropout, or not."""
-        self.stage.train(mode)
+        for stage in self.stages:
+            stage.train(mode)
         return self
 
     def eval(self) -> Self:

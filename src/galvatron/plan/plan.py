@@ -236,14 +236,6 @@ class Plan(FileRecord):
         start = sum(self.layers_per_stage[:entry])
         return range(start, start + self.layers_per_stage[entry])
 
-    def stage_layers(self, stage: int) -> range:
-        """Global indices of the layers of ``stage``, which has one chunk of the model."""
-        if self.model_chunks > 1:
-            raise PlanError(
-                f"a stage of model_chunks={self.model_chunks} chunks is not one range; ask for chunk_layers"
-            )
-        return self.chunk_layers(stage)
-
     def strategies(self) -> tuple[LayerStrategy, ...]:
         """Embedding, every layer, head: in the order of the forward pass."""
         return (self.embedding, *self.layers, self.head)

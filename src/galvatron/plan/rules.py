@@ -12,7 +12,7 @@ from galvatron.core.units import counted
 from .axes import StageAxes, divisors
 from .plan import LayerStrategy, Plan, Schedule
 
-RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
+RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
 RUNTIME_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 RUNTIME_ONLY_ONE = ("ulysses", "cp", "ep")
 MAX_LISTED = 8
@@ -104,6 +104,8 @@ def check_schedule(schedule: Schedule, pp: int, num_microbatches: int, model_chu
             f"model_chunks={model_chunks} goes with schedule=interleaved alone, got {schedule}; "
             "use interleaved with 2 or more chunks, or set model_chunks to 1"
         )
+    if schedule == "interleaved" and pp == 1:
+        return "schedule=interleaved needs 2 or more stages, got pp=1; use 1f1b, or divide the layers over more stages"
     if schedule == "interleaved" and num_microbatches % pp:
         return (
             f"num_microbatches={num_microbatches} must be a multiple of pp={pp} under schedule=interleaved; "

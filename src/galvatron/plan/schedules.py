@@ -74,6 +74,12 @@ def _interleaved(pp: int, stage: int, m: int, chunks: int) -> list[Action]:
     return order + [action("backward", i) for i in range(total - warmup, total)]
 
 
+def forwards(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: int = 1) -> list[Action]:
+    """The forward passes of ``actions``, which every stage runs in the same order: an evaluation."""
+    order = actions(schedule, pp, 0, num_microbatches, model_chunks)
+    return [action for action in order if action.kind == "forward"]
+
+
 def in_flight(schedule: Schedule, pp: int, stage: int, num_microbatches: int, model_chunks: int = 1) -> tuple[int, ...]:
     """For every chunk of ``stage``: the most microbatches whose activations it holds at once.
 

@@ -15,37 +15,52 @@ from galvatron.core.model import RECOMPUTES, ModelSpec, UnitName
 from galvatron.plan import LayerStrategy, Plan, check_strategy
 from galvatron.plan.axes import divisors
 from galvatron.plan.plan import Schedule
+from galvatron.plan.rules import RUNTIME_SCHEDULES
 
 SEQ_LEN = 16
 """Tokens of a test sequence: divisible by tp 8, longer than the tiny Mistral's window."""
 
 MAX_PP = 4
 MAX_MICROBATCHES = 8
-_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
+MAX_CHUNKS = 3
 
 
 def random_plans(spec: ModelSpec, world_size: int, count: int, seed: int, seq_len: int = SEQ_LEN) -> list[Plan]:
     """``count`` different plans for ``world_size`` devices, the same ones for the same ``seed``.
 
-    Pipeline depths (1 to 4, as far as they divide the world) and schedules are dealt in turn, so that a
-    few plans cover them all; stage lengths, microbatches (1 to 8, also fewer than stages) and the strategy
-    of the embedding, each layer and the head are drawn.
+    Pipeline depths (1 to 4, as far as they divide the world) and schedules are dealt in turn, in an order drawn for
+    the model and the world, so that few plans cover them all; lengths and number of chunks, microbatches (1 to 8, also
+    fewer than stages, but where interleaved) and the strategy of the embedding, each layer and the head are drawn.
     """
-    depths = [pp for pp in divisors(world_size) if pp <= min(MAX_PP, spec.num_layers)]
-    deals = itertools.cycle(itertools.product(_SCHEDULES, depths))
     rng = random.Random(f"{seed} {spec.name} {world_size}")
+    pipelines = _pipelines(spec, world_size)
+    rng.shuffle(pipelines)
+    deals = itertools.cycle(pipelines)
     plans: dict[Plan, None] = {}
     while len(plans) < count:
-        schedule, pp = next(deals)
-        plans[_random_plan(rng, spec, world_size, pp, schedule, seq_len)] = None
+        pp, schedule, most_chunks = next(deals)
+        chunks = rng.randint(2, most_chunks) if schedule == "interleaved" else 1
+        plans[_random_plan(rng, spec, world_size, pp, schedule, chunks, seq_len)] = None
     return list(plans)
+
+
+def _pipelines(spec: ModelSpec, world_size: int) -> list[tuple[int, Schedule, int]]:
+    """(stages, schedule, most chunks a stage) of every depth that the world and the layers allow."""
+    found: list[tuple[int, Schedule, int]] = []
+    for pp in divisors(world_size):
+        most = min(MAX_CHUNKS, spec.num_layers // pp)
+        if pp <= MAX_PP and most:
+            names = RUNTIME_SCHEDULES if pp > 1 else RUNTIME_SCHEDULES[:1]
+            found += [(pp, name, most) for name in names if name != "interleaved" or most > 1]
+    return found
 
 
 def pure_plans(spec: ModelSpec, world_size: int, seq_len: int = SEQ_LEN) -> dict[str, Plan]:
     """Plans that use one technique for the whole model, by name, as far as ``spec`` and the world allow.
 
     Names: dp, the levels of recompute (with data parallelism), zero1, zero2, zero3, tp; hsdp1, hsdp2, hsdp3 (replicas
-    of shards) from 4 devices on; gpipe and 1f1b (up to 4 uneven stages, data parallel within) from 2 on.
+    of shards) from 4 devices on; every schedule (up to 4 uneven stages, interleaved ones of 2 chunks, data parallel
+    within) from 2 on.
     """
     world = world_size
     zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
@@ -63,10 +78,10 @@ def pure_plans(spec: ModelSpec, world_size: int, seq_len: int = SEQ_LEN) -> dict
         for name, strategy in strategies.items()
         if all(_legal(strategy, kind.name, spec, world, seq_len) for kind in spec.layers)
     }
-    pp = max(d for d in divisors(world) if d <= min(MAX_PP, spec.num_layers))
-    if pp > 1:
+    deepest: dict[Schedule, int] = {name: pp for pp, name, _ in _pipelines(spec, world) if pp > 1}
+    for schedule, pp in deepest.items():
         stage = LayerStrategy(dp_replicate=world // pp)
-        plans |= {schedule: _uniform_plan(spec, stage, world, seq_len, pp, schedule) for schedule in _SCHEDULES}
+        plans[schedule] = _uniform_plan(spec, stage, world, seq_len, pp, schedule)
     return plans
 
 
@@ -74,11 +89,14 @@ def _uniform_plan(
     spec: ModelSpec, strategy: LayerStrategy, world_size: int, seq_len: int, pp: int = 1, schedule: Schedule = "1f1b"
 ) -> Plan:
     ends = strategy.model_copy(update={"recompute": "none"})
+    chunks = 2 if schedule == "interleaved" else 1
+    entries = pp * chunks
     plan = Plan(
         model=spec.name,
         world_size=world_size,
-        layers_per_stage=(spec.num_layers - pp + 1, *(1,) * (pp - 1)),
+        layers_per_stage=(spec.num_layers - entries + 1, *(1,) * (entries - 1)),
         schedule=schedule,
+        model_chunks=chunks,
         num_microbatches=2 * pp,
         global_batch_size=2 * world_size,
         seq_len=seq_len,
@@ -91,21 +109,23 @@ def _uniform_plan(
 
 
 def _random_plan(
-    rng: random.Random, spec: ModelSpec, world_size: int, pp: int, schedule: Schedule, seq_len: int
+    rng: random.Random, spec: ModelSpec, world_size: int, pp: int, schedule: Schedule, chunks: int, seq_len: int
 ) -> Plan:
     stage_size = world_size // pp
     choices = {unit: _strategies(unit, spec, stage_size, seq_len) for unit in spec.units}
-    cuts = sorted(rng.sample(range(1, spec.num_layers), pp - 1))
+    cuts = sorted(rng.sample(range(1, spec.num_layers), pp * chunks - 1))
     embedding = rng.choice(choices["embedding"])
     head = embedding if spec.tied_embeddings else rng.choice(choices["head"])
     layers = tuple(rng.choice(choices[kind.name]) for kind in spec.kind_of_layers())
-    num_microbatches = rng.randint(1, MAX_MICROBATCHES)
+    rounds = pp if schedule == "interleaved" else 1
+    num_microbatches = rounds * rng.randint(1, MAX_MICROBATCHES // rounds)
     micro_batch_size = math.lcm(*(strategy.dp for strategy in (embedding, *layers, head))) * rng.randint(1, 2)
     plan = Plan(
         model=spec.name,
         world_size=world_size,
         layers_per_stage=tuple(b - a for a, b in itertools.pairwise((0, *cuts, spec.num_layers))),
         schedule=schedule,
+        model_chunks=chunks,
         num_microbatches=num_microbatches,
         global_batch_size=micro_batch_size * num_microbatches,
         seq_len=seq_len,

@@ -13,14 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from galvatron.core.model import ModelSpec
-from galvatron.plan.schedules import Action, actions
+from galvatron.plan import Plan
+from galvatron.plan.schedules import Action, actions, forwards
 
 from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction
 from ..processes.grid import Grid
 from ..sharding.fsdp import DTYPES, ShardedUnit, free_gathered, gather_for_step, prepare_backward, reduce_held
 from ..sharding.unsharded import UnshardedUnit
-from .passes import Inbox, Neighbours, run
+from .passes import Border, Inbox, Messages, run
 from .stage import Stage
 
 
@@ -41,86 +42,102 @@ class Batch:
     terms: LossTerms = PLAIN
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A model chunk of this rank, cut and sharded: its modules, and the units in which its parameters live."""
+
+    stage: Stage
+    sharded: tuple[ShardedUnit, ...]
+    unsharded: tuple[UnshardedUnit, ...]
+
+
 class Driver:
     """Runs batches through one stage of a plan; every method is collective and gives the loss of all ranks."""
 
-    def __init__(
-        self,
-        grid: Grid,
-        spec: ModelSpec,
-        stage: Stage,
-        sharded: tuple[ShardedUnit, ...],
-        unsharded: tuple[UnshardedUnit, ...],
-    ) -> None:
-        self.grid, self.plan, self.stage = grid, grid.plan, stage
-        self.sharded, self.unsharded = sharded, unsharded
-        self.hidden_size = spec.hidden_size
-        layers = self.plan.stage_layers(grid.stage)
-        self.trains_before = not grid.is_first and spec.trains_before(layers.start)
-        self.trains_until = grid.is_last or spec.trains_before(layers.stop)
-        enters_unsharded = self.trains_before and not self.plan.layers[layers.start].zero
-        self._entry = unsharded[0] if enters_unsharded else None  # holds the layer that sends gradients back
+    def __init__(self, grid: Grid, spec: ModelSpec, chunks: tuple[Chunk, ...]) -> None:
+        """``chunks``: of this rank, in forward order."""
+        self.grid, self.plan, self.chunks = grid, grid.plan, chunks
+        self._entries = tuple(_entry(chunk, grid.plan, spec) for chunk in chunks)
+        self.borders = tuple(
+            _border(chunk.stage, entry, grid.plan, spec) for chunk, entry in zip(chunks, self._entries, strict=True)
+        )
         self.position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
 
     def train(self, batch: Batch) -> Tensor:
         """Forward and backward under the plan's schedule."""
         plan = self.plan
-        loss = self._run(actions(plan.schedule, plan.pp, self.grid.stage, plan.num_microbatches), batch)
-        if not self.trains_until:
-            free_gathered(self.sharded)  # which the end of a backward does elsewhere
+        loss = self._run(
+            actions(plan.schedule, plan.pp, self.grid.stage, plan.num_microbatches, plan.model_chunks), batch
+        )
+        for chunk, border in zip(self.chunks, self.borders, strict=True):
+            if not border.trains_until:
+                free_gathered(chunk.sharded)  # which the end of a backward does elsewhere
         self._finish_gradients()
         return loss
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Forward alone."""
-        loss = self._run([Action("forward", index) for index in range(self.plan.num_microbatches)], batch)
-        free_gathered(self.sharded)
+        plan = self.plan
+        loss = self._run(forwards(plan.schedule, plan.pp, plan.num_microbatches, plan.model_chunks), batch)
+        self._free_gathered()
         return loss
 
     def rehearse(self, microbatch: Batch, *, backward: bool) -> None:
         """Forward of a single microbatch, and its backward or not."""
-        self._run([Action("forward", 0), *([Action("backward", 0)] if backward else [])], microbatch)
-        free_gathered(self.sharded)
+        there = [Action("forward", 0, chunk) for chunk in range(len(self.chunks))]
+        back = [Action("backward", 0, chunk) for chunk in reversed(range(len(self.chunks)))]
+        self._run(there + back if backward else there, microbatch)
+        self._free_gathered()
         if backward:
             self._finish_gradients()
 
+    def _free_gathered(self) -> None:
+        for chunk in self.chunks:
+            free_gathered(chunk.sharded)
+
     def _finish_gradients(self) -> None:
-        for unit in self.unsharded:
-            unit.finish()
+        for chunk in self.chunks:
+            for unit in chunk.unsharded:
+                unit.finish()
 
     def _run(self, order: list[Action], batch: Batch) -> Tensor:
-        self.stage.early_gradient.forget()
-        for unit in self.unsharded:
-            unit.refresh()
-        if not self.grid.is_first:
-            gather_for_step(self.sharded)
+        for chunk in self.chunks:
+            chunk.stage.early_gradient.forget()
+            for unit in chunk.unsharded:
+                unit.refresh()
+            if not chunk.stage.is_first:
+                gather_for_step(chunk.sharded)
 
         embedding_dp, head_dp = self.plan.embedding.dp, self.plan.head.dp
-        ids = self._own_rows(batch.input_ids, embedding_dp) if self.grid.is_first else None
-        labels = self._own_rows(batch.labels, head_dp) if self.grid.is_last else None
+        ids = self._own_rows(batch.input_ids, embedding_dp) if self.borders[0].is_first else None
+        labels = self._own_rows(batch.labels, head_dp) if self.borders[-1].is_last else None
 
-        def forward(microbatch: int, received: Inbox | None) -> Tensor:
-            tokens = received if ids is None else ids[microbatch]
+        def forward(microbatch: int, chunk: int, received: Inbox | None) -> Tensor:
+            tokens = received if received is not None or ids is None else ids[microbatch]
             assert tokens is not None
-            own_labels = None if labels is None else labels[microbatch]
-            output: Tensor = self.stage(tokens, self.position_ids, own_labels, batch.weight, batch.loss_fn, batch.terms)
+            stage = self.chunks[chunk].stage
+            own_labels = labels[microbatch] if labels is not None and stage.is_last else None
+            output: Tensor = stage(tokens, self.position_ids, own_labels, batch.weight, batch.loss_fn, batch.terms)
             return output
 
-        neighbours = self._neighbours()
-        losses = run(order, forward, neighbours, self._before_backward)
-        if self.trains_before and order[-1].kind == "backward":
-            reduce_held(self.stage, self.sharded)
-        neighbours.finish()
+        messages = Messages(self.grid, self.borders, DTYPES[self.plan.precision])
+        losses = run(order, forward, messages, self._before_backward)
+        if order[-1].kind == "backward":
+            for chunk, border in zip(self.chunks, self.borders, strict=True):
+                if border.trains_before:
+                    reduce_held(chunk.stage, chunk.sharded)
+        messages.finish()
         total = torch.zeros((), device=self.grid.world.device)
         for loss in losses:
             total += loss
         dist.all_reduce(total)
         return total
 
-    def _before_backward(self, is_last: bool) -> None:
-        prepare_backward(self.stage, self.sharded, is_last=is_last, sends_back=self.trains_before)
-        for unit in self.unsharded:
-            unit.before_backward(is_last=is_last, sends_back=unit is self._entry)
+    def _before_backward(self, index: int, is_last: bool) -> None:
+        chunk, sends_back = self.chunks[index], self.borders[index].trains_before
+        prepare_backward(chunk.stage, chunk.sharded, is_last=is_last, sends_back=sends_back)
+        for unit in chunk.unsharded:
+            unit.before_backward(is_last=is_last, sends_back=unit is self._entries[index])
 
     def _own_rows(self, values: Tensor, dp: int) -> Tensor:
         """This rank's rows [num_microbatches, micro_batch_size / dp, seq_len] of a batch, on its device.
@@ -136,15 +153,22 @@ class Driver:
             own = own.contiguous().pin_memory()
         return own.to(device, non_blocking=True)
 
-    def _neighbours(self) -> Neighbours:
-        plan, stage = self.plan, self.grid.stage
-        previous = plan.embedding if stage == 0 else plan.layers[plan.stage_layers(stage).start - 1]
-        shape = (plan.micro_batch_size // previous.dp, plan.seq_len // previous.sequence_degree, self.hidden_size)
-        return Neighbours(
-            self.grid,
-            shape,
-            DTYPES[plan.precision],
-            trains_before=self.trains_before,
-            trains_until=self.trains_until,
-            after_gradient=self._entry.count_arrival if self._entry is not None else None,
-        )
+
+def _entry(chunk: Chunk, plan: Plan, spec: ModelSpec) -> UnshardedUnit | None:
+    """The unit of the layer that sends gradients back, if they are summed beside the backward."""
+    first = chunk.stage.layers.start
+    sends_back = not chunk.stage.is_first and spec.trains_before(first)
+    return chunk.unsharded[0] if sends_back and not plan.layers[first].zero else None
+
+
+def _border(stage: Stage, entry: UnshardedUnit | None, plan: Plan, spec: ModelSpec) -> Border:
+    previous = plan.embedding if stage.is_first else plan.layers[stage.layers.start - 1]
+    rows, tokens = plan.micro_batch_size // previous.dp, plan.seq_len // previous.sequence_degree
+    return Border(
+        in_shape=(rows, tokens, spec.hidden_size),
+        is_first=stage.is_first,
+        is_last=stage.is_last,
+        trains_before=not stage.is_first and spec.trains_before(stage.layers.start),
+        trains_until=stage.is_last or spec.trains_before(stage.layers.stop),
+        after_gradient=entry.count_arrival if entry is not None else None,
+    )

@@ -1,15 +1,17 @@
 """Run the passes of one stage in schedule order, with messages to its neighbours.
 
-Forward and backward messages have a process group each, and within a direction microbatches are sent and
-received in order, so no two ranks ever wait for each other.  A message leaves when the tensor exists: gradients from
-within the backward, before the first layer's own gradients are reduced.
+Forward and backward messages have a process group each, and so have those from the last stage to the first.  A rank
+hears from one rank in each direction and sends to one, and both go through microbatches and chunks in one order, so
+no two ranks ever wait for each other.  A message leaves when the tensor exists: gradients from within the backward,
+before the first layer's own gradients are reduced.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from galvatron.plan.schedules import Action
 
-from ..processes.grid import Grid
+from ..processes.grid import Grid, Neighbour
 
 
 class Inbox:
@@ -63,117 +65,138 @@ class _Open(torch.autograd.Function):
         return None, None, None
 
 
-Forward = Callable[[int, Inbox | None], Tensor]
+@dataclass(frozen=True)
+class Border:
+    """What goes into a model chunk of this rank and out of it.
 
-
-@dataclass
-class Neighbours:
-    """Messages of one step: hidden chunks forward, their gradients backward.
-
-    What was sent is held until it has surely left: a stage output until its gradient arrives (it is needed so
-    long anyway), a gradient until the next one is sent.
-
-    ``trains_before``, ``trains_until``: whether stages before this one, or this one and those before, have trainable
-    parameters: gradients go no further back than the first of them.
-    ``after_gradient``: called when a gradient is on its way.
+    Attributes:
+        in_shape: of a microbatch's hidden states as they come in on this rank.
+        is_first, is_last: whether nothing comes in, or goes out but the loss.
+        trains_before, trains_until: whether what comes before the chunk, or that and the chunk, has trainable
+            parameters: gradients go no further back than the first of them.
+        after_gradient: called when the gradient of what came in is on its way.
     """
 
-    grid: Grid
     in_shape: tuple[int, ...]
-    dtype: torch.dtype
+    is_first: bool
+    is_last: bool
     trains_before: bool = True
     trains_until: bool = True
     after_gradient: Callable[[], None] | None = None
-    _outputs: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
+
+
+@dataclass
+class Messages:
+    """Messages of one step: hidden states forward, their gradients backward.
+
+    What was sent is held until it has surely left: a chunk's output until its gradient arrives (it is needed so
+    long anyway), a gradient until the next one is sent.
+    """
+
+    grid: Grid
+    borders: tuple[Border, ...]
+    dtype: torch.dtype
+    _outputs: dict[tuple[int, int], tuple[dist.Work, Tensor]] = field(default_factory=dict)
     _gradients: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
 
-    def receive_hidden(self) -> Inbox:
-        """The next microbatch's hidden states from the previous stage."""
-        hidden = self._receive(self.in_shape, self.grid.stage - 1, self.grid.forward_group)
-        return Inbox(hidden, self._send_gradient if self.trains_before else None)
+    def receive_hidden(self, chunk: int) -> Inbox:
+        """The hidden states that come into ``chunk`` next."""
+        before, border = self._before, self.borders[chunk]
+        hidden = self._receive(border.in_shape, before.rank, before.forward)
+        return Inbox(hidden, partial(self._send_gradient, border) if border.trains_before else None)
 
-    def receive_gradient(self, like: Tensor) -> Tensor:
-        """The gradient of the stage output ``like`` from the next stage."""
-        gradient = self._receive(tuple(like.shape), self.grid.stage + 1, self.grid.backward_group)
-        self.let_go_of_hidden()
+    def receive_gradient(self, microbatch: int, chunk: int, like: Tensor) -> Tensor:
+        """The gradient of the output ``like`` of ``chunk``."""
+        gradient = self._receive(tuple(like.shape), self._after.rank, self._after.backward)
+        self.let_go_of_hidden(microbatch, chunk)
         return gradient
 
-    def let_go_of_hidden(self) -> None:
-        """Wait until the oldest stage output has left, and forget it."""
-        _let_go(self._outputs)
+    def let_go_of_hidden(self, microbatch: int, chunk: int) -> None:
+        """Wait until an output has left, if it was sent, and forget it."""
+        if (microbatch, chunk) in self._outputs:
+            self._outputs.pop((microbatch, chunk))[0].wait()
 
-    def send_hidden(self, hidden: Tensor) -> None:
-        """Send a stage output on."""
-        if not torch.is_grad_enabled():
-            _let_go(self._outputs)
-        self._outputs.append(self._send(hidden.detach(), self.grid.stage + 1, self.grid.forward_group))
+    def send_hidden(self, microbatch: int, chunk: int, hidden: Tensor) -> None:
+        """Send an output of ``chunk`` on."""
+        if not torch.is_grad_enabled() and self._outputs:
+            self.let_go_of_hidden(*next(iter(self._outputs)))
+        self._outputs[microbatch, chunk] = self._send(hidden.detach(), self._after.rank, self._after.forward)
 
-    def _send_gradient(self, gradient: Tensor) -> None:
-        """Send the gradient of a stage input back; called from within the backward."""
-        _let_go(self._gradients)
-        self._gradients.append(self._send(gradient, self.grid.stage - 1, self.grid.backward_group))
-        if self.after_gradient is not None:
-            self.after_gradient()
+    def _send_gradient(self, border: Border, gradient: Tensor) -> None:
+        """Send the gradient of a chunk's input back; called from within the backward."""
+        if self._gradients:
+            self._gradients.popleft()[0].wait()
+        self._gradients.append(self._send(gradient, self._before.rank, self._before.backward))
+        if border.after_gradient is not None:
+            border.after_gradient()
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
-        while self._outputs or self._gradients:
-            _let_go(self._outputs)
-            _let_go(self._gradients)
+        for work, _ in (*self._outputs.values(), *self._gradients):
+            work.wait()
+        self._outputs.clear()
+        self._gradients.clear()
 
-    def _receive(self, shape: tuple[int, ...], stage: int, group: dist.ProcessGroup | None) -> Tensor:
+    @property
+    def _before(self) -> Neighbour:
+        assert self.grid.before is not None
+        return self.grid.before
+
+    @property
+    def _after(self) -> Neighbour:
+        assert self.grid.after is not None
+        return self.grid.after
+
+    def _receive(self, shape: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> Tensor:
         buffer = torch.empty(shape, dtype=self.dtype, device=self.grid.world.device)
-        dist.recv(buffer, src=self.grid.column[stage], group=group)
+        dist.recv(buffer, src=rank, group=group)
         return buffer
 
-    def _send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup | None) -> tuple[dist.Work, Tensor]:
+    def _send(self, tensor: Tensor, rank: int, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, dst=self.grid.column[stage], group=group)
+        work = dist.isend(tensor, dst=rank, group=group)
         assert work is not None
         return work, tensor
 
 
-def _let_go(sent: deque[tuple[dist.Work, Tensor]]) -> None:
-    """Wait for the oldest message, if any, and forget it."""
-    if sent:
-        sent.popleft()[0].wait()
+Forward = Callable[[int, int, Inbox | None], Tensor]
 
 
 def run(
-    actions: list[Action], forward: Forward, neighbours: Neighbours, before_backward: Callable[[bool], None]
+    actions: list[Action], forward: Forward, messages: Messages, before_backward: Callable[[int, bool], None]
 ) -> list[Tensor]:
-    """Run ``actions``; returns the last stage's losses by microbatch (detached), [] elsewhere.
+    """Run ``actions``; returns the last chunk's losses by microbatch (detached), [] on other ranks.
 
-    What was sent may still be on its way: see ``Neighbours.finish``.
+    What was sent may still be on its way: see ``Messages.finish``.
 
     Args:
-        actions: the passes of this stage in order (plan.schedules).
-        forward: (microbatch, what was received or None) → stage output: hidden states or loss.
-        neighbours: this step's messages.
-        before_backward: called with whether it is the step's last backward, before each.
+        actions: the passes of this rank in order (plan.schedules).
+        forward: (microbatch, chunk, what was received or None) → the chunk's output: hidden states or loss.
+        messages: this step's.
+        before_backward: called with the chunk and whether it is its last backward of the step, before each.
     """
-    grid = neighbours.grid
-    alive: dict[int, Tensor] = {}
+    alive: dict[tuple[int, int], Tensor] = {}
     losses: list[Tensor] = []
-    backwards_left = sum(action.kind == "backward" for action in actions)
-    for action in actions:
-        if action.kind == "forward":
-            inbox = None if grid.is_first else neighbours.receive_hidden()
-            output = forward(action.microbatch, inbox)
-            if grid.is_last:
+    backwards_left = Counter(action.chunk for action in actions if action.kind == "backward")
+    for kind, microbatch, chunk in actions:
+        border = messages.borders[chunk]
+        if kind == "forward":
+            inbox = None if border.is_first else messages.receive_hidden(chunk)
+            output = forward(microbatch, chunk, inbox)
+            if border.is_last:
                 losses.append(output.detach())
             else:
-                neighbours.send_hidden(output)
-            if backwards_left:
-                alive[action.microbatch] = output
+                messages.send_hidden(microbatch, chunk, output)
+            if backwards_left[chunk]:
+                alive[microbatch, chunk] = output
         else:
-            output = alive.pop(action.microbatch)
-            backwards_left -= 1
-            if not neighbours.trains_until:  # nothing here or before has a gradient, and none comes
-                neighbours.let_go_of_hidden()
+            output = alive.pop((microbatch, chunk))
+            backwards_left[chunk] -= 1
+            if not border.trains_until:  # nothing here or before has a gradient, and none comes
+                messages.let_go_of_hidden(microbatch, chunk)
                 continue
-            before_backward(backwards_left == 0)
-            gradient = None if grid.is_last else neighbours.receive_gradient(output)
+            before_backward(chunk, backwards_left[chunk] == 0)
+            gradient = None if border.is_last else messages.receive_gradient(microbatch, chunk, output)
             torch.autograd.backward(output, gradient)
             del output, gradient  # or they would live on through the next forward
     return losses

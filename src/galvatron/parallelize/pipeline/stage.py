@@ -1,4 +1,4 @@
-"""One pipeline stage of a Hugging Face model, driven by the model's own forward.
+"""One model chunk of a pipeline stage of a Hugging Face model, driven by the model's own forward.
 
 The decoder runs as it is, fed with ``inputs_embeds``; layers of other stages are stand-ins that pass hidden
 states on, and the first own layer begins with what was received, so whatever the family's forward does before
@@ -39,13 +39,13 @@ class NoPositions(nn.Module):
 
 
 class Stage(nn.Module):
-    """The part of ``model`` that one stage owns, from token ids or hidden states to hidden states or loss."""
+    """A part of ``model`` that one stage owns, from token ids or hidden states to hidden states or loss."""
 
     def __init__(self, model: PreTrainedModel, family: Family, layers: range, *, is_first: bool, is_last: bool) -> None:
         """Replace what other stages own by stand-ins, in place."""
         super().__init__()
         self.model, self.family = model, family
-        self.is_first, self.is_last = is_first, is_last
+        self.layers, self.is_first, self.is_last = layers, is_first, is_last
         self.head_tp: AxisGroup = AxisGroup(None, (), 0)
         self.early_gradient = EarlyGradient()  # of the head's weight
         chain = self.decoder.get_submodule(family.layers)

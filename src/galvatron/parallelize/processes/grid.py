@@ -5,6 +5,8 @@ All groups that any layer of the plan needs are made up front, in one order on a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,6 +15,15 @@ from galvatron.plan import LayerStrategy, Plan
 
 from .collectives import AxisGroup
 from .world import World
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """The rank with this one's place in the stage before or after, and the groups of the messages between them."""
+
+    rank: int
+    forward: dist.ProcessGroup
+    backward: dist.ProcessGroup
 
 
 class Grid:
@@ -31,21 +42,25 @@ class Grid:
             else:
                 self.replicas(strategy)
         column, ends = self.column, (self.column[0], self.column[-1])
-        # one group a direction: forward and backward messages never queue behind each other
-        self.forward_group = world.group(column, "forward") if plan.pp > 1 else None
-        self.backward_group = world.group(column, "backward") if plan.pp > 1 else None
+        is_end = plan.pp > 1 and world.rank in ends
+        self.before, self.after = self._neighbours(column, "")
+        if is_end and plan.model_chunks > 1:
+            # the last stage hands on to the first one's next chunk: with two stages they are neighbours twice
+            around = self._neighbours((ends[1], ends[0]), " again")
+            self.before, self.after = self.before or around[0], self.after or around[1]
         # first and last stage's rank of this column: the two copies of a tied embedding
-        self.tied_group = world.group(ends, "tied") if tied and plan.pp > 1 and world.rank in ends else None
+        self.tied_group = world.group(ends, "tied") if tied and is_end else None
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank holds the embedding."""
-        return self.stage == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this rank holds the head."""
-        return self.stage == self.plan.pp - 1
+    def _neighbours(self, column: tuple[int, ...], which: str) -> tuple[Neighbour | None, Neighbour | None]:
+        """Those before and after this rank in ``column``."""
+        if len(column) == 1:
+            return None, None
+        place = column.index(self.world.rank)
+        # one group a direction: forward and backward messages never queue behind each other
+        groups = [self.world.group(tuple(sorted(column)), way + which) for way in ("forward", "backward")]
+        before = Neighbour(column[place - 1], *groups) if place else None
+        after = Neighbour(column[place + 1], *groups) if place + 1 < len(column) else None
+        return before, after
 
     @property
     def column(self) -> tuple[int, ...]:
