@@ -59,13 +59,16 @@ __all__ = [
     "norms",
     "put_buffer",
     "put_parameter",
+    "reduce_gradients",
     "reduce_scatter",
+    "sharded_parameter",
     "storage_address",
     "takes_generator",
     "to_be_initialised",
     "tree_leaves",
     "tree_map_only",
     "viewed",
+    "whole_gradient",
 ]
 
 
@@ -119,6 +122,30 @@ def forget_forwards(module: FSDPModule) -> None:
 def _groups(module: FSDPModule) -> list[Any]:
     state: Any = module._get_fsdp_state()
     return state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+
+
+def sharded_parameter(unit: FSDPModule, module: nn.Module, name: str) -> Any:
+    """FSDP2's own record of a parameter of ``unit``."""
+    parameters = [parameter for group in _groups(unit) for parameter in group.fsdp_params]
+    return next(p for p in parameters if (p._module_info.module, p._module_info.param_name) == (module, name))
+
+
+def whole_gradient(parameter: Any) -> torch.Tensor:
+    """The gradient of a ``sharded_parameter`` that FSDP2 will reduce, zeros where there is none yet; to be added to."""
+    own, dtype = parameter._unsharded_param, parameter.reduce_dtype
+    if dtype is None or dtype == own.dtype:
+        if own.grad is None:
+            own.grad = torch.zeros_like(own)
+        return own.grad
+    if parameter.unsharded_accumulated_grad is None:
+        parameter.unsharded_accumulated_grad = torch.zeros_like(own, dtype=dtype)
+    return parameter.unsharded_accumulated_grad
+
+
+def reduce_gradients(unit: FSDPModule) -> None:
+    """What FSDP2 does for ``unit`` at the end of its backward, as it is set."""
+    for group in _groups(unit):
+        group.post_backward()
 
 
 def end_backward(root: FSDPModule) -> None:

@@ -25,6 +25,7 @@ STRATEGIES = (
     "full",
     "gpipe",
     "1f1b",
+    "interleaved",
 )
 PER_WORLD = {
     2: [s for s in STRATEGIES if "hsdp" not in s],

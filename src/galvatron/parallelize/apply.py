@@ -10,6 +10,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -29,8 +30,9 @@ from .checks.surroundings import check_surroundings
 from .layers.attention import use_attention
 from .layers.compile import LayerCompiler, compiles
 from .layers.forward import enter_with_layout
+from .layers.later import Later, Place, put_off
 from .layers.recompute import recompute_in_backward
-from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
+from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, tap_linears
 from .losses.fused import fuse_loss
 from .model import ParallelModel, Replicated
 from .pipeline.driver import Chunk
@@ -38,8 +40,17 @@ from .pipeline.stage import Stage
 from .processes.grid import Grid
 from .processes.ranks import together
 from .processes.world import World, init_world
-from .sharding.fsdp import DTYPES, ShardedUnit, mixed_precision, prefetch, shard_root, shard_unit
-from .sharding.unsharded import UnshardedUnit
+from .sharding.fsdp import (
+    DTYPES,
+    ShardedUnit,
+    mixed_precision,
+    prefetch,
+    reduce_now,
+    shard_root,
+    shard_unit,
+    whole_gradient,
+)
+from .sharding.unsharded import UnshardedUnit, gradient_slot
 from .state.pieces import LocalParameter, pieces_of
 from .state.weights import GivenWeights, StateDictWeights, Weights, check_names, fill
 
@@ -159,7 +170,9 @@ def _stages(model: PreTrainedModel, family: Family, grid: Grid) -> Iterator[Stag
     for chunk, skeleton in enumerate(skeletons):
         entry = chunk * plan.pp + grid.stage
         layers = plan.chunk_layers(grid.stage, chunk)
-        yield Stage(skeleton, family, layers, is_first=entry == 0, is_last=entry == last)
+        stage = Stage(skeleton, family, layers, is_first=entry == 0, is_last=entry == last)
+        stage.later = Later() if plan.schedule == "zero_bubble" else None
+        yield stage
 
 
 def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: LayerCompiler | None) -> None:
@@ -173,10 +186,14 @@ def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: La
     for index in stage.layers:
         strategy = plan.layers[index]
         tp = grid.axis_group(1, strategy.tp)
+        if stage.later is not None:
+            stage.later.taps[chain[index]] = tap_linears(chain[index], family, kinds[index], tp)
         cut_layer(chain[index], family, kinds[index], tp)
         recompute_in_backward(chain[index], family, tp, strategy.recompute)
         if compiler is not None:
             compiler(chain[index], (kinds[index].name, strategy))
+        if stage.later is not None:
+            put_off(chain[index], tp.size, stage.later)
         _enter(chain[index], grid, degrees[index], degrees[index + 1])
     if not stage.is_first:
         stage.receive_in(chain[stage.layers.start])
@@ -217,7 +234,24 @@ def _chunk(stage: Stage, units: list[_Unit], grid: Grid) -> Chunk:
     sharded = _shard(stage, units, grid)
     _materialise(stage, sharded, grid.world.device)
     unsharded = tuple(_unsharded(modules, strategy, grid) for modules, strategy in units if not strategy.zero)
-    return Chunk(stage, sharded, unsharded)
+    return Chunk(stage, sharded, unsharded, () if stage.later is None else _place(stage.later, sharded))
+
+
+def _place(later: Later, sharded: tuple[ShardedUnit, ...]) -> tuple[ShardedUnit, ...]:
+    """Say where the gradients of weight passes go; the units of those that FSDP2 reduces."""
+    units = {module: unit for unit in sharded for module in unit.modules}
+    waiting = {layer: units[layer] for layer, taps in later.taps.items() if taps and layer in units}
+    for layer, taps in later.taps.items():
+        for linear in (tap.linear for tap in taps):
+            slot = gradient_slot(linear.weight)  # type: ignore[arg-type]
+            if slot is not None:
+                later.places[linear] = Place(slot.accumulator, slot.arrived)
+            else:
+                later.places[linear] = Place(whole_gradient(waiting[layer], linear, "weight"))
+    for layer, unit in waiting.items():
+        if unit.strategy.zero >= 2:
+            later.finished[layer] = partial(reduce_now, unit)
+    return tuple(waiting.values())
 
 
 def _shard(stage: Stage, units: list[_Unit], grid: Grid) -> tuple[ShardedUnit, ...]:

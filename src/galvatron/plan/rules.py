@@ -12,7 +12,7 @@ from galvatron.core.units import counted
 from .axes import StageAxes, divisors
 from .plan import LayerStrategy, Plan, Schedule
 
-RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
+RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 RUNTIME_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 RUNTIME_ONLY_ONE = ("ulysses", "cp", "ep")
 MAX_LISTED = 8

@@ -21,6 +21,7 @@ from galvatron.core.model import ParameterSpec, UnitSpec
 from galvatron.models import Family
 
 from ..processes.collectives import AxisGroup, gather_sequence, reduce_scatter_sequence
+from .later import Tap, product, tapped
 
 
 def cut_layer(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -> None:
@@ -38,6 +39,20 @@ def cut_layer(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -
         for name in region.rows:
             linear = module.get_submodule(name)
             linear.forward = _row_forward(linear, tp)
+
+
+def tap_linears(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -> tuple[Tap, ...]:
+    """Give the trained linears of ``layer`` taps (``layers.later``); before it is cut."""
+    taps = []
+    for region in family.regions:
+        for name in (*region.columns, *region.rows):
+            linear, parameter = layer.get_submodule(f"{region.module}.{name}"), _weight(unit, f"{region.module}.{name}")
+            if parameter.trainable:
+                _check_replaceable(linear, nn.Linear, Conv1D)
+                tapped(linear)
+                is_block = tp.size > 1 and parameter.cut is not None and parameter.cut.is_whole(tp.size)
+                taps.append(Tap(linear, _own_block(parameter, tp) if is_block else None))
+    return tuple(taps)
 
 
 def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> None:
@@ -126,16 +141,21 @@ def _keep_own_outputs(linear: nn.Module, parameter: ParameterSpec, tp: AxisGroup
 
 def _block_forward(linear: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> Callable[[Tensor], Tensor]:
     """Forward of a linear kept whole whose rank needs one block alone (kv heads fewer than tp)."""
-    assert parameter.cut is not None
     _check_replaceable(linear, nn.Linear)
-    width = parameter.shape[0] // parameter.cut.blocks
-    start = tp.rank * parameter.cut.blocks // tp.size * width
+    start, width = _own_block(parameter, tp)
 
     def forward(x: Tensor) -> Tensor:
         bias = None if linear.bias is None else linear.bias.narrow(0, start, width)  # type: ignore[operator]
-        return F.linear(x, linear.weight.narrow(0, start, width), bias)  # type: ignore[operator]
+        return product(linear, x, linear.weight.narrow(0, start, width), bias)  # type: ignore[operator]
 
     return forward
+
+
+def _own_block(parameter: ParameterSpec, tp: AxisGroup) -> tuple[int, int]:
+    """(start, number) of the rows that a rank uses of a weight that is kept whole."""
+    assert parameter.cut is not None
+    width = parameter.shape[0] // parameter.cut.blocks
+    return tp.rank * parameter.cut.blocks // tp.size * width, width
 
 
 def _row_forward(linear: nn.Module, tp: AxisGroup) -> Callable[[Tensor], Tensor]:
@@ -143,9 +163,7 @@ def _row_forward(linear: nn.Module, tp: AxisGroup) -> Callable[[Tensor], Tensor]
     _check_replaceable(linear, nn.Linear, Conv1D)
 
     def forward(x: Tensor) -> Tensor:
-        weight = linear.weight
-        partial = x @ weight if isinstance(linear, Conv1D) else F.linear(x, weight)  # type: ignore[arg-type,operator]
-        out = reduce_scatter_sequence(partial, tp)
+        out = reduce_scatter_sequence(product(linear, x, linear.weight), tp)  # type: ignore[arg-type]
         return out if linear.bias is None else out + linear.bias  # type: ignore[operator]
 
     return forward

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from galvatron.core.model import ParameterSpec
 
+from ..layers.later import add_product
 from ..layers.tensor_parallel import vocabulary_range
 from ..processes.collectives import AxisGroup
 from ..sharding.unsharded import GradientSlot, gradient_slot
@@ -29,8 +30,6 @@ CHUNK_BYTES = 512 * 2**20
 of 128k in bf16: products are large, and the weight's gradient is added to seldom."""
 BLOCK_BYTES = 128 * 2**20
 """What a block of a chunk's logits may take in float32, where the compute dtype is another."""
-SLICE_ROWS = 1 << 14
-"""Rows of the weight's gradient that are summed at a time where it has another dtype than the products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +242,7 @@ class _Gradients:
         if self.hidden is not None:
             torch.mm(grad_logits_CV, weight_VH, out=self.hidden)
         if self.weight is not None:
-            _add_product(self.weight, grad_logits_CV, hidden_CH)
+            add_product(self.weight, grad_logits_CV, hidden_CH)
         if self.bias is not None:
             self.bias.add_(grad_logits_CV.sum(dim=0, dtype=torch.float32))
 
@@ -260,15 +259,6 @@ def _take_chunk(
     if made.are_needed:
         made.take(logits, hidden_CH, weight_VH)
     return total
-
-
-def _add_product(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """``total += gradᵀ @ hidden``; in another dtype by slices of rows, so that no second matrix of its size exists."""
-    if total_VH.dtype == grad_CV.dtype:
-        total_VH.addmm_(grad_CV.t(), hidden_CH)
-        return
-    for total, grad in zip(total_VH.split(SLICE_ROWS), grad_CV.split(SLICE_ROWS, dim=1), strict=True):
-        total.add_(grad.t() @ hidden_CH)
 
 
 def _take_block(logits_CV: Tensor, labels_C: Tensor, job: _Job, *, need_grad: bool) -> Tensor:

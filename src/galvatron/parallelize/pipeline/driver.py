@@ -44,11 +44,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A model chunk of this rank, cut and sharded: its modules, and the units in which its parameters live."""
+    """A model chunk of this rank, cut and sharded: its modules, and the units in which its parameters live.
+
+    ``later``: those of the ``sharded`` that are not reduced before a weight pass.
+    """
 
     stage: Stage
     sharded: tuple[ShardedUnit, ...]
     unsharded: tuple[UnshardedUnit, ...]
+    later: tuple[ShardedUnit, ...] = ()
 
 
 class Driver:
@@ -60,6 +64,11 @@ class Driver:
         self._entries = tuple(_entry(chunk, grid.plan, spec) for chunk in chunks)
         self.borders = tuple(
             _border(chunk.stage, entry, grid.plan, spec) for chunk, entry in zip(chunks, self._entries, strict=True)
+        )
+        # what waits for the end of a step is reduced after its messages, and after its weight passes
+        self._reduces_last = tuple(
+            border.trains_before or (chunk.stage.later is not None and border.trains_until)
+            for chunk, border in zip(chunks, self.borders, strict=True)
         )
         self.position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
 
@@ -84,9 +93,12 @@ class Driver:
 
     def rehearse(self, microbatch: Batch, *, backward: bool) -> None:
         """Forward of a single microbatch, and its backward or not."""
-        there = [Action("forward", 0, chunk) for chunk in range(len(self.chunks))]
-        back = [Action("backward", 0, chunk) for chunk in reversed(range(len(self.chunks)))]
-        self._run(there + back if backward else there, microbatch)
+        order = [Action("forward", 0, chunk) for chunk in range(len(self.chunks))]
+        if backward:
+            order += [Action("backward", 0, action.chunk) for action in reversed(order)]
+        if backward and self.plan.schedule == "zero_bubble":
+            order.append(Action("weight", 0))
+        self._run(order, microbatch)
         self._free_gathered()
         if backward:
             self._finish_gradients()
@@ -105,6 +117,8 @@ class Driver:
             chunk.stage.early_gradient.forget()
             for unit in chunk.unsharded:
                 unit.refresh()
+            if chunk.stage.later is not None:
+                chunk.stage.later.forget()
             if not chunk.stage.is_first:
                 gather_for_step(chunk.sharded)
 
@@ -121,10 +135,10 @@ class Driver:
             return output
 
         messages = Messages(self.grid, self.borders, DTYPES[self.plan.precision])
-        losses = run(order, forward, messages, self._before_backward)
-        if order[-1].kind == "backward":
-            for chunk, border in zip(self.chunks, self.borders, strict=True):
-                if border.trains_before:
+        losses = run(order, forward, messages, self._before_backward, self._weight_pass)
+        if order[-1].kind != "forward":
+            for chunk, reduces_last in zip(self.chunks, self._reduces_last, strict=True):
+                if reduces_last:
                     reduce_held(chunk.stage, chunk.sharded)
         messages.finish()
         total = torch.zeros((), device=self.grid.world.device)
@@ -134,10 +148,19 @@ class Driver:
         return total
 
     def _before_backward(self, index: int, is_last: bool) -> None:
-        chunk, sends_back = self.chunks[index], self.borders[index].trains_before
-        prepare_backward(chunk.stage, chunk.sharded, is_last=is_last, sends_back=sends_back)
+        chunk, later = self.chunks[index], self.chunks[index].stage.later
+        prepare_backward(
+            chunk.stage, chunk.sharded, is_last=is_last, reduces_last=self._reduces_last[index], later=chunk.later
+        )
         for unit in chunk.unsharded:
             unit.before_backward(is_last=is_last, sends_back=unit is self._entries[index])
+        if later is not None:
+            later.begin()
+
+    def _weight_pass(self, index: int, is_last: bool) -> None:
+        later = self.chunks[index].stage.later
+        assert later is not None
+        later.multiply(is_last=is_last)
 
     def _own_rows(self, values: Tensor, dp: int) -> Tensor:
         """This rank's rows [num_microbatches, micro_batch_size / dp, seq_len] of a batch, on its device.

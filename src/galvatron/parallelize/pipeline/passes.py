@@ -163,7 +163,11 @@ Forward = Callable[[int, int, Inbox | None], Tensor]
 
 
 def run(
-    actions: list[Action], forward: Forward, messages: Messages, before_backward: Callable[[int, bool], None]
+    actions: list[Action],
+    forward: Forward,
+    messages: Messages,
+    before_backward: Callable[[int, bool], None],
+    weight_pass: Callable[[int, bool], None],
 ) -> list[Tensor]:
     """Run ``actions``; returns the last chunk's losses by microbatch (detached), [] on other ranks.
 
@@ -174,12 +178,14 @@ def run(
         forward: (microbatch, chunk, what was received or None) → the chunk's output: hidden states or loss.
         messages: this step's.
         before_backward: called with the chunk and whether it is its last backward of the step, before each.
+        weight_pass: called with the chunk and whether it is its last weight pass of the step, for each.
     """
     alive: dict[tuple[int, int], Tensor] = {}
     losses: list[Tensor] = []
-    backwards_left = Counter(action.chunk for action in actions if action.kind == "backward")
+    left = Counter((action.kind, action.chunk) for action in actions)
     for kind, microbatch, chunk in actions:
         border = messages.borders[chunk]
+        left[kind, chunk] -= 1
         if kind == "forward":
             inbox = None if border.is_first else messages.receive_hidden(chunk)
             output = forward(microbatch, chunk, inbox)
@@ -187,15 +193,17 @@ def run(
                 losses.append(output.detach())
             else:
                 messages.send_hidden(microbatch, chunk, output)
-            if backwards_left[chunk]:
+            if left["backward", chunk]:
                 alive[microbatch, chunk] = output
+        elif kind == "weight":
+            if border.trains_until:
+                weight_pass(chunk, left[kind, chunk] == 0)
         else:
             output = alive.pop((microbatch, chunk))
-            backwards_left[chunk] -= 1
             if not border.trains_until:  # nothing here or before has a gradient, and none comes
                 messages.let_go_of_hidden(microbatch, chunk)
                 continue
-            before_backward(chunk, backwards_left[chunk] == 0)
+            before_backward(chunk, left[kind, chunk] == 0)
             gradient = None if border.is_last else messages.receive_gradient(microbatch, chunk, output)
             torch.autograd.backward(output, gradient)
             del output, gradient  # or they would live on through the next forward

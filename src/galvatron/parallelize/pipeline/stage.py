@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from galvatron.models import Family
 
 from ..layers.forward import wrap_forward
+from ..layers.later import Later
 from ..losses.fused import PLAIN, EarlyGradient, LossTerms
 from ..losses.own import LossFunction, own_loss_share
 from ..processes.collectives import AxisGroup, gather_sequence
@@ -48,6 +49,7 @@ class Stage(nn.Module):
         self.layers, self.is_first, self.is_last = layers, is_first, is_last
         self.head_tp: AxisGroup = AxisGroup(None, (), 0)
         self.early_gradient = EarlyGradient()  # of the head's weight
+        self.later: Later | None = None  # weight passes
         chain = self.decoder.get_submodule(family.layers)
         assert isinstance(chain, nn.ModuleList)
         for index in range(len(chain)):

@@ -13,8 +13,9 @@ the others beside it.  Gathers that serve a whole step run before the first micr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -84,22 +85,47 @@ def gather_for_step(units: Iterable[ShardedUnit]) -> None:
             _face(unit).unshard()
 
 
-def prepare_backward(root: nn.Module, units: Collection[ShardedUnit], *, is_last: bool, sends_back: bool) -> None:
-    """Say what the coming backward pass of a microbatch reduces and frees; ``is_last``: of this step's last one."""
+def prepare_backward(
+    root: nn.Module,
+    units: Collection[ShardedUnit],
+    *,
+    is_last: bool,
+    reduces_last: bool,
+    later: Collection[ShardedUnit] = (),
+) -> None:
+    """Say what the coming backward pass of a microbatch reduces and frees; ``is_last``: of this step's last one.
+
+    ``reduces_last``: what is reduced once a step waits for ``reduce_held``; ``later``: those of the units of which
+    ``reduce_now`` or ``reduce_held`` alone reduces anything.
+    """
     if not units:
         return
     assert isinstance(root, FSDPModule)
-    root.set_is_last_backward(is_last and not sends_back)
+    root.set_is_last_backward(is_last and not reduces_last)
     for unit in units:
         zero, face = unit.strategy.zero, _face(unit)
-        reduces = zero >= 2 or (is_last and not sends_back)
+        reduces = unit not in later and (zero >= 2 or (is_last and not reduces_last))
         face.set_requires_gradient_sync(reduces, recurse=False)
         face.set_requires_all_reduce(is_last, recurse=False)
         face.set_reshard_after_backward(zero == 3 or (is_last and reduces), recurse=False)
 
 
+def whole_gradient(unit: ShardedUnit, module: nn.Module, name: str) -> Callable[[], torch.Tensor]:
+    """What gives the gradient of one of the unit's parameters before it is reduced, to be added to."""
+    return partial(internals.whole_gradient, internals.sharded_parameter(_face(unit), module, name))
+
+
+def reduce_now(unit: ShardedUnit, is_last: bool) -> None:
+    """Reduce what the unit has of gradients; ``is_last``: for the last time in this step, after which it is freed."""
+    face = _face(unit)
+    face.set_requires_gradient_sync(True, recurse=False)
+    face.set_requires_all_reduce(is_last, recurse=False)
+    face.set_reshard_after_backward(is_last or unit.strategy.zero == 3, recurse=False)
+    internals.reduce_gradients(face)
+
+
 def reduce_held(root: nn.Module, units: Collection[ShardedUnit]) -> None:
-    """After the last backward of a stage that sends back: reduce and free what it has held until now."""
+    """At the end of a step that ``reduces_last``: reduce and free what has been held until now."""
     if not units:
         return
     assert isinstance(root, FSDPModule)
