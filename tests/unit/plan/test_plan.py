@@ -77,6 +77,10 @@ def test_runs_of_layers_must_follow_each_other() -> None:
         ({"layers_per_stage": (2, 1)}, "must sum to the 4 layers"),
         ({"num_microbatches": 3}, "num_microbatches=3 must divide global_batch_size=8"),
         ({"num_microbatches": 8}, "dp_shard x dp_replicate = 2 must divide the microbatch of 1 sequence;"),
+        (
+            {"layers_per_stage": (2, 2), "schedule": "interleaved", "model_chunks": 2},
+            "schedule=interleaved needs 2 or more stages, got pp=1",
+        ),
         ({"seq_len": 66}, "tp=4 must divide seq_len=66; choose 1, 2"),
         ({"embedding": LayerStrategy(tp=4, recompute="full")}, "recompute=full is for layers"),
         ({"layers": (ZERO3,) * 3, "layers_per_stage": (2, 1)}, "the plan has 3 layers but model toy has 4"),

@@ -70,7 +70,7 @@ def test_a_time_limit_ends_a_search_with_some_plan_and_an_honest_gap() -> None:
 
 def test_a_tight_limit_gives_a_mix_that_fits_and_that_the_runtime_accepts() -> None:
     limit = int(0.72 * TIGHT)
-    result = find(limit)
+    result = find(limit, limits=Limits(forbid=frozenset({"interleaved", "zero_bubble"})))
     check_plan(result.plan, MODEL.spec, 4)
     assert result.plan.prediction is not None
     assert result.plan.prediction.peak_memory_bytes <= limit
