@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from galvatron.core.model import Recompute
+from galvatron.core.model import RECOMPUTES, Recompute
 from galvatron.internals import TorchDispatchMode
 from galvatron.parallelize import init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan
@@ -17,7 +17,7 @@ from galvatron.testing.pool import Pool
 
 M, ROWS, SEQ_LEN = 3, 2, 16
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
-MODES: tuple[Recompute, ...] = ("none", "selective", "full")
+MODES = RECOMPUTES
 
 
 class Products(TorchDispatchMode):

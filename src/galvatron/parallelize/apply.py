@@ -257,7 +257,7 @@ def _place(later: Later, sharded: tuple[ShardedUnit, ...]) -> tuple[ShardedUnit,
 def _shard(stage: Stage, units: list[_Unit], grid: Grid) -> tuple[ShardedUnit, ...]:
     """Hand the units that are sharded to FSDP2, then the whole stage if there are any."""
     head = stage.model.get_submodule(stage.family.head)
-    turns = grid.is_last and turns_at_once(grid.plan.schedule, grid.plan.num_microbatches)
+    turns = stage.is_last and turns_at_once(grid.plan.schedule, grid.plan.num_microbatches)
     sharded = tuple(
         ShardedUnit(modules, strategy, turns=turns and head in modules) for modules, strategy in units if strategy.zero
     )

@@ -41,7 +41,7 @@ class Tap:
 
     def widths(self) -> tuple[int, int]:
         """Of x and of y."""
-        rows, columns = self.linear.weight.shape  # type: ignore[union-attr,misc]
+        rows, columns = self.linear.weight.shape  # type: ignore[misc]
         rows = rows if self.rows is None else self.rows[1]
         return (rows, columns) if isinstance(self.linear, Conv1D) else (columns, rows)
 
@@ -155,7 +155,7 @@ def product(linear: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = 
         return _product(linear, x, weight, bias)
     # x is kept before the product runs: where it is computed again for the backward, the last product need not be
     held = _HoldInput.apply(x.detach(), leaves[0])
-    return _HoldGradient.apply(_product(linear, x, weight.detach(), bias), held, leaves[1])  # type: ignore[no-any-return]
+    return _HoldGradient.apply(_product(linear, x, weight.detach(), bias), held, leaves[1])
 
 
 def _product(linear: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
