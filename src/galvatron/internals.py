@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +40,9 @@ __all__ = [
     "TCPStore",
     "TorchDispatchMode",
     "all_gather",
+    "all_to_all",
+    "attend",
+    "attend_backward",
     "call_attention",
     "called_attention",
     "changes_in_place",
@@ -48,6 +51,7 @@ __all__ = [
     "end_backward",
     "forget_forwards",
     "gathered_buffers",
+    "group_named",
     "has_tensor_hooks",
     "hooks",
     "is_compiled",
@@ -98,6 +102,107 @@ def reduce_scatter(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
     """This rank's part of the sum over ranks, cut along dim 0, by an operation that changes nothing in place."""
     reduced = _functional.reduce_scatter_tensor(tensor, "sum", group.size(), group.group_name)
     return _functional.wait_tensor(reduced)
+
+
+def all_to_all(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Entry g of [k, ...] from every rank g, to whom went entry g, by an operation that changes nothing in place."""
+    ones = [1] * group.size()
+    return _functional.wait_tensor(_functional.all_to_all_single(tensor, ones, ones, group.group_name))
+
+
+def group_named(name: str) -> dist.ProcessGroup:
+    """The process group whose ``group_name`` is ``name``."""
+    group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    return group
+
+
+_aten = torch.ops.aten
+LSE_ALIGNMENT, BIAS_ALIGNMENT = 32, 16
+"""To multiples of which efficient attention rounds up rows of its log-sum-exp, and takes columns of a bias."""
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by a fused kernel: (output [B, N, S, D], log-sum-exp [B, N, S] in float32 or wider).
+
+    Queries [B, N, S, D], keys and values [B, K, T, D] (K divides N); ``mask`` [S, T]: which keys a query sees.  A query
+    that sees none has zeros and -inf.
+    """
+    bias = _bias(query, key, causal=causal, mask=mask)
+    if query.device.type == "cpu":
+        out, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal and bias is None, attn_mask=bias, scale=scale
+        )
+    elif bias is None:
+        out, log_sum, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
+    else:
+        key, value = _as_many_heads(query, key), _as_many_heads(query, value)
+        bias = bias.expand(*query.shape[:2], -1, -1)
+        out, log_sum, *_ = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)
+        log_sum = log_sum[:, :, : query.shape[2]]
+    if mask is not None:
+        sees = mask.any(dim=1).to(query.device)
+        out = torch.where(sees[:, None], out, 0.0)
+        log_sum = torch.where(sees, log_sum, -torch.inf)
+    return out, log_sum
+
+
+def attend_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    log_sum: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; ``out`` and ``log_sum`` are those of all keys, of which these are some."""
+    bias = _bias(query, key, causal=causal, mask=mask)
+    if query.device.type == "cpu":
+        of_query, of_key, of_value = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, log_sum, 0.0, causal and bias is None, attn_mask=bias, scale=scale
+        )
+        return of_query, of_key, of_value
+    unused, lengths = torch.zeros(2, dtype=torch.uint64, device=query.device), (query.shape[2], key.shape[2])
+    if bias is None:
+        of_query, of_key, of_value = _aten._scaled_dot_product_flash_attention_backward(
+            grad, query, key, value, out, log_sum, None, None, *lengths, 0.0, causal, unused, unused, scale=scale
+        )
+        return of_query, of_key, of_value
+    heads = key.shape[1]
+    log_sum = nn.functional.pad(log_sum, (0, -query.shape[2] % LSE_ALIGNMENT), value=torch.inf)
+    key, value = _as_many_heads(query, key), _as_many_heads(query, value)
+    bias = bias.expand(*query.shape[:2], -1, -1)
+    of_query, of_key, of_value, _ = _aten._scaled_dot_product_efficient_attention_backward(
+        grad, query, key, value, bias, out, log_sum, unused, unused, 0.0, [True, True, True, False], scale=scale
+    )
+    return of_query, of_key.unflatten(1, (heads, -1)).sum(2), of_value.unflatten(1, (heads, -1)).sum(2)
+
+
+def _bias(query: torch.Tensor, key: torch.Tensor, *, causal: bool, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """What is added to scores [S, T], where a kernel takes no flag for it: masks, and on CUDA all of float32."""
+    if mask is None and (query.device.type == "cpu" or query.dtype in (torch.bfloat16, torch.float16)):
+        return None
+    rows, columns = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(rows, columns, dtype=torch.bool)
+        mask = mask.tril() if causal else mask
+    bias = query.new_zeros(rows, columns + -columns % BIAS_ALIGNMENT)[:, :columns]
+    return bias.masked_fill_(~mask.to(query.device), -torch.inf)
+
+
+def _as_many_heads(query: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    return heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1)
 
 
 def default_store() -> Store:

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from galvatron.parallelize.layers.ulysses import collect_heads, deal_heads
 from galvatron.parallelize.processes.collectives import (
     AxisGroup,
     batch_to_sequence,
     gather_sequence,
+    of_spans,
     reduce_scatter_sequence,
     sequence_to_batch,
 )
 from galvatron.plan.axes import StageAxes
 from galvatron.testing.pool import Pool
 
-BATCH, SEQUENCE = 24, 24
+BATCH, SEQUENCE = 24, 48
 
 
-def cells(axes: StageAxes, rank: int, degree: int) -> torch.Tensor:
-    """The (batch, sequence) cells, numbered, that a rank holds under a sequence degree."""
+def cells(axes: StageAxes, rank: int, degree: int, folded: bool, gathered: int = 1) -> torch.Tensor:
+    """The (batch, sequence) cells, numbered, that a rank holds under a sequence degree, with those gathered."""
     grid = torch.arange(BATCH * SEQUENCE, dtype=torch.float32).view(BATCH, SEQUENCE)
     rows = grid.chunk(axes.num_devices // degree)[axes.batch_chunk(rank, degree)]
-    return rows.chunk(degree, dim=1)[axes.sequence_chunk(rank, degree)].contiguous()
+    return of_spans(rows, axes.spans(rank, gathered, degree, SEQUENCE, folded=folded)).contiguous()
 
 
-def check_layouts(world_size: int) -> int:
+def check_layouts(world_size: int, folded: bool) -> int:
     rank, axes, checked = dist.get_rank(), StageAxes(world_size), 0
     groups = {}
     for inner in axes.degrees:
@@ -36,35 +39,43 @@ def check_layouts(world_size: int) -> int:
             for ranks in axes.groups(inner, outer):
                 group = dist.new_group(list(ranks))
                 if rank in ranks:
-                    groups[inner, outer] = AxisGroup(group, axes.axes_between(inner, outer), ranks.index(rank))
+                    sizes = axes.axes_between(inner, outer)
+                    groups[inner, outer] = AxisGroup(group, sizes, ranks.index(rank), folded=folded)
     for (inner, outer), group in groups.items():
-        assert torch.equal(batch_to_sequence(cells(axes, rank, inner), group), cells(axes, rank, outer))
-        assert torch.equal(sequence_to_batch(cells(axes, rank, outer), group), cells(axes, rank, inner))
-        if inner == 1:  # gathering the whole sequence of my rows
-            rows = axes.batch_chunk(rank, outer)
-            whole = torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE).chunk(world_size // outer)[rows].float()
-            assert torch.equal(gather_sequence(cells(axes, rank, outer), group), whole)
-            share = reduce_scatter_sequence(whole, group) / group.size
-            assert torch.equal(share, cells(axes, rank, outer))
+        before, after = cells(axes, rank, inner, folded), cells(axes, rank, outer, folded)
+        assert torch.equal(batch_to_sequence(before, group), after)
+        assert torch.equal(sequence_to_batch(after, group), before)
+        for degree in (d for d in axes.degrees if d >= outer):  # outer axes may go on cutting what is gathered
+            mine, seen = (cells(axes, rank, degree, folded, gathered) for gathered in (inner, outer))
+            own = dataclasses.replace(group, pieces=inner)
+            assert torch.equal(gather_sequence(mine, own), seen)
+            assert torch.equal(reduce_scatter_sequence(seen, own) / group.size, mine)
         checked += 1
     return checked
 
 
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize(("world_size", "pairs"), [(2, 1), (4, 3), (6, 3), (8, 6)])
-def test_layouts_change_as_the_axes_say(pool: Pool, world_size: int, pairs: int) -> None:
-    assert pool.run(check_layouts, world_size, world_size=world_size) == [pairs] * world_size
+def test_layouts_change_as_the_axes_say(pool: Pool, world_size: int, pairs: int, folded: bool) -> None:
+    assert pool.run(check_layouts, world_size, folded, world_size=world_size) == [pairs] * world_size
 
 
-def check_adjoint(world_size: int) -> list[float]:
+def heads_and_back(x: torch.Tensor, group: AxisGroup) -> torch.Tensor:
+    """Queries of 2k heads, keys and values of one; the output is of queries, with what is copied added in."""
+    query, key, value = deal_heads(x.unsqueeze(-1), x[..., :1].unsqueeze(-1), x[..., 1:2].unsqueeze(-1), group)
+    return collect_heads(query * (1 + dist.get_rank(group.group)) + key - 2 * value, group)
+
+
+def check_adjoint(world_size: int, folded: bool) -> list[float]:
     """<A x, y> - <x, Aᵀ y> over all ranks, for every map."""
     axes = StageAxes(world_size)
-    group = AxisGroup(dist.group.WORLD, axes.axes_between(1, world_size), dist.get_rank())
+    group = AxisGroup(dist.group.WORLD, axes.axes_between(1, world_size), dist.get_rank(), folded=folded)
     maps: list[Callable[[torch.Tensor, AxisGroup], torch.Tensor]]
-    maps = [gather_sequence, reduce_scatter_sequence, batch_to_sequence, sequence_to_batch]
+    maps = [gather_sequence, reduce_scatter_sequence, batch_to_sequence, sequence_to_batch, heads_and_back]
     gaps = []
     torch.manual_seed(dist.get_rank())
     for function in maps:
-        x = torch.randn(2 * world_size, 3 * world_size, 5, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(2 * world_size, 6 * world_size, 2 * world_size, dtype=torch.float64, requires_grad=True)
         image = function(x, group)
         y = torch.randn_like(image)
         image.backward(y)
@@ -75,7 +86,8 @@ def check_adjoint(world_size: int) -> list[float]:
     return gaps
 
 
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4, 6])
-def test_backward_is_the_adjoint(pool: Pool, world_size: int) -> None:
-    for gaps in pool.run(check_adjoint, world_size, world_size=world_size):
-        assert gaps == pytest.approx([0.0] * 4, abs=1e-9)
+def test_backward_is_the_adjoint(pool: Pool, world_size: int, folded: bool) -> None:
+    for gaps in pool.run(check_adjoint, world_size, folded, world_size=world_size):
+        assert gaps == pytest.approx([0.0] * 5, abs=1e-9)

@@ -31,8 +31,8 @@ PLANS = {
         (
             S(tp=2, recompute="mlp"),
             S(dp_shard=2, zero=3, recompute="mlp"),
-            S(dp_replicate=2),
-            S(tp=2, recompute="selective"),
+            S(cp=2, recompute="selective"),
+            S(ulysses=2),
         ),
     ),
 }

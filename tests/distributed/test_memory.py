@@ -78,6 +78,14 @@ PLANS: dict[str, tuple[str, Plan]] = {
     "tp, fused qkv": ("gpt2", plan([TP4, TP4, MIXED2, MIXED2], MIXED2)),
     "mixed": ("llama", plan([ZERO3, TP4, HYBRID, MIXED2.model_copy(update=FULL)], MIXED2)),
     "bf16": ("llama", plan([ZERO1, ZERO2, ZERO3, DP4], ZERO3, precision="bf16", grad_reduce_dtype="fp32")),
+    "ulysses": ("llama", plan([S(ulysses=4)] * 4, S(ulysses=4))),
+    "ring": ("llama", plan([S(cp=4, zero=3)] * 4, S(ulysses=4, zero=3))),
+    "ulysses and rings": (
+        "llama",
+        plan(
+            [S(ulysses=2, cp=2), S(tp=2, cp=2), S(ulysses=4, recompute="selective"), S(cp=2, dp_shard=2, zero=2)], TP4
+        ),
+    ),
     "1f1b": ("llama", plan([TP2, S(dp_replicate=2), TP2, TP2], TP2, layers_per_stage=(1, 3), num_microbatches=4)),
     "gpipe, four stages, tied": (
         "qwen2",

@@ -6,7 +6,9 @@ Numbers are of LLaMA with two layers: H hidden, V vocabulary rows, float32 eleme
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.unit.profiles import make_hardware, make_model
@@ -14,6 +16,7 @@ from tests.unit.profiles import make_hardware, make_model
 from galvatron.core.hardware import Link
 from galvatron.cost.setting import Setting
 from galvatron.cost.stages import messages_s, stages_of
+from galvatron.cost.unit import unit_times
 from galvatron.models import build_spec
 from galvatron.parallelize import init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan
@@ -33,10 +36,12 @@ def plan_for(
     microbatches: int = 1,
     schedule: Schedule = "1f1b",
     chunks: int = 1,
+    ends: LayerStrategy | None = None,
 ) -> Plan:
+    ends = ends or strategy
     return Plan(
         model="tiny", world_size=strategy.num_devices * len(stages) // chunks, layers_per_stage=stages,
-        embedding=strategy, head=strategy, layers=(strategy,) * sum(stages), num_microbatches=microbatches,
+        embedding=ends, head=ends, layers=(strategy,) * sum(stages), num_microbatches=microbatches,
         global_batch_size=ROWS * microbatches, seq_len=SEQ_LEN, schedule=schedule, model_chunks=chunks,
     )  # fmt: skip
 
@@ -116,6 +121,45 @@ def test_zero_3_gathers_a_layer_for_each_direction_and_ends_once(
         expected["reduce-scatter", 4 * H] = m - 1
     for found in pool.run(messages, plan, world_size=2):
         assert counted(found) == expected
+
+
+@pytest.mark.parametrize(("ulysses", "cp"), [(2, 1), (4, 1), (1, 2), (1, 4), (2, 2)])
+def test_attention_across_ranks_sends_what_it_is_costed_at(pool: Pool, ulysses: int, cp: int) -> None:
+    # around attention an exchange brings queries, keys and values and one takes the output back, both ways; keys and
+    # values go round the ring, in backward with their gradients
+    strategy, ranks, layers = LayerStrategy(ulysses=ulysses, cp=cp), ulysses * cp, 2
+    dealt = max(CONFIG.num_key_value_heads, ulysses) * H // CONFIG.num_attention_heads
+    enters, leaves, passed = HIDDEN * (H + 2 * dealt) // H // ranks, HIDDEN // ranks, HIDDEN * 2 * dealt // H // ranks
+    expected = LOSS + Counter([("all-reduce", unit) for unit in (EMBEDDING, LAYER, LAYER, HEAD)])
+    if ulysses > 1:
+        expected += Counter({("all-to-all", enters): 2 * layers, ("all-to-all", leaves): 2 * layers})
+    if cp > 1:
+        hops = 3 * (cp - 1) * layers
+        expected += Counter({("send", passed): hops, ("receive", passed): hops})
+    for found in pool.run(messages, plan_for(strategy, ends=LayerStrategy(ulysses=ranks)), world_size=ranks):
+        assert counted(found) == expected
+    costed = costed_bytes(strategy)
+    assert costed["all_to_all"] == ({enters, leaves} if ulysses > 1 else set())
+    assert costed["p2p"] == ({passed} if cp > 1 else set())
+
+
+def costed_bytes(strategy: LayerStrategy) -> dict[str, set[int]]:
+    """Of the messages around a layer's attention, as the cost model has them."""
+    sent: dict[str, set[int]] = {"all_to_all": set(), "p2p": set()}
+
+    def log(setting: Setting, op: str, size: Any, stride: Any, num_bytes: Any) -> Any:
+        if op in sent and np.all(size > 1):
+            sent[op] |= set(num_bytes.astype(int).tolist())
+        return num_bytes
+
+    spec = build_spec(CONFIG)
+    setting = Setting(
+        make_model(spec, SEQ_LEN, (1,)), make_hardware(strategy.num_devices), 1, 1, ROWS, SEQ_LEN, "fp32", "fp32"
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("galvatron.cost.unit.collective_s", log)
+        unit_times(setting, "layer", strategy)
+    return sent
 
 
 def test_stages_exchange_hidden_states_and_gradients_once_a_microbatch(pool: Pool) -> None:

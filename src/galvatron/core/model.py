@@ -128,6 +128,7 @@ class LayerKind(UnitSpec):
     ``side_inputs``: further hidden states of equal size that ride along from layer to layer (a decoder's encoder
     output).  ``regions``: submodules that gather the sequence and scatter it again under tensor parallelism.
     ``attention_span``: tokens that one token attends to at most (a window); None for the whole sequence.
+    ``drops_attention``: whether dropout falls on what attention weighs, which no ring can do.
     """
 
     name: UnitName = "layer"
@@ -142,6 +143,7 @@ class LayerKind(UnitSpec):
     regions: Count = 2
     causal: StrictBool = True
     attention_span: Count | None = None
+    drops_attention: StrictBool = False
     num_experts: Whole = 0
     experts_per_token: Whole = 0
 

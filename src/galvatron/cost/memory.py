@@ -26,6 +26,7 @@ What torch 2.13 allocates under ZeRO 1 to 3 (``torch/distributed/fsdp/_fully_sha
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -36,8 +37,8 @@ from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import LayerStrategy
 
 from .setting import Setting
-from .sizes import ShardSize, shard_sizes, trained_sizes
-from .strategies import Floats, Ints, Strategies
+from .sizes import ShardSize, dealt_kv_heads, shard_sizes, trained_sizes
+from .strategies import NONE, Floats, Ints, Strategies
 
 MASTER_BYTES = DTYPE_BYTES["fp32"]  # parameters, reduced gradients and both AdamW states are float32
 LABEL_BYTES = 8  # int64
@@ -151,6 +152,7 @@ def _passing_bytes(setting: Setting, unit: UnitName, s: Strategies) -> tuple[Int
     """(what one microbatch leaves behind, what its own passes need beyond that).
 
     Ulysses and ring ranks hold 1 / degree of a batch's activations: tokens in linears, heads or blocks in attention.
+    Ulysses keeps attention's output before and after its exchange, and keys and values as often as they travel.
     """
     batch = setting.micro_batch_size / (s.dp * s.ulysses * s.cp)
     activations, workspace = np.zeros(len(s)), np.zeros(len(s))
@@ -160,20 +162,35 @@ def _passing_bytes(setting: Setting, unit: UnitName, s: Strategies) -> tuple[Int
         activations[rows] = sample.fixed_bytes + batch[rows] * sample.bytes_per_sequence
         workspace[rows] = sample.workspace_bytes(batch[rows])
     if unit not in ENDS:
-        workspace = workspace + _exchange_bytes(setting, unit, s, batch)
+        dealt, workspace = _dealt_bytes(setting, unit, s, batch), workspace + _exchange_bytes(setting, unit, s, batch)
+        activations = activations + np.where(s.recompute == NONE, dealt, 0.0)
     if not setting.model.spec.is_reached(unit):
         workspace = workspace + REDISTRIBUTED_TENSORS * setting.entering_bytes(unit)
     return np.ceil(activations).astype(np.int64), np.ceil(workspace).astype(np.int64)
 
 
+def _dealt_bytes(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> Floats:
+    """What a layer's attention keeps more under Ulysses: its output twice, copies of keys and values."""
+    kind = setting.model.spec.kind(unit)
+    head_bytes = batch * setting.tokens(unit) * kind.head_dim * setting.compute_bytes
+    kv_heads = np.maximum(kind.num_kv_heads / s.tp, 1.0)
+    copies = dealt_kv_heads(kind, s) - kv_heads
+    more: Floats = (s.ulysses > 1) * head_bytes * (kind.num_heads / s.tp + 2 * copies)
+    return more
+
+
 def _exchange_bytes(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> Floats:
-    """Receiving buffers of the widest exchange of a layer: Ulysses' q, k and v, two ring blocks of k and v with
-    their gradients, or the tokens sent to experts."""
+    """Buffers of the widest exchange of a layer: Ulysses' q, k and v, what a ring holds, or the tokens sent to experts.
+
+    A ring's backward holds keys and values twice and their float32 gradients four times: those of the rank itself,
+    those just made, what is leaving and what comes; and the float32 gradient of the queries beside that of a block.
+    """
     kind = setting.model.spec.kind(unit)
     token_bytes = batch * setting.tokens(unit) * setting.compute_bytes
-    heads, kv_heads = kind.num_heads / s.tp, np.maximum(kind.num_kv_heads / s.tp, 1.0)
-    ulysses = (s.ulysses > 1) * token_bytes * kind.head_dim * (heads + 2 * np.maximum(kv_heads, s.ulysses))
-    ring = (s.cp > 1) * 8 * token_bytes * kind.head_dim * np.maximum(kv_heads, s.ulysses)
+    heads, exchanged = kind.num_heads / s.tp, dealt_kv_heads(kind, s)
+    ulysses = (s.ulysses > 1) * token_bytes * kind.head_dim * (heads + 2 * exchanged)
+    wide = MASTER_BYTES / setting.compute_bytes
+    ring = (s.cp > 1) * token_bytes * kind.head_dim * ((1 + wide) * heads + (4 + 8 * wide) * exchanged)
     experts = (s.ep > 1) * token_bytes * kind.experts_per_token * kind.hidden_size
     widest: Floats = np.maximum(np.maximum(ulysses, ring), experts)
     return widest
@@ -206,6 +223,17 @@ def shared_bytes(setting: Setting) -> int:
     The profile counts it with the embedding.
     """
     return setting.activation_sample("embedding", setting.model.tp_degrees()[0], "none").fixed_bytes
+
+
+def tables_share(layers: Iterable[LayerStrategy]) -> float:
+    """Which part of that some layers keep, whose ranks see a part of the positions each (``OwnPositions``).
+
+    Where all see the same part there is no other; else all positions, and the parts taken out of them.
+    """
+    seen = {(strategy.tp, strategy.ulysses * strategy.cp) for strategy in layers}
+    if len(seen) == 1:
+        return 1 / seen.pop()[1]
+    return 1 + sum(1 / cut for _, cut in seen if cut > 1)
 
 
 CUDA_CONTEXT_BYTES = 2**30

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from galvatron.core.model import ParameterSpec
+from galvatron.core.model import LayerKind, ParameterSpec
 
-from .strategies import Ints, Strategies
+from .strategies import Floats, Ints, Strategies
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,12 @@ def shard_sizes(parameters: Iterable[ParameterSpec], strategies: Strategies) -> 
     dense = _sizes([p for p in listed if not p.experts], strategies.tp, np.ones_like(strategies.ep), strategies.shard)
     experts = [p for p in listed if p.experts]
     return dense, _sizes(experts, strategies.tp, strategies.ep, strategies.expert_shard)
+
+
+def dealt_kv_heads(kind: LayerKind, strategies: Strategies) -> Floats:
+    """Key heads that a tp rank hands to its Ulysses ranks: where they are fewer than these, one copy each."""
+    own: Floats = np.maximum(kind.num_kv_heads / strategies.tp, 1.0)
+    return np.maximum(own, strategies.ulysses)
 
 
 def trained_sizes(parameters: Iterable[ParameterSpec], strategies: Strategies) -> tuple[ShardSize, ShardSize]:

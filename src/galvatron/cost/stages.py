@@ -5,15 +5,16 @@ Takes a Plan and its Setting; gives stages of chunks of units.  Knows nothing of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from galvatron.core.model import UnitName
+from galvatron.core.model import ENDS, UnitName
 from galvatron.plan.plan import LayerStrategy, Plan
 
 from .communication import redistribution_s, transfer_s
-from .memory import UnitMemory, all_unit_memory, shared_bytes
+from .memory import UnitMemory, all_unit_memory, shared_bytes, tables_share
 from .setting import Setting
 from .strategies import Strategies
 from .unit import UnitTimes, all_unit_times
@@ -111,7 +112,11 @@ def stages_of(plan: Plan, setting: Setting) -> tuple[Stage, ...]:
             moved_s += redistribution_s(setting, unit, layout, strategy.sequence_degree)
             layout = strategy.sequence_degree
         times, memories = zip(*(costs.of(unit, strategy) for unit, strategy in units), strict=True)
-        beside = (setting.entering_bytes(after) if after is not None else 0) + (shared_bytes(setting) if entry else 0)
+        beside = setting.entering_bytes(after) if after is not None else 0
+        tables = tables_share(strategy for unit, strategy in units if unit not in ENDS)
+        beside += math.ceil(
+            shared_bytes(setting) * (tables if entry else tables - 1)
+        )  # the embedding counts them whole
         transferred_s = transfer_s(setting, units[0][0]) if entry else 0.0
         sent = setting.entering_bytes(units[0][0]) if entry else 0
         in_flight = plan.microbatches_in_flight(entry % plan.pp, entry // plan.pp)

@@ -18,8 +18,8 @@ from .communication import collective_s, exposed_s, tied_reduction_s
 from .compute import interpolate
 from .memory import MASTER_BYTES
 from .setting import Setting
-from .sizes import ShardSize, shard_sizes, trained_sizes
-from .strategies import FULL, LINEARS, MLP, NONE, Floats, Strategies
+from .sizes import ShardSize, dealt_kv_heads, shard_sizes, trained_sizes
+from .strategies import FULL, MLP, NONE, Floats, Strategies
 
 VOCABULARY_REDUCTIONS = (1, 2)  # floats a token in each: the maximum; the sum of exponentials with the target's logit
 WEIGHT_SHARE = 0.5  # of a backward's compute: a linear's gradients of input and of weight are matmuls of equal FLOPs
@@ -115,14 +115,14 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     forward_s, backward_s, again_s = _compute_s(setting, unit, s, batch)
     gather_s, scatter_s = _sequence_s(setting, unit, s, batch)
     tp_forward_s, tp_backward_s = _tensor_parallel_s(setting, unit, s, batch, gather_s, scatter_s)
-    context_forward_s, context_backward_s, enter_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
+    exchange_s, ring_s, ring_back_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
+    context_forward_s, context_backward_s = exchange_s + ring_s, exchange_s + ring_back_s
     expert_s = _expert_parallel_s(setting, unit, s, batch)
     regions = 0 if unit in ENDS else setting.model.spec.kind(unit).regions
     # what runs again asks again for what it takes in; sums are kept by all levels but the last, which needs all but
     # the layer's own
-    repeated_s = (s.recompute > NONE) * regions * gather_s + (s.recompute >= MLP) * expert_s
-    entered_s = np.where(s.recompute == FULL, context_forward_s, (s.recompute == LINEARS) * enter_s)
-    repeated_s = repeated_s + entered_s + (s.recompute == FULL) * (regions - 1) * scatter_s
+    repeated_s = (s.recompute > NONE) * (regions * gather_s + exchange_s) + (s.recompute >= MLP) * expert_s
+    repeated_s = repeated_s + (s.recompute == FULL) * ((regions - 1) * scatter_s + ring_s)
     reached = setting.model.spec.is_reached(unit)
     again_s, repeated_s, tp_backward_s, context_backward_s = (
         reached * seconds for seconds in (again_s, repeated_s, tp_backward_s, context_backward_s)
@@ -198,27 +198,27 @@ def _tensor_parallel_s(
 def _context_parallel_s(
     setting: Setting, unit: UnitName, s: Strategies, batch: Floats, forward_s: Floats, backward_s: Floats
 ) -> tuple[Floats, Floats, Floats]:
-    """Forward and backward of Ulysses (Jacobs et al. 2023) and ring attention (Liu et al. 2023), and what enters alone.
+    """Ulysses' exchanges, in either direction (Jacobs et al. 2023); a ring forward and backward (Liu et al. 2023).
 
     Ulysses: one all-to-all of queries, keys and values and one of the output, and back.  A ring passes keys and
-    values on cp - 1 times (with their gradients in backward) while it computes on what it has.
+    values on cp - 1 times while it computes on what it has; in backward also the float32 sums of their gradients.  Its
+    blocks are taken to run as fast as attention in one piece.
     """
     if unit in ENDS or not ((s.ulysses > 1) | (s.cp > 1)).any():
         return np.zeros(len(s)), np.zeros(len(s)), np.zeros(len(s))
     kind = setting.model.spec.kind(unit)
     token_bytes = batch * setting.tokens(unit) * kind.head_dim * setting.compute_bytes
-    heads, kv_heads = kind.num_heads / s.tp, np.maximum(kind.num_kv_heads / s.tp, 1.0)
-    exchanged = np.maximum(kv_heads, np.minimum(s.ulysses, heads))  # kv heads fewer than ranks travel as copies
+    heads, exchanged = kind.num_heads / s.tp, dealt_kv_heads(kind, s)
     enter_s = collective_s(setting, "all_to_all", s.ulysses, s.tp, token_bytes * (heads + 2 * exchanged))
     leave_s = collective_s(setting, "all_to_all", s.ulysses, s.tp, token_bytes * heads)
-    stride = s.tp * s.ulysses
-    passed = 2 * token_bytes * exchanged
-    hop_s = (s.cp - 1) * collective_s(setting, "p2p", np.where(s.cp > 1, 2, 1), stride, passed)
-    hop_back_s = (s.cp - 1) * collective_s(setting, "p2p", np.where(s.cp > 1, 2, 1), stride, 2 * passed)
+    pair, stride, passed = np.where(s.cp > 1, 2, 1), s.tp * s.ulysses, 2 * token_bytes * exchanged
+    hop_s = (s.cp - 1) * collective_s(setting, "p2p", pair, stride, passed)
+    gradients = passed * MASTER_BYTES / setting.compute_bytes
+    hop_back_s = hop_s + (s.cp - 1) * collective_s(setting, "p2p", pair, stride, gradients)
     share = _attention_share(kind, setting.seq_len)
     ring_s = exposed_s(setting, share * forward_s, hop_s)
     ring_back_s = exposed_s(setting, share * backward_s, hop_back_s)
-    return enter_s + leave_s + ring_s, enter_s + leave_s + ring_back_s, enter_s
+    return enter_s + leave_s, ring_s, ring_back_s
 
 
 def _attention_share(kind: LayerKind, seq_len: int) -> float:

@@ -18,6 +18,9 @@ from .family import Blocks, Family, family_of
 from .freeze import freeze_parameters
 from .load import meta_model
 
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""What configs call the rate of dropout on attention's weights."""
+
 
 def build_spec(config: PretrainedConfig, name: str | None = None, freeze: Collection[str] = ()) -> ModelSpec:
     """Describe the model of ``config`` without allocating it; ``name`` defaults to its family and size.
@@ -65,6 +68,7 @@ def _described(model: PreTrainedModel, name: str | None) -> ModelSpec:
                 num_heads=counts["heads"],
                 num_kv_heads=counts["kv_heads"],
                 head_dim=getattr(config, "head_dim", None) or config.hidden_size // counts["heads"],
+                drops_attention=any(getattr(config, name, 0.0) for name in ATTENTION_DROPOUT),
                 parameters=parameters,
             )
             for kind, count, parameters in _kinds(layers, family, counts)

@@ -21,15 +21,15 @@ from galvatron.core.errors import ConfigError, PlanError
 from galvatron.core.model import ModelSpec, ParameterSpec
 from galvatron.internals import put_buffer
 from galvatron.models import Family, InitialWeights, family_of, spec_of
-from galvatron.plan import LayerStrategy, Plan, check_runnable
+from galvatron.plan import LayerStrategy, Plan, check_runnable, folds_sequence
 from galvatron.plan.schedules import turns_at_once
 
 from .checks.agreement import check_agreement
 from .checks.model import check_model
 from .checks.surroundings import check_surroundings
-from .layers.attention import use_attention
+from .layers.attention import Context, attend_across, use_attention
 from .layers.compile import LayerCompiler, compiles
-from .layers.forward import enter_with_layout
+from .layers.forward import OwnPositions, enter_with_layout
 from .layers.later import Later, Place, put_off
 from .layers.recompute import recompute_in_backward
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, tap_linears
@@ -113,7 +113,7 @@ def parallelize(
         tied = {spec.embedding.parameters[0].name: spec.head.parameters[-1].name} if spec.tied_embeddings else {}
         twins = check_names(weights, model, tied)
     values = weights or _own_weights(model, seed)
-    grid = Grid(plan, world, tied=spec.tied_embeddings)
+    grid = Grid(plan, world, tied=spec.tied_embeddings, folded=folds_sequence(plan, spec))
     use_attention(model)
     _to_meta(model)
     stages = tuple(_stages(model, family, grid))
@@ -181,19 +181,24 @@ def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: La
     degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
     chain = stage.decoder.get_submodule(family.layers)
     assert isinstance(chain, nn.ModuleList)
+    contexts = {strategy: Context(grid.ulysses(strategy), grid.ring(strategy)) for strategy in set(plan.layers)}
     if stage.is_first:
         _cut_embedding(stage, family, spec, grid)
+    own_positions = _place_positions(stage, family, grid)
     for index in stage.layers:
         strategy = plan.layers[index]
         tp = grid.axis_group(1, strategy.tp)
         if stage.later is not None:
             stage.later.taps[chain[index]] = tap_linears(chain[index], family, kinds[index], tp)
         cut_layer(chain[index], family, kinds[index], tp)
+        attend_across(chain[index], contexts[strategy])
         recompute_in_backward(chain[index], family, tp, strategy.recompute)
         if compiler is not None:
             compiler(chain[index], (kinds[index].name, strategy))
         if stage.later is not None:
             put_off(chain[index], tp.size, stage.later)
+        if strategy in own_positions:
+            own_positions[strategy].enter(chain[index])
         _enter(chain[index], grid, degrees[index], degrees[index + 1])
     if not stage.is_first:
         stage.receive_in(chain[stage.layers.start])
@@ -212,9 +217,23 @@ def _cut_embedding(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) ->
     tp = grid.axis_group(1, strategy.tp)
     cut_embedding(stage.decoder.get_submodule(family.embedding), spec.embedding.parameters[0], tp)
     if family.position_embedding:
-        chunk = grid.axes.sequence_chunk(grid.stage_rank, strategy.sequence_degree)
-        positions = stage.decoder.get_submodule(family.position_embedding)
-        cut_positions(positions, chunk, strategy.sequence_degree)
+        degree, seq_len = strategy.sequence_degree, grid.plan.seq_len
+        own = grid.axes.spans(grid.stage_rank, 1, degree, seq_len, folded=grid.folded)
+        cut_positions(stage.decoder.get_submodule(family.position_embedding), own)
+
+
+def _place_positions(stage: Stage, family: Family, grid: Grid) -> dict[LayerStrategy, OwnPositions]:
+    """Tell ``stage`` which positions it is told of; the strategies whose layers see others see them by what is given.
+
+    Where all layers see the same ones, those: rotary tables are as long as what a rank has of a sequence.
+    """
+    whole = (range(grid.plan.seq_len),)
+    layers = {grid.plan.layers[index] for index in stage.layers}
+    seen = {strategy: grid.spans(strategy) for strategy in layers}
+    alike = len(set(seen.values())) == 1 and not family.position_embedding
+    stage.position_spans = next(iter(seen.values())) if alike else whole
+    device = grid.world.device
+    return {strategy: OwnPositions(spans, device) for strategy, spans in seen.items() if spans != stage.position_spans}
 
 
 def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
@@ -340,13 +359,13 @@ def _materialise(stage: Stage, sharded: tuple[ShardedUnit, ...], device: torch.d
 def _local_parameter(part: _Part, held: nn.Parameter, spec: ModelSpec, grid: Grid) -> LocalParameter:
     strategy, tp_rank = part.strategy, grid.stage_rank % part.strategy.tp
     whole = part.spec.cut is None or part.spec.cut.is_whole(strategy.tp)
-    twice = _is_tied_copy(part, spec, grid)
+    twice, copies = _is_tied_copy(part, spec, grid), strategy.num_devices // (strategy.tp * strategy.shard_degree)
     return LocalParameter(
         name=part.name,
         tensor=held,
         global_shape=part.spec.shape,
-        pieces=pieces_of(part.spec, strategy.tp, tp_rank, strategy.dp_shard, grid.shard_rank(strategy)),
-        replicas=strategy.dp_replicate * (strategy.tp if whole else 1) * (2 if twice else 1),
+        pieces=pieces_of(part.spec, strategy.tp, tp_rank, strategy.shard_degree, grid.shard_rank(strategy)),
+        replicas=copies * (strategy.tp if whole else 1) * (2 if twice else 1),
         is_primary=grid.replica_rank(strategy) == 0 and not (whole and tp_rank) and not (twice and grid.stage),
     )
 

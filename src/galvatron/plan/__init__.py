@@ -6,7 +6,7 @@ Knows nothing of costs, of torch or of how a plan was found.
 
 from .axes import StageAxes
 from .plan import LayerStrategy, Plan, Prediction, Proof, StagePrediction
-from .rules import check_plan_for_job, check_runnable, check_strategy
+from .rules import check_plan_for_job, check_runnable, check_strategy, folds_sequence
 
 __all__ = [
     "LayerStrategy",
@@ -18,4 +18,5 @@ __all__ = [
     "check_plan_for_job",
     "check_runnable",
     "check_strategy",
+    "folds_sequence",
 ]

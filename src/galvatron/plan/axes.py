@@ -9,6 +9,10 @@ dp_shard, dp_replicate.  Between layers a rank holds hidden states cut
 
 With these two orders a change of strategy is one all-to-all over just the axes that change role
 (``between``): their ranks together hold the same tokens before and after.
+
+A *folded* sequence is cut likewise, but each chunk i of n is two: positions i / 2n ... (i + 1) / 2n, then as many
+from the end.  Whatever the degree, all chunks of it then see equally many positions before them in total, which
+balances the ranks of a ring under causal attention (zigzag, as in Llama 3: Dubey et al. 2024, 3.3.2).
 """
 
 from __future__ import annotations
@@ -81,6 +85,14 @@ class StageAxes:
             chunk = chunk * size + digit
         return chunk
 
+    def spans(self, rank: int, gathered: int, degree: int, seq_len: int, *, folded: bool) -> tuple[range, ...]:
+        """The positions, ascending, of what is cut ``degree`` ways once the inner ``gathered`` of them are gathered."""
+        chunks = sorted(self.sequence_chunk(other, degree) for other in self.group(rank, 1, gathered))
+        if folded:
+            chunks += [2 * degree - 1 - chunk for chunk in reversed(chunks)]
+        width = seq_len // (2 * degree if folded else degree)
+        return _joined([range(chunk * width, (chunk + 1) * width) for chunk in chunks])
+
     def batch_chunk(self, rank: int, sequence_degree: int) -> int:
         """Which of n / ``sequence_degree`` equal batch chunks the rank holds (outermost axis coarsest)."""
         return rank // sequence_degree
@@ -96,6 +108,16 @@ class StageAxes:
             group = self.group(rank, inner, outer)
             if group[0] == rank:
                 yield group
+
+
+def _joined(spans: list[range]) -> tuple[range, ...]:
+    joined = spans[:1]
+    for span in spans[1:]:
+        if span.start == joined[-1].stop:
+            joined[-1] = range(joined[-1].start, span.stop)
+        else:
+            joined.append(span)
+    return tuple(joined)
 
 
 def divisors(n: int) -> tuple[int, ...]:

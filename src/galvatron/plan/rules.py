@@ -14,7 +14,7 @@ from .plan import LayerStrategy, Plan, Schedule
 
 RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 RUNTIME_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-RUNTIME_ONLY_ONE = ("ulysses", "cp", "ep")
+RUNTIME_ONLY_ONE = ("ep",)
 MAX_LISTED = 8
 
 
@@ -65,6 +65,12 @@ def _check_units(plan: Plan, spec: ModelSpec | None) -> None:
             problem = check_strategy(strategy, unit, spec, plan.stage_size, plan.micro_batch_size, plan.seq_len)
             if problem:
                 raise PlanError(f"{label}: {problem}")
+
+
+def folds_sequence(plan: Plan, spec: ModelSpec) -> bool:
+    """Whether sequences are cut from both ends (``plan.axes``): where a ring attends causally."""
+    kinds = spec.kind_of_layers()
+    return any(kind.causal and strategy.cp > 1 for kind, strategy in zip(kinds, plan.layers, strict=True))
 
 
 def check_plan_for_job(plan: Plan, train: TrainSection) -> None:
@@ -192,7 +198,10 @@ def check_cuts(
 
 
 def _attention_problem(strategy: LayerStrategy, kind: LayerKind, tokens: int, axes: StageAxes) -> str | None:
-    """Ulysses deals heads out; kv heads fewer than the degree are replicated.  Causal rings fold the sequence."""
+    """Ulysses deals heads out; kv heads fewer than the degree are replicated.
+
+    Causal rings fold the sequence, of this layer and of all others, whatever their degree.
+    """
     heads = strategy.tp * strategy.ulysses
     if strategy.ulysses > 1 and kind.num_heads % heads:
         return (
@@ -204,11 +213,16 @@ def _attention_problem(strategy: LayerStrategy, kind: LayerKind, tokens: int, ax
             f"tp x ulysses={heads} must divide or be a multiple of num_kv_heads={kind.num_kv_heads} of {kind.name}; "
             f"choose {_choices(kind.num_kv_heads, axes)}"
         )
-    folds = 2 if kind.causal and strategy.cp > 1 else 1
-    if strategy.cp > 1 and tokens % (folds * strategy.sequence_degree):
+    if strategy.cp > 1 and kind.drops_attention:
         return (
-            f"cp={strategy.cp} cuts a causal sequence into 2 x tp x ulysses x cp chunks, which must divide "
-            f"seq_len={tokens}; choose tp x ulysses x cp from {_choices(tokens // 2, axes)}"
+            f"cp={strategy.cp} cannot draw dropout on what attention weighs, which {kind.name} has; "
+            "set the config's attention dropout to 0, or use ulysses"
+        )
+    most = max(degree for degree in axes.degrees if tokens % degree == 0)
+    if strategy.cp > 1 and kind.causal and tokens % (2 * most):
+        return (
+            f"cp={strategy.cp} folds the sequence, for which seq_len={tokens} must be a multiple of {2 * most}, "
+            f"twice what a layer may cut it by; choose {tokens - tokens % (2 * most) or 2 * most} or another, or cp=1"
         )
     return None
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from galvatron.internals import TorchDispatchMode, storage_address, tree_leaves
+from galvatron.parallelize.layers.ring import INSIDE
 
 _RESIZED = -1  # the serial that all resized storages share
 
@@ -49,11 +50,17 @@ class StorageLog(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._resized is not None:
             self._look_up(storage_bytes(self._resized()))
-        result = func(*args, **(kwargs or {}))
+        result = self._run(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._serial(leaf)
         return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func not in INSIDE:
+            return func(*args, **kwargs)
+        with self:
+            return INSIDE[func](*args, **kwargs)
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count the storages of ``tensors`` at no time, past or future."""

@@ -148,7 +148,7 @@ class UnitShape:
         cut_embedding(owners[0], self.spec.embedding.parameters[0], tp)
         if family.position_embedding:
             owners.append(stage.decoder.get_submodule(family.position_embedding))
-            cut_positions(owners[1], 0, tp.size)
+            cut_positions(owners[1], (range(self.seq_len // tp.size),))
         return LocalUnit(stage, tuple(owners), (), position_ids=self._position_ids())
 
     def _head(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from galvatron.internals import TorchDispatchMode, tree_leaves
+from galvatron.parallelize.layers.ring import INSIDE
 
 KINDS = {
     "allreduce_": "all-reduce",
@@ -17,6 +18,7 @@ KINDS = {
     "all_gather_into_tensor": "all-gather",
     "_reduce_scatter_base_": "reduce-scatter",
     "reduce_scatter_tensor": "reduce-scatter",
+    "all_to_all_single": "all-to-all",
     "send": "send",
     "recv_": "receive",
 }
@@ -33,6 +35,9 @@ class Messages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` and note it if it is a message."""
+        if func in INSIDE:
+            with self:
+                return INSIDE[func](*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0]
         if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":

@@ -58,9 +58,9 @@ def _pipelines(spec: ModelSpec, world_size: int) -> list[tuple[int, Schedule, in
 def pure_plans(spec: ModelSpec, world_size: int, seq_len: int = SEQ_LEN) -> dict[str, Plan]:
     """Plans that use one technique for the whole model, by name, as far as ``spec`` and the world allow.
 
-    Names: dp, the levels of recompute (with data parallelism), zero1, zero2, zero3, tp; hsdp1, hsdp2, hsdp3 (replicas
-    of shards) from 4 devices on; every schedule (up to 4 uneven stages, interleaved ones of 2 chunks, data parallel
-    within) from 2 on.
+    Names: dp, the levels of recompute (with data parallelism), zero1, zero2, zero3, tp, ulysses, ring; hsdp1, hsdp2,
+    hsdp3 (replicas of shards) from 4 devices on; every schedule (up to 4 uneven stages, interleaved ones of 2 chunks,
+    data parallel within) from 2 on.
     """
     world = world_size
     zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
@@ -69,7 +69,8 @@ def pure_plans(spec: ModelSpec, world_size: int, seq_len: int = SEQ_LEN) -> dict
     }
     if world > 1:
         strategies |= {f"zero{zero}": LayerStrategy(dp_shard=world, zero=zero) for zero in zeros}
-        strategies["tp"] = LayerStrategy(tp=world)
+        strategies |= {axis: LayerStrategy.model_validate({axis: world}) for axis in ("tp", "ulysses")}
+        strategies["ring"] = LayerStrategy(cp=world)
     if world % 4 == 0:
         half = world // 2
         strategies |= {f"hsdp{zero}": LayerStrategy(dp_shard=half, dp_replicate=2, zero=zero) for zero in zeros}
@@ -88,7 +89,7 @@ def pure_plans(spec: ModelSpec, world_size: int, seq_len: int = SEQ_LEN) -> dict
 def _uniform_plan(
     spec: ModelSpec, strategy: LayerStrategy, world_size: int, seq_len: int, pp: int = 1, schedule: Schedule = "1f1b"
 ) -> Plan:
-    ends = strategy.model_copy(update={"recompute": "none"})
+    ends = strategy.model_copy(update={"recompute": "none", "ulysses": strategy.ulysses * strategy.cp, "cp": 1})
     chunks = 2 if schedule == "interleaved" else 1
     entries = pp * chunks
     plan = Plan(
@@ -142,12 +143,17 @@ def _strategies(unit: UnitName, spec: ModelSpec, stage_size: int, seq_len: int) 
     zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
     found = []
     for tp, recompute in itertools.product(divisors(stage_size), RECOMPUTES):
-        dp = stage_size // tp
-        found.append(LayerStrategy(tp=tp, dp_replicate=dp, recompute=recompute))
-        found += [
-            LayerStrategy(tp=tp, dp_shard=shard, dp_replicate=dp // shard, zero=zero, recompute=recompute)
-            for shard, zero in itertools.product(divisors(dp)[1:], zeros)
-        ]
+        for ulysses, cp in itertools.product(divisors(stage_size // tp), repeat=2):
+            if stage_size % (tp * ulysses * cp):
+                continue
+            inner = {"tp": tp, "ulysses": ulysses, "cp": cp, "recompute": recompute}
+            dp = stage_size // (tp * ulysses * cp)
+            found.append(LayerStrategy.model_validate({**inner, "dp_replicate": dp}))
+            found += [
+                LayerStrategy.model_validate({**inner, "dp_shard": n, "dp_replicate": dp // n, "zero": zero})
+                for n, zero in itertools.product(divisors(dp), zeros)
+                if n * ulysses * cp > 1
+            ]
     return [strategy for strategy in found if _legal(strategy, unit, spec, stage_size, seq_len)]
 
 

@@ -92,9 +92,9 @@ def test_every_rule_is_named_with_values_and_a_remedy(changes: dict[str, Any], m
 
 
 def test_what_the_runtime_cannot_run_is_valid_but_refused_there() -> None:
-    plan = make(head=LayerStrategy(ulysses=4))
-    plan.validate(SPEC)
-    with pytest.raises(PlanError, match="the runtime cannot run ulysses=4 yet"):
+    plan = make(layers=(LayerStrategy(ep=4, dp_replicate=4),) * 4)
+    plan.validate()
+    with pytest.raises(PlanError, match="the runtime cannot run ep=4 yet"):
         check_runnable(plan)
     check_runnable(make())
 

@@ -225,10 +225,10 @@ def test_least_memory_is_the_smallest_limit_with_a_plan() -> None:
 
 
 def test_strategies_are_every_assignment_of_axes() -> None:
-    spaces = builder(MODEL, 8)
+    spaces = builder(MODEL, 8, Limits(forbid=frozenset({"ulysses", "cp"})))
     found = spaces.rows(4, "layer").rows()
     assert len(found) == len(set(found)) == len(RECOMPUTES) * 12
-    everything = builder(MODEL, 8, Limits("all")).rows(4, "layer")
+    everything = builder(MODEL, 8).rows(4, "layer")
     assert set(found) < set(everything.rows())
     assert set(everything.sequence_degree) == set(StageAxes(4).degrees)
 
@@ -255,15 +255,15 @@ def test_too_little_memory_says_how_much_would_do() -> None:
 
 def test_nothing_divides() -> None:
     model = make_model(tps=(1,))
-    said = "fix pp=1 leaves no plan of toy at seq_len=64, global_batch_size=3 on 4 devices; drop or change it"
+    said = "fix pp=1 leaves no plan of toy at seq_len=64, global_batch_size=4 on 3 devices; drop or change it"
     with pytest.raises(InfeasibleError, match=said) as failure:
-        search(model, HARDWARE, global_batch_size=3, limits=Limits(fix={"pp": 1}))
+        search(model, make_hardware(3), global_batch_size=4, limits=Limits(fix={"pp": 1}))
     assert failure.value.constraint == "divisibility"
-    eight = make_hardware(8)
+    five = make_hardware(5)
     with pytest.raises(
-        InfeasibleError, match=r"no plan of toy at .* on 8 devices: no strategy divides them"
+        InfeasibleError, match=r"no plan of toy at .* on 5 devices: no strategy divides them"
     ) as failure:
-        search(model, eight, global_batch_size=3)
+        search(model, five, global_batch_size=3)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_random_plans_are_legal_different_and_repeatable(world_size: int, tied: 
 
 
 def test_random_plans_cover_what_they_promise() -> None:
-    plans = random_plans(_spec(), 8, 40, seed=1)
+    plans = random_plans(_spec(), 8, 60, seed=1)
     layers = [strategy for plan in plans for strategy in plan.layers]
     assert {plan.pp for plan in plans} == {1, 2, 4}
     assert {plan.schedule for plan in plans} == set(RUNTIME_SCHEDULES)
@@ -48,6 +48,7 @@ def test_random_plans_cover_what_they_promise() -> None:
     assert any(len(set(plan.layers_per_stage)) > 1 for plan in plans)
     assert {strategy.zero for strategy in layers} == {0, 1, 2, 3}
     assert {strategy.tp for strategy in layers} == {1, 2, 4}
+    assert {(s.ulysses, s.cp) for s in layers} >= {(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 1)}
     assert {strategy.recompute for strategy in layers} == set(RECOMPUTES)
     assert any(strategy.dp_shard > 1 and strategy.dp_replicate > 1 for strategy in layers)
     assert any(plan.embedding != plan.head for plan in plans)
@@ -57,7 +58,8 @@ def test_random_plans_cover_what_they_promise() -> None:
 def test_pure_plans_by_name() -> None:
     alone = {"dp", "selective", "mlp", "linears", "full"}
     assert set(pure_plans(_spec(), 1)) == alone
-    assert set(pure_plans(_spec(), 2)) == alone | {"zero1", "zero2", "zero3", "tp", *RUNTIME_SCHEDULES}
+    names = alone | {"zero1", "zero2", "zero3", "tp", "ulysses", "ring", *RUNTIME_SCHEDULES}
+    assert set(pure_plans(_spec(), 2)) == names
     eight = pure_plans(_spec(heads=8), 8)
     assert {"hsdp1", "hsdp2", "hsdp3"} < set(eight)
     assert eight["1f1b"].layers_per_stage == (2, 1, 1, 1)

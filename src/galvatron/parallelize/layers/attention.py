@@ -4,11 +4,15 @@ Causal, on the local heads of whole sequences; a sliding window becomes a mask o
 than the sequence.  The model makes no masks, for it knows of none that go with this name: with one it would look at the
 positions in every microbatch, and the host would wait for the device each time.  Documents are packed, not padded.
 What training never asks for (padding, a KV cache, soft caps, attention sinks) is refused, not ignored.
+
+A layer whose sequence is cut by more than tp has a ``Context`` at its modules.  They hand over queries, keys and
+values of this rank's tokens, rotary positions applied; what attends are whole sequences of some heads (``ulysses``).
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +23,35 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from galvatron.core.errors import ConfigError
 from galvatron.internals import call_attention, called_attention
 
+from ..processes.collectives import ALONE, AxisGroup
+from .ring import ring_attention
+from .ulysses import collect_heads, deal_heads
+
 NAME = "galvatron"
 
 IGNORED = ("position_ids", "use_cache", "past_key_values", "output_attentions", "output_hidden_states")
 """What modules pass to every attention function and training leaves at its default, or rotary tables have used."""
+
+
+_CONTEXT = "galvatron_context"
+
+
+@dataclass(frozen=True)
+class Context:
+    """The ranks that hold other tokens of this rank's sequences, beside tp's, which the layer gathers itself."""
+
+    ulysses: AxisGroup = ALONE
+    ring: AxisGroup = ALONE
+
+
+_WHOLE = Context()
+
+
+def attend_across(layer: nn.Module, context: Context) -> None:
+    """Let the attention modules of ``layer`` attend to what all ranks of ``context`` hold."""
+    for module in layer.modules():
+        if isinstance(getattr(module, "config", None), PretrainedConfig):
+            setattr(module, _CONTEXT, context)
 
 
 def use_attention(model: PreTrainedModel) -> None:
@@ -64,26 +93,33 @@ def attention(
     Raises:
         ConfigError: it is asked for anything but causal attention of whole sequences.
     """
-    seq_len = query_BNSD.shape[2]
+    context: Context = getattr(module, _CONTEXT, _WHOLE)
     unknown = [name for name, value in options.items() if name not in IGNORED and value is not None]
     if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
         asked = ", ".join(["a mask"] * (attention_mask is not None) + unknown) or "attention that is not causal"
         raise ConfigError(f"a parallel model attends causally to whole sequences, asked for {asked}; leave it out")
-    _check_whole(seq_len, key_BKSD.shape[2])
-    mask = None
-    if sliding_window is not None and sliding_window < seq_len:
-        mask = _window_mask(seq_len, sliding_window, query_BNSD.device)
+    _check_whole(query_BNSD.shape[2], key_BKSD.shape[2])
+    local = query_BNSD.transpose(1, 2), key_BKSD.transpose(1, 2), value_BKSD.transpose(1, 2)
+    query, key, value = (heads.transpose(1, 2) for heads in deal_heads(*local, context.ulysses))
+    seq_len = query.shape[2] * context.ring.size
+    window = sliding_window if sliding_window is not None and sliding_window < seq_len else None
+    if context.ring.size > 1:
+        if dropout:
+            raise ConfigError(f"a ring (cp={context.ring.size}) draws no dropout of attention, asked for {dropout}")
+        out_BNSD = ring_attention(query, key, value, context.ring, scaling, window, causal=True)
+        return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
+    mask = None if window is None else _window_mask(seq_len, window, query.device)
     out_BNSD = F.scaled_dot_product_attention(
-        query_BNSD,
-        key_BKSD,
-        value_BKSD,
+        query,
+        key,
+        value,
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=mask is None,
         scale=scaling,
-        enable_gqa=query_BNSD.shape[1] != key_BKSD.shape[1],
+        enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out_BNSD.transpose(1, 2).contiguous(), None
+    return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
 
 
 def _window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:

@@ -32,6 +32,7 @@ from galvatron.models import Family
 
 from ..processes.collectives import AxisGroup
 from .forward import wrap_forward
+from .ring import RING
 
 _aten = torch.ops.aten
 PRODUCTS: frozenset[Any] = frozenset({_aten.mm.default, _aten.addmm.default})
@@ -89,5 +90,5 @@ class _Policy:
         name = "products" if op in PRODUCTS else "sums" if op in SUMS else ""
         at = self.seen[name, context.is_recompute]
         self.seen[name, context.is_recompute] += 1
-        is_kept = at in getattr(self.kept, name) if name else op in ATTENTION
+        is_kept = at in getattr(self.kept, name) if name else op in ATTENTION or op is RING
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

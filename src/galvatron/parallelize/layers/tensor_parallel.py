@@ -20,7 +20,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.model import ParameterSpec, UnitSpec
 from galvatron.models import Family
 
-from ..processes.collectives import AxisGroup, gather_sequence, reduce_scatter_sequence
+from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence
 from .later import Tap, product, tapped
 
 
@@ -73,15 +73,10 @@ def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup)
     embedding.forward = forward
 
 
-def cut_positions(embedding: nn.Module, chunk: int, num_chunks: int) -> None:
-    """Let a position embedding look up this rank's sequence chunk of the ids [1, S] that it is given."""
-    whole = embedding.forward
-
-    def forward(ids_BS: Tensor) -> Tensor:
-        return whole(ids_BS.chunk(num_chunks, dim=1)[chunk])
-
-    if num_chunks > 1:
-        embedding.forward = forward
+def cut_positions(embedding: nn.Module, spans: tuple[range, ...]) -> None:
+    """Let a position embedding look up this rank's spans of the ids [1, S] that it is given."""
+    lookup = embedding.forward
+    embedding.forward = lambda ids_BS: lookup(of_spans(ids_BS, spans))
 
 
 def shrink(module: nn.Module, parameters: tuple[ParameterSpec, ...], tp: AxisGroup) -> None:

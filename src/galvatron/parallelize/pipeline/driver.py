@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from galvatron.core.model import ModelSpec
-from galvatron.plan import Plan
+from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.schedules import Action, actions, forwards
 
 from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction
+from ..processes.collectives import of_spans
 from ..processes.grid import Grid
 from ..sharding.fsdp import DTYPES, ShardedUnit, free_gathered, gather_for_step, prepare_backward, reduce_held
 from ..sharding.unsharded import UnshardedUnit
@@ -70,7 +71,8 @@ class Driver:
             border.trains_before or (chunk.stage.later is not None and border.trains_until)
             for chunk, border in zip(chunks, self.borders, strict=True)
         )
-        self.position_ids = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
+        whole = torch.arange(self.plan.seq_len, device=grid.world.device).unsqueeze(0)
+        self._position_ids = tuple(of_spans(whole, chunk.stage.position_spans) for chunk in chunks)
 
     def train(self, batch: Batch) -> Tensor:
         """Forward and backward under the plan's schedule."""
@@ -122,16 +124,15 @@ class Driver:
             if not chunk.stage.is_first:
                 gather_for_step(chunk.sharded)
 
-        embedding_dp, head_dp = self.plan.embedding.dp, self.plan.head.dp
-        ids = self._own_rows(batch.input_ids, embedding_dp) if self.borders[0].is_first else None
-        labels = self._own_rows(batch.labels, head_dp) if self.borders[-1].is_last else None
+        ids = self._own(batch.input_ids, self.plan.embedding) if self.borders[0].is_first else None
+        labels = self._own(batch.labels, self.plan.head) if self.borders[-1].is_last else None
 
         def forward(microbatch: int, chunk: int, received: Inbox | None) -> Tensor:
             tokens = received if received is not None or ids is None else ids[microbatch]
             assert tokens is not None
-            stage = self.chunks[chunk].stage
+            stage, positions = self.chunks[chunk].stage, self._position_ids[chunk]
             own_labels = labels[microbatch] if labels is not None and stage.is_last else None
-            output: Tensor = stage(tokens, self.position_ids, own_labels, batch.weight, batch.loss_fn, batch.terms)
+            output: Tensor = stage(tokens, positions, own_labels, batch.weight, batch.loss_fn, batch.terms)
             return output
 
         messages = Messages(self.grid, self.borders, DTYPES[self.plan.precision])
@@ -162,16 +163,14 @@ class Driver:
         assert later is not None
         later.multiply(is_last=is_last)
 
-    def _own_rows(self, values: Tensor, dp: int) -> Tensor:
-        """This rank's rows [num_microbatches, micro_batch_size / dp, seq_len] of a batch, on its device.
+    def _own(self, values: Tensor, strategy: LayerStrategy) -> Tensor:
+        """This rank's tokens [num_microbatches, micro_batch_size / dp, seq_len / ulysses] of a batch, on its device.
 
         All of a step at once, from pinned memory: a copy from other memory makes the host wait for the device.
         """
-        chunk, device = (
-            self.grid.axes.batch_chunk(self.grid.stage_rank, self.plan.stage_size // dp),
-            self.grid.world.device,
-        )
-        own = values.unflatten(0, (-1, dp, self.plan.micro_batch_size // dp))[:, chunk]
+        chunk = self.grid.axes.batch_chunk(self.grid.stage_rank, strategy.sequence_degree)
+        own = values.unflatten(0, (-1, strategy.dp, self.plan.micro_batch_size // strategy.dp))[:, chunk]
+        own, device = of_spans(own, self.grid.spans(strategy)), self.grid.world.device
         if device.type == "cuda" and not own.is_cuda:
             own = own.contiguous().pin_memory()
         return own.to(device, non_blocking=True)

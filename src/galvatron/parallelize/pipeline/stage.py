@@ -19,7 +19,7 @@ from ..layers.forward import wrap_forward
 from ..layers.later import Later
 from ..losses.fused import PLAIN, EarlyGradient, LossTerms
 from ..losses.own import LossFunction, own_loss_share
-from ..processes.collectives import AxisGroup, gather_sequence
+from ..processes.collectives import ALONE, AxisGroup, gather_sequence
 from .passes import Inbox
 
 
@@ -47,9 +47,10 @@ class Stage(nn.Module):
         super().__init__()
         self.model, self.family = model, family
         self.layers, self.is_first, self.is_last = layers, is_first, is_last
-        self.head_tp: AxisGroup = AxisGroup(None, (), 0)
+        self.head_tp: AxisGroup = ALONE
         self.early_gradient = EarlyGradient()  # of the head's weight
         self.later: Later | None = None  # weight passes
+        self.position_spans: tuple[range, ...] = ()  # of the positions that ``forward`` is told of
         chain = self.decoder.get_submodule(family.layers)
         assert isinstance(chain, nn.ModuleList)
         for index in range(len(chain)):
@@ -95,9 +96,10 @@ class Stage(nn.Module):
         """Run the stage.
 
         Args:
-            tokens: on the first stage ids [B/dp, S] of the embedding's layout, else hidden states or what was received.
-            position_ids: [1, S].
-            labels: on the last stage ids [B/dp, S] of the head's layout.
+            tokens: on the first stage ids [B/dp, S/ulysses] of the embedding's layout, else hidden states or what was
+                received.
+            position_ids: [1, S], or as many as ``position_spans`` count.
+            labels: on the last stage ids [B/dp, S/ulysses] of the head's layout.
             weight: what a token's loss counts for in the global loss.
             loss_fn: the loss of tokens, in place of cross entropy.
             terms: what cross entropy is made of.

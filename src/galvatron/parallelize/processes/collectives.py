@@ -3,7 +3,8 @@
 Shapes: B batch rows, S sequence positions, k ranks of an axis group, ... any trailing dims.  Every function
 is a linear map over all ranks of the group; its backward is that map's transpose, so gradients are plain
 sums over ranks (the one gradient rule).  Chunk order is that of plan.axes: the innermost axis cuts the
-sequence coarsest, while group ranks count it fastest; ``_fold`` and ``_unfold`` translate.
+sequence coarsest, while group ranks count it fastest, and a folded sequence is cut from both ends; ``split`` and
+``join`` translate.  What is local is always in the order of positions.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from galvatron.internals import all_gather, reduce_scatter
+from galvatron.internals import all_gather, all_to_all, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,24 @@ class AxisGroup:
             this rank's chunk and scattering keeps one, which is what measuring compute alone needs.
         sizes: axis sizes, innermost first.
         rank: this rank's index in the group.
+        pieces: in how many runs coarser axes, which are gathered, have cut what the group holds together.
+        folded: whether the sequence is.
     """
 
     group: dist.ProcessGroup | None
     sizes: tuple[int, ...]
     rank: int
+    pieces: int = 1
+    folded: bool = False
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return math.prod(self.sizes)
+
+
+ALONE = AxisGroup(None, (), 0)
+"""This rank by itself."""
 
 
 def gather_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
@@ -69,46 +78,46 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        gathered = _unfold(_all_gather(x, axes), axes)
+        gathered = join(_all_gather(x, axes), axes)
         # torch 2.11 loses the gradient, in silence, where a compiled function returns a view
         return gathered.clone() if torch.compiler.is_compiling() else gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(_fold(grad, ctx.axes), ctx.axes), None
+        return _reduce_scatter(split(grad, ctx.axes), ctx.axes), None
 
 
 class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        return _reduce_scatter(_fold(x, axes), axes)
+        return _reduce_scatter(split(x, axes), axes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _unfold(_all_gather(grad, ctx.axes), ctx.axes), None
+        return join(_all_gather(grad, ctx.axes), ctx.axes), None
 
 
 class _BatchToSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        return _exchange(_fold(x, axes), axes).flatten(0, 1)
+        return _exchange(split(x, axes), axes).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _unfold(_exchange(grad.unflatten(0, (ctx.axes.size, -1)), ctx.axes), ctx.axes), None
+        return join(_exchange(grad.unflatten(0, (ctx.axes.size, -1)), ctx.axes), ctx.axes), None
 
 
 class _SequenceToBatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        return _unfold(_exchange(x.unflatten(0, (axes.size, -1)), axes), axes)
+        return join(_exchange(x.unflatten(0, (axes.size, -1)), axes), axes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _exchange(_fold(grad, ctx.axes), ctx.axes).flatten(0, 1), None
+        return _exchange(split(grad, ctx.axes), ctx.axes).flatten(0, 1), None
 
 
 class _Exchange(torch.autograd.Function):
@@ -122,20 +131,42 @@ class _Exchange(torch.autograd.Function):
         return _exchange(grad, ctx.axes), None
 
 
-def _fold(x_BS: Tensor, axes: AxisGroup) -> Tensor:
+def of_spans(x_S: Tensor, spans: tuple[range, ...]) -> Tensor:
+    """[..., S] → [..., positions]: what stands at the positions that the spans count."""
+    parts = [x_S[..., span.start : span.stop] for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def chunk_order(axes: AxisGroup) -> tuple[int, ...]:
+    """By rank of the group, which of its ``size`` chunks it holds: the innermost axis is the coarsest cut."""
+    order = [0]
+    for size in axes.sizes:
+        order = [chunk * size + digit for digit in range(size) for chunk in order]
+    return tuple(order)
+
+
+def split(x_BS: Tensor, axes: AxisGroup) -> Tensor:
     """[B, S, ...] → contiguous [k, B, S/k, ...]: entry g is the sequence chunk of group rank g."""
-    n = len(axes.sizes)
-    chunks = x_BS.unflatten(1, (*axes.sizes, x_BS.shape[1] // axes.size))
-    order = (*range(n, 0, -1), 0, *range(n + 1, chunks.dim()))
-    return chunks.permute(order).flatten(0, n - 1).contiguous()
+    n, halves = len(axes.sizes), 1 + axes.folded
+    runs = x_BS.unflatten(1, (halves, axes.pieces, *axes.sizes, x_BS.shape[1] // (halves * axes.pieces * axes.size)))
+    runs = _mirrored(runs, range(3, n + 3)) if axes.folded else runs
+    order = (*range(n + 2, 2, -1), 0, 1, 2, *range(n + 3, runs.dim()))
+    return runs.permute(order).flatten(0, n - 1).flatten(2, 4).contiguous()
 
 
-def _unfold(x_kBS: Tensor, axes: AxisGroup) -> Tensor:
-    """[k, B, S/k, ...] → [B, S, ...]: the inverse of ``_fold``."""
-    n = len(axes.sizes)
-    chunks = x_kBS.unflatten(0, axes.sizes[::-1])
-    order = (n, *range(n - 1, -1, -1), *range(n + 1, chunks.dim()))
-    return chunks.permute(order).flatten(1, n + 1).contiguous()
+def join(x_kBS: Tensor, axes: AxisGroup) -> Tensor:
+    """[k, B, S/k, ...] → [B, S, ...]: the inverse of ``split``."""
+    n, halves = len(axes.sizes), 1 + axes.folded
+    runs = x_kBS.unflatten(2, (halves, axes.pieces, x_kBS.shape[2] // (halves * axes.pieces)))
+    runs = runs.unflatten(0, axes.sizes[::-1])
+    runs = runs.permute((n, n + 1, n + 2, *range(n - 1, -1, -1), *range(n + 3, runs.dim())))
+    runs = _mirrored(runs, range(3, n + 3)) if axes.folded else runs
+    return runs.flatten(1, n + 3).contiguous()
+
+
+def _mirrored(runs: Tensor, dims: range) -> Tensor:
+    """The second half, which is cut from its end, with the order of its cuts reversed."""
+    return torch.cat((runs[:, :1], runs[:, 1:].flip(tuple(dims))), dim=1)
 
 
 def _all_gather(x: Tensor, axes: AxisGroup) -> Tensor:
@@ -157,6 +188,4 @@ def _exchange(x_k: Tensor, axes: AxisGroup) -> Tensor:
     x_k = x_k.contiguous()
     if axes.group is None:
         return x_k.clone()
-    out = torch.empty_like(x_k)
-    dist.all_to_all_single(out.view(-1), x_k.view(-1), group=axes.group)
-    return out
+    return all_to_all(x_k, axes.group)

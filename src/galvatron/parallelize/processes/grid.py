@@ -29,14 +29,19 @@ class Neighbour:
 class Grid:
     """Where this rank stands in a plan, and whom it talks to."""
 
-    def __init__(self, plan: Plan, world: World, *, tied: bool = False) -> None:
-        """Make every process group of ``plan``; collective over the world.  ``tied``: the embeddings are."""
-        self.plan, self.world, self.axes = plan, world, plan.axes
+    def __init__(self, plan: Plan, world: World, *, tied: bool = False, folded: bool = False) -> None:
+        """Make every process group of ``plan``; collective over the world.
+
+        ``tied``: the embeddings are.  ``folded``: sequences are cut from both ends (``plan.axes``).
+        """
+        self.plan, self.world, self.axes, self.folded = plan, world, plan.axes, folded
         self.stage, self.stage_rank = divmod(world.rank, plan.stage_size)
         self._meshes: dict[tuple[int, int, int], DeviceMesh] = {}
         for inner, outer in sorted(_group_shapes(plan)):
             world.group(self._ranks(inner, outer))
         for strategy in sorted(set(plan.strategies()), key=str):
+            self.ulysses(strategy)
+            self.ring(strategy)
             if strategy.zero:
                 self.mesh(strategy)
             else:
@@ -71,16 +76,33 @@ class Grid:
         """The process group of the axes that multiply stacked degree ``inner`` up to ``outer``."""
         return self.world.group(self._ranks(inner, outer))
 
-    def axis_group(self, inner: int, outer: int) -> AxisGroup:
+    def axis_group(self, inner: int, outer: int, pieces: int = 1, purpose: str = "") -> AxisGroup:
         """The same axes as ``group``, with their sizes and this rank's place, for the sequence collectives."""
         ranks = self._ranks(inner, outer)
-        group = self.world.group(ranks) if len(ranks) > 1 else None
-        return AxisGroup(group, self.axes.axes_between(inner, outer), ranks.index(self.world.rank))
+        group = self.world.group(ranks, purpose) if len(ranks) > 1 else None
+        sizes, rank = self.axes.axes_between(inner, outer), ranks.index(self.world.rank)
+        return AxisGroup(group, sizes, rank, pieces, self.folded)
+
+    def ulysses(self, strategy: LayerStrategy) -> AxisGroup:
+        """The ranks that deal out heads around attention, where tp has gathered its chunks."""
+        return self.axis_group(strategy.tp, strategy.tp * strategy.ulysses, strategy.tp, "heads")
+
+    def ring(self, strategy: LayerStrategy) -> AxisGroup:
+        """The ranks that pass keys and values on, where tp and Ulysses have gathered theirs."""
+        inner = strategy.tp * strategy.ulysses
+        return self.axis_group(inner, strategy.sequence_degree, inner, "ring")
+
+    def spans(self, strategy: LayerStrategy) -> tuple[range, ...]:
+        """The positions, ascending, that a unit sees on this rank: its own and those that tp gathers."""
+        degree, seq_len = strategy.sequence_degree, self.plan.seq_len
+        return self.axes.spans(self.stage_rank, strategy.tp, degree, seq_len, folded=self.folded)
 
     def mesh(self, strategy: LayerStrategy) -> DeviceMesh:
-        """The (dp_replicate, dp_shard) mesh of a strategy; one-dimensional where nothing is replicated."""
-        inner, middle = strategy.sequence_degree, strategy.sequence_degree * strategy.dp_shard
-        key = (inner, middle, strategy.num_devices)
+        """The (dp_replicate, dp_shard) mesh of a strategy that shards; one-dimensional where nothing is replicated.
+
+        ulysses and cp ranks, which hold the same parameters, shard too.
+        """
+        key = (strategy.tp, strategy.sequence_degree * strategy.dp_shard, strategy.num_devices)
         if key not in self._meshes:
             self._meshes[key] = self._make_mesh(*key)
         return self._meshes[key]
@@ -90,18 +112,18 @@ class Grid:
 
         A group of its own: sums that run beside the backward hold up no other message.
         """
-        ranks = self._ranks(strategy.sequence_degree, strategy.num_devices)
+        ranks = self._ranks(strategy.tp, strategy.num_devices)
         if len(ranks) == 1:
             return None
         return self.world.group(ranks, "gradients")
 
     def shard_rank(self, strategy: LayerStrategy) -> int:
-        """This rank's index among the ``dp_shard`` ranks of a strategy."""
-        return self.stage_rank // strategy.sequence_degree % strategy.dp_shard
+        """This rank's index among those over which a strategy shards."""
+        return self.stage_rank // strategy.tp % strategy.shard_degree
 
     def replica_rank(self, strategy: LayerStrategy) -> int:
-        """This rank's index among the ``dp_replicate`` ranks of a strategy."""
-        return self.stage_rank // (strategy.sequence_degree * strategy.dp_shard)
+        """This rank's index among those that hold the same shard under a strategy."""
+        return self.stage_rank // (strategy.tp * strategy.shard_degree)
 
     def _make_mesh(self, inner: int, middle: int, outer: int) -> DeviceMesh:
         device_type = self.world.device.type
@@ -128,6 +150,6 @@ def _group_shapes(plan: Plan) -> set[tuple[int, int]]:
         shapes |= {(1, strategy.tp), (min(previous, degree), max(previous, degree))}
         if strategy.zero:
             sharded = degree * strategy.dp_shard
-            shapes |= {(degree, sharded), (sharded, strategy.num_devices)}
+            shapes |= {(strategy.tp, sharded), (sharded, strategy.num_devices)}
         previous = degree
     return shapes

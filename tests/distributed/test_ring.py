@@ -1,0 +1,63 @@
+"""Attention by a ring against attention in one piece, in float64: outputs and gradients, whatever the layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from galvatron.parallelize.layers.ring import ring_attention
+from galvatron.parallelize.processes.collectives import AxisGroup, of_spans
+from galvatron.plan.axes import StageAxes
+from galvatron.testing.pool import Pool
+
+ROWS, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 2, 4, 2, 6, 48
+
+
+def reference(heads: list[torch.Tensor], causal: bool, window: int | None) -> torch.Tensor:
+    query, key, value = heads
+    distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)[None, :]
+    hidden = (
+        (distance < 0) | (distance >= (window or TOKENS)) if causal else torch.zeros_like(distance, dtype=torch.bool)
+    )
+    key, value = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (key, value))
+    scores = (query @ key.transpose(-1, -2) / HEAD_DIM**0.5).masked_fill(hidden, -torch.inf)
+    return scores.softmax(dim=-1) @ value
+
+
+def largest_errors(gathered: int, causal: bool, window: int | None) -> list[float]:
+    """Of the output and the gradients of query, key and value, on this rank; ``gathered`` chunks were, beforehand."""
+    rank, world_size, folded = dist.get_rank(), dist.get_world_size(), causal
+    generator = torch.Generator().manual_seed(0)
+    numbers = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    *heads, grad = (
+        torch.randn(ROWS, n, TOKENS, HEAD_DIM, generator=generator, dtype=torch.float64, requires_grad=True)
+        for n in numbers
+    )
+    whole = reference(heads, causal, window)
+    whole.backward(grad)
+    # a stage in which each rank of the ring stands for ``gathered`` ranks whose chunks it has
+    axes = StageAxes(gathered * world_size)
+    spans = axes.spans(rank * gathered, gathered, gathered * world_size, TOKENS, folded=folded)
+    ring = AxisGroup(dist.group.WORLD, axes.axes_between(gathered, gathered * world_size), rank, gathered, folded)
+
+    def own(tensor: torch.Tensor | None) -> torch.Tensor:
+        assert tensor is not None
+        return of_spans(tensor.detach().transpose(2, 3), spans).transpose(2, 3)
+
+    local = [own(tensor).contiguous().requires_grad_() for tensor in heads]
+    out = ring_attention(*local, ring, None, window, causal=causal)
+    out.backward(own(grad))
+    pairs = [(out, own(whole)), *((part.grad, own(tensor.grad)) for part, tensor in zip(local, heads, strict=True))]
+    return [float((ours - theirs).abs().max()) for ours, theirs in pairs if ours is not None]
+
+
+@pytest.mark.parametrize(
+    ("causal", "window"), [(True, None), (True, 1), (True, 5), (True, 30), (False, None)], ids=str
+)  # fmt: skip
+@pytest.mark.parametrize(("world_size", "gathered"), [(2, 1), (2, 4), (3, 1), (4, 1), (4, 2)])
+def test_a_ring_attends_as_one_rank_does(
+    pool: Pool, world_size: int, gathered: int, causal: bool, window: int | None
+) -> None:
+    for errors in pool.run(largest_errors, gathered, causal, window, world_size=world_size):
+        assert errors == pytest.approx([0.0] * 4, abs=1e-12)
