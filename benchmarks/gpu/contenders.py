@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from galvatron.core.job import TrainSection
 from galvatron.core.model import Recompute
-from galvatron.models import meta_model
-from galvatron.parallelize import init_world, parallelize
-from galvatron.train import build_optimizer
+from galvatron.parallelize import init_world
 
-from .sizes import Device, DrawnWeights, Work, config_of, one_device_plan, train
+from .runs import one_device_plan, started, train
+from .sizes import Device, Work, config_of
 
-LR, BETAS, DECAY = 1e-4, (0.9, 0.95), 0.1
+LR, BETAS, DECAY = 3e-4, (0.9, 0.95), 0.1  # as Galvatron's by default
 NEEDS = {"liger": "liger_kernel", "liger, compiled layers": "liger_kernel", "accelerate": "accelerate"}
 """Packages that some contenders need."""
 
@@ -73,17 +71,8 @@ class Galvatron:
     def __init__(self, work: Work, micro_batch_size: int, recompute: Recompute, device: torch.device) -> None:
         config, precision = config_of(work.model), "bf16" if device.type == "cuda" else "fp32"
         plan = one_device_plan(work, micro_batch_size, precision, [recompute] * config.num_hidden_layers)
-        weights, world = DrawnWeights(config, device), init_world("cuda" if device.type == "cuda" else "cpu")
-        self._model = parallelize(meta_model(config), plan, world=world, weights=weights)
-        section = TrainSection(
-            global_batch_size=work.global_batch_size,
-            seq_len=work.seq_len,
-            num_steps=1,
-            lr=LR,
-            betas=BETAS,
-            weight_decay=DECAY,
-        )
-        self._optimizer = build_optimizer(self._model.local_parameters, section)
+        world = init_world("cuda" if device.type == "cuda" else "cpu")
+        self._model, self._optimizer = started(plan, world)
 
     def step(self, ids: Tensor, labels: Tensor) -> float:
         model = self._model

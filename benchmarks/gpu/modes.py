@@ -25,7 +25,8 @@ from galvatron.testing.models import tiny_model
 from galvatron.testing.reference import Recipe, Reference, train_reference
 
 from .children import Child, Clock, Row, reason_of
-from .sizes import Device, Work, one_device_plan
+from .runs import one_device_plan
+from .sizes import Device, Work
 
 CONFIG = {
     "vocab_size": 512,

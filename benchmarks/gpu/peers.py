@@ -48,6 +48,8 @@ def run(model: str, device: Device, clock: Clock) -> Iterator[Row]:
         for turn in range(ROUNDS if device.is_gpu else 2):
             order = list(children)
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                if turn > 0 and clock.left_s <= 0:
+                    return
                 row = _turn(children[name], clock.left_s - (later_s if turn == 0 else 0.0))
                 yield {"contender": name, "round": turn, **row}
                 if "skipped" in row:

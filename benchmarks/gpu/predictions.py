@@ -7,7 +7,6 @@ the tensors alive at once.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
 import time
@@ -17,20 +16,18 @@ from multiprocessing.connection import Connection
 import torch
 
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.job import TrainSection
 from galvatron.core.model import RECOMPUTES, Precision, Recompute
 from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import predict
-from galvatron.models import meta_model
-from galvatron.parallelize import World, init_world, parallelize
+from galvatron.parallelize import World, init_world
 from galvatron.plan import Plan
 from galvatron.profile import profile_hardware, profile_model
 from galvatron.profile.device_memory import cublas_bytes, outside_bytes
 from galvatron.profile.timing import synchronize
-from galvatron.train import PeakMemory, build_optimizer
 
 from .children import Child, Clock, Row, reason_of
-from .sizes import Device, DrawnWeights, Work, config_of, one_device_plan, train
+from .runs import one_device_plan, peak_from_now, started, train
+from .sizes import Device, Work, config_of
 
 STEPS = {"cpu": 1, "cuda": 3}
 Halves = tuple[Recompute, Recompute]
@@ -125,14 +122,9 @@ def _words(plan: Plan, model: ModelProfile) -> str:
 
 def _measure(plan: Plan, work: Work, world: World, *, compiled: bool) -> tuple[list[float], int, int]:
     """Seconds of every step after the first; bytes of the process and of its tensors at the peak."""
-    device, config = world.device, config_of(work.model)
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-    memory = PeakMemory(device)
-    model = parallelize(meta_model(config), plan, world=world, weights=DrawnWeights(config, device), compile=compiled)
-    section = TrainSection(global_batch_size=work.global_batch_size, seq_len=work.seq_len, num_steps=1)
-    optimizer = build_optimizer(model.local_parameters, section)
+    device = world.device
+    model, optimizer = started(plan, world, compiled=compiled)
+    memory = peak_from_now(device)
     ids, labels = work.batch()
     seconds = []
     for _ in range(1 + STEPS[device.type]):

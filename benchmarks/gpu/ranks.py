@@ -7,7 +7,6 @@ links and times are estimated, for they play no part in memory.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
@@ -15,22 +14,21 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from galvatron.core.job import TrainSection
 from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, Precision, Recompute
 from galvatron.core.model_profile import ActivationSample, ModelProfile
 from galvatron.cost import predict
 from galvatron.estimate import cluster
-from galvatron.models import build_spec, meta_model
-from galvatron.parallelize import World, parallelize
+from galvatron.models import build_spec
+from galvatron.parallelize import World
 from galvatron.parallelize.sharding.fsdp import DTYPES
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.profile.activations import count_activations
 from galvatron.profile.device_memory import cublas_bytes
 from galvatron.profile.units import UnitShape
-from galvatron.train import PeakMemory, build_optimizer
 
 from .children import Child, Clock, Row, reason_of
-from .sizes import Device, DrawnWeights, Work, config_of, train
+from .runs import peak_from_now, started, train
+from .sizes import Device, Work, config_of
 
 S = LayerStrategy
 Counted = dict[tuple[str, int, Recompute], ActivationSample]
@@ -90,7 +88,7 @@ def measure(connection: Connection, device: Device, clock: Clock) -> None:
         first = prediction.stages[0]
         predicted = first.peak_memory_bytes - first.runtime_bytes
         try:
-            measured = _peak_bytes(plan, work, device)
+            measured = _peak_bytes(plan, device)
         except torch.OutOfMemoryError as error:
             connection.send({**about, "skipped": reason_of(error), "predicted_tensor_bytes": predicted})
             continue
@@ -122,21 +120,16 @@ def _profile(plan: Plan, spec: ModelSpec, work: Work, counted: Counted) -> Model
     )
 
 
-def _peak_bytes(plan: Plan, work: Work, device: Device) -> int:
+def _peak_bytes(plan: Plan, device: Device) -> int:
     """The most that tensors of rank 0 take in a step."""
-    config, place = config_of(work.model), torch.device(device.type)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=plan.world_size)
     try:
+        place = torch.device("cuda", 0) if device.is_gpu else torch.device("cpu")
         if device.is_gpu:
-            torch.cuda.set_device(0)
-            gc.collect()
-            torch.cuda.empty_cache()
-            place = torch.device("cuda", 0)
+            torch.cuda.set_device(place)
         world = World(0, plan.world_size, 0, place, "nccl" if device.is_gpu else "gloo")
-        memory = PeakMemory(place)
-        model = parallelize(meta_model(config), plan, world=world, weights=DrawnWeights(config, place), compile=False)
-        section = TrainSection(global_batch_size=plan.global_batch_size, seq_len=plan.seq_len, num_steps=1)
-        optimizer = build_optimizer(model.local_parameters, section)
+        model, optimizer = started(plan, world, compiled=False)
+        memory = peak_from_now(place)
         ids = torch.zeros(plan.global_batch_size, plan.seq_len, dtype=torch.int64)
         with memory.watch(model, optimizer, [ids]):
             train(model, optimizer, ids, ids)

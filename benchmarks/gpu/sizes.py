@@ -6,7 +6,6 @@ Takes nothing; gives records and Hugging Face configs.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -14,12 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import LlamaConfig
 
-from galvatron.core.model import Precision, Recompute
-from galvatron.models import meta_model
-from galvatron.parallelize import ParallelModel
-from galvatron.plan import LayerStrategy, Plan
 from galvatron.profile.compute import device_name, memory_bytes
-from galvatron.train.optimizer import update
 
 from .children import Start
 
@@ -87,29 +81,6 @@ class Work:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def one_device_plan(work: Work, micro_batch_size: int, precision: Precision, recompute: Sequence[Recompute]) -> Plan:
-    """A plan of one device whose layers recompute as given."""
-    return Plan(
-        model=work.model,
-        world_size=1,
-        layers_per_stage=(len(recompute),),
-        num_microbatches=work.global_batch_size // micro_batch_size,
-        global_batch_size=work.global_batch_size,
-        seq_len=work.seq_len,
-        precision=precision,
-        embedding=LayerStrategy(),
-        layers=tuple(LayerStrategy(recompute=mode) for mode in recompute),
-        head=LayerStrategy(),
-    )
-
-
-def train(model: ParallelModel, optimizer: torch.optim.AdamW, ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """A whole step as the trainer takes it; its loss, once all is done."""
-    loss = model.train_step(ids, labels)
-    update(optimizer, loss, model.clip_grad_norm_(None), 1.0)
-    return float(loss)
-
-
 def describe(connection: Connection, device: str) -> None:
     """Sends what ``device`` is; in a process of its own, for whoever asks holds a context from then on.
 
@@ -120,27 +91,3 @@ def describe(connection: Connection, device: str) -> None:
     torch.zeros(1, device=place)
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
     connection.send({"type": kind, "name": device_name(place), "memory_bytes": memory_bytes(place), **versions})
-
-
-class DrawnWeights:
-    """Weights of a model by name, drawn where they are asked for: fast, of the usual size, equal for no two calls."""
-
-    origin = "the benchmark"
-
-    def __init__(self, config: LlamaConfig, device: torch.device) -> None:
-        self._device = device
-        self._shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}  # a tied one once
-
-    @property
-    def keys(self) -> list[str]:
-        return list(self._shapes)
-
-    def find(self, name: str) -> str | None:
-        return name if name in self._shapes else None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
-        value = torch.empty(size, device=self._device)
-        return value.normal_(0, 0.02) if len(size) > 1 else value.fill_(1.0)
