@@ -24,6 +24,7 @@ from galvatron.plan.plan import Schedule
 from galvatron.testing.messages import Message, Messages
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool
+from galvatron.testing.slow import SlowCollectives, before_messages
 
 ROWS, SEQ_LEN = 4, 16
 """Sequences a microbatch, and their tokens."""
@@ -209,3 +210,36 @@ def test_a_gradient_leaves_before_its_layers_own_are_reduced(pool: Pool, zero: i
         assert len(reductions) == (2 if zero >= 2 else 1)
         for nth, index in enumerate(reversed(reductions)):
             assert order[:index].count("send") == 2 - nth  # that of the same microbatch is on its way
+
+
+def waits(plan: Plan) -> list[str]:
+    """What this rank of a slowed step waits for before each message, and after the last."""
+    model = parallelize(
+        tiny_model("llama", num_hidden_layers=sum(plan.layers_per_stage)), plan, world=init_world("cpu")
+    )
+    tokens = torch.zeros(plan.global_batch_size, SEQ_LEN, dtype=torch.int64)
+    model.train_step(tokens, tokens)
+    with SlowCollectives(0.01) as slow:
+        model.train_step(tokens, tokens)
+    return before_messages(slow.events)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_messages_wait_for_nothing_but_what_fsdp2_reduces_in_their_own_backward(pool: Pool, zero: int) -> None:
+    """Two stages of two layers and two microbatches: forward, forward, and a gradient back of each."""
+    strategy = LayerStrategy(dp_shard=2, zero=zero) if zero else LayerStrategy(dp_replicate=2)
+    first, *_, last = pool.run(waits, plan_for(strategy, (2, 2), 2), world_size=4)
+    *before, after = last
+    sums = [line.count("sum") for line in before]
+    if zero < 2:
+        # with the first message at most what is gathered for the step; all sums after the last
+        assert [*before, *first[:-1]] in (
+            [*(4 * ["send"])],
+            [3 * "gather " + "send", "send", 3 * "gather " + "send", "send"],
+        )
+        assert after.split() == first[-1].split() == 3 * ["sum"]
+    else:
+        # of the head and the layer behind the first; then of the first layer, of the microbatch before
+        assert sums == [2, 3]
+        assert after.count("sum") == 1
+        assert not any("sum" in line for line in first[:-1])
