@@ -1,34 +1,44 @@
-"""Does any plan compute what one process computes?  Pure and random plans of every family and world.
+"""Does any plan compute what one process computes?  Pure and random plans of every family, world and mode.
 
     python benchmarks/parity_sweep.py --plans 40 --worlds 2 4 8 --out parity.json
 
-Writes JSON: for every variant and world the number of plans that hold, the worst error of each kind, and
-each plan that fails with what was found.  Ends with exit code 1 if any fails.
+Random plans are dealt the modes in turn: fp32, fp16 and bf16 against one process in the same precision, and compiled
+layers in fp32 against one that compiles nothing.  Writes JSON: for every variant, world and mode the number of plans
+that hold, the worst error of each kind, and each plan that fails with what was found.  Ends with exit code 1 if any
+fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
 
 from galvatron.core.files import write_atomic
+from galvatron.core.model import Precision
 from galvatron.core.records import dump_json
 from galvatron.plan import Plan
 from galvatron.testing import Pool, Recipe, WorkerError
-from galvatron.testing.compare import TOLERANCES
+from galvatron.testing.compare import KINDS, TOLERANCES
 from galvatron.testing.models import VARIANTS
 from galvatron.testing.plans import pure_plans, random_plans
 from galvatron.testing.sweep import Sweep, variant_spec
 
 CLIPPED = Recipe(max_grad_norm=0.1)
+COMPILED = "compiled"
+DEALS = 7
+TIMEOUT_S = 1200.0  # compiling on a busy machine
+Case = tuple[str, str, Plan, Recipe]
+"""The plan's name, its mode, itself and how it trains."""
 
 
 def arguments() -> argparse.Namespace:
@@ -36,65 +46,88 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plans", type=int, default=40, help="random plans per variant and world")
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--variants", nargs="+", default=[variant.name for variant in VARIANTS])
+    parser.add_argument(
+        "--modes", nargs="+", default=["fp32"], choices=[*get_args(Precision), COMPILED], help="may repeat a mode"
+    )
+    parser.add_argument("--engine", default="inductor", help="torch.compile's; aot_eager makes graphs, but no code")
+    parser.add_argument("--no-pure", action="store_true", help="leave out the plans of one technique (in fp32)")
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
 
-def check(sweep: Sweep, variant: str, plan: Plan, recipe: Recipe) -> tuple[dict[str, float], str | None]:
+def check(
+    sweep: Sweep, variant: str, mode: str, plan: Plan, recipe: Recipe, engine: str
+) -> tuple[dict[str, float], str | None]:
     """Worst errors, and what was wrong if anything was."""
+    compiled = mode == COMPILED
+    plan = plan if compiled else plan.model_copy(update={"precision": mode})
     try:
-        report = sweep.parity(variant, plan, recipe)
+        report = sweep.parity(variant, plan, recipe, engine=engine if compiled else None)
     except WorkerError as failure:
         return {}, str(failure)
     return report.worst, None if report.ok else report.explain()
 
 
-def row(sweep: Sweep, variant: str, world_size: int, count: int, seed: int) -> dict[str, Any]:
-    """All plans of one variant and world; every fourth random plan also clips gradients."""
+def cases(
+    variant: str, world_size: int, options: argparse.Namespace, modes: Iterator[str], first: int
+) -> Iterator[Case]:
+    """All plans of one variant and world, random ones from the ``first`` on; every fourth of these clips gradients."""
     spec = variant_spec(variant, world_size)
-    plans = [(name, plan, Recipe()) for name, plan in pure_plans(spec, world_size).items()]
-    for index, plan in enumerate(random_plans(spec, world_size, count, seed)):
-        plans.append((f"random {index}", plan, CLIPPED if index % 4 == 3 else Recipe()))
-    worst = dict.fromkeys(TOLERANCES, 0.0)
-    failures = []
-    start = time.perf_counter()
-    for name, plan, recipe in plans:
-        errors, found = check(sweep, variant, plan, recipe)
-        worst = {kind: max(worst[kind], errors.get(kind, 0.0)) for kind in worst}
-        if found:
-            failures.append({"plan_name": name, "found": found, "plan": json.loads(plan.to_json())})
-    return {
-        "variant": variant,
-        "world_size": world_size,
-        "num_plans": len(plans),
-        "num_random_plans": count,
-        "num_failed": len(failures),
-        "worst": {kind: error if math.isfinite(error) else None for kind, error in worst.items()},
-        "elapsed_s": time.perf_counter() - start,
-        "failures": failures,
-    }
+    if not options.no_pure:
+        for name, plan in pure_plans(spec, world_size).items():
+            yield name, "fp32", plan, Recipe()
+    plans = random_plans(spec, world_size, first + options.plans, options.seed)
+    for index, plan in list(enumerate(plans))[first:]:
+        yield f"random {index}", next(modes), plan, CLIPPED if index % 4 == 3 else Recipe()
+
+
+def rows(sweep: Sweep, variant: str, world_size: int, chosen: list[Case], engine: str) -> Iterator[dict[str, Any]]:
+    """A row a mode."""
+    for mode in sorted({case[1] for case in chosen}):
+        own = [case for case in chosen if case[1] == mode]
+        worst = dict.fromkeys(KINDS, 0.0)
+        failures = []
+        start = time.perf_counter()
+        for name, _, plan, recipe in own:
+            errors, found = check(sweep, variant, mode, plan, recipe, engine)
+            worst = {kind: max(worst[kind], errors.get(kind, 0.0)) for kind in worst}
+            if found:
+                failures.append({"plan_name": name, "found": found, "plan": json.loads(plan.to_json())})
+        yield {
+            "variant": variant,
+            "world_size": world_size,
+            "mode": mode,
+            "num_plans": len(own),
+            "num_failed": len(failures),
+            "worst": {kind: error if math.isfinite(error) else None for kind, error in worst.items()},
+            "elapsed_s": time.perf_counter() - start,
+            "failures": failures,
+        }
 
 
 def main() -> int:
     options = arguments()
-    rows = []
-    with Pool() as pool, tempfile.TemporaryDirectory() as folder:
-        for variant in options.variants:
-            for world_size in options.worlds:
-                sweep = Sweep(pool, Path(folder))
-                rows.append(row(sweep, variant, world_size, options.plans, options.seed))
+    found: list[dict[str, Any]] = []
+    modes = itertools.cycle(options.modes)
+    with Pool(timeout_s=TIMEOUT_S) as pool, tempfile.TemporaryDirectory() as folder:
+        for number, (world_size, variant) in enumerate(itertools.product(options.worlds, options.variants)):
+            # few plans a row shall still have all depths and schedules, which random plans are dealt in turn
+            chosen = list(cases(variant, world_size, options, modes, first=number % DEALS))
+            for row in rows(Sweep(pool, Path(folder)), variant, world_size, chosen, options.engine):
+                found.append(row)
                 report = {
                     "seed": options.seed,
+                    "engine": options.engine,
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,
                     "tolerances": TOLERANCES,
-                    "rows": rows,
+                    "rows": found,
                 }
                 write_atomic(options.out, dump_json(report))
-                latest = rows[-1]
-                print(variant, world_size, f"{latest['num_failed']} of {latest['num_plans']} failed", flush=True)
-    return int(any(row["num_failed"] for row in rows))
+                counts = f"{row['num_failed']} of {row['num_plans']} failed"
+                print(variant, world_size, row["mode"], counts, f"{row['elapsed_s']:.0f} s", flush=True)
+    return int(any(row["num_failed"] for row in found))
 
 
 if __name__ == "__main__":

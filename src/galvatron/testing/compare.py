@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pydantic import Field
 from galvatron.core.model import Precision
 from galvatron.core.records import Record
 from galvatron.parallelize import LocalParameter, ParallelModel, init_world, parallelize
+from galvatron.parallelize.layers import compile
 from galvatron.parallelize.losses.scale import LossScale
 from galvatron.plan import Plan
 
@@ -82,10 +84,11 @@ class RankFindings:
     scalars: tuple[float, ...]
 
 
-def compare_on_rank(path: Path, plan: Plan) -> RankFindings:
+def compare_on_rank(path: Path, plan: Plan, engine: str | None = None) -> RankFindings:
     """Run ``plan`` on this rank of an initialised gloo world against the reference saved at ``path``."""
     reference = Reference.load(path)
-    model = parallelize(reference.model(), plan, world=init_world("cpu"))
+    with _compiling_by(engine):
+        model = parallelize(reference.model(), plan, world=init_world("cpu"), compile=engine is not None)
     if model.loss_scale is not None:
         model.loss_scale = LossScale(scale=FP16_SCALE)
     tensors = [parameter.tensor for parameter in model.local_parameters]
@@ -106,6 +109,15 @@ def compare_on_rank(path: Path, plan: Plan) -> RankFindings:
         problems=tuple(_local_problems(model.local_parameters)),
         scalars=tuple(scalars),
     )
+
+
+@contextmanager
+def _compiling_by(engine: str | None) -> Iterator[None]:
+    before, compile.BACKEND = compile.BACKEND, engine or compile.BACKEND
+    try:
+        yield
+    finally:
+        compile.BACKEND = before
 
 
 def worth_reporting(deviations: Iterable[Deviation]) -> Iterator[Deviation]:

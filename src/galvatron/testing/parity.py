@@ -103,9 +103,12 @@ def parity(
             return parity_with(path, plan, workers)
 
 
-def parity_with(path: Path, plan: Plan, pool: Pool) -> ParityReport:
-    """As ``parity``, against a reference of the plan's batch shape that was saved at ``path``."""
-    findings = pool.run(compare_on_rank, path, plan, world_size=plan.world_size)
+def parity_with(path: Path, plan: Plan, pool: Pool, *, engine: str | None = None) -> ParityReport:
+    """As ``parity``, against a reference of the plan's batch shape and precision that was saved at ``path``.
+
+    ``engine``: torch.compile's, where the plan's layers shall be compiled.
+    """
+    findings = pool.run(compare_on_rank, path, plan, engine, world_size=plan.world_size)
     shapes = {name: tuple(tensor.shape) for name, tensor in Reference.load(path).parameters.items()}
     return ParityReport(
         plan=plan,

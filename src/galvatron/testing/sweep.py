@@ -20,8 +20,8 @@ from .reference import Recipe, train_reference
 
 
 def heads_for(world_size: int) -> int:
-    """Attention heads of the tiny models in a world: as many as its largest tp degree needs, at least 4."""
-    return max(4, world_size)
+    """Attention heads of the tiny models in a world: 4, or 8 where a tp degree needs them."""
+    return 8 if world_size % 8 == 0 else 4
 
 
 @cache
@@ -38,9 +38,11 @@ class Sweep:
     pool: Pool
     folder: Path
 
-    def parity(self, variant: str, plan: Plan, recipe: Recipe | None = None) -> ParityReport:
+    def parity(
+        self, variant: str, plan: Plan, recipe: Recipe | None = None, *, engine: str | None = None
+    ) -> ParityReport:
         """``testing.parity`` of the variant of that name; raises WorkerError where a rank fails."""
-        return parity_with(self._reference(variant, plan, recipe or Recipe()), plan, self.pool)
+        return parity_with(self._reference(variant, plan, recipe or Recipe()), plan, self.pool, engine=engine)
 
     def _reference(self, variant: str, plan: Plan, recipe: Recipe) -> Path:
         heads = heads_for(plan.world_size)
