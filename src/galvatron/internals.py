@@ -1,10 +1,11 @@
-"""Private names of PyTorch and transformers, all that are used, each behind a function of ours.
+"""Private names of PyTorch, transformers and torchao, all that are used, each behind a function of ours.
 
 Takes public objects; gives what no public name gives.  Knows nothing of models, plans or processes.  A private name
 may change in any release, so these were run (the tests of this project, ``make test`` and ``make test-lowest``) on
 
     torch          2.11.0, 2.13.0
     transformers   5.17.0, 5.23.0
+    torchao        0.18.0
 
 and pyproject.toml admits what lies between them.  What differed:
 
@@ -49,6 +50,7 @@ __all__ = [
     "clear_cublas_workspaces",
     "default_store",
     "end_backward",
+    "float8_product",
     "forget_forwards",
     "gathered_buffers",
     "group_named",
@@ -58,6 +60,7 @@ __all__ = [
     "keep_graphs",
     "leave_out_advice",
     "local_part",
+    "multiplies_in_float8",
     "multiply_all_",
     "needless_names",
     "norms",
@@ -266,6 +269,18 @@ def local_part(tensor: DTensor) -> torch.Tensor:
 def multiply_all_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiply every tensor by ``factor``, in few kernels."""
     torch._foreach_mul_(tensors, factor)
+
+
+def multiplies_in_float8(linear: nn.Module) -> bool:
+    """Whether torchao has made ``linear`` multiply in float8."""
+    return hasattr(linear, "linear_mm_config")
+
+
+def float8_product(linear: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weightᵀ`` as ``linear``, of torchao's, multiplies, without its bias."""
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+
+    return matmul_with_hp_or_float8_args.apply(x, weight.t(), linear.linear_mm_config, linear.config)
 
 
 def norms(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -28,7 +28,7 @@ app = typer.Typer(name="profile", help="Measure this cluster or a model on it.",
 class ModelRequest:
     """Which model to measure, at which sequence length and precision, with which parameters frozen.
 
-    ``compiled``: whether its layers are; None leaves that to the device.
+    ``compiled``: whether its layers are; None leaves that to the device.  ``fp8``: whether their products are.
     """
 
     path: str
@@ -36,6 +36,7 @@ class ModelRequest:
     precision: PrecisionName
     freeze: tuple[str, ...] = ()
     compiled: bool | None = None
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def model(
     nproc: Nproc = None,
     device: Device = "auto",
     compile: Compile = None,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Make products of layers in float8, as in training (with --precision bf16).")
+    ] = False,
 ) -> None:
     """Measure a model's layers at every tensor-cut shape a plan for this many processes can ask for.
 
@@ -92,7 +96,7 @@ def model(
     """
     check_output(out, path)
     with processes(nproc, device) as ranks:
-        request = ModelRequest(path, seq_len, precision, tuple(freeze or ()), compile)
+        request = ModelRequest(path, seq_len, precision, tuple(freeze or ()), compile, fp8)
         measure(ranks, Measurement(model_out=out, model=request))
     say(f"wrote {out}")
 
@@ -126,6 +130,7 @@ def _measure(world: World, measurement: Measurement) -> None:
             precision=request.precision,
             freeze=request.freeze,
             compile=request.compiled,
+            fp8=request.fp8,
             progress=_line,
         )
         if world.rank == 0:

@@ -87,7 +87,9 @@ def profile_missing(ranks: Processes, job: Job, run: RunDirectory, spec: ModelSp
     kept_hardware = run.hardware.exists() and _hardware_fits(run, ranks.world_size, job.cluster.device)
     kept_model = kept_hardware and run.model.exists() and _model_fits(run, job, spec)
     section = job.train
-    request = ModelRequest(job.model.path, section.seq_len, section.precision, job.model.freeze, section.compiled)
+    request = ModelRequest(
+        job.model.path, section.seq_len, section.precision, job.model.freeze, section.compiled, section.fp8
+    )
     measurement = Measurement(
         hardware_out=None if kept_hardware else run.hardware, model_out=None if kept_model else run.model, model=request
     )
@@ -107,8 +109,8 @@ def _model_fits(run: RunDirectory, job: Job, spec: ModelSpec) -> bool:
     profile, compiled = ModelProfile.load(run.model), job.train.compiled
     if compiled is None:
         compiled = HardwareProfile.load(run.hardware).device.type == "cuda"
-    found = (profile.spec, profile.seq_len, profile.precision, profile.compiled)
-    return found == (spec, job.train.seq_len, job.train.precision, compiled)
+    found = (profile.spec, profile.seq_len, profile.precision, profile.compiled, profile.fp8)
+    return found == (spec, job.train.seq_len, job.train.precision, compiled, job.train.fp8)
 
 
 def plan_legs(job: Job, run: RunDirectory) -> list[Leg]:

@@ -230,7 +230,15 @@ def _train(world: World, leg: Leg) -> TrainResult:
     freeze_parameters(whole, leg.job.model.freeze)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the model lacks and that are left out")  # said by check_inputs
-        model = parallelize(whole, leg.plan, world=world, weights=weights, seed=section.seed, compile=section.compiled)
+        model = parallelize(
+            whole,
+            leg.plan,
+            world=world,
+            weights=weights,
+            seed=section.seed,
+            compile=section.compiled,
+            fp8=section.fp8,
+        )
     unlike = leg.plan.prediction and leg.plan.prediction.unlike(compiled=model.compiled)
     if unlike:
         say(unlike)

@@ -91,6 +91,7 @@ class TrainSection(Record):
 
     ``label_smoothing`` and ``z_loss`` are terms of the training loss, not of evaluations.
     ``compile``: whether layers are compiled, profiled ones too; ``auto`` on CUDA alone.
+    ``fp8``: whether products of layers are made in float8, profiled ones too, beside bf16 for all else.
     ``seed`` is what torch's generators take.  ``max_skipped_steps`` steps in a row may be skipped, unlearnt, because
     their loss or gradient is not finite; the next one ends the run.
     """
@@ -103,6 +104,7 @@ class TrainSection(Record):
     label_smoothing: float = Field(default=0.0, strict=True, ge=0, lt=1)
     z_loss: NonNegative = 0.0
     compile: StrictBool | Literal["auto"] = "auto"
+    fp8: StrictBool = False
     seed: int = Field(default=0, strict=True, ge=0, lt=2**64)
     lr: Positive = 3e-4
     min_lr: NonNegative = 0.0
@@ -127,6 +129,8 @@ class TrainSection(Record):
 
     @model_validator(mode="after")
     def _schedule_agrees(self) -> Self:
+        if self.fp8 and self.precision != "bf16":
+            raise ValueError(f"fp8 products go with precision=bf16 for all else, got {self.precision}; set it to bf16")
         steps, warmup, decay = self.num_steps, self.warmup_steps, self.decay_steps
         if warmup > steps:
             raise ValueError(f"warmup_steps={warmup} must not exceed num_steps={steps}; lower warmup_steps")

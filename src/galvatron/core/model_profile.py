@@ -75,6 +75,7 @@ class ModelProfile(FileRecord):
 
     ``optimizer_s_per_parameter`` is the time of one AdamW step divided by the local elements it updates.
     ``compiled``: layers are, which makes them faster and leaner; to be trained in the same way.
+    ``fp8``: their products are made in float8, likewise.
     ``attention_backend``: which of its kernels torch took for these shapes (flash, cudnn, efficient or math).
 
     Of CUDA devices, after all units have run: ``context_bytes`` of a rank's device are in use for no tensor (context,
@@ -92,6 +93,7 @@ class ModelProfile(FileRecord):
     seq_len: Tokens
     origin: Origin = "measured"
     compiled: bool = False
+    fp8: bool = False
     attention_backend: str | None = None
     compute: tuple[ComputeSample, ...]
     activations: tuple[ActivationSample, ...]

@@ -30,6 +30,7 @@ from .checks.surroundings import check_surroundings
 from .layers.attention import Context, attend_across, use_attention
 from .layers.compile import LayerCompiler, compiles
 from .layers.forward import OwnPositions, enter_with_layout
+from .layers.fp8 import check_fp8, fp8_problem, use_fp8
 from .layers.later import Later, Place, put_off
 from .layers.recompute import recompute_in_backward
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, tap_linears
@@ -76,6 +77,7 @@ def parallelize(
     weights: GivenWeights | None = None,
     seed: int = 0,
     compile: bool | None = None,
+    fp8: bool = False,
 ) -> ParallelModel:
     """Run ``model`` under ``plan`` on this process's part of the world.  Collective over the world.
 
@@ -90,11 +92,13 @@ def parallelize(
             dropout, whose masks depend on it, the step and the rank, never on what else draws random numbers.
         compile: whether layers are compiled (``torch.compile``); by default on CUDA alone.  What is compiled is
             compiled in the first step and the first evaluation, or by ``warm_up``.
+        fp8: whether products of layers are made in float8, under a plan in bf16.
 
     Raises:
-        PlanError: the plan breaks a rule of the model or of the world.
-        ConfigError: the model's family has no record, or the model is not what its config describes, or ranks were
-            given different plans, models, seeds or weights; the model is left as it was.
+        PlanError: the plan breaks a rule of the model or of the world, or of float8 products.
+        ConfigError: the model's family has no record, the device or the model has no float8 products, or the model
+            is not what its config describes, or ranks were given different plans, models, seeds or weights; the
+            model is left as it was.
         CheckpointError: ``weights`` are not those of the model, quantised or not finite.
     """
     if isinstance(model, ParallelModel):
@@ -108,6 +112,8 @@ def parallelize(
     family, spec = family_of(model.config), spec_of(model)
     plan.validate(spec, world.world_size)
     check_runnable(plan)
+    if fp8:
+        _check_fp8(model, plan, family, spec, world)
     twins: dict[str, str] = {}  # a tied head that given weights have a copy of
     if weights is not None:
         tied = {spec.embedding.parameters[0].name: spec.head.parameters[-1].name} if spec.tied_embeddings else {}
@@ -116,6 +122,8 @@ def parallelize(
     grid = Grid(plan, world, tied=spec.tied_embeddings, folded=folds_sequence(plan, spec))
     use_attention(model)
     _to_meta(model)
+    if fp8:
+        use_fp8(model.get_submodule(f"{family.decoder}.{family.layers}"))
     stages = tuple(_stages(model, family, grid))
     compiled = compiles(compile, world.device)
     compiler = LayerCompiler() if compiled else None
@@ -141,6 +149,18 @@ def parallelize(
         seed,
         compiled=compiled,
     )
+
+
+def _check_fp8(model: PreTrainedModel, plan: Plan, family: Family, spec: ModelSpec, world: World) -> None:
+    check_fp8(model, family, world.device, plan.precision)
+    if plan.schedule == "zero_bubble":
+        raise PlanError(
+            "fp8 products have no backward in two passes, as schedule=zero_bubble has them; choose another schedule"
+        )
+    for kind, strategy in dict.fromkeys(zip(spec.kind_of_layers(), plan.layers, strict=True)):
+        problem = fp8_problem(kind, strategy.tp, plan.seq_len // (strategy.ulysses * strategy.cp))
+        if problem:
+            raise PlanError(problem)
 
 
 def _own_weights(model: PreTrainedModel, seed: int) -> Weights:

@@ -19,8 +19,9 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.model import ENDS, RECOMPUTES, LayerKind, ModelSpec, Precision, UnitName
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.core.units import format_bytes, format_seconds
-from galvatron.models import build_spec
+from galvatron.models import build_spec, family_of, meta_model
 from galvatron.parallelize.layers.compile import compiles
+from galvatron.parallelize.layers.fp8 import check_fp8, fp8_problem
 from galvatron.parallelize.processes.world import World
 from galvatron.parallelize.sharding.fsdp import DTYPES
 from galvatron.plan import LayerStrategy, StageAxes, check_strategy
@@ -49,6 +50,7 @@ def profile_model(
     freeze: Collection[str] = (),
     budget_s: float = 20.0,
     compile: bool | None = None,
+    fp8: bool = False,
     progress: Progress | None = None,
 ) -> ModelProfile:
     """Collective: measure and count every unit of the model at every tensor cut.
@@ -64,6 +66,7 @@ def profile_model(
         freeze: parameters that are not trained, by name or pattern (``models.freeze``); units are measured so.
         budget_s: about how many seconds the timing may take; it limits batches and repeats, never cuts.
         compile: whether layers are compiled, as they will be in training; by default on CUDA alone.
+        fp8: whether their products are made in float8, likewise.
         progress: told of every unit measured, on every rank.
 
     Raises:
@@ -76,8 +79,13 @@ def profile_model(
             f"seq_len={seq_len} must not exceed max_position_embeddings={spec.max_seq_len} of {spec.name}; "
             "shorten the sequences"
         )
+    if fp8:
+        check_fp8(meta_model(config), family_of(config), world.device, precision)
+        for kind in spec.layers:
+            if problem := fp8_problem(kind, 1, seq_len):
+                raise ConfigError(problem)
     compiled = compiles(compile, world.device)
-    shapes = _shapes(config, spec, tp_degrees or _stacked_degrees(world.world_size), seq_len, precision, compiled)
+    shapes = _shapes(config, spec, tp_degrees or _stacked_degrees(world.world_size), seq_len, precision, compiled, fp8)
     measured = _measure(shapes, precision, world, max_batch, budget_s, progress)
     layer = next(shape for shape in shapes if shape.name not in ENDS)
     attention = measure_attention(layer, precision, world)
@@ -89,6 +97,7 @@ def profile_model(
         precision=precision,
         seq_len=seq_len,
         compiled=compiled,
+        fp8=fp8,
         attention_backend=attention,
         compute=tuple(_of_alike(spec, _medians(measured))),
         activations=tuple(_of_alike(spec, _count(shapes, world))),
@@ -130,13 +139,15 @@ def _shapes(
     seq_len: int,
     precision: Precision,
     compiled: bool,
+    fp8: bool,
 ) -> list[UnitShape]:
     """What to measure, once of kinds that run alike; layers last, so that time left over goes to them."""
     names = [*ENDS, *dict.fromkeys(_first_alike(spec, kind) for kind in spec.layers)]
     return [
-        UnitShape(config, spec, name, tp, seq_len, DTYPES[precision], compiled)
+        UnitShape(config, spec, name, tp, seq_len, DTYPES[precision], compiled, fp8)
         for name, tp in itertools.product(names, sorted(set(degrees)))
         if check_strategy(LayerStrategy(tp=tp), name, spec, stage_size=tp, micro_batch_size=1, seq_len=seq_len) is None
+        and not (fp8 and name not in ENDS and fp8_problem(spec.kind(name), tp, seq_len))
     ]
 
 

@@ -21,6 +21,7 @@ from galvatron.internals import put_buffer, put_parameter, tree_map_only
 from galvatron.models import Family, family_of, meta_model
 from galvatron.parallelize.layers.attention import use_attention
 from galvatron.parallelize.layers.compile import LayerCompiler
+from galvatron.parallelize.layers.fp8 import use_fp8
 from galvatron.parallelize.layers.recompute import recompute_in_backward
 from galvatron.parallelize.layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
 from galvatron.parallelize.losses.fused import fuse_loss
@@ -88,7 +89,7 @@ class LocalUnit(nn.Module):
 
 @dataclass(frozen=True)
 class UnitShape:
-    """Which unit, at which cut, and whether layers are compiled: what is measured and counted."""
+    """Which unit, at which cut, and whether layers are compiled or multiply in float8: what is measured and counted."""
 
     config: PretrainedConfig
     spec: ModelSpec
@@ -97,6 +98,7 @@ class UnitShape:
     seq_len: int
     dtype: torch.dtype
     compiled: bool = False
+    fp8: bool = False
 
     def build(self, backend: str | None = None) -> LocalUnit:
         """The unit with parameters on meta; its collectives are stand-ins of ``tp`` ranks, of which it is the first.
@@ -164,6 +166,8 @@ class UnitShape:
 
     def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup, backend: str | None) -> LocalUnit:
         layer = model.get_submodule(self._layer_path(family))
+        if self.fp8:
+            use_fp8(layer)
         cut_layer(layer, family, self.spec.kind(self.name), tp)
         args, kwargs = self._call_of_a_layer(model, family)
         unit, plain = LocalUnit(layer, (layer,), args, **kwargs), layer.forward

@@ -47,6 +47,13 @@ def test_numbers_must_be_finite(tmp_path: Path, name: str, value: str) -> None:
         ("weight_decay = -0.1", r"train\.weight_decay: Input should be greater than or equal to 0"),
         ("seed = -1", r"train\.seed: Input should be greater than or equal to 0 \(got -1\)"),
         (f"seed = {2**64}", rf"train\.seed: Input should be less than {2**64}"),
+        ("fp8 = true", "fp8 products go with precision=bf16 for all else, got fp32; set it to bf16"),
+        (
+            'precision = "fp16"\ngrad_reduce_dtype = "fp16"',
+            r"train\.grad_reduce_dtype: Input should be 'fp32' or 'bf16'",
+        ),
+        ("label_smoothing = 1.0", r"train\.label_smoothing: Input should be less than 1"),
+        ("z_loss = -1e-4", r"train\.z_loss: Input should be greater than or equal to 0"),
         ("max_skipped_steps = -1", r"train\.max_skipped_steps"),
     ],
 )

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from galvatron.internals import float8_product, multiplies_in_float8
+
 from .forward import wrap_forward
 
 _LEAVES = "_galvatron_leaves"  # the attribute of a linear with taps that has this microbatch's two leaves
@@ -159,6 +161,9 @@ def product(linear: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = 
 
 
 def _product(linear: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if multiplies_in_float8(linear):
+        out = float8_product(linear, x, weight)
+        return out if bias is None else out + bias
     return F.linear(x, weight.t() if isinstance(linear, Conv1D) else weight, bias)
 
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ParameterSpec, UnitSpec
+from galvatron.internals import multiplies_in_float8
 from galvatron.models import Family
 
 from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence
@@ -96,7 +97,7 @@ def vocabulary_range(parameter: ParameterSpec, tp: AxisGroup) -> tuple[int, int]
 
 def _check_replaceable(module: nn.Module, *classes: type[nn.Module]) -> None:
     """Refuse to replace the forward of a class whose arithmetic ours does not repeat (scaled lookups, adapters)."""
-    if type(module) not in classes:
+    if type(module) not in classes and not multiplies_in_float8(module):
         known = " or ".join(known.__name__ for known in classes)
         raise ConfigError(
             f"tensor parallelism replaces the forward of {known} alone, got {type(module).__name__}; use tp=1 for it"
