@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from galvatron.core.model import Precision
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import VARIANTS
 from galvatron.testing.plans import random_plans
@@ -61,6 +62,37 @@ def test_replicas_that_reduce_every_microbatch_after_many_forwards(sweep: Sweep)
         head=hybrid,
     )
     report = sweep.parity("llama", plan)
+    assert report.ok, report.explain()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_halves_that_add_up_in_fp32_after_many_forwards(sweep: Sweep, precision: Precision) -> None:
+    """Under ZeRO 1 FSDP2 once reduced the norm's sum, in fp32, beside the head's first gradient, in a half."""
+    sharded = LayerStrategy(dp_shard=2, zero=1)
+    plan = Plan(
+        model="llama",
+        world_size=2,
+        layers_per_stage=(5,),
+        schedule="gpipe",
+        num_microbatches=3,
+        global_batch_size=6,
+        seq_len=16,
+        precision=precision,
+        embedding=sharded,
+        layers=(sharded,) * 5,
+        head=sharded,
+    )
+    report = sweep.parity("llama", plan)
+    assert report.ok, report.explain()
+
+
+def test_a_compiled_layer_that_no_gradient_passes(sweep: Sweep) -> None:
+    """The compiler once failed on its recompute, which has nothing to serve."""
+    one = LayerStrategy()
+    layers = (LayerStrategy(recompute="full"), one, one, one)
+    fields = {"world_size": 1, "layers_per_stage": (4,), "global_batch_size": 2, "seq_len": 16}
+    plan = Plan(model="llama", embedding=one, layers=layers, head=one, **fields)
+    report = sweep.parity("llama-lower-half-frozen", plan, engine="aot_eager")
     assert report.ok, report.explain()
 
 

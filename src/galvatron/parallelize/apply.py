@@ -212,7 +212,8 @@ def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: La
             stage.later.taps[chain[index]] = tap_linears(chain[index], family, kinds[index], tp)
         cut_layer(chain[index], family, kinds[index], tp)
         attend_across(chain[index], contexts[strategy])
-        recompute_in_backward(chain[index], family, tp, strategy.recompute)
+        if spec.trains_before(index + 1):  # nothing is kept of other layers, and compilers fail on such a checkpoint
+            recompute_in_backward(chain[index], family, tp, strategy.recompute)
         if compiler is not None:
             compiler(chain[index], (kinds[index].name, strategy))
         if stage.later is not None:
@@ -264,8 +265,14 @@ def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None
     else:
         shrink(stage.model, (projection,), tp)
     stage.head_tp = tp
-    stage.early_gradient.in_every_pass = grid.plan.head.dp_replicate > 1 and grid.plan.head.zero >= 2
+    stage.early_gradient.in_every_pass = _adds_up_microbatches(grid.plan)
     fuse_loss(head, projection, tp, stage.early_gradient)
+
+
+def _adds_up_microbatches(plan: Plan) -> bool:
+    """Whether FSDP2 adds the head's gradients up in another place or dtype than a backward brings them in."""
+    zero = plan.head.zero
+    return (zero >= 2 and plan.head.dp_replicate > 1) or (zero == 1 and plan.precision != plan.grad_reduce_dtype)
 
 
 def _chunk(stage: Stage, units: list[_Unit], grid: Grid) -> Chunk:

@@ -66,8 +66,9 @@ class EarlyGradient:
 
     Where nothing shards the weight it is the gradient itself.
 
-    ``in_every_pass``: give zeros where the sum still waits, not nothing.  FSDP2 adds up what replicas will reduce over
-    microbatches, and needs the same parameters in each of them.
+    ``in_every_pass``: give zeros where the sum still waits, not nothing.  FSDP2 adds up over
+    microbatches what replicas will reduce, and under ZeRO 1 what is reduced in another dtype; it needs the same
+    parameters in each of them.
     """
 
     def __init__(self) -> None:
