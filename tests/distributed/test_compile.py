@@ -26,6 +26,7 @@ LEVELS: tuple[Recompute, ...] = ("linears", "selective", "full", "linears")
 PLANS = {
     "one device": (1, tuple(S(recompute=level) for level in LEVELS)),
     "tp": (2, tuple(S(tp=2, recompute=level) for level in LEVELS)),
+    "zero bubble": (2, (S(tp=2, recompute="full"), S(tp=2), S(dp_shard=2, zero=3), S(tp=2, recompute="selective"))),
     "mixed": (
         2,
         (
@@ -51,6 +52,7 @@ def plan_of(name: str) -> Plan:
         embedding=ends,
         layers=layers,
         head=ends,
+        schedule="zero_bubble" if name == "zero bubble" else "1f1b",
     )
 
 
@@ -124,7 +126,7 @@ def test_a_compiled_collective_keeps_its_gradient(collective: Callable[..., torc
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["one device", pytest.param("tp", marks=pytest.mark.slow), "mixed"])
+@pytest.mark.parametrize("name", ["one device", pytest.param("tp", marks=pytest.mark.slow), "mixed", "zero bubble"])
 def test_compiled_layers_compute_the_same_in_graphs_made_once(pool: Pool, name: str) -> None:
     check(pool, name, "aot_eager_decomp_partition")
 

@@ -106,6 +106,26 @@ PLANS: dict[str, tuple[str, Plan]] = {
         "qwen2",
         plan([ALONE] * 8, ALONE, layers_per_stage=(1,) * 8, schedule="interleaved", model_chunks=2, num_microbatches=8),
     ),
+    "zero bubble": (
+        "llama",
+        plan(
+            [TP2, S(dp_replicate=2), ZERO2_3, TP2.model_copy(update=FULL)],
+            TP2,
+            layers_per_stage=(2, 2),
+            schedule="zero_bubble",
+            num_microbatches=4,
+        ),
+    ),
+    "zero bubble, four stages, recomputed": (
+        "gpt2",
+        plan(
+            [ALONE, *[S(recompute="full")] * 3],
+            ALONE,
+            layers_per_stage=(1,) * 4,
+            schedule="zero_bubble",
+            num_microbatches=8,
+        ),
+    ),
     "frozen from below": ("llama", plan([ZERO3, ZERO2, ZERO1, TP4], MIXED2)),
     "a frozen first stage": ("llama", plan([S(dp_replicate=2), TP2] * 2, TP2, layers_per_stage=(2, 2))),
     "frozen between": ("gpt2", plan([ZERO3, ZERO3.model_copy(update=FULL), DP4, ZERO3], ZERO3)),
@@ -210,7 +230,8 @@ def held_at_first_backward(plan: Plan, stage: Stage, index: int) -> int:
     order = actions(plan.schedule, plan.pp, index, plan.num_microbatches, plan.model_chunks)
     before = itertools.takewhile(lambda action: action.kind == "forward", order)
     alive = Counter(action.chunk for action in before)
-    return sum(alive[i] * chunk.activation_bytes // chunk.in_flight for i, chunk in enumerate(stage.chunks))
+    microbatch = [sum(int(unit.activation_bytes) for unit in c.memories) + c.beside_bytes for c in stage.chunks]
+    return sum(alive[chunk] * held for chunk, held in enumerate(microbatch))
 
 
 @pytest.mark.parametrize("name", PLANS)

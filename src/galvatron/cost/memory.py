@@ -32,9 +32,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from galvatron.core.model import ENDS, RECOMPUTES, UnitName
+from galvatron.core.model import ENDS, RECOMPUTES, ParameterSpec, UnitName
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import LayerStrategy
+from galvatron.plan.schedules import InFlight
 
 from .setting import Setting
 from .sizes import ShardSize, dealt_kv_heads, shard_sizes, trained_sizes
@@ -53,8 +54,8 @@ class UnitMemory:
     """Bytes of one unit on the fullest rank, one row a strategy.
 
     ``unsharded_bytes`` stay for the whole step (gathered parameters, whole gradients); ``activation_bytes`` are
-    those of one microbatch; ``transient_bytes`` come and go with the unit's turn, so that a stage needs only the
-    largest of its units'.
+    those of one microbatch, ``waiting_bytes`` what its weight pass needs under zero bubble; ``transient_bytes`` come
+    and go with the unit's turn, so that a stage needs only the largest of its units'.
     """
 
     parameter_bytes: Ints
@@ -62,7 +63,12 @@ class UnitMemory:
     optimizer_bytes: Ints
     unsharded_bytes: Ints
     activation_bytes: Ints
+    waiting_bytes: Ints
     transient_bytes: Ints
+
+    def held_bytes(self, in_flight: InFlight) -> Ints:
+        """What microbatches in flight keep."""
+        return bytes_in_flight(in_flight, self.activation_bytes, self.waiting_bytes)
 
     @property
     def resident_bytes(self) -> Ints:
@@ -93,7 +99,9 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
     gradient = trained * MASTER_BYTES
     # autograd adds to whole gradients in place; only where they change dtype or are reduced are there new ones
     in_place = _accumulates(setting, s) & (setting.compute_bytes == setting.reduce_bytes)
-    new_gradients = np.where(in_place, 0, whole * setting.compute_bytes)
+    # a weight pass adds to gradients in the dtype in which they are reduced
+    new_bytes = setting.reduce_bytes if setting.schedule == "zero_bubble" else setting.compute_bytes
+    new_gradients = np.where(in_place, 0, whole * max(new_bytes, setting.compute_bytes))
     early = _early_gradient_bytes(setting, unit, s)
     new_gradients = new_gradients + np.where(in_place | (setting.compute_bytes != MASTER_BYTES), early, 0)
     flat_buffers = _gathering_elements(dense, experts, s) * setting.compute_bytes + reduced
@@ -111,6 +119,7 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
         optimizer_bytes=ADAMW_STATES * trained * MASTER_BYTES,
         unsharded_bytes=np.where(is_whole, copies, unsharded),
         activation_bytes=activations,
+        waiting_bytes=_waiting_bytes(setting, unit, s),
         transient_bytes=np.where(is_whole, arriving + workspace, transient),
     )
 
@@ -125,6 +134,37 @@ def _early_gradient_bytes(setting: Setting, unit: UnitName, s: Strategies) -> In
         return np.zeros(len(s), dtype=np.int64)
     elements = {tp: math.prod(projections[0].local_shape(tp)) for tp in set(s.tp.tolist())}
     return MASTER_BYTES * np.array([elements[tp] for tp in s.tp.tolist()], dtype=np.int64)
+
+
+def bytes_in_flight(in_flight: InFlight, activation_bytes: Ints, waiting_bytes: Ints) -> Ints:
+    """The most that microbatches in flight keep of what is alive and of what waits."""
+    more: Ints = in_flight.turned * np.maximum(waiting_bytes - activation_bytes, 0)
+    return in_flight.alive * activation_bytes + in_flight.waiting * waiting_bytes + more
+
+
+def _waiting_bytes(setting: Setting, unit: UnitName, s: Strategies) -> Ints:
+    """x and dy of every trained linear of a layer, for one microbatch; of a region's column-cut linears x once.
+
+    Whole sequences: between column-cut and row-cut linears tensor-parallel ranks have them, or gather them.
+    """
+    matrices = [] if unit in ENDS else [p for p in setting.parameters(unit) if p.trainable and len(p.shape) == 2]
+    if not matrices:
+        return np.zeros(len(s), dtype=np.int64)
+    kind = setting.model.spec.kind(unit)
+    shared = max(len(matrices) - 2 * kind.regions, 0) * kind.hidden_size
+    widths = {tp: sum(_used(p, tp) for p in matrices) - shared for tp in set(s.tp.tolist())}
+    tokens = setting.micro_batch_size * setting.tokens(unit) / (s.dp * s.ulysses * s.cp)
+    elements = tokens * np.array([widths[tp] for tp in s.tp.tolist()])
+    waiting: Ints = np.ceil(elements * setting.compute_bytes).astype(np.int64)
+    return waiting
+
+
+def _used(parameter: ParameterSpec, tp: int) -> int:
+    """Inputs and outputs of the part of a linear that a rank uses; of one kept whole, a block."""
+    rows, columns = parameter.local_shape(tp)
+    if tp > 1 and parameter.cut is not None and parameter.cut.is_whole(tp):
+        rows //= parameter.cut.blocks
+    return rows + columns
 
 
 def _label_bytes(setting: Setting, s: Strategies) -> Ints:

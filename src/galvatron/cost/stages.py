@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from galvatron.core.model import ENDS, UnitName
 from galvatron.plan.plan import LayerStrategy, Plan
+from galvatron.plan.schedules import InFlight, in_flight
 
 from .communication import redistribution_s, transfer_s
 from .memory import UnitMemory, all_unit_memory, shared_bytes, tables_share
@@ -40,7 +41,7 @@ class Chunk:
     transfer_s: float
     beside_bytes: int
     sent_bytes: int
-    in_flight: int
+    in_flight: InFlight
 
     @cached_property
     def forward_s(self) -> float:
@@ -59,8 +60,14 @@ class Chunk:
 
     @property
     def activation_bytes(self) -> int:
-        """Activations of all microbatches in flight."""
-        return self.in_flight * (sum(int(unit.activation_bytes) for unit in self.memories) + self.beside_bytes)
+        """Of all microbatches in flight: activations, and what weight passes need."""
+        alive = self.in_flight.alive * self.beside_bytes
+        return alive + sum(int(unit.held_bytes(self.in_flight)) for unit in self.memories)
+
+    @property
+    def sure_bytes(self) -> int:
+        """What of that is surely alive at once."""
+        return replace(self, in_flight=self.in_flight._replace(turned=0)).activation_bytes
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,8 @@ def stages_of(plan: Plan, setting: Setting) -> tuple[Stage, ...]:
         )  # the embedding counts them whole
         transferred_s = transfer_s(setting, units[0][0]) if entry else 0.0
         sent = setting.entering_bytes(units[0][0]) if entry else 0
-        in_flight = plan.microbatches_in_flight(entry % plan.pp, entry // plan.pp)
-        chunks.append(Chunk(units, times, memories, moved_s, transferred_s, beside, sent, in_flight))
+        held = in_flight(plan.schedule, plan.pp, entry % plan.pp, plan.num_microbatches, plan.model_chunks)
+        chunks.append(Chunk(units, times, memories, moved_s, transferred_s, beside, sent, held[entry // plan.pp]))
     return tuple(Stage(tuple(chunks[stage :: plan.pp])) for stage in range(plan.pp))
 
 

@@ -154,9 +154,9 @@ def stage_prediction(plan: Plan, setting: Setting, stage: Stage) -> StagePredict
     gradients = sum(int(unit.gradient_bytes) for unit in units)
     tensors = resident + activations + workspace
     # gradients meet all the activations in flight only if an earlier microbatch has left them behind
-    meets = plan.num_microbatches > max(chunk.in_flight for chunk in stage.chunks)
+    meets = plan.num_microbatches > max(chunk.in_flight.alive for chunk in stage.chunks)
     # chunks reach their most at different times, so that of several chunks only one's is sure
-    sure = activations if len(stage.chunks) == 1 else max(chunk.activation_bytes for chunk in stage.chunks)
+    sure = max(chunk.sure_bytes for chunk in stage.chunks)
     runtime = runtime_bytes(setting, tensors)
     return StagePrediction(
         parameter_bytes=sum(int(unit.parameter_bytes) for unit in units),

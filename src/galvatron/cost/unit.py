@@ -29,16 +29,16 @@ WEIGHT_SHARE = 0.5  # of a backward's compute: a linear's gradients of input and
 class UnitTimes:
     """Seconds of one unit, one row a strategy; what overlaps is already left out of the communication.
 
-    Per microbatch: compute, recompute (its collectives included), tensor_parallel, context_parallel (Ulysses and
-    ring), expert_parallel, data_parallel, forward and backward.  Once a step: ``first_s`` with the first forward
-    (gathers, which take ``gathers_s`` by themselves), ``last_s`` with the last backward (reductions, after which
-    message it is, ``reductions_s`` after it), ``delayed_s`` before that message, then ``replicated_s`` (uncut gradients
-    summed over tp),
-    ``tied_s`` and ``optimizer_s``.
+    Per microbatch: compute (of the backward ``weight_s`` for gradients of weights), recompute (its collectives
+    included), tensor_parallel, context_parallel (Ulysses and ring), expert_parallel, data_parallel, forward and
+    backward.  Once a step: ``first_s`` with the first forward (gathers, which take ``gathers_s`` by themselves),
+    ``last_s`` with the last backward (reductions, after which message it is, ``reductions_s`` after it), ``delayed_s``
+    before that message, then ``replicated_s`` (uncut gradients summed over tp), ``tied_s`` and ``optimizer_s``.
     """
 
     compute_forward_s: Floats
     compute_backward_s: Floats
+    weight_s: Floats
     recompute_s: Floats
     tensor_parallel_forward_s: Floats
     tensor_parallel_backward_s: Floats
@@ -67,11 +67,6 @@ class UnitTimes:
         """One microbatch's backward, recompute and weight gradients included."""
         exposed = self.tensor_parallel_backward_s + self.context_parallel_backward_s + self.expert_parallel_s
         return self.compute_backward_s + self.recompute_s + exposed + self.data_parallel_backward_s
-
-    @property
-    def weight_s(self) -> Floats:
-        """The part of the backward that computes gradients of parameters, which zero bubble puts off."""
-        return WEIGHT_SHARE * self.compute_backward_s
 
     def work_s(self, setting: Setting) -> Floats:
         """One microbatch's seconds with its share of what comes once a step: the additive objective's currency.
@@ -134,6 +129,7 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     return UnitTimes(
         compute_forward_s=forward_s,
         compute_backward_s=backward_s,
+        weight_s=_weight_share(setting, unit) * backward_s,
         recompute_s=again_s + repeated_s,
         tensor_parallel_forward_s=tp_forward_s,
         tensor_parallel_backward_s=tp_backward_s,
@@ -169,6 +165,17 @@ def _compute_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -
             points = [(sample.batch, sample.recompute_s(RECOMPUTES[level])) for sample in samples]
             again_s[own] = interpolate(points, batch[own])
     return forward_s, backward_s, again_s
+
+
+def _weight_share(setting: Setting, unit: UnitName) -> float:
+    """The part of a backward that zero bubble puts off: weights of linears; embedding and head put off nothing.
+
+    Attention has no weights, and frozen ones no gradient.
+    """
+    if unit in ENDS:
+        return 0.0
+    kind = setting.model.spec.kind(unit)
+    return WEIGHT_SHARE * (1 - _attention_share(kind, setting.seq_len)) * kind.trained_share
 
 
 def _sequence_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> tuple[Floats, Floats]:

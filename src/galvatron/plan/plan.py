@@ -244,7 +244,7 @@ class Plan(FileRecord):
         """Microbatches whose activations a chunk of ``stage`` holds at its peak."""
         from .schedules import in_flight
 
-        return in_flight(self.schedule, self.pp, stage, self.num_microbatches, self.model_chunks)[chunk]
+        return in_flight(self.schedule, self.pp, stage, self.num_microbatches, self.model_chunks)[chunk].alive
 
     def validate(self, spec: ModelSpec | None = None, world_size: int | None = None) -> None:  # type: ignore[override]
         """Raise PlanError at the first rule that the plan breaks (see ``plan.rules``)."""

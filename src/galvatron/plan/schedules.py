@@ -80,22 +80,40 @@ def forwards(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: i
     return [action for action in order if action.kind == "forward"]
 
 
-def in_flight(schedule: Schedule, pp: int, stage: int, num_microbatches: int, model_chunks: int = 1) -> tuple[int, ...]:
-    """For every chunk of ``stage``: the most microbatches whose activations it holds at once.
+class InFlight(NamedTuple):
+    """The most microbatches that a chunk holds something of at once.
 
-    A microbatch is held from its forward to the pass that needs its activations last.
+    Attributes:
+        alive: with all their activations, from forward to backward.
+        waiting: with what their weight pass needs, while ``alive`` others are.
+        turned: how many of the alive may be waiting instead.
     """
+
+    alive: int
+    waiting: int = 0
+    turned: int = 0
+
+
+def in_flight(
+    schedule: Schedule, pp: int, stage: int, num_microbatches: int, model_chunks: int = 1
+) -> tuple[InFlight, ...]:
+    """What every chunk of ``stage`` holds at its most."""
     if schedule in ("gpipe", "1f1b"):
-        return (num_microbatches if schedule == "gpipe" else min(num_microbatches, pp - stage),)
+        return (InFlight(num_microbatches if schedule == "gpipe" else min(num_microbatches, pp - stage)),)
     # what is in flight repeats every round of pp microbatches, so a few rounds see the most there is
     return _counted_in_flight(schedule, pp, stage, min(num_microbatches, 4 * pp), model_chunks)
 
 
 @lru_cache(maxsize=4096)
-def _counted_in_flight(schedule: Schedule, pp: int, stage: int, m: int, chunks: int) -> tuple[int, ...]:
-    last: Kind = "weight" if schedule == "zero_bubble" else "backward"
-    alive, most = [0] * chunks, [0] * chunks
-    for action in actions(schedule, pp, stage, m, chunks):
-        alive[action.chunk] += (action.kind == "forward") - (action.kind == last)
-        most[action.chunk] = max(most[action.chunk], alive[action.chunk])
-    return tuple(most)
+def _counted_in_flight(schedule: Schedule, pp: int, stage: int, m: int, chunks: int) -> tuple[InFlight, ...]:
+    alive, waiting = [0] * chunks, [0] * chunks
+    most, most_waiting, most_held = [0] * chunks, [0] * chunks, [0] * chunks
+    for kind, _, chunk in actions(schedule, pp, stage, m, chunks):
+        alive[chunk] += {"forward": 1, "backward": -1, "weight": 0}[kind]
+        if schedule == "zero_bubble":
+            waiting[chunk] += {"forward": 0, "backward": 1, "weight": -1}[kind]
+        most[chunk] = max(most[chunk], alive[chunk])
+        most_waiting[chunk] = max(most_waiting[chunk], waiting[chunk])
+        most_held[chunk] = max(most_held[chunk], alive[chunk] + waiting[chunk])
+    columns = zip(most, most_waiting, most_held, strict=True)
+    return tuple(InFlight(a, held - a, max(w - (held - a), 0)) for a, w, held in columns)

@@ -63,7 +63,7 @@ def _level_edges(options: list[Options]) -> Ints:
 
 @dataclass(frozen=True)
 class _Staircase:
-    """Options that no other of equal activations and level equals or beats in work and resident bytes.
+    """Options that no other equals or beats in work and resident bytes of those of equal activations and level.
 
     Activations take few values (they follow tp and recompute), so that this leaves few options, and among them
     whatever is cheapest at any price of bytes and any number of microbatches in flight.  ``least_transient[level]``:
@@ -77,7 +77,8 @@ class _Staircase:
     @classmethod
     def of(cls, options: Options, edges: Ints) -> _Staircase:
         level = np.searchsorted(edges, options.transient_bytes)
-        group = options.activation_bytes * len(edges) + level
+        kept = np.stack([options.activation_bytes, options.waiting_bytes])
+        group = np.unique(kept, axis=1, return_inverse=True)[1].reshape(-1) * len(edges) + level
         order = np.lexsort((options.resident_bytes, options.work_s, group))
         _, dense = np.unique(group[order], return_inverse=True)
         kept = order[_falls(options.resident_bytes[order], dense)]

@@ -25,7 +25,7 @@ from galvatron.cost.communication import transfer_s
 from galvatron.cost.memory import shared_bytes
 from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints
-from galvatron.plan.schedules import in_flight
+from galvatron.plan.schedules import InFlight, in_flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class UnitClass:
     """A unit with the microbatches whose activations it holds at the stage's peak."""
 
     unit: UnitName
-    in_flight: int
+    in_flight: InFlight
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Geometry:
         return tuple(base + (first <= stage < first + left) for stage in range(self.pp))
 
     @cached_property
-    def _held(self) -> list[tuple[int, ...]]:
+    def _held(self) -> list[tuple[InFlight, ...]]:
         s = self.setting
         return [in_flight(s.schedule, s.pp, stage, s.num_microbatches, s.model_chunks) for stage in range(s.pp)]
 
@@ -173,7 +173,7 @@ class Geometry:
         is_last = ends == layers
         received[rows, lengths] = (stage > 0) * entering[rows] + np.where(is_last, 0.0, entering[ends])
         shared, sent = (self._shared_bytes, output[rows]) if stage > 0 else (0, 0)
-        beside[rows, lengths] = sent + held * (shared + np.where(is_last, 0, output[ends]))
+        beside[rows, lengths] = sent + held.alive * (shared + np.where(is_last, 0, output[ends]))
         return allowed, counts, received, beside
 
     def _segments(self, stage: int) -> list[tuple[int, int]]:
@@ -201,7 +201,7 @@ class Geometry:
         last, received_s, beside = self.setting.model_chunks - 1, 0.0, 0
         for chunk, (first, after) in enumerate(neighbours):
             entry = chunk * self.pp + stage
-            held = self._held[stage][chunk]
+            held = self._held[stage][chunk].alive
             if entry > 0:
                 received_s += self._received[first]
                 beside += held * self._shared_bytes + self._entering_bytes[first]

@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from galvatron.cost.strategies import Floats, Ints
+from galvatron.plan.schedules import InFlight
 
 from .labels import Labels, fastest, near_front, undominated
 from .space import Options
@@ -216,7 +217,7 @@ def _extended(chain: Chain, before: Labels, unit: int, done: int, goals: dict[in
     return Labels(before.entry[parent], layout, work[within], held, rank, parent, option), excess[within]
 
 
-def undominated_options(options: Options, in_flight: int, num_layouts: int) -> Ints:
+def undominated_options(options: Options, in_flight: InFlight, num_layouts: int) -> Ints:
     """Indices of the options that no other of the same layout equals or beats in work, bytes and transient."""
     _, rank = np.unique(options.transient_bytes, return_inverse=True)
     zero = np.zeros(len(options), dtype=np.int64)

@@ -14,6 +14,7 @@ import numpy as np
 from galvatron.core.model import ENDS
 from galvatron.cost.strategies import Floats, Ints
 from galvatron.plan.plan import LayerStrategy
+from galvatron.plan.schedules import InFlight
 
 from .geometry import StageShape
 from .solve import undominated_pairs
@@ -38,7 +39,7 @@ def smallest(space: Space) -> Solution | None:
 
 def _pair_bytes(space: Space, pair: tuple[int, int]) -> int:
     ends = zip((space.options["embedding"], space.options["head"]), pair, strict=True)
-    return max(int(o.held_bytes(1)[i] + o.transient_bytes[i]) for o, i in ends)
+    return max(int(o.held_bytes(InFlight(1))[i] + o.transient_bytes[i]) for o, i in ends)
 
 
 def _smallest(space: Space) -> Solution | None:

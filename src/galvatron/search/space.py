@@ -15,13 +15,14 @@ import numpy as np
 
 from galvatron.core.model import ENDS, RECOMPUTES, UnitName
 from galvatron.cost.communication import redistribution_s
-from galvatron.cost.memory import UnitMemory, all_unit_memory, usable_bytes
+from galvatron.cost.memory import UnitMemory, all_unit_memory, bytes_in_flight, usable_bytes
 from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.cost.unit import UnitTimes, all_unit_times
 from galvatron.plan.axes import StageAxes, divisors
 from galvatron.plan.plan import LayerStrategy, Schedule
 from galvatron.plan.rules import check_cuts, check_schedule
+from galvatron.plan.schedules import InFlight
 
 from .geometry import Geometry
 from .limits import Limits
@@ -83,6 +84,7 @@ class Options:
     work_s: Floats
     resident_bytes: Ints
     activation_bytes: Ints
+    waiting_bytes: Ints
     transient_bytes: Ints
     layout: Ints
 
@@ -96,6 +98,7 @@ class Options:
             self.work_s[at],
             self.resident_bytes[at],
             self.activation_bytes[at],
+            self.waiting_bytes[at],
             self.transient_bytes[at],
             self.layout[at],
         )
@@ -103,11 +106,11 @@ class Options:
     def free(self) -> Options:
         """The same strategies at no cost."""
         no_bytes = np.zeros(len(self), dtype=np.int64)
-        return Options(self.strategies, np.zeros(len(self)), no_bytes, no_bytes, no_bytes, self.layout)
+        return Options(self.strategies, np.zeros(len(self)), no_bytes, no_bytes, no_bytes, no_bytes, self.layout)
 
-    def held_bytes(self, in_flight: int) -> Ints:
-        """What stays, with the activations of ``in_flight`` microbatches."""
-        return self.resident_bytes + in_flight * self.activation_bytes
+    def held_bytes(self, in_flight: InFlight) -> Ints:
+        """What stays, with what microbatches in flight keep."""
+        return self.resident_bytes + bytes_in_flight(in_flight, self.activation_bytes, self.waiting_bytes)
 
     @cached_property
     def index(self) -> dict[tuple[int, ...], int]:
@@ -204,7 +207,8 @@ class SpaceBuilder:
 
     def _build(self, task: Task, usable: int | None = None) -> Space:
         setting = self.setting(task)
-        costs = self._costs(task.global_batch_size, task.pp, task.num_microbatches)
+        schedule = task.schedule if task.schedule in ("gpipe", "zero_bubble") else "1f1b"  # the same to a unit
+        costs = self._costs(task.global_batch_size, task.pp, task.num_microbatches, schedule)
         layouts = StageAxes(setting.stage_size).degrees
         moves = {unit: _moves_s(setting, unit, layouts) for unit in setting.model.spec.units[1:]}
         options = {
@@ -213,6 +217,7 @@ class SpaceBuilder:
                 cost.times.work_s(setting),
                 np.asarray(cost.memory.resident_bytes),
                 cost.memory.activation_bytes,
+                cost.memory.waiting_bytes * (task.schedule == "zero_bubble"),
                 cost.memory.transient_bytes,
                 cost.layout,
             )
@@ -220,8 +225,8 @@ class SpaceBuilder:
         }
         return Space(task, setting, layouts, options, moves, self.usable_bytes if usable is None else usable)
 
-    def _cost(self, batch: int, pp: int, m: int) -> dict[UnitName, _Costed]:
-        setting = replace(self.job, pp=pp, num_microbatches=m, global_batch_size=batch)
+    def _cost(self, batch: int, pp: int, m: int, schedule: Schedule) -> dict[UnitName, _Costed]:
+        setting = replace(self.job, pp=pp, num_microbatches=m, global_batch_size=batch, schedule=schedule)
         layouts = np.array(StageAxes(setting.stage_size).degrees, dtype=np.int64)
         costs = {}
         for unit in setting.model.spec.units:

@@ -7,6 +7,7 @@ of all units are laid out as one array a unit, one axis a unit, so that a divisi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from galvatron.cost.communication import redistribution_s, transfer_s
 from galvatron.cost.memory import shared_bytes
 from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.rules import check_strategy
-from galvatron.plan.schedules import in_flight
+from galvatron.plan.schedules import InFlight, in_flight
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Option:
     work: float
     stays: int
     activation: int
+    waiting: int
     transient: int
 
 
@@ -84,7 +86,7 @@ class Costs:
             self._axis(u, np.array([degrees.index(o.strategy.sequence_degree) for o in options], dtype=np.int64))
             for u, options in enumerate(self.options)
         ]
-        columns = ("work", "stays", "activation", "transient")
+        columns = ("work", "stays", "activation", "waiting", "transient")
         self.column = {
             name: [self._axis(u, np.array([getattr(o, name) for o in opts])) for u, opts in enumerate(self.options)]
             for name in columns
@@ -105,7 +107,14 @@ class Costs:
                 stays += memory.unsharded_bytes
                 work = float(unit_times(setting, unit, strategy).work_s(setting))
                 found.append(
-                    Option(strategy, work, int(stays), int(memory.activation_bytes), int(memory.transient_bytes))
+                    Option(
+                        strategy,
+                        work,
+                        int(stays),
+                        int(memory.activation_bytes),
+                        int(memory.waiting_bytes),
+                        int(memory.transient_bytes),
+                    )
                 )
         return found
 
@@ -139,6 +148,13 @@ def divisions(kinds: list[str], pp: int, chunks: int) -> Iterator[list[list[int]
         yield [list(range(a, b)) for a, b in itertools.pairwise(starts)]
 
 
+def kept_bytes(costs: Costs, unit: int, held: InFlight) -> Any:
+    """What microbatches in flight keep at worst: some alive, of which some may wait instead, and others waiting."""
+    activation, waiting = costs.column["activation"][unit], costs.column["waiting"][unit]
+    some = [(held.alive - n) * activation + (held.waiting + n) * waiting for n in range(held.turned + 1)]
+    return functools.reduce(np.maximum, some)
+
+
 def plans_of(setting: Setting, choice: Choice) -> Iterator[tuple[Any, Any]]:
     """For every division of one task: (objectives, tensor bytes of the fullest stage) of all its plans."""
     costs = Costs(setting, choice)
@@ -153,7 +169,7 @@ def plans_of(setting: Setting, choice: Choice) -> Iterator[tuple[Any, Any]]:
             held = in_flight(schedule, pp, stage, m, chunks)
             own = [(unit, held[e // pp]) for e in range(stage, len(entries), pp) for unit in units_of(e, entries)]
             work = sum(costs.column["work"][u] + moved(costs, u) for u, _ in own)
-            bytes_ = sum(costs.column["stays"][u] + n * costs.column["activation"][u] for u, n in own)
+            bytes_ = sum(costs.column["stays"][u] + kept_bytes(costs, u, n) for u, n in own)
             transient = costs.column["transient"][own[0][0]]
             for u, _ in own[1:]:
                 transient = np.maximum(transient, costs.column["transient"][u])
@@ -161,10 +177,10 @@ def plans_of(setting: Setting, choice: Choice) -> Iterator[tuple[Any, Any]]:
                 first, after = costs.kinds[entries[e][0]], costs.units[entries[e][-1] + 2]
                 if e > 0:
                     work = work + setting.received_s(transfer_s(setting, first))
-                    bytes_ = bytes_ + held[e // pp] * shared_bytes(setting) + setting.entering_bytes(first)
+                    bytes_ = bytes_ + held[e // pp].alive * shared_bytes(setting) + setting.entering_bytes(first)
                 if e < len(entries) - 1:
                     work = work + setting.received_s(transfer_s(setting, after))
-                    bytes_ = bytes_ + held[e // pp] * setting.entering_bytes(after)
+                    bytes_ = bytes_ + held[e // pp].alive * setting.entering_bytes(after)
             works.append(work)
             peaks.append(bytes_ + transient)
         total, largest, peak = sum(works), works[0], peaks[0]

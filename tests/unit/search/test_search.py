@@ -235,7 +235,8 @@ def test_strategies_are_every_assignment_of_axes() -> None:
 
 def test_tasks_leave_out_what_cannot_differ() -> None:
     found = [(t.pp, t.num_microbatches, t.schedule, t.model_chunks) for t in every_task(2, layers=2)]
-    assert found == [(1, 1, "1f1b", 1), (1, 2, "1f1b", 1), (2, 1, "1f1b", 1), (2, 2, "1f1b", 1)]
+    pipelines = [(2, 1, "1f1b", 1), (2, 2, "1f1b", 1), (2, 2, "zero_bubble", 1)]
+    assert found == [(1, 1, "1f1b", 1), (1, 2, "1f1b", 1), *pipelines]
     gpipe = every_task(2, layers=2, limits=Limits(fix={"schedule": "gpipe", "pp": 2}))
     assert [task.schedule for task in gpipe] == ["gpipe", "gpipe"]
     chunks = [t.model_chunks for t in every_task(4, 4, Limits("all")) if t.schedule == "interleaved"]
