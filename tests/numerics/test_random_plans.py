@@ -86,6 +86,26 @@ def test_halves_that_add_up_in_fp32_after_many_forwards(sweep: Sweep, precision:
     assert report.ok, report.explain()
 
 
+def test_replicas_whose_weight_passes_come_after_two_backwards(sweep: Sweep) -> None:
+    """The first weight pass reduced norms of both microbatches, the second none, which FSDP2 could not add up."""
+    hybrid = LayerStrategy(dp_shard=2, dp_replicate=2, zero=3)
+    plan = Plan(
+        model="llama",
+        world_size=8,
+        layers_per_stage=(2, 3),
+        schedule="zero_bubble",
+        num_microbatches=2,
+        global_batch_size=8,
+        seq_len=16,
+        precision="fp16",
+        embedding=hybrid,
+        layers=(hybrid,) * 5,
+        head=hybrid,
+    )
+    report = sweep.parity("llama", plan)
+    assert report.ok, report.explain()
+
+
 def test_a_compiled_layer_that_no_gradient_passes(sweep: Sweep) -> None:
     """The compiler once failed on its recompute, which has nothing to serve."""
     one = LayerStrategy()
