@@ -173,6 +173,7 @@ def test_stages_exchange_hidden_states_and_gradients_once_a_microbatch(pool: Poo
 ALONE = LayerStrategy()
 SCHEDULES: dict[str, Plan] = {
     "1f1b, 2 stages of 2 ranks": plan_for(DP2, (1, 1), 3),
+    "zero bubble, 4 stages": plan_for(ALONE, (1, 2, 1, 1), 5, "zero_bubble"),
     "interleaved, 2 stages of 2 ranks": plan_for(TP2, (1, 2, 1, 1), 2, "interleaved", 2),
     "interleaved, 4 stages": plan_for(ALONE, (1,) * 8, 4, "interleaved", 2),
 }

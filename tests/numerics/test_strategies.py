@@ -28,6 +28,7 @@ STRATEGIES = (
     "gpipe",
     "1f1b",
     "interleaved",
+    "zero_bubble",
 )
 OFTEN_MIXED = ("ulysses", "ring")
 """What random plans have in most of their layers: alone for two variants."""
