@@ -23,7 +23,7 @@ from galvatron.estimate import estimate_model, model_spec
 from galvatron.exchange import export_plan, import_plan, to_megatron, to_torchtitan
 from galvatron.models import build_spec, load_config
 from galvatron.plan import LayerStrategy, Plan, check_runnable
-from galvatron.plan.rules import RUNTIME_FAMILIES
+from galvatron.plan.rules import PLANNED_ALONE
 from galvatron.report import explain, explain_prediction
 from galvatron.report.diff import diff_plans
 from galvatron.search import Limits, search
@@ -271,7 +271,7 @@ def use_config(folder: Path) -> None:
         assert all(sample.forward_s > 0 and sample.backward_s > 0 for sample in profile.compute)
     except GalvatronError as error:
         refusal = error
-    if path.stem in RUNTIME_FAMILIES:
+    if path.stem not in PLANNED_ALONE:
         built = _unless_refused(lambda: build_spec(load_config(path), path.stem))
         if built is not None and spec is not None:
             assert built == spec

@@ -19,7 +19,7 @@ import typer
 from galvatron.core.errors import WorldError
 from galvatron.core.version import __version__
 
-from . import checkpoint, convert, data, import_, plan, profile, run, search, train
+from . import checkpoint, convert, data, import_, models, plan, profile, run, search, train
 from .console import plain_symbols, rank
 from .launch import is_joined
 from .mistakes import as_mistake
@@ -48,7 +48,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (profile, data, checkpoint, convert, plan, import_):
+for verb in (profile, data, checkpoint, convert, plan, import_, models):
     app.add_typer(verb.app)
 for command in (search, train, run):
     command.register(app)

@@ -271,7 +271,7 @@ def _keep_plan(leg: Leg) -> None:
 
 def _weights(path: str, config: Any) -> Any:
     """The safetensors beside a config file, in a directory, or of a hub name (fetched once by rank 0)."""
-    from galvatron.models import family_of
+    from galvatron.models import meta_model
     from galvatron.parallelize import SafetensorsWeights
     from galvatron.parallelize.processes.ranks import on_rank_zero, together
 
@@ -281,7 +281,7 @@ def _weights(path: str, config: Any) -> Any:
 
         patterns = ["*.safetensors", "*.safetensors.index.json", "config.json"]
         directory = Path(on_rank_zero(lambda: snapshot_download(path, allow_patterns=patterns)))
-    return together(lambda: SafetensorsWeights(directory, base_prefix=family_of(config).decoder))
+    return together(lambda: SafetensorsWeights(directory, base_prefix=meta_model(config).base_model_prefix))
 
 
 def _device_flops_per_s(leg: Leg) -> float | None:

@@ -129,6 +129,7 @@ class LayerKind(UnitSpec):
     output).  ``regions``: submodules that gather the sequence and scatter it again under tensor parallelism.
     ``attention_span``: tokens that one token attends to at most (a window); None for the whole sequence.
     ``drops_attention``: whether dropout falls on what attention weighs, which no ring can do.
+    ``cuttable``: whether it is known how tensor parallelism cuts them.
     """
 
     name: UnitName = "layer"
@@ -144,6 +145,7 @@ class LayerKind(UnitSpec):
     causal: StrictBool = True
     attention_span: Count | None = None
     drops_attention: StrictBool = False
+    cuttable: StrictBool = True
     num_experts: Whole = 0
     experts_per_token: Whole = 0
 

@@ -22,7 +22,8 @@ Devices = Annotated[int, Field(strict=True, ge=1, le=MAX_DEVICES)]
 Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)]
 Sequences = Annotated[int, Field(strict=True, ge=1, le=MAX_SEQUENCES)]
 """Sequences of a step, or microbatches of one."""
-Tokens = Annotated[int, Field(strict=True, ge=1, le=2**27)]
+MAX_TOKENS = 2**27
+Tokens = Annotated[int, Field(strict=True, ge=1, le=MAX_TOKENS)]
 """Tokens of a sequence."""
 Bytes = Annotated[int, Field(strict=True, ge=0, le=MAX_BYTES)]
 Seconds = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]

@@ -1,14 +1,17 @@
 """Which modules of a Hugging Face model are embedding, layers and head, and how each may be cut.
 
 Takes Hugging Face configs and models; gives Family records, ModelSpec and models whose parameters live on
-the meta device.  Knows nothing of processes, plans or costs.  To add a model, add a record (see llama.py).
+the meta device.  What is not known is recognised by running a tiny twin.  Knows nothing of processes, plans or costs.
 """
 
-from .family import Family, Region, family_of
+from galvatron.core.family import Family, Region
+
+from .family import family_of
 from .freeze import check_trains, freeze_parameters
 from .initialize import InitialWeights
 from .load import load_config, meta_model
 from .spec import build_spec, spec_of
+from .twin import structure_key, twin_config, twin_model
 
 __all__ = [
     "Family",
@@ -21,4 +24,7 @@ __all__ = [
     "load_config",
     "meta_model",
     "spec_of",
+    "structure_key",
+    "twin_config",
+    "twin_model",
 ]

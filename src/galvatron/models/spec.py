@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
+from typing import Literal
 
 from pydantic import ValidationError
 from torch import nn
@@ -12,11 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
+from galvatron.core.family import Blocks, Family, Region
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.core.numbers import MAX_TOKENS
 
-from .family import Blocks, Family, family_of
+from .family import family_of
 from .freeze import freeze_parameters
 from .load import meta_model
+from .twin import EXPERT_KEYS, KV_KEYS
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """What configs call the rate of dropout on attention's weights."""
@@ -33,7 +37,7 @@ def build_spec(config: PretrainedConfig, name: str | None = None, freeze: Collec
     return spec_of(model, name)
 
 
-def spec_of(model: PreTrainedModel, name: str | None = None) -> ModelSpec:
+def spec_of(model: PreTrainedModel, name: str | None = None, family: Family | None = None) -> ModelSpec:
     """Describe a model that is what its config says; what does not require a gradient is frozen.
 
     Layers that follow each other and train alike are of one kind, named by their indices where there are several.
@@ -42,19 +46,18 @@ def spec_of(model: PreTrainedModel, name: str | None = None) -> ModelSpec:
         ConfigError: its family has no record, or its sizes contradict each other.
     """
     try:
-        return _described(model, name)
+        return _described(model, name, family or family_of(model.config))
     except ValidationError as failure:
         raise ConfigError(
             f"the {model.config.model_type} config: {sentence(ModelSpec, failure)}; mend its config.json"
         ) from None
 
 
-def _described(model: PreTrainedModel, name: str | None) -> ModelSpec:
+def _described(model: PreTrainedModel, name: str | None, family: Family) -> ModelSpec:
     config = model.config
-    family = family_of(config)
-    decoder = model.get_submodule(family.decoder)
-    counts = block_counts(config, model, family)
-    layers: nn.ModuleList = decoder.get_submodule(family.layers)  # type: ignore[assignment]
+    layers: nn.ModuleList = model.get_submodule(family.layers)  # type: ignore[assignment]
+    counts = head_counts(config)
+    heads = counts["heads"]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return ModelSpec(
         name=name or f"{config.model_type}-{millions:.3g}M",
@@ -64,17 +67,19 @@ def _described(model: PreTrainedModel, name: str | None) -> ModelSpec:
                 name=kind,
                 count=count,
                 hidden_size=config.hidden_size,
-                ffn_size=counts["ffn"],
-                num_heads=counts["heads"],
+                ffn_size=_ffn_size(layers[0], family, config),
+                num_heads=heads,
                 num_kv_heads=counts["kv_heads"],
-                head_dim=getattr(config, "head_dim", None) or config.hidden_size // counts["heads"],
+                head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
                 drops_attention=any(getattr(config, name, 0.0) for name in ATTENTION_DROPOUT),
+                cuttable=bool(family.regions),
                 parameters=parameters,
+                **_expert_counts(config),
             )
             for kind, count, parameters in _kinds(layers, family, counts)
         ),
         vocab_size=config.vocab_size,
-        max_seq_len=config.max_position_embeddings,
+        max_seq_len=getattr(config, "max_position_embeddings", None) or MAX_TOKENS,
         tied_embeddings=bool(config.tie_word_embeddings),
         embedding=UnitSpec(parameters=tuple(_embedding_parameters(model, family))),
         head=UnitSpec(parameters=tuple(_head_parameters(model, family))),
@@ -92,17 +97,27 @@ def _kinds(
         start += count
 
 
-def block_counts(config: PretrainedConfig, model: PreTrainedModel, family: Family) -> dict[Blocks, int]:
-    """How many blocks of each kind a layer has."""
-    layer = model.get_submodule(f"{family.decoder}.{family.layers}.0")
-    mlp = family.regions[-1]
-    down = layer.get_submodule(f"{mlp.module}.{next(iter(mlp.rows))}")
+def head_counts(config: PretrainedConfig) -> dict[Blocks, int]:
+    """How many heads queries have, and keys and values."""
     heads: int = config.num_attention_heads
-    return {
-        "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "ffn": weight_sizes(down)[0],
-    }
+    return {"heads": heads, "kv_heads": next((n for key in KV_KEYS if (n := getattr(config, key, None))), heads)}
+
+
+def _ffn_size(layer: nn.Module, family: Family, config: PretrainedConfig) -> int:
+    """The width of the MLP; of layers of experts, that of one."""
+    widths = (weight_sizes(layer.get_submodule(r.row))[0] for r in family.regions if r.row_blocks == "ffn")
+    named = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size", "hidden_size"))
+    return next(width for width in itertools.chain(widths, named) if width)
+
+
+def _expert_counts(config: PretrainedConfig) -> dict[str, int]:
+    count = next((n for key in EXPERT_KEYS if (n := getattr(config, key, None))), 0)
+    return {"num_experts": count, "experts_per_token": config.num_experts_per_tok} if count else {}
+
+
+def _are_experts(name: str, value: nn.Parameter) -> bool:
+    """Batched matrices, dim 0 of which counts experts."""
+    return ".experts." in name and value.dim() == 3
 
 
 def weight_sizes(linear: nn.Module) -> tuple[int, int]:
@@ -113,46 +128,56 @@ def weight_sizes(linear: nn.Module) -> tuple[int, int]:
 
 def layer_parameters(layer: nn.Module, family: Family, counts: dict[Blocks, int]) -> tuple[ParameterSpec, ...]:
     """Every parameter of an uncut ``layer`` with its cut, in the module's own order."""
-    cuts = dict(_layer_cuts(layer, family, counts))
+    cuts = {name: cut for region in family.regions for name, cut in _cuts(layer, region, counts)}
     return tuple(
-        ParameterSpec(name=name, shape=tuple(p.shape), cut=cuts.get(name), trainable=p.requires_grad)
+        ParameterSpec(
+            name=name,
+            shape=tuple(p.shape),
+            cut=cuts.get(name),
+            experts=_are_experts(name, p),
+            trainable=p.requires_grad,
+        )
         for name, p in layer.named_parameters()
     )
 
 
-def _layer_cuts(layer: nn.Module, family: Family, counts: dict[Blocks, int]) -> Iterator[tuple[str, Cut]]:
-    for region in family.regions:
-        for linear, blocks in region.columns.items():
-            name = f"{region.module}.{linear}"
-            output_dim = 1 if isinstance(layer.get_submodule(name), Conv1D) else 0
-            segments = (counts[blocks],) * region.segments.get(linear, 1)
-            uneven = "whole" if blocks == "kv_heads" else "refuse"
-            cut = Cut(dim=output_dim, segments=segments, uneven=uneven)
-            yield f"{name}.weight", cut
-            yield f"{name}.bias", cut.model_copy(update={"dim": 0})
-        for linear, blocks in region.rows.items():
-            name = f"{region.module}.{linear}"
-            input_dim = 0 if isinstance(layer.get_submodule(name), Conv1D) else 1
-            yield f"{name}.weight", Cut(dim=input_dim, segments=(counts[blocks],))
+def _cuts(layer: nn.Module, region: Region, counts: dict[Blocks, int]) -> Iterator[tuple[str, Cut]]:
+    row = layer.get_submodule(region.row)
+    counts = {**counts, "ffn": weight_sizes(row)[0]}
+    for name, blocks in region.columns.items():
+        output_dim = 1 if isinstance(layer.get_submodule(name), Conv1D) else 0
+        # a norm over all kv heads, or queries in the same matrix, leave no way to keep them whole
+        stays = blocks == ("kv_heads",) and not region.wide_norms and not region.by_head
+        uneven: Literal["whole", "refuse"] = "whole" if stays else "refuse"
+        cut = Cut(dim=output_dim, segments=tuple(counts[block] for block in blocks), uneven=uneven)
+        yield f"{name}.weight", cut
+        yield f"{name}.bias", cut.model_copy(update={"dim": 0})
+    for name, block in (*region.wide_norms.items(), *region.by_head.items()):
+        for parameter, _ in layer.get_submodule(name).named_parameters():
+            yield f"{name}.{parameter}", Cut(dim=0, segments=(counts[block],))
+    yield f"{region.row}.weight", Cut(dim=0 if isinstance(row, Conv1D) else 1, segments=(counts[region.row_blocks],))
 
 
 def _embedding_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
-    embedding = model.get_submodule(f"{family.decoder}.{family.embedding}")
-    yield _vocabulary_cut(f"{family.decoder}.{family.embedding}.weight", embedding)
-    if family.position_embedding:
-        name = f"{family.decoder}.{family.position_embedding}.weight"
-        positions = model.get_parameter(name)
-        yield ParameterSpec(name=name, shape=tuple(positions.shape), trainable=positions.requires_grad)
+    yield _vocabulary_cut(f"{family.embedding}.weight", model.get_submodule(family.embedding))
+    for name in family.before:
+        yield from _whole(model, name)
 
 
 def _head_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
-    norm = f"{family.decoder}.{family.norm}"
-    for name, parameter in model.get_submodule(norm).named_parameters():
-        yield ParameterSpec(name=f"{norm}.{name}", shape=tuple(parameter.shape), trainable=parameter.requires_grad)
-    yield _vocabulary_cut(f"{family.head}.weight", model.get_submodule(family.head))
+    yield from _whole(model, family.norm)
+    head = model.get_submodule(family.head)
+    if getattr(head, "bias", None) is not None:
+        yield _vocabulary_cut(f"{family.head}.bias", head, "bias")
+    yield _vocabulary_cut(f"{family.head}.weight", head)
 
 
-def _vocabulary_cut(name: str, module: nn.Module) -> ParameterSpec:
-    weight = module.get_parameter("weight")
-    cut = Cut(dim=0, segments=(weight.shape[0],), uneven="ceil")
-    return ParameterSpec(name=name, shape=tuple(weight.shape), cut=cut, trainable=weight.requires_grad)
+def _whole(model: PreTrainedModel, name: str) -> Iterator[ParameterSpec]:
+    for parameter, value in model.get_submodule(name).named_parameters():
+        yield ParameterSpec(name=f"{name}.{parameter}", shape=tuple(value.shape), trainable=value.requires_grad)
+
+
+def _vocabulary_cut(name: str, module: nn.Module, attribute: str = "weight") -> ParameterSpec:
+    value = module.get_parameter(attribute)
+    cut = Cut(dim=0, segments=(value.shape[0],), uneven="ceil")
+    return ParameterSpec(name=name, shape=tuple(value.shape), cut=cut, trainable=value.requires_grad)

@@ -41,6 +41,7 @@ from .pipeline.stage import Stage
 from .processes.grid import Grid
 from .processes.ranks import together
 from .processes.world import World, init_world
+from .proof import refuse_unproved
 from .sharding.fsdp import (
     DTYPES,
     ShardedUnit,
@@ -114,6 +115,7 @@ def parallelize(
     check_runnable(plan)
     if fp8:
         _check_fp8(model, plan, family, spec, world)
+    refuse_unproved(model.config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers))
     twins: dict[str, str] = {}  # a tied head that given weights have a copy of
     if weights is not None:
         tied = {spec.embedding.parameters[0].name: spec.head.parameters[-1].name} if spec.tied_embeddings else {}
@@ -123,7 +125,7 @@ def parallelize(
     use_attention(model)
     _to_meta(model)
     if fp8:
-        use_fp8(model.get_submodule(f"{family.decoder}.{family.layers}"))
+        use_fp8(model.get_submodule(family.layers))
     stages = tuple(_stages(model, family, grid))
     compiled = compiles(compile, world.device)
     compiler = LayerCompiler() if compiled else None
@@ -199,7 +201,7 @@ def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: La
     """Tensor cuts, recompute, compilation, and changes of layout on entry, for every module this stage owns."""
     plan = grid.plan
     degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
-    chain = stage.decoder.get_submodule(family.layers)
+    chain = stage.model.get_submodule(family.layers)
     assert isinstance(chain, nn.ModuleList)
     contexts = {strategy: Context(grid.ulysses(strategy), grid.ring(strategy)) for strategy in set(plan.layers)}
     if stage.is_first:
@@ -224,7 +226,7 @@ def _cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: La
     if not stage.is_first:
         stage.receive_in(chain[stage.layers.start])
     if stage.is_last:
-        _enter(stage.decoder.get_submodule(family.norm), grid, degrees[-2], degrees[-1])
+        _enter(stage.model.get_submodule(family.norm), grid, degrees[-2], degrees[-1])
         _cut_head(stage, family, spec, grid)
 
 
@@ -236,11 +238,11 @@ def _enter(module: nn.Module, grid: Grid, previous: int, degree: int) -> None:
 def _cut_embedding(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
     strategy = grid.plan.embedding
     tp = grid.axis_group(1, strategy.tp)
-    cut_embedding(stage.decoder.get_submodule(family.embedding), spec.embedding.parameters[0], tp)
-    if family.position_embedding:
-        degree, seq_len = strategy.sequence_degree, grid.plan.seq_len
-        own = grid.axes.spans(grid.stage_rank, 1, degree, seq_len, folded=grid.folded)
-        cut_positions(stage.decoder.get_submodule(family.position_embedding), own)
+    cut_embedding(stage.model.get_submodule(family.embedding), spec.embedding.parameters[0], tp)
+    degree, seq_len = strategy.sequence_degree, grid.plan.seq_len
+    own = grid.axes.spans(grid.stage_rank, 1, degree, seq_len, folded=grid.folded)
+    for positions in stage.position_tables():
+        cut_positions(positions, own)
 
 
 def _place_positions(stage: Stage, family: Family, grid: Grid) -> dict[LayerStrategy, OwnPositions]:
@@ -251,7 +253,7 @@ def _place_positions(stage: Stage, family: Family, grid: Grid) -> dict[LayerStra
     whole = (range(grid.plan.seq_len),)
     layers = {grid.plan.layers[index] for index in stage.layers}
     seen = {strategy: grid.spans(strategy) for strategy in layers}
-    alike = len(set(seen.values())) == 1 and not family.position_embedding
+    alike = len(set(seen.values())) == 1 and not stage.position_tables()
     stage.position_spans = next(iter(seen.values())) if alike else whole
     device = grid.world.device
     return {strategy: OwnPositions(spans, device) for strategy, spans in seen.items() if spans != stage.position_spans}
@@ -260,10 +262,9 @@ def _place_positions(stage: Stage, family: Family, grid: Grid) -> dict[LayerStra
 def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
     tp, projection = grid.axis_group(1, grid.plan.head.tp), spec.head.parameters[-1]
     head = stage.model.get_submodule(family.head)
+    shrink(stage.model, tuple(p for p in spec.head.parameters if p.cut is not None), tp)
     if spec.tied_embeddings and stage.is_first:
-        head.weight = stage.decoder.get_submodule(family.embedding).weight
-    else:
-        shrink(stage.model, (projection,), tp)
+        head.weight = stage.model.get_submodule(family.embedding).weight
     stage.head_tp = tp
     stage.early_gradient.in_every_pass = _adds_up_microbatches(grid.plan)
     fuse_loss(head, projection, tp, stage.early_gradient)
@@ -335,17 +336,17 @@ def _held(part: _Part, unsharded: list[UnshardedUnit]) -> nn.Parameter:
 def _units(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> Iterator[_Unit]:
     """The modules whose parameters live, and are summed, together; in forward order."""
     plan = grid.plan
-    names = [family.embedding, *([family.position_embedding] if family.position_embedding else [])]
-    embedding = tuple(stage.decoder.get_submodule(name) for name in names) if stage.is_first else ()
+    names = (family.embedding, *family.before) if stage.is_first else ()
+    embedding = tuple(map(stage.model.get_submodule, names))
     head: tuple[nn.Module, ...] = ()
     if stage.is_last:
-        head = (stage.decoder.get_submodule(family.norm), stage.model.get_submodule(family.head))
+        head = (stage.model.get_submodule(family.norm), stage.model.get_submodule(family.head))
     if embedding and head and spec.tied_embeddings:
         embedding, head = embedding + head, ()
     if embedding:
         yield embedding, plan.embedding
     for index in stage.layers:
-        yield (stage.decoder.get_submodule(f"{family.layers}.{index}"),), plan.layers[index]
+        yield (stage.model.get_submodule(f"{family.layers}.{index}"),), plan.layers[index]
     if head:
         yield head, plan.head
 
@@ -357,7 +358,7 @@ def _parts(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> list[_P
     if stage.is_first:
         named += [(p.name, p.name, p, plan.embedding) for p in spec.embedding.parameters]
     for index in stage.layers:
-        prefix = f"{family.decoder}.{family.layers}.{index}."
+        prefix = f"{family.layers}.{index}."
         named += [(prefix + p.name, prefix + p.name, p, plan.layers[index]) for p in kinds[index].parameters]
     if stage.is_last:
         *norm, projection = spec.head.parameters

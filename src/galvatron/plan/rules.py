@@ -13,7 +13,8 @@ from .axes import StageAxes, divisors
 from .plan import LayerStrategy, Plan, Schedule
 
 RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
-RUNTIME_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+PLANNED_ALONE = ("bert", "deepseek_v3", "swin", "t5", "vit")
+"""Families that can be planned for and not trained."""
 RUNTIME_ONLY_ONE = ("ep",)
 MAX_LISTED = 8
 
@@ -93,7 +94,7 @@ def check_runnable(plan: Plan) -> None:
 
 def beyond_runtime(plan: Plan, spec: ModelSpec | None = None) -> Iterator[str]:
     """What the runtime cannot run yet of ``plan``, a phrase each."""
-    if spec is not None and spec.family not in RUNTIME_FAMILIES:
+    if spec is not None and spec.family in PLANNED_ALONE:
         yield f"family {spec.family}"
     if plan.schedule not in RUNTIME_SCHEDULES:
         yield f"schedule {plan.schedule}"
@@ -202,6 +203,8 @@ def _attention_problem(strategy: LayerStrategy, kind: LayerKind, tokens: int, ax
 
     Causal rings fold the sequence, of this layer and of all others, whatever their degree.
     """
+    if strategy.tp > 1 and not kind.cuttable:
+        return f"tp={strategy.tp} needs layers that can be cut, which {kind.name} cannot surely; set tp to 1"
     heads = strategy.tp * strategy.ulysses
     if strategy.ulysses > 1 and kind.num_heads % heads:
         return (

@@ -142,25 +142,24 @@ class UnitShape:
     def _layer_path(self, family: Family) -> str:
         """The first layer of the kind."""
         kinds = [kind.name for kind in self.spec.kind_of_layers()]
-        return f"{family.decoder}.{family.layers}.{kinds.index(self.name)}"
+        return f"{family.layers}.{kinds.index(self.name)}"
 
     def _embedding(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
         stage = Stage(model, family, range(0), is_first=True, is_last=False)
-        owners = [stage.decoder.get_submodule(family.embedding)]
+        owners = [model.get_submodule(name) for name in (family.embedding, *family.before)]
         cut_embedding(owners[0], self.spec.embedding.parameters[0], tp)
-        if family.position_embedding:
-            owners.append(stage.decoder.get_submodule(family.position_embedding))
-            cut_positions(owners[1], (range(self.seq_len // tp.size),))
+        for positions in stage.position_tables():
+            cut_positions(positions, (range(self.seq_len // tp.size),))
         return LocalUnit(stage, tuple(owners), (), position_ids=self._position_ids())
 
     def _head(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
         end = self.spec.num_layers
         stage = Stage(model, family, range(end, end), is_first=False, is_last=True)
         projection, head = self.spec.head.parameters[-1], model.get_submodule(family.head)
-        shrink(model, (projection,), tp)
+        shrink(model, tuple(p for p in self.spec.head.parameters if p.cut is not None), tp)
         stage.head_tp = tp
         fuse_loss(head, projection, tp, stage.early_gradient)
-        owners = (stage.decoder.get_submodule(family.norm), head)
+        owners = (model.get_submodule(family.norm), head)
         stage.receive_in(owners[0])
         return LocalUnit(stage, owners, (), position_ids=self._position_ids())
 
@@ -184,7 +183,7 @@ class UnitShape:
     def _call_of_a_layer(self, model: PreTrainedModel, family: Family) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the decoder gives its layers beside the hidden states; a dry run finds out, without parameters."""
         stage, recorder = Stage(model, family, range(1, 1), is_first=False, is_last=False), _Recorder()
-        stage.decoder.get_submodule(family.layers)[0] = recorder  # type: ignore[operator]
+        model.get_submodule(family.layers)[0] = recorder  # type: ignore[operator]
         hidden = torch.zeros(1, self.seq_len // self.tp, self.spec.hidden_size, dtype=self.dtype)
         with torch.no_grad():
             stage.decoder(inputs_embeds=hidden, position_ids=self._position_ids(), use_cache=False)

@@ -12,16 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from galvatron.models import freeze_parameters
 
@@ -53,14 +44,43 @@ _LLAMA: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
-_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-    "gpt2": (GPT2Config, _GPT2),
-    "llama": (LlamaConfig, _LLAMA),
-    "qwen2": (Qwen2Config, {**_LLAMA, "tie_word_embeddings": True, "vocab_size": 101}),
-    "qwen3": (Qwen3Config, {**_LLAMA, "head_dim": 16, "num_hidden_layers": 5}),
-    "mistral": (MistralConfig, {**_LLAMA, "sliding_window": 5, "head_dim": 8, "vocab_size": 257}),
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "qwen2": {**_LLAMA, "tie_word_embeddings": True, "vocab_size": 101},
+    "qwen3": {**_LLAMA, "head_dim": 16, "num_hidden_layers": 5},
+    "mistral": {**_LLAMA, "sliding_window": 5, "head_dim": 8, "vocab_size": 257},
+    "gemma2": {**_LLAMA, "head_dim": 16, "sliding_window": 5, "tie_word_embeddings": True},
+    "gemma3_text": {**_LLAMA, "head_dim": 16, "sliding_window": 5, "tie_word_embeddings": True},
+    "phi3": _LLAMA,
+    "olmo2": _LLAMA,
+    "granite": {
+        **_LLAMA,
+        "logits_scaling": 1.5,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.25,
+    },
+    "glm4": {**_LLAMA, "head_dim": 8},
+    "smollm3": {**_LLAMA, "no_rope_layer_interval": 2},
+    "starcoder2": {**_LLAMA, "sliding_window": None, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "cohere": {**_LLAMA, "tie_word_embeddings": True, "logit_scale": 0.5},
+    "gpt_neox": {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
+    "opt": {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    },
 }
-FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
+FAMILIES: tuple[str, ...] = tuple(_OVERRIDES)
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,11 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("qwen2", "qwen2"),
     Variant("qwen3", "qwen3"),
     Variant("mistral", "mistral"),
+    *(Variant(family, family) for family in FAMILIES[5:] if family != "opt"),
+    Variant("opt", "opt", freeze=("*k_proj.bias",)),  # whose true gradient is zero without rotary positions
+    Variant("cohere-head-norms", "cohere", {"use_qk_norm": True}),
+    Variant("gpt_neox-serial", "gpt_neox", {"use_parallel_residual": False}),
+    Variant("phi3-one-kv-head", "phi3", {"num_key_value_heads": 1}),
 )
 """GQA and MHA, tied and untied, with and without biases and a padding row, fused and separate projections; frozen
 from below, and here and there (a tied weight, whole layers among others, norms and biases)."""
@@ -110,8 +135,7 @@ from below, and here and there (a tied weight, whole layers among others, norms 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     """A configuration of ``family`` (one of ``FAMILIES``) with Hugging Face's keys in ``overrides`` replaced."""
-    config_class, values = _CONFIGS[family]
-    return config_class(**{**values, **overrides})
+    return AutoConfig.for_model(family, **{**_OVERRIDES[family], **overrides})
 
 
 def tiny_model(family: str | PretrainedConfig, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -182,10 +182,14 @@ def test_cross_attention_is_refused() -> None:
         check_model(tiny_model("gpt2", add_cross_attention=True))
 
 
-def test_a_replaced_forward_takes_no_class_that_it_does_not_know() -> None:
-    embedding = build_spec(tiny_config("llama")).embedding.parameters[0]
-    with pytest.raises(ConfigError, match="replaces the forward of Embedding alone, got ScaledEmbedding; use tp=1"):
-        cut_embedding(ScaledEmbedding(97, 32), embedding, AxisGroup(None, (2,), 0))
+def test_a_cut_embedding_keeps_what_its_class_does_to_rows() -> None:
+    parameter = build_spec(tiny_config("llama")).embedding.parameters[0]
+    table = ScaledEmbedding(97, 32)
+    cut_embedding(table, parameter, AxisGroup(None, (2,), 0))
+    ids = torch.tensor([[3, 60], [96, 5]])  # 60 and 96 are the other rank's
+    rows = table(ids)
+    assert torch.equal(rows[0, 0], 2 * table.weight[3])
+    assert rows[1].abs().sum() == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -202,7 +206,7 @@ def test_nothing_of_the_users_config_changes(family: str) -> None:
     use_attention(model)
     assert (model.config.to_dict(), model.config._attn_implementation) == (before, attention)
     assert model.config is config
-    layer = next(module for name, module in model.named_modules() if name.endswith("attn"))
+    layer = next(module for name, module in model.named_modules() if name.endswith(("attn", "attention")))
     assert layer.config._attn_implementation == NAME
 
 

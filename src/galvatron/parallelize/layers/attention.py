@@ -3,7 +3,7 @@
 Causal, on the local heads of whole sequences; a sliding window becomes a mask only where it is shorter
 than the sequence.  The model makes no masks, for it knows of none that go with this name: with one it would look at the
 positions in every microbatch, and the host would wait for the device each time.  Documents are packed, not padded.
-What training never asks for (padding, a KV cache, soft caps, attention sinks) is refused, not ignored.
+What training never asks for (padding, a KV cache, attention sinks) is refused, not ignored.
 
 A layer whose sequence is cut by more than tp has a ``Context`` at its modules.  They hand over queries, keys and
 values of this rank's tokens, rotary positions applied; what attends are whole sequences of some heads (``ulysses``).
@@ -25,6 +25,7 @@ from galvatron.internals import call_attention, called_attention
 
 from ..processes.collectives import ALONE, AxisGroup
 from .ring import ring_attention
+from .softcap import capped_attention
 from .ulysses import collect_heads, deal_heads
 
 NAME = "galvatron"
@@ -86,6 +87,7 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of N query heads over K key/value heads (K divides N); returns ([B, S, N, D], None).
@@ -106,9 +108,14 @@ def attention(
     if context.ring.size > 1:
         if dropout:
             raise ConfigError(f"a ring (cp={context.ring.size}) draws no dropout of attention, asked for {dropout}")
+        if softcap is not None:
+            raise ConfigError(f"a ring (cp={context.ring.size}) caps no scores, asked for {softcap}; set cp to 1")
         out_BNSD = ring_attention(query, key, value, context.ring, scaling, window, causal=True)
         return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
     mask = None if window is None else _window_mask(seq_len, window, query.device)
+    if softcap is not None:
+        capped = capped_attention(query, key, value, mask, softcap, scaling, dropout)
+        return collect_heads(capped.transpose(1, 2), context.ulysses).contiguous(), None
     out_BNSD = F.scaled_dot_product_attention(
         query,
         key,

@@ -35,7 +35,7 @@ def check_fp8(model: PreTrainedModel, family: Family, device: torch.device, prec
             f"fp8 needs devices of compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or above (Ada, Hopper and "
             f"later), got {name}; leave it out"
         )
-    layer = model.get_submodule(f"{family.decoder}.{family.layers}.0")
+    layer = model.get_submodule(f"{family.layers}.0")
     if not any(isinstance(module, nn.Linear) for module in layer.modules()):
         raise ConfigError(f"fp8 takes layers with torch's linears, and {type(layer).__name__} has none; leave it out")
 

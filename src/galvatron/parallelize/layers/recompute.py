@@ -11,7 +11,7 @@ Every level runs more again than the one before it, and keeps less beside the la
 None repeats the layer's last product: nothing in the layer needs its output.  Under tensor parallelism a row-cut
 product is whole and partial: what is kept of it is the ranks' sum, by all levels but ``full``, since it took a message.
 
-A layer calls its linears in the order of its family's record, so that their place tells them apart: eagerly, and in a
+A layer calls its linears in the order of its family's regions, so that their place tells them apart: eagerly, and in a
 compiled graph, where their modules are no more.
 """
 
@@ -54,7 +54,7 @@ def recompute_in_backward(layer: nn.Module, family: Family, tp: AxisGroup, recom
         return
     again = partial(checkpoint, use_reentrant=False)
     if recompute != "full":
-        linears = tuple((len(region.columns), len(region.rows)) for region in family.regions)
+        linears = tuple((len(region.columns), 1) for region in family.regions)
         again = partial(again, context_fn=partial(_contexts, kept(recompute, linears, summed=tp.size > 1)))
     wrap_forward(layer, again)
 
@@ -71,7 +71,7 @@ def kept(recompute: Recompute, linears: tuple[tuple[int, int], ...], *, summed: 
         elif recompute != "linears":
             products.update(range(product + columns, product + columns + rows))
         product, row = product + columns + rows, row + rows
-    if recompute == "selective":  # of the last region, the MLP; nothing needs its output
+    if recompute == "selective" and linears:  # of the last region, the MLP; nothing needs its output
         products.update(range(product, product + linears[-1][0]))
     return Kept(frozenset(products), frozenset(sums))
 

@@ -8,21 +8,29 @@ parameters are replaced by shards and ``forward`` is replaced on the instance.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ParameterSpec, UnitSpec
-from galvatron.internals import multiplies_in_float8
+from galvatron.internals import call_attention, called_attention, multiplies_in_float8
 from galvatron.models import Family
 
 from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence
+from .forward import wrap_forward
 from .later import Tap, product, tapped
+from .wide_norms import wide_norm_forward
+
+HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "split_size")
+KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads")
+"""Attributes of attention modules, or of their configs, that count heads (GPT-2's ``split_size`` their width)."""
 
 
 def cut_layer(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -> None:
@@ -31,23 +39,46 @@ def cut_layer(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -
         return
     shrink(layer, unit.parameters, tp)
     for region in family.regions:
-        module = layer.get_submodule(region.module)
-        module.forward = _gathered(module.forward, tp)
-        for attribute in region.local_sizes:
-            setattr(module, attribute, getattr(module, attribute) // tp.size)
         for name in region.columns:
-            _keep_own_outputs(module.get_submodule(name), _weight(unit, f"{region.module}.{name}"), tp)
-        for name in region.rows:
-            linear = module.get_submodule(name)
-            linear.forward = _row_forward(linear, tp)
+            _keep_own_outputs(layer.get_submodule(name), _weight(unit, name), tp)
+        for name in region.wide_norms:
+            norm = layer.get_submodule(name)
+            norm.forward = wide_norm_forward(norm, tp)
+        rows = _Rows()
+        if region.flat:
+            wrap_forward(layer, rows.noting)
+        for name in region.entries:
+            module = layer.get_submodule(name)
+            if region.row_blocks == "heads":
+                _count_own_heads(module, tp)
+            module.forward = _gathered(module.forward, tp, rows if region.flat else None)
+        linear = layer.get_submodule(region.row)
+        linear.forward = _row_forward(linear, tp, flat=region.flat)
+
+
+def _count_own_heads(attention: nn.Module, tp: AxisGroup) -> None:
+    """Let attributes and a config of the module's own count this rank's heads."""
+    for module in attention.modules():
+        counted: list[Any] = [module]
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            module.config = copy.deepcopy(config)  # type: ignore[assignment]
+            called = called_attention(config)
+            if called is not None:
+                call_attention(module.config, called)  # type: ignore[arg-type]
+            counted.append(module.config)
+        for holder, name in itertools.product(counted, (*HEAD_COUNTS, *KV_HEAD_COUNTS)):
+            value = getattr(holder, name, None)
+            if isinstance(value, int):
+                setattr(holder, name, value // tp.size if name in HEAD_COUNTS else max(value // tp.size, 1))
 
 
 def tap_linears(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -> tuple[Tap, ...]:
     """Give the trained linears of ``layer`` taps (``layers.later``); before it is cut."""
     taps = []
     for region in family.regions:
-        for name in (*region.columns, *region.rows):
-            linear, parameter = layer.get_submodule(f"{region.module}.{name}"), _weight(unit, f"{region.module}.{name}")
+        for name in (*region.columns, region.row):
+            linear, parameter = layer.get_submodule(name), _weight(unit, name)
             if parameter.trainable:
                 _check_replaceable(linear, nn.Linear, Conv1D)
                 tapped(linear)
@@ -57,27 +88,36 @@ def tap_linears(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup)
 
 
 def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> None:
-    """Cut an embedding along the vocabulary: ids [B, S] → hidden [B, S/tp, H]; the padding row gets no gradient."""
+    """Cut an embedding along the vocabulary: ids [B, S] → hidden [B, S/tp, H]; the padding row gets no gradient.
+
+    What else its own forward does to the looked-up rows (a scale) it does to this rank's.
+    """
     if tp.size == 1:
         return
-    _check_replaceable(embedding, nn.Embedding)
     embedding.weight = _shrunk(embedding.weight, parameter, tp)
     start, stop = vocabulary_range(parameter, tp)
     padding: Any = embedding.padding_idx
     own_padding = padding - start if padding is not None and start <= padding < stop else None
+    embedding.padding_idx = own_padding  # type: ignore[assignment]
+    look_up = embedding.forward
 
     def forward(ids_BS: Tensor) -> Tensor:
         own = (ids_BS >= start) & (ids_BS < stop)
-        partial = F.embedding(torch.where(own, ids_BS - start, 0), embedding.weight, own_padding)  # type: ignore[arg-type]
+        partial = look_up(torch.where(own, ids_BS - start, 0))
         return reduce_scatter_sequence(partial * own.unsqueeze(-1), tp)
 
     embedding.forward = forward
 
 
 def cut_positions(embedding: nn.Module, spans: tuple[range, ...]) -> None:
-    """Let a position embedding look up this rank's spans of the ids [1, S] that it is given."""
-    lookup = embedding.forward
-    embedding.forward = lambda ids_BS: lookup(of_spans(ids_BS, spans))
+    """Let a position embedding look up this rank's spans of the positions [1, S] that it is given."""
+
+    def own(whole: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not kwargs:
+            return whole(of_spans(args[0], spans))
+        return of_spans(whole(*args, **kwargs).transpose(1, 2), spans).transpose(1, 2)  # [1, S, H]
+
+    wrap_forward(embedding, own)
 
 
 def shrink(module: nn.Module, parameters: tuple[ParameterSpec, ...], tp: AxisGroup) -> None:
@@ -115,13 +155,27 @@ def _weight(unit: UnitSpec, linear: str) -> ParameterSpec:
     return next(p for p in unit.parameters if p.name == f"{linear}.weight")
 
 
-def _gathered(forward: Callable[..., Any], tp: AxisGroup) -> Callable[..., Any]:
+class _Rows:
+    """How many rows the batch has that a layer is running, for the parts of it that see tokens in one dim."""
+
+    number = 1
+
+    def noting(self, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Note the rows, then run."""
+        self.number = hidden.shape[0]
+        return forward(hidden, *args, **kwargs)
+
+
+def _gathered(forward: Callable[..., Any], tp: AxisGroup, rows: _Rows | None) -> Callable[..., Any]:
     """``forward`` with its hidden states (first argument, or ``hidden_states``) gathered along the sequence."""
+
+    def whole(hidden: Tensor) -> Tensor:
+        return gather_sequence(hidden if rows is None else hidden.unflatten(0, (rows.number, -1)), tp)
 
     def gathered(*args: Any, **kwargs: Any) -> Any:
         if args:
-            return forward(gather_sequence(args[0], tp), *args[1:], **kwargs)
-        return forward(**{**kwargs, "hidden_states": gather_sequence(kwargs["hidden_states"], tp)})
+            return forward(whole(args[0]), *args[1:], **kwargs)
+        return forward(**{**kwargs, "hidden_states": whole(kwargs["hidden_states"])})
 
     return gathered
 
@@ -154,12 +208,13 @@ def _own_block(parameter: ParameterSpec, tp: AxisGroup) -> tuple[int, int]:
     return tp.rank * parameter.cut.blocks // tp.size * width, width
 
 
-def _row_forward(linear: nn.Module, tp: AxisGroup) -> Callable[[Tensor], Tensor]:
+def _row_forward(linear: nn.Module, tp: AxisGroup, *, flat: bool) -> Callable[[Tensor], Tensor]:
     """Forward of a row-cut linear: partial product, reduce-scatter along the sequence, then the bias."""
     _check_replaceable(linear, nn.Linear, Conv1D)
 
     def forward(x: Tensor) -> Tensor:
         out = reduce_scatter_sequence(product(linear, x, linear.weight), tp)  # type: ignore[arg-type]
+        out = out.flatten(0, 1) if flat else out
         return out if linear.bias is None else out + linear.bias  # type: ignore[operator]
 
     return forward

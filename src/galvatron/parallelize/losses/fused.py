@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from galvatron.core.family import Logits
 from galvatron.core.model import ParameterSpec
 
 from ..layers.later import add_product
 from ..layers.tensor_parallel import vocabulary_range
-from ..processes.collectives import AxisGroup
+from ..processes.collectives import AxisGroup, all_reduce_
 from ..sharding.unsharded import GradientSlot, gradient_slot
 
 IGNORED = -100
@@ -48,8 +50,22 @@ class LossTerms:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
+    def logits(self, projected: Tensor) -> Tensor:
+        """The model's logits, of any shape, from what its projection gives."""
+        scaled = projected if self.logit_scale == 1.0 else projected * self.logit_scale
+        return scaled if self.soft_cap is None else torch.tanh(scaled / self.soft_cap) * self.soft_cap
+
 
 PLAIN = LossTerms()
+
+
+def logit_terms(logits: Logits, config: PretrainedConfig) -> LossTerms:
+    """How the model of ``config`` makes logits of what its head gives; all else is plain."""
+    scale = getattr(config, logits.scale_by) if logits.scale_by else 1.0
+    divisor = getattr(config, logits.divide_by) if logits.divide_by else 1.0
+    return LossTerms(
+        logit_scale=scale / divisor, soft_cap=getattr(config, logits.soft_cap) if logits.soft_cap else None
+    )
 
 
 def chunk_tokens(vocabulary_rows: int, dtype: torch.dtype) -> int:
@@ -287,14 +303,14 @@ def _loss_of_block(z_CV: Tensor, slope: Tensor | float, labels_C: Tensor, job: _
     """The summed loss (unscaled) of final logits, which are overwritten: by the scaled gradient of the projection."""
     terms, counted = job.terms, labels_C != IGNORED
     peak = z_CV.amax(dim=-1)
-    _all_reduce(peak, dist.ReduceOp.MAX, job.tp)
+    all_reduce_(peak, dist.ReduceOp.MAX, job.tp)
     z_CV -= peak.unsqueeze(-1)
     own = (labels_C >= job.start) & (labels_C < job.start + z_CV.shape[-1])
     index = torch.where(own, labels_C - job.start, 0).unsqueeze(-1)
     target = torch.where(own, z_CV.gather(-1, index).squeeze(-1), 0.0)
     spread = z_CV.sum(dim=-1) if terms.label_smoothing else torch.zeros_like(peak)
     sums = torch.stack([z_CV.exp_().sum(dim=-1), target, spread])
-    _all_reduce(sums, dist.ReduceOp.SUM, job.tp)
+    all_reduce_(sums, dist.ReduceOp.SUM, job.tp)
     log_sum = sums[0].log()
     on_label, on_each = 1.0 - terms.label_smoothing, terms.label_smoothing / job.vocabulary_size
     losses = log_sum - on_label * sums[1] - on_each * sums[2] + terms.z_loss * (log_sum + peak).square()
@@ -308,8 +324,3 @@ def _loss_of_block(z_CV: Tensor, slope: Tensor | float, labels_C: Tensor, job: _
         if isinstance(slope, Tensor) or slope != 1.0:
             z_CV *= slope
     return torch.where(counted, losses, 0.0).sum()
-
-
-def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, tp: AxisGroup) -> None:
-    if tp.group is not None:
-        dist.all_reduce(x, op=op, group=tp.group)

@@ -7,6 +7,7 @@ its layers is undone there.  Hidden states are [B/dp, S/sp, H] chunks throughout
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from galvatron.models import Family
 
 from ..layers.forward import wrap_forward
 from ..layers.later import Later
-from ..losses.fused import PLAIN, EarlyGradient, LossTerms
+from ..losses.fused import PLAIN, EarlyGradient, LossTerms, logit_terms
 from ..losses.own import LossFunction, own_loss_share
 from ..processes.collectives import ALONE, AxisGroup, gather_sequence
 from .passes import Inbox
@@ -34,7 +35,7 @@ class PassedLayer(nn.Module):
 class NoPositions(nn.Module):
     """Stands where the first stage has learnt positions: a zero that broadcasts."""
 
-    def forward(self, ids_BS: Tensor) -> Tensor:
+    def forward(self, ids_BS: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return a scalar zero."""
         return torch.zeros((), device=ids_BS.device)
 
@@ -49,28 +50,35 @@ class Stage(nn.Module):
         self.layers, self.is_first, self.is_last = layers, is_first, is_last
         self.head_tp: AxisGroup = ALONE
         self.early_gradient = EarlyGradient()  # of the head's weight
+        self.logit_terms = logit_terms(family.logits, model.config)
         self.later: Later | None = None  # weight passes
         self.position_spans: tuple[range, ...] = ()  # of the positions that ``forward`` is told of
-        chain = self.decoder.get_submodule(family.layers)
+        chain = model.get_submodule(family.layers)
         assert isinstance(chain, nn.ModuleList)
         for index in range(len(chain)):
             if index not in layers:
                 chain[index] = PassedLayer()
         if not is_first:
-            self.decoder.set_submodule(family.embedding, PassedLayer())
-            if family.position_embedding:
-                self.decoder.set_submodule(family.position_embedding, NoPositions())
+            model.set_submodule(family.embedding, PassedLayer())
+            for name in family.before:
+                looks_up = isinstance(model.get_submodule(name), nn.Embedding)
+                model.set_submodule(name, NoPositions() if looks_up else PassedLayer())
         if not is_last:
-            self.decoder.set_submodule(family.norm, PassedLayer())
+            model.set_submodule(family.norm, PassedLayer())
             model.set_submodule(family.head, PassedLayer())
         self._output: Tensor | None = None
         self._received: Tensor | Inbox | None = None
-        self.decoder.get_submodule(family.norm).register_forward_hook(self._keep_output)
+        model.get_submodule(family.norm).register_forward_hook(self._keep_output)
 
     @property
     def decoder(self) -> nn.Module:
         """The model without its head."""
         return self.model.get_submodule(self.family.decoder)
+
+    def position_tables(self) -> list[nn.Embedding]:
+        """The embeddings of positions that this stage has."""
+        found = map(self.model.get_submodule, self.family.before)
+        return [module for module in found if isinstance(module, nn.Embedding)]
 
     def receive_in(self, module: nn.Module) -> None:
         """Let the first own module begin with what the previous stage sent.
@@ -108,7 +116,7 @@ class Stage(nn.Module):
             The hidden chunk for the next stage, or this rank's share of the loss (float32 scalar).
         """
         if self.is_first:
-            hidden = self.decoder.get_submodule(self.family.embedding)(tokens)
+            hidden = self.model.get_submodule(self.family.embedding)(tokens)
         else:
             # what the family's forward sees before the first own module has the same shape and no memory
             self._received, hidden = tokens, tokens.new_zeros(()).expand(tokens.shape)
@@ -120,9 +128,10 @@ class Stage(nn.Module):
         assert labels is not None
         head, whole = self.model.get_submodule(self.family.head), gather_sequence(hidden, self.head_tp)
         if loss_fn is not None:
-            logits, vocabulary_size = head(whole).flatten(0, 1), self.model.config.vocab_size
+            logits, vocabulary_size = self.logit_terms.logits(head(whole)).flatten(0, 1), self.model.config.vocab_size
             return own_loss_share(loss_fn, logits, labels.flatten(), vocabulary_size, weight, self.head_tp)
-        share: Tensor = head(whole, labels, weight, terms)
+        made = replace(terms, logit_scale=self.logit_terms.logit_scale, soft_cap=self.logit_terms.soft_cap)
+        share: Tensor = head(whole, labels, weight, made)
         return share
 
     def _keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:

@@ -19,21 +19,24 @@ from torch import Tensor
 
 from galvatron.internals import all_gather, all_to_all, reduce_scatter
 
+from .lockstep import Lockstep
+
 
 @dataclass(frozen=True)
 class AxisGroup:
     """The ranks along a product of axes.
 
     Attributes:
-        group: their process group.  None with ``size`` > 1 is a stand-in that moves nothing: gathering repeats
-            this rank's chunk and scattering keeps one, which is what measuring compute alone needs.
+        group: their process group, or threads of this process.  None with ``size`` > 1 is a stand-in that moves
+            nothing: gathering repeats this rank's chunk and scattering keeps one, which is what measuring compute
+            alone needs.
         sizes: axis sizes, innermost first.
         rank: this rank's index in the group.
         pieces: in how many runs coarser axes, which are gathered, have cut what the group holds together.
         folded: whether the sequence is.
     """
 
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup | Lockstep | None
     sizes: tuple[int, ...]
     rank: int
     pieces: int = 1
@@ -67,6 +70,20 @@ def batch_to_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
 def sequence_to_batch(x_BS: Tensor, axes: AxisGroup) -> Tensor:
     """[k·B, S/k, ...] → [B, S, ...]: the inverse, and the adjoint, of ``batch_to_sequence``."""
     return x_BS if axes.size == 1 else _SequenceToBatch.apply(x_BS, axes)
+
+
+def sum_of_ranks(x: Tensor, axes: AxisGroup) -> Tensor:
+    """[...] → [...]: the sum over ranks, on each of them; backward sums too."""
+    return x if axes.size == 1 else _Sum.apply(x, axes)
+
+
+def all_reduce_(x: Tensor, op: dist.ReduceOp.RedOpType, axes: AxisGroup) -> None:
+    """Sum, or whatever ``op`` is, over ranks in place; without a gradient."""
+    if isinstance(axes.group, Lockstep):
+        every = axes.group.all_gather(x, axes.rank)
+        x.copy_(every.sum(dim=0) if op == dist.ReduceOp.SUM else every.amax(dim=0))
+    elif axes.group is not None:
+        dist.all_reduce(x, op=op, group=axes.group)
 
 
 def exchange(x_k: Tensor, axes: AxisGroup) -> Tensor:
@@ -118,6 +135,17 @@ class _SequenceToBatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _exchange(split(grad, ctx.axes), ctx.axes).flatten(0, 1), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
+        ctx.axes = axes
+        return _all_gather(x, axes).sum(dim=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(grad, ctx.axes).sum(dim=0), None
 
 
 class _Exchange(torch.autograd.Function):
@@ -173,6 +201,8 @@ def _all_gather(x: Tensor, axes: AxisGroup) -> Tensor:
     """[...] → [k, ...]."""
     if axes.group is None:
         return x.expand(axes.size, *x.shape).contiguous()
+    if isinstance(axes.group, Lockstep):
+        return axes.group.all_gather(x, axes.rank)
     return all_gather(x.contiguous().view(-1), axes.group).view(axes.size, *x.shape)
 
 
@@ -180,6 +210,8 @@ def _reduce_scatter(x_k: Tensor, axes: AxisGroup) -> Tensor:
     """[k, ...] → [...]: entry ``rank`` summed over the ranks; no view, on which FSDP2's hooks could get lost."""
     if axes.group is None:
         return torch.select_copy(x_k, 0, axes.rank)  # not a clone: recompute tells what stands for a sum by it
+    if isinstance(axes.group, Lockstep):
+        return axes.group.all_gather(x_k, axes.rank)[:, axes.rank].sum(dim=0)
     return reduce_scatter(x_k.flatten(0, 1), axes.group)
 
 
@@ -188,4 +220,6 @@ def _exchange(x_k: Tensor, axes: AxisGroup) -> Tensor:
     x_k = x_k.contiguous()
     if axes.group is None:
         return x_k.clone()
+    if isinstance(axes.group, Lockstep):
+        return axes.group.all_gather(x_k, axes.rank)[:, axes.rank]
     return all_to_all(x_k, axes.group)

@@ -1,0 +1,117 @@
+"""What a type of model is made of: Family, by the names of its modules.
+
+A family is found by recognition (``galvatron.models``), proved by gradients (``galvatron.parallelize.proof``) and kept
+as data.  It holds for every size: counts are named (``heads``), never given.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, StrictBool
+
+from .records import FileRecord, Record
+
+Blocks = Literal["heads", "kv_heads", "ffn"]
+"""What the blocks of a cut are: see ``core.model.Cut``."""
+
+
+class Region(Record):
+    """A part of a layer that needs whole sequences: it gathers its input and scatters its output; paths in the layer.
+
+    Attributes:
+        entries: modules whose first argument is gathered.
+        columns: linears cut along their output, with the blocks of every segment.
+        row: the linear cut along its input, whose output is reduce-scattered, and what it is cut by.
+        wide_norms: norms over the whole width of a column, which need the squares of all ranks, with their blocks.
+        by_head: modules whose parameters have an entry a head, with their blocks.
+        flat: the entries see tokens in one dim, [B x S, H].
+    """
+
+    entries: tuple[str, ...] = Field(min_length=1)
+    columns: dict[str, tuple[Blocks, ...]]
+    row: str
+    row_blocks: Blocks
+    wide_norms: dict[str, Blocks] = Field(default_factory=dict)
+    by_head: dict[str, Blocks] = Field(default_factory=dict)
+    flat: StrictBool = False
+
+
+class Logits(Record):
+    """What is done to the head's output: scaled, then capped; by keys of the configuration."""
+
+    scale_by: str | None = None
+    divide_by: str | None = None
+    soft_cap: str | None = None
+
+
+class Family(Record):
+    """Where a type keeps its units; paths in the model, and in a layer for regions.
+
+    Attributes:
+        decoder: the module that runs the layers when it is given ``inputs_embeds``.
+        before: what has parameters and runs between the embedding and the layers: positions, norms.
+        regions: in the order of the forward pass.  None where tensor parallelism was not proved: ``problem`` says why.
+        asks_for_attention: whether layers call the attention they are told to; if not they take masks as tensors.
+    """
+
+    model_type: str
+    decoder: str
+    layers: str
+    embedding: str
+    before: tuple[str, ...] = ()
+    norm: str
+    head: str
+    regions: tuple[Region, ...] = ()
+    logits: Logits = Logits()
+    asks_for_attention: StrictBool = True
+    problem: str | None = None
+
+
+class Shape(Record):
+    """A ParameterSpec whose numbers are formulas (``core.formulas``); it exists where the flags of ``when`` are so."""
+
+    name: str
+    shape: tuple[str, ...]
+    dim: int | None = None
+    segments: tuple[str, ...] = ()
+    uneven: Literal["refuse", "whole", "ceil"] = "refuse"
+    experts: StrictBool = False
+    when: dict[str, bool] = Field(default_factory=dict)
+
+
+class KnownFamily(FileRecord):
+    """A family as data: recognised, proved, and described for every size without its code.
+
+    Attributes:
+        proved: the structures (``models.structure_key``) whose gradients were proved, in words.
+        transformers: the version they were proved with.
+        names: what the config file calls a size, where that is another name.
+        defaults: what the type takes for a key that a file leaves out: a number, a flag, or a formula.
+        fixed: values under which the shapes hold.
+        sizes: those of ``LayerKind`` and ``ModelSpec``.
+    """
+
+    FORMAT: ClassVar[str] = "galvatron.family"
+
+    family: Family
+    transformers: str
+    proved: dict[str, str]
+    names: dict[str, str] = Field(default_factory=dict)
+    defaults: dict[str, bool | int | str] = Field(default_factory=dict)
+    fixed: dict[str, bool | int | list[int]] = Field(default_factory=dict)
+    sizes: dict[str, str]
+    embedding: tuple[Shape, ...]
+    layer: tuple[Shape, ...]
+    head: tuple[Shape, ...]
+
+
+FOLDER = Path(__file__).parent / "families"
+
+
+@cache
+def known_families() -> dict[str, KnownFamily]:
+    """The families that ship, by type."""
+    return {path.stem: KnownFamily.load(path) for path in sorted(FOLDER.glob("*.json"))}

@@ -1,0 +1,16 @@
+"""Sizes as formulas of a configuration's keys: ``num_attention_heads*head_dim+2*num_key_value_heads*head_dim``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def value(formula: str, size_of: Callable[[str], int]) -> int:
+    """A sum of products of whole numbers and of the sizes that ``size_of`` knows by name."""
+    total = 0
+    for term in formula.split("+"):
+        product = 1
+        for factor in term.split("*"):
+            product *= int(factor) if factor.isdigit() else size_of(factor)
+        total += product
+    return total

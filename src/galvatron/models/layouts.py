@@ -1,0 +1,195 @@
+"""How the linears of a layer can be cut: which is a column, which a row, and in what order heads lie in a column.
+
+Takes the calls of one layer in one forward pass, with their autograd graph; gives regions.  A linear that another
+column or attention feeds is a row; what feeds a row is a column.  An output of a column belongs to the heads of the
+row's inputs that its value reaches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from galvatron.core.family import Blocks, Region
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module: its name, its first argument and (first) output."""
+
+    name: str
+    module: nn.Module
+    argument: Tensor
+    output: Tensor
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it multiplies by a matrix."""
+        return isinstance(self.module, (nn.Linear, Conv1D))
+
+
+@dataclass(frozen=True)
+class _Feeds:
+    """What a tensor is made from: linears of the layer, and whether attention lies between."""
+
+    linears: tuple[Call, ...]
+    attends: bool
+
+
+def regions_of(calls: list[Call], entering: Tensor, prefix: str, heads: int) -> tuple[Region, ...]:
+    """The regions of a layer; () where some linear fits no rule."""
+    linears = [call for call in calls if call.is_linear]
+    feeds = {call.name: _feeds(call.argument, linears, entering) for call in linears}
+    rows, columns = [], set()
+    for call in linears:
+        made_from = feeds[call.name]
+        if made_from.attends or any(other.name in columns for other in made_from.linears):
+            rows.append(call)
+        else:
+            columns.add(call.name)
+    found = []
+    for row in rows:
+        own = [call for call in feeds[row.name].linears if call.name in columns]
+        region = _region(row, own, calls, prefix, heads if feeds[row.name].attends else None)
+        if region is None:
+            return ()
+        found.append(region)
+    used = {prefix + name for region in found for name in (*region.columns, region.row)}
+    return tuple(found) if used == {call.name for call in linears} else ()
+
+
+def _feeds(tensor: Tensor, linears: list[Call], entering: Tensor) -> _Feeds:
+    """Walk the graph of ``tensor`` back to the outputs of linears."""
+    ends = {call.output.grad_fn: call for call in linears}
+    seen, waiting, found, attends = {entering.grad_fn}, [tensor.grad_fn], [], False
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in ends:
+            found.append(ends[node])
+            continue
+        attends = attends or "Softmax" in node.name()
+        waiting += [following for following, _ in node.next_functions]
+    return _Feeds(tuple(call for call in linears if call in found), attends)
+
+
+def _region(row: Call, columns: list[Call], calls: list[Call], prefix: str, heads: int | None) -> Region | None:
+    norms = {call.name: (call, column) for call in calls for column in columns if _is_wide_norm(call, column)}
+    reached = {}
+    for column in columns:
+        end = next((call for call, of in norms.values() if of is column), column)
+        reached[column.name] = end.output
+    touches = _influence(row.argument, list(reached.values()))
+    layouts = {}
+    for column, touched in zip(columns, touches, strict=True):
+        layout = _layout(touched, heads)
+        if layout is None:
+            return None
+        layouts[column.name] = layout
+    entries, flat = _entries(row, columns, calls, prefix)
+    strip = len(prefix)
+    return Region(
+        entries=tuple(name[strip:] for name in entries),
+        columns={name[strip:]: layout for name, layout in layouts.items()},
+        row=row.name[strip:],
+        row_blocks="ffn" if heads is None else "heads",
+        wide_norms={name[strip:]: layouts[column.name][0] for name, (_, column) in norms.items()},
+        by_head={call.name[strip:]: layouts[of.name][0] for call in calls for of in _heads_of(call, columns)},
+        flat=flat,
+    )
+
+
+def _heads_of(call: Call, columns: list[Call]) -> list[Call]:
+    """The column whose outputs enter a module that has parameters of its own for every head; [] if it is none."""
+    weight = getattr(call.module, "weight", None)
+    if (
+        call.is_linear
+        or not isinstance(weight, Tensor)
+        or weight.dim() != 2
+        or call.argument.shape[-2:] != weight.shape
+    ):
+        return []
+    return list(_feeds(call.argument, columns, call.argument.new_empty(0)).linears)
+
+
+def _is_wide_norm(call: Call, column: Call) -> bool:
+    """A norm that the whole output of a column enters."""
+    weight = getattr(call.module, "weight", None)
+    if call.is_linear or not isinstance(weight, Tensor) or isinstance(call.module, nn.Embedding):
+        return False
+    return weight.shape == column.output.shape[-1:] and _comes_from(call.argument, column.output)
+
+
+def _comes_from(tensor: Tensor, source: Tensor) -> bool:
+    return tensor is source or tensor.grad_fn is source.grad_fn
+
+
+def _influence(inputs: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    """For every tensor of ``outputs``: [last dim of ``inputs``, its own last dim], whether it reaches them."""
+    rows: list[list[Tensor]] = [[] for _ in outputs]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(inputs.shape[:-1], generator=generator)
+    for index in range(inputs.shape[-1]):
+        gradients = torch.autograd.grad(
+            (inputs[..., index] * noise).sum(), outputs, retain_graph=True, allow_unused=True
+        )
+        for kept, gradient, output in zip(rows, gradients, outputs, strict=True):
+            found = torch.zeros_like(output) if gradient is None else gradient
+            kept.append(found.flatten(0, -2).abs().amax(dim=0) > 0)
+    return [torch.stack(kept) for kept in rows]
+
+
+def _layout(touched: Tensor, heads: int | None) -> tuple[Blocks, ...] | None:
+    """The blocks of every segment of a column, from what its outputs touch; None where they lie in no such order."""
+    if heads is None:
+        return _segments(touched, {touched.shape[0]: "ffn"})
+    by_head = touched.unflatten(0, (heads, -1)).any(dim=1)
+    fine = _segments(by_head, {heads: "heads", heads // 2: "kv_heads"})
+    return fine or _segments(by_head.unflatten(0, (heads // 2, 2)).any(dim=1), {heads // 2: "kv_heads"})
+
+
+def _segments(touched: Tensor, names: dict[int, Blocks]) -> tuple[Blocks, ...] | None:
+    """``touched``: [blocks of the row, outputs].  Outputs that touch equal blocks are a block; a segment ends where the
+    next block touches earlier ones."""
+    owners = [tuple(column.nonzero().flatten().tolist()) for column in touched.t()]
+    if any(not owner or owner != tuple(range(owner[0], owner[-1] + 1)) for owner in owners):
+        return None
+    runs = [(owner, len(list(members))) for owner, members in itertools.groupby(owners)]
+    segments: list[list[tuple[tuple[int, ...], int]]] = []
+    for run in runs:
+        if not segments or run[0][0] <= segments[-1][-1][0][0]:
+            segments.append([])
+        segments[-1].append(run)
+    if len({length for _, length in runs}) != 1:
+        return None
+    found = []
+    for segment in segments:
+        count, total = len(segment), touched.shape[0]
+        share = [tuple(range(i * total // count, (i + 1) * total // count)) for i in range(count)]
+        if count not in names or [owner for owner, _ in segment] != share:
+            return None
+        found.append(names[count])
+    return tuple(found)
+
+
+def _entries(row: Call, columns: list[Call], calls: list[Call], prefix: str) -> tuple[list[str], bool]:
+    """Where the sequence is gathered: the smallest module around the columns that the layer hands hidden states to."""
+    around = _common([call.name for call in columns], prefix)
+    if len(columns) == 1:  # a module around column and row views its input's shape
+        around = _common([columns[0].name, row.name], prefix) or columns[0].name
+    named = {call.name: call for call in calls}
+    entries = [around] if around in named else [call.name for call in columns]
+    return entries, all(named[name].argument.dim() == 2 for name in entries)
+
+
+def _common(names: list[str], prefix: str) -> str:
+    """The path of the innermost module around ``names`` within the layer; '' for the layer itself."""
+    parts = [name[len(prefix) :].split(".")[:-1] for name in names]
+    shared = [steps[0] for steps in zip(*parts, strict=False) if len(set(steps)) == 1]
+    return prefix + ".".join(shared) if shared else ""

@@ -1,0 +1,132 @@
+"""A tiny random twin: a model of the same structure as a config describes, a few thousand parameters large.
+
+Takes a config; gives a config with other sizes, and float32 models on the CPU whose every parameter is random.  What
+decides the structure stays as it is (flags, activations, kinds of layers, numbers that are no sizes).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from galvatron.internals import call_attention
+
+HEADS, HEAD_DIM, LAYERS, FFN, WORDS, SEQ_LEN = 4, 16, 4, 56, 97, 16
+SIZES: dict[str, int] = {
+    "hidden_size": HEADS * HEAD_DIM,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 4 * SEQ_LEN,
+    "intermediate_size": FFN,
+    "ffn_dim": FFN,
+    "n_inner": FFN,
+    "ffn_hidden_size": FFN,
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": HEAD_DIM,
+    "word_embed_proj_dim": HEADS * HEAD_DIM,
+    "sliding_window": 5,
+}
+KV_KEYS = ("num_key_value_heads", "num_kv_heads")
+EXPERT_KEYS = ("num_local_experts", "num_experts")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+HOUSEKEEPING = (
+    *SPECIAL,
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "problem_type",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "initializer_range",
+    "_name_or_path",
+)
+"""Keys of a config that change nothing in a layer."""
+NOISE = 0.2
+
+
+def twin_config(config: PretrainedConfig, kv_heads: int = 2) -> PretrainedConfig:
+    """The same structure in other sizes, without dropout; ``kv_heads``: heads of keys and values, if they count."""
+    twin = copy.deepcopy(config)
+    given = {**twin.attribute_map, **{key: key for key in twin.to_dict()}}
+    for name, size in SIZES.items():
+        if name in given and _is_size(getattr(twin, name, None)):
+            setattr(twin, name, size)
+    for name in KV_KEYS:
+        if name in given and _is_size(getattr(twin, name, None)):
+            setattr(twin, name, kv_heads)
+    for name in SPECIAL:
+        if getattr(twin, name, None) is not None:
+            setattr(twin, name, 1)
+    for index, (name, value) in enumerate(twin.to_dict().items()):
+        if isinstance(value, float) and "drop" in name:
+            setattr(twin, name, 0.0)
+        elif value == 1 and not isinstance(value, bool) and ("scal" in name or "multiplier" in name):
+            setattr(twin, name, 0.25 + index / 256)  # a factor of one would hide
+        elif isinstance(value, list) and len(value) == config.num_hidden_layers > 1:
+            kinds = list(dict.fromkeys(value))
+            setattr(twin, name, [kinds[i % len(kinds)] for i in range(LAYERS)])
+        elif isinstance(value, dict) and name.startswith("rope"):
+            setattr(twin, name, _plain_rope(getattr(twin, name)))
+    return twin
+
+
+def twin_model(twin: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model of ``twin`` in training mode; at initial values a wrong cut hides, so all parameters are random."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(twin), dtype=torch.float32, attn_implementation="eager")
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=NOISE)
+    call_attention(model.config, "eager")
+    trained: PreTrainedModel = model.train()
+    return trained
+
+
+def structure_key(config: PretrainedConfig) -> str:
+    """What tells structures apart: the type and what is no plain number of its twin, lists by their kinds."""
+    given = twin_config(config).to_dict()
+    kept = {k: _kind(v) for k, v in given.items() if k not in HOUSEKEEPING and not k.startswith("rope")}
+    text = json.dumps({k: v for k, v in kept.items() if v is not None}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _kind(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return "number"
+    if isinstance(value, (list, tuple)):
+        return sorted({json.dumps(_kind(v) if isinstance(v, (float, dict, list)) else v, default=str) for v in value})
+    if isinstance(value, dict):
+        return {str(k): _kind(v) for k, v in value.items()}
+    return str(value)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _plain_rope(value: Any) -> Any:
+    """Rotary tables of the default kind: scaled ones have lists as long as a head, and are made outside the layers."""
+    if not isinstance(value, dict):
+        return value
+    if "rope_type" not in value:
+        return {name: _plain_rope(part) for name, part in value.items()}
+    kept = {name: part for name, part in value.items() if name in ("rope_theta", "partial_rotary_factor")}
+    return {"rope_type": "default", **kept}

@@ -1,0 +1,268 @@
+"""Does the runtime compute what an unknown type of model computes?  Gradients of a tiny twin decide.
+
+Takes a config; runs its twin whole, in two stages one after the other, and cut between two threads, by the modules that
+training uses, and compares losses and every gradient.  All parameters are random: at initial values a wrong cut moves
+outputs by a thousandth, and trains on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.family import known_families
+from galvatron.core.model import ModelSpec, ParameterSpec
+from galvatron.models import Family, family_of, spec_of, structure_key, twin_config, twin_model
+
+from .layers.attention import use_attention
+from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
+from .losses.fused import fuse_loss
+from .pipeline.stage import Stage
+from .processes.collectives import AxisGroup
+from .processes.lockstep import Lockstep
+from .state.pieces import box, pieces_of
+
+TOLERANCE = 1e-4
+"""Of a unit's largest gradient; what is right differs by 1e-6 of it, the smallest wrong found by 1e-2."""
+KV_HEADS = (2, 1)
+ROWS, SEQ_LEN, TP, CUT = 2, 16, 2, 2
+_proofs: dict[str, Proof] = {}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found wrong, a sentence each; None is right.
+
+    Attributes:
+        whole: of the model driven in stages: without it nothing runs.
+        tp: of layers that are cut.
+    """
+
+    whole: str | None = None
+    tp: str | None = None
+
+
+def prove(config: PretrainedConfig) -> Proof:
+    """Run the twins of ``config``, once a structure and process; takes a second or two."""
+    key = structure_key(config)
+    if key not in _proofs:
+        _proofs[key] = _proof(config, family_of(config))
+    return _proofs[key]
+
+
+def proved_structures(model_type: str) -> dict[str, str]:
+    """The structures of a type, its own config and one flag changed at a time, that are right; in words."""
+    config = AutoConfig.for_model(model_type)
+    found: dict[str, str] = {}
+    for name, usual in {"": None, **config.to_dict()}.items():
+        changed = copy.deepcopy(config)
+        if name:
+            if not isinstance(usual, bool):
+                continue
+            setattr(changed, name, not usual)
+        key = structure_key(changed)
+        try:
+            right = key in found or prove(changed) == Proof()
+        except ConfigError:
+            right = False
+        if right:
+            found.setdefault(key, f"{name}={str(not usual).lower()}" if name else "as the type's own config")
+    return found
+
+
+def is_known(config: PretrainedConfig) -> bool:
+    """Whether this structure was proved with this version of transformers, as the data that ship say."""
+    known = known_families().get(config.model_type)
+    return (
+        known is not None and known.transformers == transformers.__version__ and structure_key(config) in known.proved
+    )
+
+
+def _proof(config: PretrainedConfig, family: Family) -> Proof:
+    whole = tp = None
+    for kv_heads in KV_HEADS:
+        twin = twin_config(config, kv_heads)
+        truth = _Truth.of(twin)
+        whole = whole or truth.against(_in_stages, twin, family)
+        if not family.regions:
+            tp = "no rule fits its linears"
+        elif tp is None and _is_allowed(spec_of(twin_model(twin), family=family)):
+            tp = truth.against(_between_threads, twin, family)
+    return Proof(whole, tp)
+
+
+def _is_allowed(spec: ModelSpec) -> bool:
+    """Whether the rules let a plan cut layers between TP ranks."""
+    cuts = [parameter.cut for parameter in spec.layers[0].parameters if parameter.cut is not None]
+    return not any(cut.uneven == "refuse" and cut.blocks % TP for cut in cuts)
+
+
+Gradients = dict[str, Tensor]
+
+
+def _tokens() -> tuple[Tensor, Tensor]:
+    drawn = torch.randint(90, (ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1))
+    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """What the unmodified twin computes: its loss, and its gradients by name."""
+
+    loss: float
+    gradients: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(twin: PretrainedConfig) -> _Truth:
+        model, (ids, labels) = twin_model(twin), _tokens()
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return _Truth(loss.item(), found)
+
+    def against(self, run: object, twin: PretrainedConfig, family: Family) -> str | None:
+        """What differs in another way to run the twin, as a sentence."""
+        try:
+            loss, gradients = run(twin, family)  # type: ignore[operator]
+        except Exception as failure:  # of any kind: a foreign model runs there
+            lines = str(failure).strip().splitlines()
+            return f"it fails with {type(failure).__name__} ({lines[0][:200] if lines else 'no message'})"
+        if abs(loss - self.loss) > TOLERANCE * abs(self.loss):
+            return f"the loss is {loss:.6g}, not {self.loss:.6g}"
+        for name, wanted in self.gradients.items():
+            scale = max(float(g.abs().max()) for n, g in self.gradients.items() if _unit(n) == _unit(name))
+            error = float((gradients[name] - wanted).abs().max()) if name in gradients else float("inf")
+            if not error <= TOLERANCE * scale:
+                return f"the gradient of {name} is off by {error / max(scale, 1e-30):.2g} of its unit's largest"
+        return None
+
+
+def _unit(name: str) -> str:
+    """A layer by its index, the rest by itself: of one layer gradients are of one size."""
+    numbers = [i for i, part in enumerate(name.split(".")) if part.isdigit()]
+    return ".".join(name.split(".")[: numbers[0] + 1]) if numbers else name
+
+
+def _prepared(twin: PretrainedConfig, family: Family, layers: range, *, ends: tuple[bool, bool]) -> Stage:
+    model = twin_model(twin)
+    use_attention(model)
+    return Stage(model, family, layers, is_first=ends[0], is_last=ends[1]).train()
+
+
+def _in_stages(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients]:
+    """Two stages, cut between layers, one after the other in one graph."""
+    ids, labels = _tokens()
+    first = _prepared(twin, family, range(CUT), ends=(True, False))
+    last = _prepared(twin, family, range(CUT, twin.num_hidden_layers), ends=(False, True))
+    spec, alone = spec_of(twin_model(twin), family=family), AxisGroup(None, (), 0)
+    last.receive_in(last.model.get_submodule(f"{family.layers}.{CUT}"))
+    head = last.model.get_submodule(family.head)
+    fuse_loss(head, spec.head.parameters[-1], alone, last.early_gradient)
+    positions = torch.arange(SEQ_LEN).unsqueeze(0)
+    share = last(first(ids, positions), positions, labels, 1.0)
+    share.backward()
+    found: Gradients = {}
+    for stage in (first, last):
+        for name, parameter in stage.model.named_parameters():
+            _add(found, name, parameter.grad)
+    if spec.tied_embeddings:
+        _add(found, spec.embedding.parameters[0].name, found.pop(spec.head.parameters[-1].name, None))
+    return share.item(), found
+
+
+def _add(found: Gradients, name: str, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        found[name] = found[name] + gradient if name in found else gradient
+
+
+def _between_threads(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients]:
+    """All layers, cut between threads that meet at every collective."""
+    spec = spec_of(twin_model(twin), family=family)
+    values = dict(twin_model(twin).named_parameters())
+    ranks, found, loss = Lockstep(TP), Gradients(), 0.0
+    stages = [_cut_stage(twin, family, spec, AxisGroup(ranks, (TP,), rank), values) for rank in range(TP)]
+    ids, labels = _tokens()
+
+    def run(rank: int) -> float:
+        positions = torch.arange(SEQ_LEN).unsqueeze(0)
+        share = stages[rank](ids, positions, labels, 1.0)
+        share.backward()
+        return share.item()
+
+    loss = sum(ranks.run(run))
+    for rank, stage in enumerate(stages):
+        for name, parameter in _named(spec, family):
+            gradient = stage.model.get_parameter(name).grad
+            if gradient is not None:
+                _add(found, name, _spread(parameter, gradient, rank))
+    return loss, found
+
+
+def _named(spec: ModelSpec, family: Family) -> list[tuple[str, ParameterSpec]]:
+    """Every parameter of the model by its name, a tied one once."""
+    head = spec.head.parameters[:-1] if spec.tied_embeddings else spec.head.parameters
+    named = [(p.name, p) for p in (*spec.embedding.parameters, *head)]
+    for index, kind in enumerate(spec.kind_of_layers()):
+        named += [(f"{family.layers}.{index}.{p.name}", p) for p in kind.parameters]
+    return named
+
+
+def _cut_stage(
+    twin: PretrainedConfig, family: Family, spec: ModelSpec, tp: AxisGroup, values: Mapping[str, Tensor]
+) -> Stage:
+    """One rank's part of a whole twin, with its part of ``values``."""
+    stage = _prepared(twin, family, range(spec.num_layers), ends=(True, True))
+    model = stage.model
+    embedding, head = model.get_submodule(family.embedding), model.get_submodule(family.head)
+    cut_embedding(embedding, spec.embedding.parameters[0], tp)
+    for positions in stage.position_tables():
+        length = SEQ_LEN // tp.size
+        cut_positions(positions, (range(tp.rank * length, (tp.rank + 1) * length),))
+    for index, kind in enumerate(spec.kind_of_layers()):
+        cut_layer(model.get_submodule(f"{family.layers}.{index}"), family, kind, tp)
+    shrink(model, tuple(p for p in spec.head.parameters if p.cut is not None), tp)
+    if spec.tied_embeddings:
+        head.weight = embedding.weight
+    stage.head_tp = tp
+    fuse_loss(head, spec.head.parameters[-1], tp, stage.early_gradient)
+    with torch.no_grad():
+        for name, parameter in _named(spec, family):
+            local = model.get_parameter(name)
+            for piece in pieces_of(parameter, tp.size, tp.rank, 1, 0):
+                whole = box(values[name], piece.global_offset, piece.size)
+                box(local, piece.local_offset, piece.size).copy_(whole)
+    return stage
+
+
+def _spread(parameter: ParameterSpec, gradient: Tensor, rank: int) -> Tensor:
+    """A rank's gradient in its place of the whole parameter's."""
+    whole = gradient.new_zeros(parameter.shape)
+    for piece in pieces_of(parameter, TP, rank, 1, 0):
+        box(whole, piece.global_offset, piece.size).copy_(box(gradient, piece.local_offset, piece.size))
+    return whole
+
+
+def refuse_unproved(config: PretrainedConfig, *, uses_tp: bool) -> None:
+    """Raise ConfigError if a twin of ``config`` is not computed right, or not under tensor parallelism if used."""
+    if is_known(config):
+        return
+    proof = prove(config)
+    if proof.whole is not None:
+        raise ConfigError(
+            f"model_type={config.model_type!r} is not computed right by galvatron, as a tiny twin of it shows: "
+            f"{proof.whole}; train another model"
+        )
+    if uses_tp and proof.tp is not None:
+        raise ConfigError(
+            f"layers of model_type={config.model_type!r} are not cut right by tensor parallelism, as a tiny twin of it "
+            f"shows: {proof.tp}; use plans of tp 1"
+        )

@@ -1,0 +1,66 @@
+"""Unknown types are recognised and proved on a twin: what is right passes, what is planted wrong is named."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.family import Family
+from galvatron.models import family_of
+from galvatron.parallelize import proof
+from galvatron.testing.models import tiny_config
+
+SAMPLE = ("gemma2", "phi3", "olmo2", "gpt_neox", "opt")
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+def test_gradients_of_a_recognised_type_are_those_of_its_twin(family: str) -> None:
+    assert proof.prove(tiny_config(family)) == proof.Proof()
+
+
+def test_layouts_of_fused_matrices_are_found() -> None:
+    attention, mlp = family_of(tiny_config("phi3")).regions
+    assert attention.columns == {"self_attn.qkv_proj": ("heads", "kv_heads", "kv_heads")}
+    assert mlp.columns == {"mlp.gate_up_proj": ("ffn", "ffn")}
+    assert family_of(tiny_config("gpt2")).regions[0].columns == {"attn.c_attn": ("heads", "heads", "heads")}
+    assert family_of(tiny_config("gpt_neox")).regions[0].columns == {"attention.query_key_value": ("heads",)}
+    assert family_of(tiny_config("olmo2")).regions[0].wide_norms.keys() == {"self_attn.q_norm", "self_attn.k_norm"}
+    assert family_of(tiny_config("gemma2")).logits.soft_cap == "final_logit_softcapping"
+    assert family_of(tiny_config("granite")).logits.divide_by == "logits_scaling"
+
+
+def _planted(family: Family, monkeypatch: pytest.MonkeyPatch) -> proof.Proof:
+    monkeypatch.setattr(proof, "family_of", lambda config: family)
+    monkeypatch.setattr(proof, "_proofs", {})
+    return proof.prove(tiny_config(family.model_type))
+
+
+def test_a_wrong_layout_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = family_of(tiny_config("phi3"))
+    attention, mlp = family.regions
+    wrong = mlp.model_copy(update={"columns": {"mlp.gate_up_proj": ("ffn",)}})  # halves of one, not of both
+    found = _planted(family.model_copy(update={"regions": (attention, wrong)}), monkeypatch)
+    assert found.whole is None
+    assert found.tp is not None
+    assert "the loss is" in found.tp
+
+
+def test_lost_soft_caps_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = family_of(tiny_config("gemma2"))
+    found = _planted(family.model_copy(update={"logits": type(family.logits)()}), monkeypatch)
+    assert found.whole is not None
+    monkeypatch.setattr(proof, "prove", lambda config: found)
+    with pytest.raises(
+        ConfigError, match="is not computed right by galvatron, as a tiny twin of it shows: the loss is"
+    ):
+        proof.refuse_unproved(tiny_config("gemma2"), uses_tp=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("bloom", "computes attention by itself"), ("mamba", "cannot be run|stacks|asking"), ("bert", "stacks|norm|head")],
+)
+def test_what_is_no_such_chain_is_refused_in_words(model_type: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        family_of(AutoConfig.for_model(model_type))
