@@ -6,13 +6,14 @@ import pytest
 
 from galvatron.core.model import Precision
 from galvatron.plan import LayerStrategy, Plan
-from galvatron.testing.models import VARIANTS
+from galvatron.testing.models import SAMPLED, VARIANTS
 from galvatron.testing.plans import random_plans
 from galvatron.testing.reference import Recipe
 from galvatron.testing.sweep import Sweep, variant_spec
 
 SEED = 2026
 NAMES = [variant.name for variant in VARIANTS]
+WHOLE = [name for name in NAMES if name not in SAMPLED]
 SAMPLES = {2: 2, 4: 3, 8: 1}
 """Plans per variant in the default run."""
 
@@ -117,9 +118,14 @@ def test_a_compiled_layer_that_no_gradient_passes(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize("world_size", SAMPLES)
-@pytest.mark.parametrize("variant", NAMES)
+@pytest.mark.parametrize("variant", WHOLE)
 def test_a_few_mixed_plans(sweep: Sweep, variant: str, world_size: int) -> None:
     _check(sweep, variant, world_size, 0, SAMPLES[world_size])
+
+
+@pytest.mark.parametrize("variant", ["gemma2", "phi3", "gpt_neox", "opt"])
+def test_a_mixed_plan_of_other_families(sweep: Sweep, variant: str) -> None:
+    _check(sweep, variant, 4, 0, 1)
 
 
 @pytest.mark.slow

@@ -18,6 +18,9 @@ from galvatron.core.files import write_output
 from .console import say
 from .options import examples
 
+HEADINGS = ("type", "attention", "MLP", "between embedding and layers", "proved with transformers")
+DASHES = ("---",) * len(HEADINGS)
+
 app = typer.Typer(name="models", help="List known models, and check others.", no_args_is_help=True)
 
 
@@ -30,15 +33,11 @@ def list_(
 
     rows = [_row(name) for name in known_families()]
     if markdown:
-        say("| type | attention | MLP | between embedding and layers | proved with |\n|---|---|---|---|---|")
-        say("\n".join("| " + " | ".join(row) + " |" for row in rows))
+        typer.echo("\n".join(f"| {' | '.join(row)} |" for row in [HEADINGS, DASHES, *rows]))
         return
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    say(
-        "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
-    )
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _row(name: str) -> tuple[str, ...]:
@@ -51,7 +50,7 @@ def _row(name: str) -> tuple[str, ...]:
             f"{path.rpartition('.')[2]} ({' + '.join(blocks)})" for path, blocks in region.columns.items()
         )
     before = ", ".join(path.rpartition(".")[2] for path in known.family.before) or "-"
-    return name, cuts["heads"], cuts["ffn"], before, f"transformers {known.transformers}"
+    return name, cuts["heads"], cuts["ffn"], before, known.transformers
 
 
 @app.command(

@@ -100,13 +100,16 @@ class KnownFamily(FileRecord):
     transformers: str
     proved: dict[str, str]
     names: dict[str, str] = Field(default_factory=dict)
-    defaults: dict[str, bool | int | str] = Field(default_factory=dict)
+    defaults: dict[str, bool | int | float | str] = Field(default_factory=dict)
     fixed: dict[str, bool | int | list[int]] = Field(default_factory=dict)
     sizes: dict[str, str]
     embedding: tuple[Shape, ...]
     layer: tuple[Shape, ...]
     head: tuple[Shape, ...]
 
+
+BEYOND_RINGS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_logit_softcapping")
+"""Keys of configs under which attention needs all scores of a query at once: dropout of its weights, capped scores."""
 
 FOLDER = Path(__file__).parent / "families"
 

@@ -128,7 +128,7 @@ class LayerKind(UnitSpec):
     ``side_inputs``: further hidden states of equal size that ride along from layer to layer (a decoder's encoder
     output).  ``regions``: submodules that gather the sequence and scatter it again under tensor parallelism.
     ``attention_span``: tokens that one token attends to at most (a window); None for the whole sequence.
-    ``drops_attention``: whether dropout falls on what attention weighs, which no ring can do.
+    ``drops_attention``: whether dropout falls on what attention weighs, or its scores are capped: no ring can do these.
     ``cuttable``: whether it is known how tensor parallelism cuts them.
     """
 

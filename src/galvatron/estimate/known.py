@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import KnownFamily, Shape
+from galvatron.core.family import BEYOND_RINGS, KnownFamily, Shape
 from galvatron.core.formulas import value
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
@@ -23,7 +23,13 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
         name=name,
         family=known.family.model_type,
         layers=(
-            LayerKind(count=layers, cuttable=bool(known.family.regions), parameters=reader.unit(known.layer), **counts),
+            LayerKind(
+                count=layers,
+                cuttable=bool(known.family.regions),
+                drops_attention=any(map(reader.rate, BEYOND_RINGS)),
+                parameters=reader.unit(known.layer),
+                **counts,
+            ),
         ),
         vocab_size=words,
         max_seq_len=longest,
@@ -46,6 +52,11 @@ class _Reader:
     def flag(self, name: str) -> bool:
         """A flag, or its default."""
         return self._config.get(name, bool(self._known.defaults.get(name, False)))
+
+    def rate(self, name: str) -> float:
+        """A number that may be zero or missing."""
+        value = self._config.raw(name)
+        return float(self._known.defaults.get(name, 0.0) if value is None else value)
 
     def unit(self, shapes: tuple[Shape, ...]) -> tuple[ParameterSpec, ...]:
         """The parameters that exist under the configuration's flags."""

@@ -58,6 +58,13 @@ class Config:
             raise self._refuse(key, WANTED[kind])
         return value
 
+    def raw(self, key: str) -> float | None:
+        """A number of any sign; None if it is missing, or null."""
+        value = self._data.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise self._refuse(key, "a number")
+        return value
+
     def __contains__(self, key: str) -> bool:
         return key in self._data
 

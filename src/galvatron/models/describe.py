@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import Family, KnownFamily, Shape
+from galvatron.core.family import BEYOND_RINGS, Family, KnownFamily, Shape
 from galvatron.core.formulas import value
 from galvatron.core.model import ModelSpec, ParameterSpec
 
@@ -228,9 +228,11 @@ def _used(units: list[tuple[Shape, ...]]) -> set[str]:
     return {n for f in formulas for n in f.replace("+", "*").split("*") if not n.isdigit()}
 
 
-def _defaults(config: PretrainedConfig, used: set[str], flags: Mapping[str, bool]) -> dict[str, bool | int | str]:
+def _defaults(
+    config: PretrainedConfig, used: set[str], flags: Mapping[str, bool]
+) -> dict[str, bool | int | float | str]:
     """What a file may leave out: keys and values' heads, a head's width, positions, flags."""
-    found: dict[str, bool | int | str] = {"tie_word_embeddings": bool(config.tie_word_embeddings), **flags}
+    found: dict[str, bool | int | float | str] = {"tie_word_embeddings": bool(config.tie_word_embeddings), **flags}
     kv_key, dim_key = _key(config, "num_key_value_heads"), _key(config, "head_dim")
     fresh = type(config)()
     kv_heads = getattr(fresh, kv_key) if kv_key else None
@@ -238,6 +240,7 @@ def _defaults(config: PretrainedConfig, used: set[str], flags: Mapping[str, bool
     found["num_key_value_heads"] = kv_heads if own and isinstance(kv_heads, int) else "num_attention_heads"
     head_dim = getattr(fresh, dim_key, None) if dim_key else None
     found["head_dim"] = head_dim if isinstance(head_dim, int) and _is_given(fresh, "head_dim") else HEAD_DIM
+    found |= {name: rate for name in BEYOND_RINGS if (rate := getattr(fresh, name, None))}
     for name in ("max_position_embeddings", "num_experts", "num_local_experts", PER_TOKEN):
         if (key := _key(config, name)) and isinstance(getattr(fresh, key), int):
             found[name] = getattr(fresh, key)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import Blocks, Family, Region
+from galvatron.core.family import BEYOND_RINGS, Blocks, Family, Region
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
 
@@ -21,9 +21,6 @@ from .family import family_of
 from .freeze import freeze_parameters
 from .load import meta_model
 from .twin import EXPERT_KEYS, KV_KEYS
-
-ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-"""What configs call the rate of dropout on attention's weights."""
 
 
 def build_spec(config: PretrainedConfig, name: str | None = None, freeze: Collection[str] = ()) -> ModelSpec:
@@ -71,7 +68,7 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
                 num_heads=heads,
                 num_kv_heads=counts["kv_heads"],
                 head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-                drops_attention=any(getattr(config, name, 0.0) for name in ATTENTION_DROPOUT),
+                drops_attention=any(getattr(config, name, None) for name in BEYOND_RINGS),
                 cuttable=bool(family.regions),
                 parameters=parameters,
                 **_expert_counts(config),

@@ -127,7 +127,7 @@ def parallelize(
     if fp8:
         use_fp8(model.get_submodule(family.layers))
     stages = tuple(_stages(model, family, grid))
-    compiled = compiles(compile, world.device)
+    compiled = compiles(compile, world.device, spec)
     compiler = LayerCompiler() if compiled else None
     for stage in stages:
         _cut(stage, family, spec, grid, compiler)

@@ -218,8 +218,8 @@ def _attention_problem(strategy: LayerStrategy, kind: LayerKind, tokens: int, ax
         )
     if strategy.cp > 1 and kind.drops_attention:
         return (
-            f"cp={strategy.cp} cannot draw dropout on what attention weighs, which {kind.name} has; "
-            "set the config's attention dropout to 0, or use ulysses"
+            f"cp={strategy.cp} cannot draw dropout on what attention weighs, or cap scores, one of which {kind.name} "
+            "does; set the config's attention dropout to 0, or use ulysses"
         )
     most = max(degree for degree in axes.degrees if tokens % degree == 0)
     if strategy.cp > 1 and kind.causal and tokens % (2 * most):

@@ -84,7 +84,7 @@ def profile_model(
         for kind in spec.layers:
             if problem := fp8_problem(kind, 1, seq_len):
                 raise ConfigError(problem)
-    compiled = compiles(compile, world.device)
+    compiled = compiles(compile, world.device, spec)
     shapes = _shapes(config, spec, tp_degrees or _stacked_degrees(world.world_size), seq_len, precision, compiled, fp8)
     measured = _measure(shapes, precision, world, max_batch, budget_s, progress)
     layer = next(shape for shape in shapes if shape.name not in ENDS)

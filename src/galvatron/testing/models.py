@@ -66,6 +66,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "starcoder2": {**_LLAMA, "sliding_window": None, "residual_dropout": 0.0, "embedding_dropout": 0.0},
     "cohere": {**_LLAMA, "tie_word_embeddings": True, "logit_scale": 0.5},
     "gpt_neox": {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**_LLAMA, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
     "opt": {
         "vocab_size": 97,
         "hidden_size": 32,
@@ -127,10 +129,13 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("opt", "opt", freeze=("*k_proj.bias",)),  # whose true gradient is zero without rotary positions
     Variant("cohere-head-norms", "cohere", {"use_qk_norm": True}),
     Variant("gpt_neox-serial", "gpt_neox", {"use_parallel_residual": False}),
-    Variant("phi3-one-kv-head", "phi3", {"num_key_value_heads": 1}),
 )
 """GQA and MHA, tied and untied, with and without biases and a padding row, fused and separate projections; frozen
 from below, and here and there (a tied weight, whole layers among others, norms and biases)."""
+
+
+SAMPLED: tuple[str, ...] = tuple(variant.name for variant in VARIANTS[11:])
+"""Variants of which the default run takes samples: they share the code that the others go through whole."""
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:

@@ -51,6 +51,7 @@ def test_lost_soft_caps_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _planted(family.model_copy(update={"logits": type(family.logits)()}), monkeypatch)
     assert found.whole is not None
     monkeypatch.setattr(proof, "prove", lambda config: found)
+    monkeypatch.setattr(proof, "is_known", lambda config: False)
     with pytest.raises(
         ConfigError, match="is not computed right by galvatron, as a tiny twin of it shows: the loss is"
     ):

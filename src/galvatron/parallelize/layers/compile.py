@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from galvatron.core.errors import ConfigError
+from galvatron.core.model import ModelSpec
 from galvatron.internals import keep_graphs, leave_out_advice
 
 BACKEND = "inductor"
@@ -21,9 +23,17 @@ GRAPHS = 32
 """Of one strategy: training and evaluation, with and without a gradient of the input; in a profile every batch."""
 
 
-def compiles(wanted: bool | None, device: torch.device) -> bool:
-    """Whether layers are compiled on ``device``: as ``wanted``, by default on CUDA alone."""
-    return device.type == "cuda" if wanted is None else wanted
+def compiles(wanted: bool | None, device: torch.device, spec: ModelSpec) -> bool:
+    """Whether layers are compiled on ``device``: as ``wanted``, by default on CUDA alone, and never with experts.
+
+    Raises:
+        ConfigError: they are wanted compiled and have experts.
+    """
+    if not any(kind.num_experts for kind in spec.layers):
+        return device.type == "cuda" if wanted is None else wanted
+    if wanted:
+        raise ConfigError(f"layers of {spec.name} send tokens to experts by their values; leave compile out")
+    return False
 
 
 class LayerCompiler:

@@ -133,7 +133,7 @@ def ring_attention(
 
     ``window``: positions that a query sees, itself included; only under causal attention.
     """
-    assert axes.group is not None
+    assert isinstance(axes.group, dist.ProcessGroup)
     assert axes.folded or not causal
     group, chunks = axes.group.group_name, list(chunk_order(axes))
     scale = query_BNSD.shape[-1] ** -0.5 if scale is None else scale

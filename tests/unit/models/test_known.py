@@ -1,0 +1,53 @@
+"""What ships of a type is what transformers builds of it, for every size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from galvatron.cli import app
+from galvatron.core.errors import ConfigError
+from galvatron.core.family import known_families
+from galvatron.estimate import spec_of_config
+from galvatron.models import build_spec, structure_key
+from galvatron.models.recognise import recognise
+from galvatron.testing.models import VARIANTS, tiny_config
+
+DOCS = Path(__file__).parents[3] / "docs" / "models.md"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_shapes_by_formula_are_those_of_the_model(variant) -> None:
+    config = variant.config()
+    assert spec_of_config(config.to_dict(), "x") == build_spec(config, "x")
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "opt"])
+def test_data_says_what_recognition_finds(model_type: str) -> None:
+    config = tiny_config(model_type)
+    assert structure_key(config) in known_families()[model_type].proved
+    assert recognise(config) == known_families()[model_type].family
+
+
+def test_a_flag_whose_shapes_do_not_ship_is_refused() -> None:
+    config = {**tiny_config("opt").to_dict(), "do_layer_norm_before": False}
+    with pytest.raises(ConfigError, match="do_layer_norm_before=False of a opt config has no shapes here"):
+        spec_of_config(config, "x")
+
+
+def test_the_table_of_the_docs_is_the_commands() -> None:
+    shown = CliRunner().invoke(app, ["models", "list", "--markdown"])
+    assert shown.exit_code == 0
+    assert shown.output in DOCS.read_text()
+
+
+def test_check_says_what_is_found_and_fails_for_what_is_wrong() -> None:
+    right = CliRunner().invoke(app, ["models", "check", "starcoder2"])
+    assert right.exit_code == 0
+    assert "self_attn.k_proj by kv_heads" in right.output
+    wrong = CliRunner().invoke(app, ["models", "check", "falcon"])
+    assert wrong.exit_code == 1
+    assert "falcon: refused" in wrong.output
+    assert "computes attention by itself" in " ".join(wrong.output.split())
