@@ -250,15 +250,11 @@ def whole_gradient(parameter: Any) -> torch.Tensor:
     return parameter.unsharded_accumulated_grad
 
 
-def reduce_gradients(unit: FSDPModule) -> None:
-    """What FSDP2 does for ``unit`` at the end of its backward, as it is set.
-
-    What has no gradient this time (norms, of which an earlier reduction has had that of two microbatches) has zeros:
-    FSDP2 adds up over reductions what replicas will sum, and needs the same parameters in each.
-    """
+def reduce_gradients(unit: FSDPModule, *, fill: bool) -> None:
+    """What FSDP2 does for ``unit`` at the end of its backward, as it is set; ``fill``: zeros where no gradient is."""
     for group in _groups(unit):
         for parameter in group.fsdp_params:
-            if parameter.sharded_param.requires_grad:
+            if fill and parameter.sharded_param.requires_grad:
                 whole_gradient(parameter)
         group.post_backward()
 

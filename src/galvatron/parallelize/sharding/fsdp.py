@@ -121,7 +121,9 @@ def reduce_now(unit: ShardedUnit, is_last: bool) -> None:
     face.set_requires_gradient_sync(True, recurse=False)
     face.set_requires_all_reduce(is_last, recurse=False)
     face.set_reshard_after_backward(is_last or unit.strategy.zero == 3, recurse=False)
-    internals.reduce_gradients(face)
+    # FSDP2 adds up over reductions what replicas will sum, and needs the same parameters in each; an earlier one may
+    # have had the norms of two microbatches
+    internals.reduce_gradients(face, fill=unit.strategy.dp_replicate > 1)
 
 
 def reduce_held(root: nn.Module, units: Collection[ShardedUnit]) -> None:
