@@ -117,7 +117,7 @@ PLANS: dict[str, tuple[str, Plan]] = {
         ),
     ),
     "zero bubble, four stages, recomputed": (
-        "gpt2",
+        "llama",
         plan(
             [ALONE, *[S(recompute="full")] * 3],
             ALONE,
