@@ -49,7 +49,7 @@ def largest_errors(gathered: int, causal: bool, window: int | None) -> list[floa
     out = ring_attention(*local, ring, None, window, causal=causal)
     out.backward(own(grad))
     pairs = [(out, own(whole)), *((part.grad, own(tensor.grad)) for part, tensor in zip(local, heads, strict=True))]
-    return [float((ours - theirs).abs().max()) for ours, theirs in pairs if ours is not None]
+    return [float((ours - theirs).detach().abs().max()) for ours, theirs in pairs if ours is not None]
 
 
 @pytest.mark.parametrize(
