@@ -21,6 +21,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.family import known_families
 from galvatron.core.model import ModelSpec, ParameterSpec
 from galvatron.models import Family, family_of, spec_of, structure_key, twin_config, twin_model
+from galvatron.models.recognise import recognise
 
 from .layers.attention import use_attention
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
@@ -62,6 +63,7 @@ def proved_structures(model_type: str) -> dict[str, str]:
     """The structures of a type, its own config and one flag changed at a time, that are right; in words."""
     config = AutoConfig.for_model(model_type)
     found: dict[str, str] = {}
+    own = recognise(config)
     for name, usual in {"": None, **config.to_dict()}.items():
         changed = copy.deepcopy(config)
         if name:
@@ -70,7 +72,8 @@ def proved_structures(model_type: str) -> dict[str, str]:
             setattr(changed, name, not usual)
         key = structure_key(changed)
         try:
-            right = key in found or prove(changed) == Proof()
+            # data hold one family for all that is proved by its cuts
+            right = key in found or (recognise(changed) == own and prove(changed) == Proof())
         except ConfigError:
             right = False
         if right:

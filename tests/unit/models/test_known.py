@@ -11,7 +11,7 @@ from galvatron.cli import app
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import known_families
 from galvatron.estimate import spec_of_config
-from galvatron.models import build_spec, structure_key
+from galvatron.models import build_spec, family_of, structure_key
 from galvatron.models.recognise import recognise
 from galvatron.testing.models import VARIANTS, tiny_config
 
@@ -29,6 +29,13 @@ def test_data_says_what_recognition_finds(model_type: str) -> None:
     config = tiny_config(model_type)
     assert structure_key(config) in known_families()[model_type].proved
     assert recognise(config) == known_families()[model_type].family
+
+
+def test_what_is_cut_otherwise_is_not_among_what_is_proved() -> None:
+    """Proved by cuts of its own, it would be cut as the type's own config is, without another proof."""
+    with_norms = tiny_config("cohere", use_qk_norm=True)
+    assert family_of(with_norms).regions[0].by_head.keys() == {"self_attn.q_norm", "self_attn.k_norm"}
+    assert structure_key(with_norms) not in known_families()["cohere"].proved
 
 
 def test_a_flag_whose_shapes_do_not_ship_is_refused() -> None:
