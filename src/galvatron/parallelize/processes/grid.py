@@ -55,6 +55,11 @@ class Grid:
             self.before, self.after = self.before or around[0], self.after or around[1]
         # first and last stage's rank of this column: the two copies of a tied embedding
         self.tied_group = world.group(ends, "tied") if tied and is_end else None
+        between = column[1:-1]
+        if between and world.rank in between:
+            # torch names a group by its ranks and by how many groups a rank has, so all ranks must have as many
+            for purpose in [*(["forward again", "backward again"] * (plan.model_chunks > 1)), *(["tied"] * tied)]:
+                world.group(between, f"{purpose}, between")
 
     def _neighbours(self, column: tuple[int, ...], which: str) -> tuple[Neighbour | None, Neighbour | None]:
         """Those before and after this rank in ``column``."""
