@@ -37,7 +37,8 @@ def _model() -> SimpleNamespace:
     whole = Piece((0, 0), (0, 0), SHAPE)
     names = ("a.weight", "b.weight")
     parts = [LocalParameter(n, torch.nn.Parameter(torch.zeros(SHAPE)), SHAPE, (whole,), 1, True) for n in names]
-    return SimpleNamespace(local_parameters=parts, config=SimpleNamespace(to_json_string=lambda use_diff: "{}\n"))
+    config = SimpleNamespace(to_json_string=lambda use_diff: "{}\n")
+    return SimpleNamespace(local_parameters=parts, config=config, loss_scale=None)
 
 
 def _tensors(model: SimpleNamespace, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
