@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from galvatron.core.errors import ConfigError, GalvatronError, PlanError
 from galvatron.models import build_spec
-from galvatron.parallelize import init_world, parallelize
+from galvatron.parallelize import World, destroy_world, init_world, parallelize
 from galvatron.parallelize.layers import fp8
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_config, tiny_model
@@ -19,6 +20,12 @@ PLAN = Plan(
     model="tiny", world_size=1, layers_per_stage=(4,), embedding=ONE, layers=(ONE,) * 4, head=ONE, global_batch_size=4,
     seq_len=16, precision="bf16",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield init_world("cpu")
+    destroy_world()
 
 
 @pytest.mark.parametrize(
@@ -47,6 +54,7 @@ PLAN = Plan(
     ],
 )
 def test_what_cannot_be(
+    world: World,
     monkeypatch: pytest.MonkeyPatch,
     installed: bool,
     emulated: bool,
@@ -59,7 +67,7 @@ def test_what_cannot_be(
     monkeypatch.setattr(fp8, "EMULATED", emulated)
     model = tiny_model(family)
     with pytest.raises(error, match=words):
-        parallelize(model, PLAN.model_copy(update=changes), world=init_world("cpu"), fp8=True)
+        parallelize(model, PLAN.model_copy(update=changes), world=world, fp8=True)
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
