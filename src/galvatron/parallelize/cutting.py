@@ -1,0 +1,117 @@
+"""What is done to a stage's modules before their parameters have memory: cuts, attention, recompute, compilation.
+
+Takes a model on meta and this rank's place in the grid; gives stages whose forward is that of the plan.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from galvatron.core.model import ModelSpec
+from galvatron.models import Family
+from galvatron.plan import LayerStrategy, Plan
+
+from .layers.attention import Context, attend_across
+from .layers.compile import LayerCompiler
+from .layers.forward import OwnPositions, enter_with_layout
+from .layers.later import Later, put_off
+from .layers.recompute import recompute_in_backward
+from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, tap_linears
+from .losses.fused import fuse_loss
+from .pipeline.stage import Stage
+from .processes.grid import Grid
+
+
+def stages_of(model: PreTrainedModel, family: Family, grid: Grid) -> Iterator[Stage]:
+    """This rank's model chunks in forward order, each in a skeleton (on meta) of its own."""
+    plan, last = grid.plan, len(grid.plan.layers_per_stage) - 1
+    skeletons = [model, *(copy.deepcopy(model) for _ in range(plan.model_chunks - 1))]
+    for chunk, skeleton in enumerate(skeletons):
+        entry = chunk * plan.pp + grid.stage
+        layers = plan.chunk_layers(grid.stage, chunk)
+        stage = Stage(skeleton, family, layers, is_first=entry == 0, is_last=entry == last)
+        stage.later = Later() if plan.schedule == "zero_bubble" else None
+        yield stage
+
+
+def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: LayerCompiler | None) -> None:
+    """Tensor cuts, recompute, compilation, and changes of layout on entry, for every module this stage owns."""
+    plan = grid.plan
+    degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
+    chain = stage.model.get_submodule(family.layers)
+    assert isinstance(chain, nn.ModuleList)
+    contexts = {strategy: Context(grid.ulysses(strategy), grid.ring(strategy)) for strategy in set(plan.layers)}
+    if stage.is_first:
+        _cut_embedding(stage, family, spec, grid)
+    own_positions = _place_positions(stage, family, grid)
+    for index in stage.layers:
+        strategy = plan.layers[index]
+        tp = grid.axis_group(1, strategy.tp)
+        if stage.later is not None:
+            stage.later.taps[chain[index]] = tap_linears(chain[index], family, kinds[index], tp)
+        cut_layer(chain[index], family, kinds[index], tp)
+        attend_across(chain[index], contexts[strategy])
+        if spec.trains_before(index + 1):  # nothing is kept of other layers, and compilers fail on such a checkpoint
+            recompute_in_backward(chain[index], family, tp, strategy.recompute)
+        if compiler is not None:
+            compiler(chain[index], (kinds[index].name, strategy))
+        if stage.later is not None:
+            put_off(chain[index], tp.size, stage.later)
+        if strategy in own_positions:
+            own_positions[strategy].enter(chain[index])
+        _enter(chain[index], grid, degrees[index], degrees[index + 1])
+    if not stage.is_first:
+        stage.receive_in(chain[stage.layers.start])
+    if stage.is_last:
+        _enter(stage.model.get_submodule(family.norm), grid, degrees[-2], degrees[-1])
+        _cut_head(stage, family, spec, grid)
+
+
+def _enter(module: nn.Module, grid: Grid, previous: int, degree: int) -> None:
+    axes = grid.axis_group(min(previous, degree), max(previous, degree))
+    enter_with_layout(module, axes, previous, degree)
+
+
+def _cut_embedding(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
+    strategy = grid.plan.embedding
+    tp = grid.axis_group(1, strategy.tp)
+    cut_embedding(stage.model.get_submodule(family.embedding), spec.embedding.parameters[0], tp)
+    degree, seq_len = strategy.sequence_degree, grid.plan.seq_len
+    own = grid.axes.spans(grid.stage_rank, 1, degree, seq_len, folded=grid.folded)
+    for positions in stage.position_tables():
+        cut_positions(positions, own)
+
+
+def _place_positions(stage: Stage, family: Family, grid: Grid) -> dict[LayerStrategy, OwnPositions]:
+    """Tell ``stage`` which positions it is told of; the strategies whose layers see others see them by what is given.
+
+    Where all layers see the same ones, those: rotary tables are as long as what a rank has of a sequence.
+    """
+    whole = (range(grid.plan.seq_len),)
+    layers = {grid.plan.layers[index] for index in stage.layers}
+    seen = {strategy: grid.spans(strategy) for strategy in layers}
+    alike = len(set(seen.values())) == 1 and not stage.position_tables()
+    stage.position_spans = next(iter(seen.values())) if alike else whole
+    device = grid.world.device
+    return {strategy: OwnPositions(spans, device) for strategy, spans in seen.items() if spans != stage.position_spans}
+
+
+def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
+    tp, projection = grid.axis_group(1, grid.plan.head.tp), spec.head.parameters[-1]
+    head = stage.model.get_submodule(family.head)
+    shrink(stage.model, tuple(p for p in spec.head.parameters if p.cut is not None), tp)
+    if spec.tied_embeddings and stage.is_first:
+        head.weight = stage.model.get_submodule(family.embedding).weight
+    stage.head_tp = tp
+    stage.early_gradient.in_every_pass = _adds_up_microbatches(grid.plan)
+    fuse_loss(head, projection, tp, stage.early_gradient)
+
+
+def _adds_up_microbatches(plan: Plan) -> bool:
+    """Whether FSDP2 adds the head's gradients up in another place or dtype than a backward brings them in."""
+    zero = plan.head.zero
+    return (zero >= 2 and plan.head.dp_replicate > 1) or (zero == 1 and plan.precision != plan.grad_reduce_dtype)
