@@ -20,7 +20,7 @@ from galvatron.testing.pool import Pool
 RATE = 0.25
 PLANS = {name: plan for name, plan in pure_plans(build_spec(tiny_config("gpt2")), 4).items() if plan.layers[0].cp == 1}
 """Ring attention refuses dropout."""
-CUT_BY_BATCH = [name for name, plan in PLANS.items() if plan.pp == plan.layers[0].tp == 1]
+CUT_BY_BATCH = [name for name, plan in PLANS.items() if plan.pp == plan.layers[0].sequence_degree == 1]
 
 
 def model_for(plan: Plan, seed: int = 0, rate: float = RATE, world: World | None = None) -> ParallelModel:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from galvatron.parallelize import init_world
+from galvatron.parallelize.layers import later
 from galvatron.parallelize.losses import fused
 from galvatron.parallelize.losses.fused import (
     IGNORED,
@@ -127,7 +128,7 @@ def test_gradients_of_bf16_are_summed_in_float32() -> None:
     exact = torch.autograd.grad(truth, (hidden, weight, bias))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "chunk_tokens", lambda *_: 16)
-        patch.setattr(fused, "SLICE_ROWS", 32)
+        patch.setattr(later, "SLICE_ROWS", 32)
         patch.setattr(fused, "BLOCK_BYTES", 3 * 4 * VOCABULARY)
         share = projected_cross_entropy_share(hidden, weight, labels, 0, SCALE, ALONE, bias_V=bias)
     for ours, theirs in zip(torch.autograd.grad(share, (hidden, weight, bias)), exact, strict=True):
