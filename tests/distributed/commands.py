@@ -22,7 +22,8 @@ from galvatron.testing.pool import PRELOAD
 def _be_command(folder: Path, arguments: tuple[str, ...], path: list[str]) -> None:
     sys.path[:] = path
     os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests (nohup) may ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests (nohup, a job in the background) may ignore them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ["OMP_NUM_THREADS"] = "1"
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

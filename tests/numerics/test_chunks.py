@@ -17,7 +17,7 @@ CHUNK_BYTES = {1: 8 * 104 * 4, 2: 8 * 48 * 4}
 """By tp: eight tokens of all rows; and of 48, but four of 49 (LLaMA's 97 rows are cut so)."""
 
 
-def compare_in_chunks(path: Path, plan: Plan) -> RankFindings:
+def compare_in_chunks(path: Path, plan: Plan, engine: str | None) -> RankFindings:
     """As ``compare_on_rank``."""
     tokens: list[int] = []
     take_chunk = fused._take_chunk
@@ -29,7 +29,7 @@ def compare_in_chunks(path: Path, plan: Plan) -> RankFindings:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "CHUNK_BYTES", CHUNK_BYTES[plan.head.tp])
         patch.setattr(fused, "_take_chunk", take)
-        findings = compare_on_rank(path, plan)
+        findings = compare_on_rank(path, plan, engine)
     assert max(tokens, default=0) <= 8 < BATCH // MICROBATCHES * SEQ_LEN // plan.head.dp
     return findings
 
