@@ -67,7 +67,7 @@ class Chunk:
     @property
     def sure_bytes(self) -> int:
         """What of that is surely alive at once."""
-        return replace(self, in_flight=self.in_flight._replace(turned=0)).activation_bytes
+        return replace(self, in_flight=InFlight(self.in_flight.alive, self.in_flight.waiting)).activation_bytes
 
 
 @dataclass(frozen=True)

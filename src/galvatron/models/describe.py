@@ -45,7 +45,7 @@ def describe(model_type: str, proved: Mapping[str, str]) -> KnownFamily:
     Raises:
         ConfigError: it is no chain of layers, or some size follows from no formula.
     """
-    config = AutoConfig.for_model(model_type)
+    config = _with_head_dim(AutoConfig.for_model(model_type))
     family = family_of(config)
     twins = _two_sizes(config)
     sizes = [_sizes(twin) for twin in twins]
@@ -69,6 +69,18 @@ def describe(model_type: str, proved: Mapping[str, str]) -> KnownFamily:
         layer=units[1],
         head=units[2],
     )
+
+
+def _with_head_dim(config: PretrainedConfig) -> PretrainedConfig:
+    """With a width of heads of its own, if the modules read one that the type's config leaves open."""
+    if getattr(config, "head_dim", None) is not None:
+        return config
+    wide = twin_config(config)
+    shapes = [p.shape for p in meta_model(wide).parameters()]
+    wide.head_dim = 2 * wide.hidden_size // wide.num_attention_heads
+    if [p.shape for p in meta_model(wide).parameters()] != shapes:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    return config
 
 
 def _key(config: PretrainedConfig, name: str) -> str | None:
