@@ -157,7 +157,9 @@ def _flags(config: PretrainedConfig, family: Family) -> tuple[dict[str, bool], d
         setattr(twin, name, not usual if isinstance(usual, bool) else [0] if usual == [] else 2)
         try:
             after = _by_name(twin, family)
-            same_family = family_of(twin).model_copy(update={"regions": family.regions}) == family
+            own = family_of(twin)
+            same_family = own.model_copy(update={"regions": family.regions}) == family
+            same_family &= _by_name(twin, own) == after  # other regions may cut alike
             if after != before:
                 shared = after.keys() & before.keys()
                 same = same_family and isinstance(usual, bool) and all(after[key] == before[key] for key in shared)
