@@ -152,6 +152,7 @@ def _solve_one(job: Job, found: _Found, i: int, bound: float, num_candidates: in
         # what is not the best is a candidate for the replay alone: near its own best is good enough
         near = solve(space, worst * task.global_batch_size, LITTLE_EFFORT, job.patience)
         solved = Solved(near.solution, max(solved.lower_bound_s, near.lower_bound_s))
+    found.lowest = min(found.lowest, solved.lower_bound_s / task.global_batch_size)
     if solved.solution is not None:
         found.solved.append((space, solved.solution))
     elif math.isinf(solved.lower_bound_s):

@@ -57,6 +57,17 @@ def test_a_gap_is_kept_and_saves_work(gap: float) -> None:
     assert near.stopped is None
 
 
+def test_the_proof_is_true_where_chains_had_to_be_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = int(0.74 * TIGHT)
+    exact = proof_of(find(limit))
+    few = Effort(labels=4, least=1, most=2, bounds=True)
+    monkeypatch.setattr("galvatron.search.engine.FULL_EFFORT", few)
+    monkeypatch.setattr("galvatron.search.solve.GREAT_EFFORT", few)
+    merged = proof_of(find(limit))
+    assert merged.gap > 0
+    assert merged.lower_bound_s <= exact.objective_s <= merged.objective_s * (1 + 1e-9)
+
+
 def test_a_time_limit_ends_a_search_with_some_plan_and_an_honest_gap() -> None:
     exact, stopped = find(), find(time_limit_s=0.0)
     check_plan(stopped.plan, MODEL.spec, 4)
