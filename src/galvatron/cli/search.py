@@ -103,8 +103,7 @@ def search(
         typer.Option(
             "--space",
             metavar="runtime|all|dp|fsdp|tp|pp|3d|uniform",
-            help="runtime: what can be trained; all: also sequence, context and expert parallelism and more schedules;"
-            " or one of the simple plans.",
+            help="runtime: what can be trained; all: also expert parallelism; or one of the simple plans.",
         ),
     ] = "runtime",
     fix: Annotated[

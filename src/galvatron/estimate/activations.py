@@ -20,8 +20,8 @@ FLOAT = DTYPE_BYTES["fp32"]
 TOKEN_ID = 8  # bytes of an int64
 VISION = ("vit", "swin")
 CHUNK_BYTES, BLOCK_BYTES, SLICE_ROWS = 512 * 2**20, 128 * 2**20, 1 << 14
-"""How the runtime's fused loss works (``parallelize/losses/fused.py``): what a chunk's logits take in the compute dtype
-and a block of them in float32, and rows of the weight's gradient that are summed at a time."""
+"""How the runtime's fused loss works (``losses/fused.py`` and ``layers/later.py`` of ``parallelize``): what a chunk's
+logits take in the compute dtype and a block of them in float32, and rows of the weight's gradient summed at a time."""
 NORM_COPIES = {"bf16": 4, "fp16": 4, "fp32": 2}
 """Copies of a rank's chunk of hidden states at the peak of an RMS norm's backward; a LayerNorm's are 3.
 [Empirical: 2026-11, counted on fake tensors of the runtime's layers]"""

@@ -17,7 +17,7 @@ from galvatron.core.family import known_families
 from galvatron.core.model import ModelSpec
 from galvatron.core.words import shown
 
-from .decoders import deepseek_v3
+from .deepseek import deepseek_v3
 from .encoders import bert, swin, t5, vit
 from .known import spec_of_known
 from .parts import Config
