@@ -18,6 +18,9 @@ from galvatron.testing.models import tiny_model
 from galvatron.testing.pool import Pool
 
 CUT_IN_FOUR = plan_for((4,), LayerStrategy(tp=4), *(LayerStrategy(tp=4),) * 4)
+ALONG_THE_SEQUENCE = plan_for(
+    (4,), LayerStrategy(tp=2, dp_replicate=2), *(LayerStrategy(ulysses=2, cp=2), LayerStrategy(cp=4)) * 2
+)
 
 
 def focal(logits: Tensor, labels: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ def test_smoothing_and_z_loss_equal_plain_transformers(pool: Pool) -> None:
 
 def all_deviations() -> dict[str, list[float]]:
     world = init_world("cpu")
-    plans = {"pipeline": PIPELINE, "mixed": MIXED, "cut in four": CUT_IN_FOUR}
+    plans = {"pipeline": PIPELINE, "mixed": MIXED, "cut in four": CUT_IN_FOUR, "along the sequence": ALONG_THE_SEQUENCE}
     return {
         f"{name}, {64 - ignored} tokens": deviations(world, plan, ignored)
         for name, plan in plans.items()
