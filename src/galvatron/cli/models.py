@@ -5,6 +5,7 @@ Takes a config or the names of types; gives text, and the data files of families
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -45,7 +46,7 @@ def _row(name: str) -> tuple[str, ...]:
 
     known = known_families()[name]
     cuts = {"heads": "whole", "ffn": "whole"}
-    for region in known.family.regions:
+    for region in known.family.stacks[0].regions:
         cuts[region.row_blocks] = ", ".join(
             f"{path.rpartition('.')[2]} ({' + '.join(blocks)})" for path, blocks in region.columns.items()
         )
@@ -92,8 +93,9 @@ def _check(name: str, write: Path | None) -> bool:
     config = AutoConfig.for_model(name) if is_type else load_config(name)
     family, proof = family_of(config), prove(config)
     say(f"{name}: {'right' if proof.whole is None else 'wrong'}")
-    say(f"  embedding {family.embedding}, layers {family.layers}, norm {family.norm}, head {family.head}")
-    for region in family.regions:
+    layers = ", ".join(stack.path for stack in family.stacks)
+    say(f"  embedding {family.embedding}, layers {layers}, norm {family.norm}, head {family.head}")
+    for region in itertools.chain.from_iterable(stack.regions for stack in family.stacks):
         columns = ", ".join(f"{path} by {' + '.join(blocks)}" for path, blocks in region.columns.items())
         say(f"  {columns}; then {region.row} by {region.row_blocks}")
     say(f"  stages, data parallelism, recompute: {proof.whole or 'gradients are those of the whole twin'}")

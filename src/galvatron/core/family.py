@@ -39,6 +39,17 @@ class Region(Record):
     flat: StrictBool = False
 
 
+class Stack(Record):
+    """A list of layers that hand their hidden states on: its path, and the regions that its layers have.
+
+    ``regions``: in the order of the forward pass; () where tensor parallelism was not proved.  A layer has those whose
+    modules it has.
+    """
+
+    path: str
+    regions: tuple[Region, ...] = ()
+
+
 class Logits(Record):
     """What is done to the head's output: scaled, then capped; by keys of the configuration."""
 
@@ -48,26 +59,29 @@ class Logits(Record):
 
 
 class Family(Record):
-    """Where a type keeps its units; paths in the model, and in a layer for regions.
+    """Where a type keeps its units; paths in the model.
 
     Attributes:
         decoder: the module that runs the layers when it is given ``inputs_embeds``.
         before: what has parameters and runs between the embedding and the layers: positions, norms.
-        regions: in the order of the forward pass.  None where tensor parallelism was not proved: ``problem`` says why.
+        stacks: in the order of the forward pass.
         asks_for_attention: whether layers call the attention they are told to; if not they take masks as tensors.
     """
 
     model_type: str
     decoder: str
-    layers: str
+    stacks: tuple[Stack, ...] = Field(min_length=1)
     embedding: str
     before: tuple[str, ...] = ()
     norm: str
     head: str
-    regions: tuple[Region, ...] = ()
     logits: Logits = Logits()
     asks_for_attention: StrictBool = True
-    problem: str | None = None
+
+    @property
+    def is_cuttable(self) -> bool:
+        """Whether it is known how tensor parallelism cuts all its layers."""
+        return all(stack.regions for stack in self.stacks)
 
 
 class Shape(Record):

@@ -25,7 +25,7 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
         layers=(
             LayerKind(
                 count=layers,
-                cuttable=bool(known.family.regions),
+                cuttable=known.family.is_cuttable,
                 drops_attention=any(map(reader.rate, BEYOND_RINGS)),
                 parameters=reader.unit(known.layer),
                 **counts,

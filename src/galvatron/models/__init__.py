@@ -6,6 +6,7 @@ the meta device.  What is not known is recognised by running a tiny twin.  Knows
 
 from galvatron.core.family import Family, Region
 
+from .chain import Link, chain_of, regions_in
 from .family import family_of
 from .freeze import check_trains, freeze_parameters
 from .initialize import InitialWeights
@@ -16,13 +17,16 @@ from .twin import structure_key, twin_config, twin_model
 __all__ = [
     "Family",
     "InitialWeights",
+    "Link",
     "Region",
     "build_spec",
+    "chain_of",
     "check_trains",
     "family_of",
     "freeze_parameters",
     "load_config",
     "meta_model",
+    "regions_in",
     "spec_of",
     "structure_key",
     "twin_config",

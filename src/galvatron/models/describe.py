@@ -158,7 +158,7 @@ def _flags(config: PretrainedConfig, family: Family) -> tuple[dict[str, bool], d
         try:
             after = _by_name(twin, family)
             own = family_of(twin)
-            same_family = own.model_copy(update={"regions": family.regions}) == family
+            same_family = own.model_copy(update={"stacks": family.stacks}) == family
             same_family &= _by_name(twin, own) == after  # other regions may cut alike
             if after != before:
                 shared = after.keys() & before.keys()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import Family, Logits
+from galvatron.core.family import Family, Logits, Stack
 from galvatron.internals import call_attention
 
 from .layouts import Call, regions_of
@@ -78,12 +78,11 @@ def recognise(config: PretrainedConfig) -> Family:
     return Family(
         model_type=config.model_type,
         decoder=layers.rpartition(".")[0],
-        layers=layers,
+        stacks=(Stack(path=layers, regions=regions),),
         embedding=names[id(embedding)],
         before=tuple(before),
         norm=after[0],
         head=names[id(head)],
-        regions=regions,
         logits=_logits(model.config, trace.of(head).output, trace.logits),
         asks_for_attention=asks,
     )

@@ -13,10 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, Blocks, Family, Region
+from galvatron.core.family import BEYOND_RINGS, Blocks, Family, Region, Stack
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
 
+from .chain import chain_of, regions_in
 from .family import family_of
 from .freeze import freeze_parameters
 from .load import meta_model
@@ -52,7 +53,7 @@ def spec_of(model: PreTrainedModel, name: str | None = None, family: Family | No
 
 def _described(model: PreTrainedModel, name: str | None, family: Family) -> ModelSpec:
     config = model.config
-    layers: nn.ModuleList = model.get_submodule(family.layers)  # type: ignore[assignment]
+    layers = [(model.get_submodule(link.path), link.stack) for link in chain_of(model, family)]
     counts = head_counts(config)
     heads = counts["heads"]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -64,16 +65,16 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
                 name=kind,
                 count=count,
                 hidden_size=config.hidden_size,
-                ffn_size=_ffn_size(layers[0], family, config),
+                ffn_size=_ffn_size(*layers[0], config),
                 num_heads=heads,
                 num_kv_heads=counts["kv_heads"],
                 head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
                 drops_attention=any(getattr(config, name, None) for name in BEYOND_RINGS),
-                cuttable=bool(family.regions),
+                cuttable=family.is_cuttable,
                 parameters=parameters,
                 **_expert_counts(config),
             )
-            for kind, count, parameters in _kinds(layers, family, counts)
+            for kind, count, parameters in _kinds(layers, counts)
         ),
         vocab_size=config.vocab_size,
         max_seq_len=getattr(config, "max_position_embeddings", None) or MAX_TOKENS,
@@ -84,11 +85,11 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
 
 
 def _kinds(
-    layers: nn.ModuleList, family: Family, counts: dict[Blocks, int]
+    layers: list[tuple[nn.Module, Stack]], counts: dict[Blocks, int]
 ) -> Iterator[tuple[str, int, tuple[ParameterSpec, ...]]]:
     """(name, count, parameters) of every run of layers that train alike."""
     start = 0
-    for parameters, members in itertools.groupby(layer_parameters(layer, family, counts) for layer in layers):
+    for parameters, members in itertools.groupby(layer_parameters(*layer, counts) for layer in layers):
         count = len(list(members))
         yield "layer" if count == len(layers) else f"layers {start}-{start + count - 1}", count, parameters
         start += count
@@ -100,9 +101,9 @@ def head_counts(config: PretrainedConfig) -> dict[Blocks, int]:
     return {"heads": heads, "kv_heads": next((n for key in KV_KEYS if (n := getattr(config, key, None))), heads)}
 
 
-def _ffn_size(layer: nn.Module, family: Family, config: PretrainedConfig) -> int:
+def _ffn_size(layer: nn.Module, stack: Stack, config: PretrainedConfig) -> int:
     """The width of the MLP; of layers of experts, that of one."""
-    widths = (weight_sizes(layer.get_submodule(r.row))[0] for r in family.regions if r.row_blocks == "ffn")
+    widths = (weight_sizes(layer.get_submodule(r.row))[0] for r in regions_in(layer, stack) if r.row_blocks == "ffn")
     named = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size", "hidden_size"))
     return next(width for width in itertools.chain(widths, named) if width)
 
@@ -123,9 +124,9 @@ def weight_sizes(linear: nn.Module) -> tuple[int, int]:
     return (int(rows), int(columns)) if isinstance(linear, Conv1D) else (int(columns), int(rows))
 
 
-def layer_parameters(layer: nn.Module, family: Family, counts: dict[Blocks, int]) -> tuple[ParameterSpec, ...]:
+def layer_parameters(layer: nn.Module, stack: Stack, counts: dict[Blocks, int]) -> tuple[ParameterSpec, ...]:
     """Every parameter of an uncut ``layer`` with its cut, in the module's own order."""
-    cuts = {name: cut for region in family.regions for name, cut in _cuts(layer, region, counts)}
+    cuts = {name: cut for region in regions_in(layer, stack) for name, cut in _cuts(layer, region, counts)}
     return tuple(
         ParameterSpec(
             name=name,

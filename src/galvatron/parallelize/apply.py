@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError, PlanError
 from galvatron.core.model import ModelSpec
-from galvatron.models import Family, InitialWeights, family_of, spec_of
+from galvatron.models import Family, InitialWeights, chain_of, family_of, spec_of
 from galvatron.plan import Plan, check_runnable, folds_sequence
 
 from .checks.agreement import check_agreement
@@ -87,13 +87,14 @@ def parallelize(
     use_attention(model)
     _to_meta(model)
     if fp8:
-        use_fp8(model.get_submodule(family.layers))
+        for link in chain_of(model, family):
+            use_fp8(model.get_submodule(link.path))
     stages = tuple(stages_of(model, family, grid))
     compiled = compiles(compile, world.device, spec)
     compiler = LayerCompiler() if compiled else None
     for stage in stages:
         cut(stage, family, spec, grid, compiler)
-    parts = [part for stage in stages for part in parts_of(stage, family, spec, grid)]
+    parts = [part for stage in stages for part in parts_of(stage, spec, grid)]
     chunks = tuple(chunk_of(stage, list(units_of(stage, family, spec, grid)), grid) for stage in stages)
     unsharded = [unit for chunk in chunks for unit in chunk.unsharded]
     parameters = [local_parameter(part, held_of(part, unsharded), spec, grid) for part in parts]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from galvatron.core.model import ModelSpec
-from galvatron.models import Family
+from galvatron.models import Family, regions_in
 from galvatron.plan import LayerStrategy, Plan
 
 from .layers.attention import Context, attend_across
@@ -42,30 +42,29 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
     """Tensor cuts, recompute, compilation, and changes of layout on entry, for every module this stage owns."""
     plan = grid.plan
     degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
-    chain = stage.model.get_submodule(family.layers)
-    assert isinstance(chain, nn.ModuleList)
     contexts = {strategy: Context(grid.ulysses(strategy), grid.ring(strategy)) for strategy in set(plan.layers)}
     if stage.is_first:
         _cut_embedding(stage, family, spec, grid)
     own_positions = _place_positions(stage, family, grid)
     for index in stage.layers:
         strategy = plan.layers[index]
-        tp = grid.axis_group(1, strategy.tp)
+        tp, layer = grid.axis_group(1, strategy.tp), stage.layer(index)
+        regions = regions_in(layer, stage.chain[index].stack)
         if stage.later is not None:
-            stage.later.taps[chain[index]] = tap_linears(chain[index], family, kinds[index], tp)
-        cut_layer(chain[index], family, kinds[index], tp)
-        attend_across(chain[index], contexts[strategy])
+            stage.later.taps[layer] = tap_linears(layer, regions, kinds[index], tp)
+        cut_layer(layer, regions, kinds[index], tp)
+        attend_across(layer, contexts[strategy])
         if spec.trains_before(index + 1):  # nothing is kept of other layers, and compilers fail on such a checkpoint
-            recompute_in_backward(chain[index], family, tp, strategy.recompute)
+            recompute_in_backward(layer, regions, tp, strategy.recompute)
         if compiler is not None:
-            compiler(chain[index], (kinds[index].name, strategy))
+            compiler(layer, (kinds[index].name, strategy))
         if stage.later is not None:
-            put_off(chain[index], tp.size, stage.later)
+            put_off(layer, tp.size, stage.later)
         if strategy in own_positions:
-            own_positions[strategy].enter(chain[index])
-        _enter(chain[index], grid, degrees[index], degrees[index + 1])
+            own_positions[strategy].enter(layer)
+        _enter(layer, grid, degrees[index], degrees[index + 1])
     if not stage.is_first:
-        stage.receive_in(chain[stage.layers.start])
+        stage.receive_in(stage.layer(stage.layers.start))
     if stage.is_last:
         _enter(stage.model.get_submodule(family.norm), grid, degrees[-2], degrees[-1])
         _cut_head(stage, family, spec, grid)

@@ -97,7 +97,7 @@ def units_of(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> Itera
     if embedding:
         yield embedding, plan.embedding
     for index in stage.layers:
-        yield (stage.model.get_submodule(f"{family.layers}.{index}"),), plan.layers[index]
+        yield (stage.layer(index),), plan.layers[index]
     if head:
         yield head, plan.head
 

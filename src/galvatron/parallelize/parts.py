@@ -8,7 +8,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from galvatron.core.model import ModelSpec, ParameterSpec
-from galvatron.models import Family
 from galvatron.plan import LayerStrategy
 
 from .model import Replicated
@@ -29,14 +28,14 @@ class Part:
     strategy: LayerStrategy
 
 
-def parts_of(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> list[Part]:
+def parts_of(stage: Stage, spec: ModelSpec, grid: Grid) -> list[Part]:
     """Every parameter this stage owns, once; a tied head on the embedding's stage is the embedding."""
     plan, kinds = grid.plan, spec.kind_of_layers()
     named: list[tuple[str, str, ParameterSpec, LayerStrategy]] = []
     if stage.is_first:
         named += [(p.name, p.name, p, plan.embedding) for p in spec.embedding.parameters]
     for index in stage.layers:
-        prefix = f"{family.layers}.{index}."
+        prefix = f"{stage.chain[index].path}."
         named += [(prefix + p.name, prefix + p.name, p, plan.layers[index]) for p in kinds[index].parameters]
     if stage.is_last:
         *norm, projection = spec.head.parameters

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import known_families
 from galvatron.core.model import ModelSpec, ParameterSpec
-from galvatron.models import Family, family_of, spec_of, structure_key, twin_config, twin_model
+from galvatron.models import Family, family_of, regions_in, spec_of, structure_key, twin_config, twin_model
 from galvatron.models.recognise import recognise
 
 from .layers.attention import use_attention
@@ -95,7 +95,7 @@ def _proof(config: PretrainedConfig, family: Family) -> Proof:
         twin = twin_config(config, kv_heads)
         truth = _Truth.of(twin)
         whole = whole or truth.against(_in_stages, twin, family)
-        if not family.regions:
+        if not family.is_cuttable:
             tp = "no rule fits its linears"
         elif tp is None and _is_allowed(spec_of(twin_model(twin), family=family)):
             tp = truth.against(_between_threads, twin, family)
@@ -167,7 +167,7 @@ def _in_stages(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients
     first = _prepared(twin, family, range(CUT), ends=(True, False))
     last = _prepared(twin, family, range(CUT, twin.num_hidden_layers), ends=(False, True))
     spec, alone = spec_of(twin_model(twin), family=family), AxisGroup(None, (), 0)
-    last.receive_in(last.model.get_submodule(f"{family.layers}.{CUT}"))
+    last.receive_in(last.layer(CUT))
     head = last.model.get_submodule(family.head)
     fuse_loss(head, spec.head.parameters[-1], alone, last.early_gradient)
     positions = torch.arange(SEQ_LEN).unsqueeze(0)
@@ -203,19 +203,19 @@ def _between_threads(twin: PretrainedConfig, family: Family) -> tuple[float, Gra
 
     loss = sum(ranks.run(run))
     for rank, stage in enumerate(stages):
-        for name, parameter in _named(spec, family):
+        for name, parameter in _named(spec, stage):
             gradient = stage.model.get_parameter(name).grad
             if gradient is not None:
                 _add(found, name, _spread(parameter, gradient, rank))
     return loss, found
 
 
-def _named(spec: ModelSpec, family: Family) -> list[tuple[str, ParameterSpec]]:
+def _named(spec: ModelSpec, stage: Stage) -> list[tuple[str, ParameterSpec]]:
     """Every parameter of the model by its name, a tied one once."""
     head = spec.head.parameters[:-1] if spec.tied_embeddings else spec.head.parameters
     named = [(p.name, p) for p in (*spec.embedding.parameters, *head)]
     for index, kind in enumerate(spec.kind_of_layers()):
-        named += [(f"{family.layers}.{index}.{p.name}", p) for p in kind.parameters]
+        named += [(f"{stage.chain[index].path}.{p.name}", p) for p in kind.parameters]
     return named
 
 
@@ -231,14 +231,15 @@ def _cut_stage(
         length = SEQ_LEN // tp.size
         cut_positions(positions, (range(tp.rank * length, (tp.rank + 1) * length),))
     for index, kind in enumerate(spec.kind_of_layers()):
-        cut_layer(model.get_submodule(f"{family.layers}.{index}"), family, kind, tp)
+        layer = stage.layer(index)
+        cut_layer(layer, regions_in(layer, stage.chain[index].stack), kind, tp)
     shrink(model, tuple(p for p in spec.head.parameters if p.cut is not None), tp)
     if spec.tied_embeddings:
         head.weight = embedding.weight
     stage.head_tp = tp
     fuse_loss(head, spec.head.parameters[-1], tp, stage.early_gradient)
     with torch.no_grad():
-        for name, parameter in _named(spec, family):
+        for name, parameter in _named(spec, stage):
             local = model.get_parameter(name)
             for piece in pieces_of(parameter, tp.size, tp.rank, 1, 0):
                 whole = box(values[name], piece.global_offset, piece.size)

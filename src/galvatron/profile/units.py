@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, Recompute, UnitName
 from galvatron.internals import put_buffer, put_parameter, tree_map_only
-from galvatron.models import Family, family_of, meta_model
+from galvatron.models import Family, Link, chain_of, family_of, meta_model, regions_in
 from galvatron.parallelize.layers.attention import use_attention
 from galvatron.parallelize.layers.compile import LayerCompiler
 from galvatron.parallelize.layers.fp8 import use_fp8
@@ -135,14 +135,14 @@ class UnitShape:
 
     def _freeze(self, model: PreTrainedModel, family: Family) -> None:
         """Let the unit's parameters require gradients as the specification says."""
-        prefix = "" if self.name in ENDS else f"{self._layer_path(family)}."
+        prefix = "" if self.name in ENDS else f"{self._link(model, family).path}."
         for parameter in self.spec.unit(self.name).parameters:
             model.get_parameter(prefix + parameter.name).requires_grad_(parameter.trainable)
 
-    def _layer_path(self, family: Family) -> str:
+    def _link(self, model: PreTrainedModel, family: Family) -> Link:
         """The first layer of the kind."""
         kinds = [kind.name for kind in self.spec.kind_of_layers()]
-        return f"{family.layers}.{kinds.index(self.name)}"
+        return chain_of(model, family)[kinds.index(self.name)]
 
     def _embedding(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
         stage = Stage(model, family, range(0), is_first=True, is_last=False)
@@ -164,16 +164,18 @@ class UnitShape:
         return LocalUnit(stage, owners, (), position_ids=self._position_ids())
 
     def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup, backend: str | None) -> LocalUnit:
-        layer = model.get_submodule(self._layer_path(family))
+        link = self._link(model, family)
+        layer = model.get_submodule(link.path)
+        regions = regions_in(layer, link.stack)
         if self.fp8:
             use_fp8(layer)
-        cut_layer(layer, family, self.spec.kind(self.name), tp)
+        cut_layer(layer, regions, self.spec.kind(self.name), tp)
         args, kwargs = self._call_of_a_layer(model, family)
         unit, plain = LocalUnit(layer, (layer,), args, **kwargs), layer.forward
         compiler = LayerCompiler(backend) if self.compiled else None
         for level in RECOMPUTES:
             layer.forward = plain
-            recompute_in_backward(layer, family, tp, level)
+            recompute_in_backward(layer, regions, tp, level)
             if compiler is not None:
                 compiler(layer, level)
             unit.forwards[level] = layer.forward
@@ -183,7 +185,7 @@ class UnitShape:
     def _call_of_a_layer(self, model: PreTrainedModel, family: Family) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the decoder gives its layers beside the hidden states; a dry run finds out, without parameters."""
         stage, recorder = Stage(model, family, range(1, 1), is_first=False, is_last=False), _Recorder()
-        model.get_submodule(family.layers)[0] = recorder  # type: ignore[operator]
+        model.set_submodule(stage.chain[0].path, recorder)
         hidden = torch.zeros(1, self.seq_len // self.tp, self.spec.hidden_size, dtype=self.dtype)
         with torch.no_grad():
             stage.decoder(inputs_embeds=hidden, position_ids=self._position_ids(), use_cache=False)

@@ -37,7 +37,7 @@ def test_data_says_what_recognition_finds(model_type: str) -> None:
 def test_what_is_cut_otherwise_is_not_among_what_is_proved() -> None:
     """Proved by cuts of its own, it would be cut as the type's own config is, without another proof."""
     with_norms = tiny_config("cohere", use_qk_norm=True)
-    assert family_of(with_norms).regions[0].by_head.keys() == {"self_attn.q_norm", "self_attn.k_norm"}
+    assert family_of(with_norms).stacks[0].regions[0].by_head.keys() == {"self_attn.q_norm", "self_attn.k_norm"}
     assert structure_key(with_norms) not in known_families()["cohere"].proved
 
 

@@ -20,12 +20,15 @@ def test_gradients_of_a_recognised_type_are_those_of_its_twin(family: str) -> No
 
 
 def test_layouts_of_fused_matrices_are_found() -> None:
-    attention, mlp = family_of(tiny_config("phi3")).regions
+    attention, mlp = family_of(tiny_config("phi3")).stacks[0].regions
     assert attention.columns == {"self_attn.qkv_proj": ("heads", "kv_heads", "kv_heads")}
     assert mlp.columns == {"mlp.gate_up_proj": ("ffn", "ffn")}
-    assert family_of(tiny_config("gpt2")).regions[0].columns == {"attn.c_attn": ("heads", "heads", "heads")}
-    assert family_of(tiny_config("gpt_neox")).regions[0].columns == {"attention.query_key_value": ("heads",)}
-    assert family_of(tiny_config("olmo2")).regions[0].wide_norms.keys() == {"self_attn.q_norm", "self_attn.k_norm"}
+    assert family_of(tiny_config("gpt2")).stacks[0].regions[0].columns == {"attn.c_attn": ("heads", "heads", "heads")}
+    assert family_of(tiny_config("gpt_neox")).stacks[0].regions[0].columns == {"attention.query_key_value": ("heads",)}
+    assert family_of(tiny_config("olmo2")).stacks[0].regions[0].wide_norms.keys() == {
+        "self_attn.q_norm",
+        "self_attn.k_norm",
+    }
     assert family_of(tiny_config("gemma2")).logits.soft_cap == "final_logit_softcapping"
     assert family_of(tiny_config("granite")).logits.divide_by == "logits_scaling"
 
@@ -38,9 +41,10 @@ def _planted(family: Family, monkeypatch: pytest.MonkeyPatch) -> proof.Proof:
 
 def test_a_wrong_layout_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     family = family_of(tiny_config("phi3"))
-    attention, mlp = family.regions
+    attention, mlp = family.stacks[0].regions
     wrong = mlp.model_copy(update={"columns": {"mlp.gate_up_proj": ("ffn",)}})  # halves of one, not of both
-    found = _planted(family.model_copy(update={"regions": (attention, wrong)}), monkeypatch)
+    cut = family.stacks[0].model_copy(update={"regions": (attention, wrong)})
+    found = _planted(family.model_copy(update={"stacks": (cut,)}), monkeypatch)
     assert found.whole is None
     assert found.tp is not None
     assert "the loss is" in found.tp

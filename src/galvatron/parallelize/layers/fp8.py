@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import LayerKind, Precision
-from galvatron.models import Family
+from galvatron.models import Family, chain_of
 
 LEAST_CAPABILITY = (8, 9)  # NVIDIA Ada, the first with float8 tensor cores
 BLOCK = 16  # torch._scaled_mm takes rows of a multiple of 16 bytes
@@ -35,7 +35,7 @@ def check_fp8(model: PreTrainedModel, family: Family, device: torch.device, prec
             f"fp8 needs devices of compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or above (Ada, Hopper and "
             f"later), got {name}; leave it out"
         )
-    layer = model.get_submodule(f"{family.layers}.0")
+    layer = model.get_submodule(chain_of(model, family)[0].path)
     if not any(isinstance(module, nn.Linear) for module in layer.modules()):
         raise ConfigError(f"fp8 takes layers with torch's linears, and {type(layer).__name__} has none; leave it out")
 
@@ -56,7 +56,7 @@ def fp8_problem(kind: LayerKind, tp: int, tokens: int) -> str | None:
 
 
 def use_fp8(layer: nn.Module) -> None:
-    """Let every linear of ``layer`` (or of several), not cut yet, multiply in float8."""
+    """Let every linear of ``layer``, not cut yet, multiply in float8."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig(emulate=EMULATED, round_scales_to_power_of_2=True)

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from galvatron.core.model import Recompute
 from galvatron.internals import ATTENTION, REDUCE_SCATTER
-from galvatron.models import Family
+from galvatron.models import Region
 
 from ..processes.collectives import AxisGroup
 from .forward import wrap_forward
@@ -48,13 +48,13 @@ class Kept:
     sums: frozenset[int]
 
 
-def recompute_in_backward(layer: nn.Module, family: Family, tp: AxisGroup, recompute: Recompute) -> None:
-    """Let ``layer``, already cut by ``tp``, keep no more than ``recompute`` says."""
+def recompute_in_backward(layer: nn.Module, regions: tuple[Region, ...], tp: AxisGroup, recompute: Recompute) -> None:
+    """Let ``layer`` of these ``regions``, already cut by ``tp``, keep no more than ``recompute`` says."""
     if recompute == "none":
         return
     again = partial(checkpoint, use_reentrant=False)
     if recompute != "full":
-        linears = tuple((len(region.columns), 1) for region in family.regions)
+        linears = tuple((len(region.columns), 1) for region in regions)
         again = partial(again, context_fn=partial(_contexts, kept(recompute, linears, summed=tp.size > 1)))
     wrap_forward(layer, again)
 

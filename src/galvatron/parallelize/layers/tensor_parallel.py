@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ParameterSpec, UnitSpec
 from galvatron.internals import call_attention, called_attention, multiplies_in_float8
-from galvatron.models import Family
+from galvatron.models import Region
 
 from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence
 from .forward import wrap_forward
@@ -33,12 +33,12 @@ KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads")
 """Attributes of attention modules, or of their configs, that count heads (GPT-2's ``split_size`` their width)."""
 
 
-def cut_layer(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -> None:
+def cut_layer(layer: nn.Module, regions: tuple[Region, ...], unit: UnitSpec, tp: AxisGroup) -> None:
     """Cut ``layer`` (parameters on any device; their values are not kept) for one rank of ``tp``."""
     if tp.size == 1:
         return
     shrink(layer, unit.parameters, tp)
-    for region in family.regions:
+    for region in regions:
         for name in region.columns:
             _keep_own_outputs(layer.get_submodule(name), _weight(unit, name), tp)
         for name in region.wide_norms:
@@ -73,10 +73,10 @@ def _count_own_heads(attention: nn.Module, tp: AxisGroup) -> None:
                 setattr(holder, name, value // tp.size if name in HEAD_COUNTS else max(value // tp.size, 1))
 
 
-def tap_linears(layer: nn.Module, family: Family, unit: UnitSpec, tp: AxisGroup) -> tuple[Tap, ...]:
+def tap_linears(layer: nn.Module, regions: tuple[Region, ...], unit: UnitSpec, tp: AxisGroup) -> tuple[Tap, ...]:
     """Give the trained linears of ``layer`` taps (``layers.later``); before it is cut."""
     taps = []
-    for region in family.regions:
+    for region in regions:
         for name in (*region.columns, region.row):
             linear, parameter = layer.get_submodule(name), _weight(unit, name)
             if parameter.trainable:

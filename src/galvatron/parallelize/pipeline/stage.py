@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from galvatron.models import Family
+from galvatron.models import Family, chain_of
 
 from ..layers.forward import wrap_forward
 from ..layers.later import Later
@@ -53,11 +53,10 @@ class Stage(nn.Module):
         self.logit_terms = logit_terms(family.logits, model.config)
         self.later: Later | None = None  # weight passes
         self.position_spans: tuple[range, ...] = ()  # of the positions that ``forward`` is told of
-        chain = model.get_submodule(family.layers)
-        assert isinstance(chain, nn.ModuleList)
-        for index in range(len(chain)):
+        self.chain = chain_of(model, family)
+        for index, link in enumerate(self.chain):
             if index not in layers:
-                chain[index] = PassedLayer()
+                model.set_submodule(link.path, PassedLayer())
         if not is_first:
             model.set_submodule(family.embedding, PassedLayer())
             for name in family.before:
@@ -69,6 +68,10 @@ class Stage(nn.Module):
         self._output: Tensor | None = None
         self._received: Tensor | Inbox | None = None
         model.get_submodule(family.norm).register_forward_hook(self._keep_output)
+
+    def layer(self, index: int) -> nn.Module:
+        """Layer ``index`` of the whole chain."""
+        return self.model.get_submodule(self.chain[index].path)
 
     @property
     def decoder(self) -> nn.Module:

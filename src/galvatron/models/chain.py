@@ -1,0 +1,34 @@
+"""The chain of layers of a model: where each is, and the stack that it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from galvatron.core.family import Family, Region, Stack
+
+
+@dataclass(frozen=True)
+class Link:
+    """A layer of the chain: its path in the model, and its stack."""
+
+    path: str
+    stack: Stack
+
+
+def chain_of(model: PreTrainedModel, family: Family) -> tuple[Link, ...]:
+    """Every layer, in the order of the forward pass."""
+    links: list[Link] = []
+    for stack in family.stacks:
+        layers = model.get_submodule(stack.path)
+        assert isinstance(layers, nn.ModuleList)
+        links += [Link(f"{stack.path}.{index}", stack) for index in range(len(layers))]
+    return tuple(links)
+
+
+def regions_in(layer: nn.Module, stack: Stack) -> tuple[Region, ...]:
+    """The regions of ``stack`` that ``layer`` has: its layers may be of several kinds."""
+    names = {name for name, _ in layer.named_modules()}
+    return tuple(region for region in stack.regions if region.row in names)
