@@ -21,7 +21,7 @@ from galvatron.parallelize.processes.ranks import rank
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool, WorkerError
-from galvatron.train import Dataset, Reporter, StepMetrics, checkpoint_to_hf, read_metrics, train
+from galvatron.train import Dataset, Reporter, StepMetrics, StreamRows, checkpoint_to_hf, read_metrics, train
 from galvatron.train.checkpoint import TrainState, is_weight
 from galvatron.train.index import CheckpointIndex, read_tensor
 
@@ -64,7 +64,7 @@ def _run(family: str, tied: bool, plan: Plan, run_dir: Path, settings: dict[str,
     changes = {"resid_pdrop": 0.1, "embd_pdrop": 0.1} if dropout else {}
     config = tiny_config(family, tie_word_embeddings=tied, **changes)
     model = parallelize(tiny_model(config, seed=1 if "resume" in options else 0), plan, world=init_world("cpu"))
-    dataset = Dataset(TOKENS, seq_len=SEQ_LEN, global_batch_size=BATCH, eval_fraction=0.05, fingerprint="x")
+    dataset = Dataset(StreamRows(TOKENS, SEQ_LEN), global_batch_size=BATCH, eval_fraction=0.05, fingerprint="x")
     export = options.pop("export", None)
     result = train(model, section, dataset, plan=plan, run_dir=run_dir, **options)
     if export is not None:
@@ -177,7 +177,7 @@ def _skip_on_a_nan_of_one_rank(run_dir: Path) -> tuple[int, str, list[float]]:
 
     model.train_step = train_step  # type: ignore[method-assign]
     section = TrainSection(global_batch_size=BATCH, seq_len=SEQ_LEN, num_steps=3, lr=1e-3, max_skipped_steps=1)
-    dataset = Dataset(TOKENS, seq_len=SEQ_LEN, global_batch_size=BATCH, fingerprint="x")
+    dataset = Dataset(StreamRows(TOKENS, SEQ_LEN), global_batch_size=BATCH, fingerprint="x")
     result = train(model, section, dataset, plan=PLANS["pair"], run_dir=run_dir)
     return result.steps, (run_dir / "metrics.jsonl").read_text(), calls
 

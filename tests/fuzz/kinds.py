@@ -31,6 +31,7 @@ from galvatron.train import TrainState, prepare_tokens
 from galvatron.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from galvatron.train.data import Dataset, _map_tokens
 from galvatron.train.optimizer import build_optimizer
+from galvatron.train.rows import StreamRows
 from unit.profiles import make_hardware, make_model, make_spec
 from unit.train.train_fakes import FakeModel, lineage_for, plan_for, section
 
@@ -358,7 +359,7 @@ def use_dataset(folder: Path) -> None:
     for text in _texts(path):
         expected += [*text.encode(), 256]
     assert tokens.tolist() == expected
-    Dataset(tokens, seq_len=8, global_batch_size=2, eval_fraction=0.1).batch(3)
+    Dataset(StreamRows(tokens, 8), global_batch_size=2, eval_fraction=0.1).batch(3)
 
 
 def _texts(path: Path) -> list[str]:

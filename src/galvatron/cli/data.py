@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from galvatron.core.job import Job
+from galvatron.core.job import DataSection, Job
 from galvatron.core.units import counted
 
 from .console import console, error_console, say
 from .launch import processes
-from .options import JobFile, RunDir, examples
+from .options import JobFile, RunDir, Validation, examples
 from .rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -36,27 +36,32 @@ def _only() -> None:
 
 
 @app.command(epilog=examples("galvatron data prepare job.toml", "galvatron data prepare job.toml --run-dir runs/first"))
-def prepare(job: JobFile, run_dir: RunDir = None) -> None:
+def prepare(job: JobFile, run_dir: RunDir = None, validation: Validation = None) -> None:
     """Tokenise a job's text into its run directory; train and run then begin at once.
 
     What was cut off goes on with the same command.  Needs one process and no GPU.
     """
-    loaded, run = Job.load(job), RunDirectory.of_job(job, run_dir)
+    loaded, run = Job.load(job).validated_on(validation), RunDirectory.of_job(job, run_dir)
     with processes(1, "cpu") as ranks, ranks.locked(run.path):
-        path = prepare_data(loaded, run)
-    say(f"{path} is ready")
+        paths = prepare_data(loaded, run)
+    for path in paths:
+        say(f"{path} is ready")
 
 
-def prepare_data(job: Job, run: RunDirectory) -> Path:
-    """The tokens of ``job``, made unless they are there; one process only."""
+def prepare_data(job: Job, run: RunDirectory) -> list[Path]:
+    """The tokens of ``job``, and those of its validation source, made unless they are there; one process only."""
+    return [_prepare(data, job, run) for data in (job.data, job.data.of_validation) if data is not None]
+
+
+def _prepare(data: DataSection, job: Job, run: RunDirectory) -> Path:
     from galvatron.train import prepare_tokens
     from galvatron.train.text import Skipped
 
     skipped = Skipped()
-    with _progress(job.data.source) as progress:
-        path = prepare_tokens(job.data, run.path, progress=progress, skipped=skipped)
+    with _progress(data.source) as progress:
+        path = prepare_tokens(data, run.path, seq_len=job.train.seq_len, progress=progress, skipped=skipped)
     if skipped.count:
-        say(f"{counted(skipped.count, 'bad record')} of {job.data.source} left out, the first: {skipped.first}")
+        say(f"{counted(skipped.count, 'bad record')} of {data.source} left out, the first: {skipped.first}")
     return path
 
 

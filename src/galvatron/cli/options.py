@@ -20,6 +20,9 @@ Compile = Annotated[
     typer.Option("--compile/--no-compile", help="Whether layers are compiled, as in training; by default on CUDA."),
 ]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run directory; runs/<job file stem> if left out.")]
+Validation = Annotated[
+    str | None, typer.Option("--validation", help="A source to evaluate on, in place of the job's data.validation.")
+]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")]
 
 

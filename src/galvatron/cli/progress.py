@@ -73,9 +73,10 @@ class ConsoleReporter(Reporter):
         """Print why."""
         say(f"step {step:>5}  skipped: {reason}")
 
-    def evaluated(self, step: int, eval_loss: float) -> None:
-        """Print the evaluation loss."""
-        _line(f"step {step:>5}  evaluation loss {eval_loss:.3f}")
+    def evaluated(self, step: int, loss: float, name: str) -> None:
+        """Print the loss."""
+        words = {"eval_loss": "evaluation loss", "validation_loss": "validation loss"}
+        _line(f"step {step:>5}  {words[name]} {loss:.3f}")
 
     def saved(self, step: int, path: Path) -> None:
         """Print where the checkpoint is."""

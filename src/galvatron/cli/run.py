@@ -21,7 +21,7 @@ from galvatron.plan import Plan, check_plan_for_job
 from .console import heading, rank, say
 from .generate import generate
 from .launch import Processes, processes
-from .options import JobFile, Nproc, RunDir, examples
+from .options import JobFile, Nproc, RunDir, Validation, examples
 from .profile import Measurement, ModelRequest, measure
 from .rundir import RunDirectory
 from .search import draw, runner_up, search_for_job, show
@@ -45,12 +45,12 @@ def register(app: typer.Typer) -> None:
     )(run)
 
 
-def run(job: JobFile, run_dir: RunDir = None, nproc: Nproc = None) -> None:
+def run(job: JobFile, run_dir: RunDir = None, nproc: Nproc = None, validation: Validation = None) -> None:
     """Profile, search, train, and what else the job file asks for.
 
     Continues where an earlier run of the same directory ended.
     """
-    loaded = Job.load(job)
+    loaded = Job.load(job).validated_on(validation)
     directory = RunDirectory.of_job(job, run_dir)
     with processes(nproc, loaded.cluster.device, loaded.cluster.num_processes) as ranks:
         config, spec = check_model(loaded)

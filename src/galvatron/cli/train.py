@@ -23,7 +23,7 @@ from galvatron.plan import Plan, check_plan_for_job
 from .console import console, heading, rank, say
 from .data import prepare_data
 from .launch import Processes, processes
-from .options import JobFile, Nproc, RunDir, examples
+from .options import JobFile, Nproc, RunDir, Validation, examples
 from .rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -74,13 +74,14 @@ def train(
         typer.Option("--resume", help="latest (also under another plan), a checkpoint, or another run directory."),
     ] = None,
     nproc: Nproc = None,
+    validation: Validation = None,
 ) -> None:
     """Train a job under a plan; any checkpoint resumes under any plan.
 
     Writes metrics.jsonl, plan.json and checkpoints/ into the run directory.  The same command goes on where it was
     cut off.
     """
-    leg = Leg(Job.load(job), Plan.load(plan), RunDirectory.of_job(job, run_dir), resume)
+    leg = Leg(Job.load(job).validated_on(validation), Plan.load(plan), RunDirectory.of_job(job, run_dir), resume)
     with processes(nproc, leg.job.cluster.device, leg.job.cluster.num_processes) as ranks:
         config, spec = check_model(leg.job)
         leg.plan.validate(spec, ranks.world_size)
@@ -181,9 +182,10 @@ def check_inputs(
             say(f"warning: {warning.message}")
     ranks.on_main(lambda: prepare_data(job, run))
     dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path))
-    if dataset.vocab_size > spec.vocab_size:
+    vocab_size = max(given.vocab_size for given in (dataset, dataset.validation) if given is not None)
+    if vocab_size > spec.vocab_size:
         raise DataError(
-            f"tokenizer {job.data.tokenizer} has {dataset.vocab_size} tokens but the model's vocabulary only "
+            f"tokenizer {job.data.tokenizer} has {vocab_size} tokens but the model's vocabulary only "
             f"{spec.vocab_size}; use the model's own tokenizer or a larger vocab_size"
         )
     if checkpoint is not None:

@@ -26,6 +26,9 @@ def _no_endless_name(text: str) -> str:
     return text
 
 
+HELD_OUT = 0.02
+"""The share of a source that is evaluated on where none is given."""
+
 Place = Annotated[str, AfterValidator(_no_endless_name)]
 """A path or a name that a file system can be asked for."""
 
@@ -43,18 +46,57 @@ class ModelSection(Record):
 
 
 class DataSection(Record):
-    """Which text: ``.txt``/``.jsonl`` files, a Hugging Face dataset name, or ``python-docs``.
+    """Which text: ``.txt``, ``.jsonl``, ``.csv``, ``.parquet`` files (or ``.gz`` of them), a dataset, ``python-docs``.
 
+    ``records`` says what a record is: ``text`` in ``text_field``; ``conversations``, messages of a role and a content
+    in ``messages_field``, of which answers alone are learnt; or ``pairs`` of ``prompt_field`` and ``completion_field``,
+    of which completions alone are learnt.  ``chat_template`` is a Jinja file in place of the tokenizer's own template.
+    ``separate_documents``: whether texts in one row of tokens are apart; others always are.
     ``tokenizer`` is a local directory, a hub name or ``bytes`` (256 byte tokens and an end-of-text token).
-    ``skip_bad_records``: a record that is no JSON object with a text is counted and left out, not refused.
+    ``skip_bad_records``: a record that is not what it should be is counted and left out, not refused.
+    ``validation`` is a source of its own, never trained on; of a dataset its ``validation_split``.  ``eval_fraction``
+    of ``source`` is held out, by default 0.02, nothing where there is a ``validation``.
     """
 
     source: Place
+    validation: Place | None = None
     tokenizer: Place = "bytes"
+    records: Literal["text", "conversations", "pairs"] = "text"
     text_field: str = "text"
+    messages_field: str = "messages"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    chat_template: Place | None = None
+    separate_documents: StrictBool = False
     split: str = "train"
+    validation_split: str = "validation"
     skip_bad_records: StrictBool = False
-    eval_fraction: float = Field(default=0.02, strict=True, ge=0, lt=1)
+    eval_fraction: float | None = Field(default=None, strict=True, ge=0, lt=1)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether no document of a row sees another one."""
+        return self.records != "text" or self.separate_documents
+
+    @property
+    def held_out(self) -> float:
+        """The share of ``source`` that is evaluated on, not trained on."""
+        usual = HELD_OUT if self.validation is None else 0.0
+        return usual if self.eval_fraction is None else self.eval_fraction
+
+    @property
+    def of_validation(self) -> Self | None:
+        """The section of the validation source, if there is one."""
+        if self.validation is None:
+            return None
+        own = {"source": self.validation, "split": self.validation_split, "validation": None}
+        return self.model_copy(update=own)
+
+    @model_validator(mode="after")
+    def _template_renders_conversations(self) -> Self:
+        if self.chat_template is not None and self.records != "conversations":
+            raise ValueError(f"chat_template renders conversations, not {self.records}; set records or remove it")
+        return self
 
 
 class ClusterSection(Record):
@@ -191,15 +233,27 @@ class Job(Record):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a TOML job; relative paths become relative to the file.  Raises ConfigError."""
-        data = parse_toml(read_text(path, ConfigError), str(path), ConfigError)
-        job = validate(cls, data, str(path), ConfigError)
+        text = parse_toml(read_text(path, ConfigError), str(path), ConfigError)
+        job = validate(cls, text, str(path), ConfigError)
         base = Path(path).resolve().parent
-        model = job.model.model_copy(update={"path": _relative(job.model.path, base)})
-        sections = {"source": _relative(job.data.source, base), "tokenizer": _relative(job.data.tokenizer, base)}
-        updates: dict[str, Record] = {"model": model, "data": job.data.model_copy(update=sections)}
+        given = {name: getattr(job.data, name) for name in _PLACES_OF_DATA}
+        places = {name: _relative(place, base) for name, place in given.items() if place is not None}
+        updates: dict[str, Record] = {
+            "model": job.model.model_copy(update={"path": _relative(job.model.path, base)}),
+            "data": job.data.model_copy(update=places),
+        }
         if job.resume is not None:
             updates["resume"] = job.resume.model_copy(update={"plan": _relative(job.resume.plan, base)})
         return job.model_copy(update=updates)
+
+    def validated_on(self, source: str | None) -> Self:
+        """The same job with another ``data.validation``, if it is given."""
+        if source is None:
+            return self
+        return self.model_copy(update={"data": self.data.model_copy(update={"validation": source})})
+
+
+_PLACES_OF_DATA = ("source", "validation", "tokenizer", "chat_template")
 
 
 def _relative(text: str, base: Path) -> str:

@@ -12,6 +12,7 @@ from .lineage import Lineage, check_goes_on, notable_changes
 from .memory import PeakMemory
 from .metrics import StepMetrics, read_metrics
 from .optimizer import build_optimizer, lr_at
+from .rows import DocumentRows, StreamRows
 from .start import train
 from .tokenizer import ByteTokenizer, load_tokenizer
 from .tokens import prepare_tokens
@@ -20,10 +21,12 @@ from .trainer import Trainer, TrainResult
 __all__ = [
     "ByteTokenizer",
     "Dataset",
+    "DocumentRows",
     "Lineage",
     "PeakMemory",
     "Reporter",
     "StepMetrics",
+    "StreamRows",
     "TrainResult",
     "TrainState",
     "Trainer",

@@ -1,12 +1,15 @@
-"""Tokens to training batches: packed into rows, in an order only the seed decides.
+"""Samples to training batches, in an order that only the seed decides.
 
-Takes a file of tokens and a TrainSection; knows nothing of models, plans or how many ranks there are.
+Takes samples by number and a TrainSection; knows nothing of models, plans or how many ranks there are.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,73 +18,106 @@ from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection, TrainSection
 from galvatron.parallelize.processes.ranks import on_rank_zero, together
 
+from .rows import IGNORED_LABEL, DocumentRows, StreamRows
 from .tokens import Progress, TokenInfo, prepare_tokens
 
-IGNORED_LABEL = -100
+__all__ = ["IGNORED_LABEL", "Batch", "Dataset", "Draw", "Samples", "load_dataset"]
+
+Batch = dict[str, torch.Tensor]
+"""Tensors by name, equal on all ranks, a sample along dim 0 of each."""
+_TRAINED, _EVALUATED = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The random numbers of one sample: the same for every plan and after every resume."""
+
+    seed: int
+    use: int
+    index: int
+
+    def generator(self) -> np.random.RandomState:
+        """RandomState over MT19937: numpy freezes its stream, so what is drawn outlives numpy's versions."""
+        return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, self.use, self.index])))
+
+
+class Samples(Protocol):
+    """Samples by number, of one shape."""
+
+    def __len__(self) -> int: ...
+
+    def need(self, rows: int) -> str:
+        """What ``rows`` samples take, and what there is, in words: ``9 samples but the source has 7``."""
+
+    def gather(self, rows: Sequence[int], draws: Sequence[Draw]) -> Batch:
+        """The samples ``rows``; what is random in each comes from its draw alone."""
 
 
 class Dataset:
-    """Packed rows of ``tokens`` [num_tokens], split into training and evaluation rows.
+    """``samples`` in batches, split into training and evaluation rows.
 
-    Row i is tokens [i·seq_len, (i+1)·seq_len], so labels are its inputs shifted by one and rows share one
-    token.  Evaluation rows are spread evenly over the tokens.  Training rows come in an order that depends on
-    (seed, epoch) and nothing else: the same on every rank, for every plan and after every resume.
+    Evaluation rows are spread evenly over the samples.  Training rows come in an order that depends on (seed, epoch)
+    and nothing else: the same on every rank, for every plan and after every resume.
+
+    Attributes:
+        vocab_size: all ids are below it.
+        fingerprint: tells samples apart; equal ones have one.
+        validation: a dataset of another source, all of whose rows are evaluated on.
 
     Raises:
-        DataError: too few tokens for one row, too few training rows for one batch, or a seed or ``eval_fraction``
-            outside of its range.
+        DataError: too few samples for one batch, or a seed or ``eval_fraction`` outside of its range.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        samples: Samples,
         *,
-        seq_len: int,
         global_batch_size: int,
         seed: int = 0,
         eval_fraction: float = 0.0,
-        vocab_size: int | None = None,
+        vocab_size: int = 0,
         fingerprint: str = "",
+        validation: Dataset | None = None,
     ) -> None:
-        if not 0 <= seed < 2**64 or not 0 <= eval_fraction < 1:
-            raise DataError(
-                f"seed={seed} must be from 0 to 2^64 - 1 and eval_fraction={eval_fraction} from 0 to below 1"
-            )
-        num_rows = (len(tokens) - 1) // seq_len
+        if not 0 <= seed < 2**64 or not 0 <= eval_fraction <= 1:
+            raise DataError(f"seed={seed} must be from 0 to 2^64 - 1 and eval_fraction={eval_fraction} from 0 to 1")
+        num_rows, trains = len(samples), eval_fraction < 1
         num_eval = max(1, round(num_rows * eval_fraction)) if eval_fraction > 0 else 0
-        if num_rows - num_eval < global_batch_size:
-            rows = max(math.ceil(global_batch_size / (1 - eval_fraction)), global_batch_size + (eval_fraction > 0))
+        if num_rows - num_eval < global_batch_size * trains or not num_rows:
+            rows = 1
+            if trains:
+                rows = max(math.ceil(global_batch_size / (1 - eval_fraction)), global_batch_size + (eval_fraction > 0))
             raise DataError(
-                f"one batch of {global_batch_size} sequences x {seq_len} tokens, with eval_fraction={eval_fraction}, "
-                f"needs about {rows * seq_len + 1} tokens but the source has {len(tokens)}; give more text or lower "
-                "global_batch_size or seq_len"
+                f"one batch of {global_batch_size} sequences, with eval_fraction={eval_fraction}, needs "
+                f"{samples.need(rows)}; give more data or lower global_batch_size or seq_len"
             )
-        self.tokens, self.seq_len, self.global_batch_size, self.seed = tokens, seq_len, global_batch_size, seed
-        self.vocab_size = int(tokens.max()) + 1 if vocab_size is None else vocab_size
-        self.fingerprint, self.eval_fraction = fingerprint, eval_fraction
+        self.samples, self.global_batch_size, self.seed = samples, global_batch_size, seed
+        self.vocab_size, self.fingerprint, self.eval_fraction = vocab_size, fingerprint, eval_fraction
+        self.validation = validation
         # row i is for evaluation where i·num_eval/num_rows passes an integer: num_eval rows at equal distances
         index = np.arange(num_rows, dtype=np.int64)
         chosen = (index + 1) * num_eval // num_rows > index * num_eval // num_rows
         self.eval_rows, self.train_rows = index[chosen], index[~chosen]
         self._order: tuple[int, np.ndarray] = (-1, index[:0])
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels) of update ``step`` (0-based): int64 CPU tensors [global_batch_size, seq_len]."""
-        first = step * self.global_batch_size
-        return self._gather([self._train_row(first + i) for i in range(self.global_batch_size)])
+    def batch(self, step: int) -> Batch:
+        """The samples of update ``step`` (0-based): CPU tensors [global_batch_size, ...]."""
+        places = range(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        draws = [Draw(self.seed, _TRAINED, place) for place in places]
+        return self.samples.gather([self._train_row(place) for place in places], draws)
 
     @property
     def num_eval_batches(self) -> int:
         """How many batches hold all evaluation rows."""
         return -(-len(self.eval_rows) // self.global_batch_size)
 
-    def eval_batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def eval_batch(self, index: int) -> Batch:
         """Evaluation batch ``index``, shaped as ``batch``; where rows run out, labels are ignored (-100)."""
-        rows = self.eval_rows[index * self.global_batch_size : (index + 1) * self.global_batch_size]
-        padding = self.global_batch_size - len(rows)
-        inputs, labels = self._gather([*rows, *[rows[-1]] * padding])
-        labels[len(rows) :] = IGNORED_LABEL
-        return inputs, labels
+        rows = self.eval_rows[index * self.global_batch_size : (index + 1) * self.global_batch_size].tolist()
+        whole = [*rows, *[rows[-1]] * (self.global_batch_size - len(rows))]
+        batch = self.samples.gather(whole, [Draw(self.seed, _EVALUATED, row) for row in whole])
+        batch["labels"][len(rows) :] = IGNORED_LABEL
+        return batch
 
     def _train_row(self, position: int) -> int:
         epoch, place = divmod(position, len(self.train_rows))
@@ -90,11 +126,6 @@ class Dataset:
             generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch])))
             self._order = (epoch, generator.permutation(len(self.train_rows)))
         return int(self.train_rows[self._order[1][place]])
-
-    def _gather(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        length = self.seq_len
-        packed = np.stack([self.tokens[row * length : (row + 1) * length + 1] for row in rows]).astype(np.int64)
-        return torch.from_numpy(packed[:, :-1].copy()), torch.from_numpy(packed[:, 1:].copy())
 
 
 def load_dataset(data: DataSection, train: TrainSection, run_dir: Path, *, progress: Progress | None = None) -> Dataset:
@@ -106,19 +137,33 @@ def load_dataset(data: DataSection, train: TrainSection, run_dir: Path, *, progr
         progress: called on rank 0 with the number of tokens so far.
 
     Raises:
-        DataError: the source is missing, unreadable, empty or too short.
+        DataError: a source is missing, unreadable, empty or too short.
     """
-    path = on_rank_zero(lambda: prepare_tokens(data, run_dir, progress=progress))
+    own = data.of_validation
+    validation = None if own is None else _load(own, train, run_dir, 1.0, progress)
+    return _load(data, train, run_dir, data.held_out, progress, validation)
+
+
+def _load(
+    data: DataSection,
+    train: TrainSection,
+    run_dir: Path,
+    eval_fraction: float,
+    progress: Progress | None,
+    validation: Dataset | None = None,
+) -> Dataset:
+    path = on_rank_zero(lambda: prepare_tokens(data, run_dir, seq_len=train.seq_len, progress=progress))
     info = together(lambda: TokenInfo.load(path.with_suffix(".json")))
     tokens = together(lambda: _map_tokens(path, info.num_tokens))
+    rows: Callable[[np.ndarray, int], Samples] = DocumentRows if data.is_apart else StreamRows
     return Dataset(
-        tokens,
-        seq_len=train.seq_len,
+        rows(tokens, train.seq_len),
         global_batch_size=train.global_batch_size,
         seed=train.seed,
-        eval_fraction=data.eval_fraction,
+        eval_fraction=eval_fraction,
         vocab_size=info.vocab_size,
         fingerprint=info.sha256,
+        validation=validation,
     )
 
 

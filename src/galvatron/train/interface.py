@@ -6,7 +6,7 @@ tensor they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class TrainableModel(Protocol):
-    """A model cut by a plan.  Batches are int64 [global_batch_size, seq_len], equal on all ranks.
+    """A model cut by a plan.  Batches are tensors by name, [global_batch_size, ...], equal on all ranks.
+
+    Of a language model they are int64 ``input_ids`` and ``labels`` [global_batch_size, seq_len], and ``position_ids``
+    where documents of a row are apart.
 
     Labels are shifted by one already; -100 is ignored.  ``train_step`` leaves the gradients of the global
     mean loss on the parameters, times ``loss_scale`` where there is one, which norms are without; losses and norms are
@@ -37,10 +40,10 @@ class TrainableModel(Protocol):
     def config(self) -> Any: ...  # noqa: D102
     @property
     def local_parameters(self) -> Sequence[LocalParameter]: ...  # noqa: D102
-    def train_step(  # noqa: D102
-        self, input_ids: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
-    ) -> torch.Tensor: ...
-    def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+    @property
+    def train_step(self) -> Callable[..., torch.Tensor]: ...  # noqa: D102
+    @property
+    def evaluate(self) -> Callable[..., torch.Tensor]: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102
     def grad_norm(self) -> torch.Tensor: ...  # noqa: D102
     def gathered_buffers(self) -> Iterable[torch.Tensor]: ...  # noqa: D102
@@ -61,8 +64,8 @@ class Reporter:
     def skipped(self, step: int, reason: str) -> None:
         """A step is done that nothing was learnt from."""
 
-    def evaluated(self, step: int, eval_loss: float) -> None:
-        """An evaluation after ``step`` is done."""
+    def evaluated(self, step: int, loss: float, name: str) -> None:
+        """An evaluation after ``step`` is done: ``eval_loss``, of what is held out, or ``validation_loss``."""
 
     def saved(self, step: int, path: Path) -> None:
         """The checkpoint of ``step`` is complete at ``path``."""

@@ -25,6 +25,7 @@ from .optimizer import lr_at
 
 RUN_FILE = "run.json"
 _SAMPLES = ("seed", "global_batch_size", "seq_len")
+_SAID = ("split", "records", "text_field", "messages_field", "prompt_field", "completion_field", "separate_documents")
 _RATE = ("lr", "min_lr", "lr_schedule", "warmup_steps", "decay_steps", "num_steps")
 # what a run keeps, shows and endures, not what it is
 _UNHEARD = ("eval_every", "save_every", "keep_checkpoints", "max_skipped_steps", "tensorboard")
@@ -73,7 +74,7 @@ class Lineage(FileRecord):
             config=_plain(config),
             model=job.model,
             data=job.data,
-            eval_fraction=job.data.eval_fraction,
+            eval_fraction=job.data.held_out,
             versions=_versions(),
         )
 
@@ -152,9 +153,11 @@ def _other_samples(before: Lineage, now: Lineage) -> Iterator[Change]:
     yield from _differences(before.train, now.train, _SAMPLES)
     yield from _differences(before, now, ("eval_fraction",))
     if before.data is not None and now.data is not None:
-        yield from _differences(before.data, now.data, ("text_field", "split"))
-        if Path(before.data.tokenizer).name != Path(now.data.tokenizer).name:
-            yield Change("tokenizer", before.data.tokenizer, now.data.tokenizer)
+        yield from _differences(before.data, now.data, _SAID)
+        for name in ("tokenizer", "chat_template"):
+            was, is_now = getattr(before.data, name) or "", getattr(now.data, name) or ""
+            if Path(was).name != Path(is_now).name:
+                yield Change(name, was, is_now)
 
 
 def _other_model(before: Lineage, now: Lineage) -> Iterator[Change]:

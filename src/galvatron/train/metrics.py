@@ -65,9 +65,9 @@ class MetricsLog:
         """Append the row of a step that nothing was learnt from: ``step`` and ``skipped``, the reason."""
         self._write({"step": step, "skipped": reason})
 
-    def evaluation(self, step: int, eval_loss: float) -> None:
-        """Append an evaluation's row: ``step`` and ``eval_loss``, null if it is not finite: JSON has no NaN."""
-        self._write({"step": step, "eval_loss": eval_loss if math.isfinite(eval_loss) else None})
+    def evaluation(self, step: int, loss: float, name: str = "eval_loss") -> None:
+        """Append an evaluation's row: ``step`` and its loss by ``name``, null if it is not finite: JSON has no NaN."""
+        self._write({"step": step, name: loss if math.isfinite(loss) else None})
 
     def close(self) -> None:
         """Flush and release the files."""

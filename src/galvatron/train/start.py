@@ -98,8 +98,7 @@ def train(
 
 def _check_agreement(model: TrainableModel, section: TrainSection, dataset: Dataset, plan: Plan) -> None:
     check_plan_for_job(plan, section)
-    for name in ("global_batch_size", "seq_len"):
-        assert getattr(dataset, name) == getattr(section, name)
+    assert dataset.global_batch_size == section.global_batch_size
     if dataset.vocab_size > model.spec.vocab_size:
         raise DataError(
             f"the data has token ids up to {dataset.vocab_size - 1} but the model's vocab_size is "

@@ -1,31 +1,48 @@
-"""Where text comes from: files, Hugging Face datasets, or the language reference that Python carries.
+"""Documents: what the records of a source say, as text, and which characters of it are learnt.
 
-Gives documents as blocks of text; knows nothing of tokens.
+Takes a DataSection; gives blocks of text in a fixed order.  Knows nothing of tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
 from galvatron.core.words import shown
 
-PYTHON_DOCS = "python-docs"
+from .chat import BadConversation, ChatTemplate
+from .sources import KINDS, PYTHON_DOCS, Found, dataset_rows, kind_of, open_text, records_of, text_files
+
 # A long document is tokenised in blocks of about this many characters, cut at line ends, so memory stays bounded.
 BLOCK_CHARACTERS = 1 << 20
 
 MAX_LISTED = 8  # of a record's fields
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-Block = tuple[str, bool]
+Spans = tuple[tuple[int, int], ...]
+
+
+class Block(NamedTuple):
+    """A document's text, or a part of it.
+
+    Attributes:
+        where: for people.
+        begins, ends: a document.
+        learnt: from which to before which character a model shall learn; None: all, and that the document ends there.
+    """
+
+    text: str
+    where: str = ""
+    begins: bool = True
+    ends: bool = True
+    learnt: Spans | None = None
 
 
 @dataclass
@@ -39,137 +56,133 @@ class Skipped:
         """One more."""
         self.count, self.first = self.count + 1, self.first or reason
 
+    def refuse(self, reason: str, *, skip: bool) -> None:
+        """One more if it may be left out, else DataError."""
+        if not skip:
+            raise DataError(f"{reason}, or data.skip_bad_records = true to leave such records out")
+        self.add(reason)
 
-def read_blocks(data: DataSection, skipped: Skipped | None = None) -> Iterator[Block]:
-    """Blocks (text, whether it ends a document) of every non-empty document of ``data.source``, in fixed order.
 
-    ``skipped`` is told of the records that ``data.skip_bad_records`` leaves out.
+def read_blocks(
+    data: DataSection, skipped: Skipped | None = None, template: ChatTemplate | None = None
+) -> Iterator[Block]:
+    """Blocks of every non-empty document of ``data.source``, in fixed order.
+
+    ``skipped`` is told of the records that ``data.skip_bad_records`` leaves out; ``template`` renders conversations.
 
     Raises:
-        DataError: the source does not exist or cannot be read, or a record lacks ``data.text_field``.
+        DataError: the source does not exist or cannot be read, or a record is not what ``data`` says of it.
     """
-    skipped = skipped or Skipped()
-    path = Path(data.source)
+    skipped, path = skipped or Skipped(), Path(data.source)
+    read = _reader(data, template)
     if data.source == PYTHON_DOCS:
         from pydoc_data.topics import topics
 
-        yield from ((topics[key], True) for key in sorted(topics) if topics[key])
+        yield from (Block(topics[key], key) for key in sorted(topics) if topics[key])
     elif path.exists() and (files := text_files(path)):
         for file in files:
-            yield from _file_blocks(file, data, skipped)
-    elif path.suffix in (".txt", ".jsonl"):
+            if kind_of(file) == ".txt":
+                yield from _plain_blocks(file, data)
+            else:
+                yield from _record_blocks(records_of(file), read, data, skipped)
+    elif kind_of(path) in KINDS:
         raise DataError(f"{path} does not exist; check data.source")
     else:
-        yield from _dataset_blocks(data, skipped)
+        yield from _record_blocks(dataset_rows(data), read, data, skipped)
 
 
-def text_files(path: Path) -> list[Path]:
-    """``path`` itself, or the ``.txt`` and ``.jsonl`` files below it, sorted; none for a Hugging Face dataset."""
-    if path.is_file():
-        if path.suffix not in (".txt", ".jsonl"):
-            raise DataError(f"{path} must end in .txt or .jsonl; rename or convert it")
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
-
-
-def source_key(data: DataSection) -> str:
+def source_key(data: DataSection, *settings: Any) -> str:
     """A digest of what the tokens depend on: settings and, for files, their names, sizes and change times."""
-    parts: list[Any] = [data.source, data.tokenizer, data.text_field, data.split, sys.version_info[:3]]
-    parts += ["skip_bad_records"] * data.skip_bad_records
-    for name in (data.source, data.tokenizer):
-        path = Path(name)
+    parts: list[Any] = [data.source, data.tokenizer, data.text_field, data.split, sys.version_info[:3], *settings]
+    parts += ["skip_bad_records"] * data.skip_bad_records + ["is_apart"] * data.is_apart
+    if data.records != "text":
+        parts += [data.records, data.messages_field, data.prompt_field, data.completion_field, data.chat_template]
+    for name in (data.source, data.tokenizer, data.chat_template):
+        path = Path(name or "/dev/null")
         files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
         parts += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _file_blocks(path: Path, data: DataSection, skipped: Skipped) -> Iterator[Block]:
-    try:
-        with path.open(encoding="utf-8-sig") as lines:  # a byte order mark is no text
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield from _record_block(_json_text, line, f"{path}:{number}", data, skipped)
-            else:
-                yield from _line_blocks(lines)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}; mend or remove it") from None
-
-
-def _line_blocks(lines: Iterator[str]) -> Iterator[Block]:
-    block: list[str] = []
-    size = 0
-    for line in lines:
-        if size >= BLOCK_CHARACTERS:
-            yield "".join(block), False
-            block, size = [], 0
-        block.append(line)
-        size += len(line)
-    if block:
-        yield "".join(block), True
-
-
-def _record_block(
-    read: Callable[[Any, str], str], record: Any, where: str, data: DataSection, skipped: Skipped
-) -> Iterator[Block]:
-    """The document that ``read`` finds in ``record``, unless it is empty, or bad and to be skipped."""
-    try:
-        text = read(record, data.text_field)
-    except _BadRecord as bad:
-        if not data.skip_bad_records:
-            raise DataError(f"{where} {bad}, or data.skip_bad_records = true to leave such records out") from None
-        skipped.add(f"{where} {bad}")
-    else:
-        if text:
-            yield text, True
+def _plain_blocks(path: Path, data: DataSection) -> Iterator[Block]:
+    if data.records != "text":
+        raise DataError(f"{path} is plain text, not records of {data.records}; give files of .jsonl, .csv or .parquet")
+    with open_text(path) as lines:
+        block: list[str] = []
+        size, begins = 0, True
+        for line in lines:
+            if size >= BLOCK_CHARACTERS:
+                yield Block("".join(block), str(path), begins=begins, ends=False)
+                block, size, begins = [], 0, False
+            block.append(line)
+            size += len(line)
+        if block:
+            yield Block("".join(block), str(path), begins=begins)
 
 
 class _BadRecord(Exception):
     """What is wrong with a record, and what to do about it."""
 
 
-def _json_text(line: str, text_field: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)
-        raise _BadRecord(f"is not JSON ({reason}); mend that line") from None
-    if not isinstance(record, dict):
-        raise _BadRecord(f"must be a JSON object with the field {text_field!r}; mend that line")
-    return _text(record, text_field)
+Read = Callable[[dict[str, Any]], tuple[str, Spans | None]]
 
 
-def _text(record: dict[str, Any], text_field: str) -> str:
-    if text_field in record and record[text_field] is None:
-        raise _BadRecord(f"has no text in field {text_field!r} but null; mend that record")
-    if not isinstance(record.get(text_field), str):
-        texts = sorted(shown(key) for key, value in record.items() if isinstance(value, str))
-        known = ", ".join(texts[:MAX_LISTED]) or "none"
-        raise _BadRecord(f"has no text in field {text_field!r}, its text fields: {known}; set data.text_field")
-    text: str = record[text_field]
+def _record_blocks(records: Iterator[Found], read: Read, data: DataSection, skipped: Skipped) -> Iterator[Block]:
+    """The document that ``read`` finds in each record, unless it is empty, or bad and to be skipped."""
+    for where, record in records:
+        try:
+            if isinstance(record, str):
+                raise _BadRecord(record)
+            text, learnt = read(record)
+        except _BadRecord as bad:
+            skipped.refuse(f"{where} {bad}", skip=data.skip_bad_records)
+        else:
+            if text:
+                yield Block(text, where, learnt=learnt)
+
+
+def _reader(data: DataSection, template: ChatTemplate | None) -> Read:
+    """What a record's text is, and what of it is learnt."""
+
+    def pair(record: dict[str, Any]) -> tuple[str, Spans | None]:
+        prompt = _text(record, data.prompt_field, "data.prompt_field")
+        completion = _text(record, data.completion_field, "data.completion_field")
+        if not completion:
+            raise _BadRecord(f"has nothing to learn in field {data.completion_field!r}; mend that record")
+        return prompt + completion, ((len(prompt), len(prompt) + len(completion)),)
+
+    def conversation(record: dict[str, Any]) -> tuple[str, Spans | None]:
+        assert template is not None
+        messages = record.get(data.messages_field)
+        if not isinstance(messages, list):
+            known = _listed(key for key, value in record.items() if isinstance(value, list))
+            raise _BadRecord(
+                f"has no messages in field {data.messages_field!r}, its lists: {known}; set data.messages_field"
+            )
+        try:
+            text, learnt = template.render(messages)
+        except BadConversation as bad:
+            raise _BadRecord(str(bad)) from None
+        return _whole(text, data.messages_field), learnt
+
+    readers: dict[str, Read] = {"pairs": pair, "conversations": conversation}
+    return readers.get(data.records, lambda record: (_text(record, data.text_field, "data.text_field"), None))
+
+
+def _text(record: dict[str, Any], field: str, setting: str) -> str:
+    if field in record and record[field] is None:
+        raise _BadRecord(f"has no text in field {field!r} but null; mend that record")
+    if not isinstance(record.get(field), str):
+        known = _listed(key for key, value in record.items() if isinstance(value, str))
+        raise _BadRecord(f"has no text in field {field!r}, its text fields: {known}; set {setting}")
+    return _whole(record[field], field)
+
+
+def _whole(text: str, field: str) -> str:
     if not text.isascii() and _SURROGATE.search(text):
-        raise _BadRecord(f"has half a character in field {text_field!r}; mend that text")
+        raise _BadRecord(f"has half a character in field {field!r}; mend that text")
     return text
 
 
-def _dataset_blocks(data: DataSection, skipped: Skipped) -> Iterator[Block]:
-    for number, record in enumerate(_load_dataset(data)):
-        yield from _record_block(_text, record, f"{data.source}, row {number},", data, skipped)
-
-
-def _load_dataset(data: DataSection) -> Any:
-    import datasets
-
-    try:
-        if (Path(data.source) / "dataset_dict.json").exists():
-            return datasets.load_from_disk(data.source)[data.split]
-        if (Path(data.source) / "dataset_info.json").exists():
-            return datasets.load_from_disk(data.source)
-        return datasets.load_dataset(data.source, split=data.split)
-    except Exception as error:  # the library raises dozens of kinds; each means that there is no such data
-        reason = str(error).split("\n", 1)[0]
-        raise DataError(
-            f"data.source={data.source!r}, split {data.split!r}, is neither a file nor a Hugging Face dataset that "
-            f"loads ({type(error).__name__}: {reason}); give a .txt or .jsonl file, a directory of them, a dataset "
-            f"or {PYTHON_DOCS!r}"
-        ) from None
+def _listed(names: Iterator[str]) -> str:
+    return ", ".join(sorted(map(shown, names))[:MAX_LISTED]) or "none"

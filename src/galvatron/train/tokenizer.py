@@ -23,6 +23,8 @@ class Tokenizer(Protocol):
     def end_of_text(self) -> int: ...  # noqa: D102
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
         ...
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:  # noqa: D102
+        ...
     def decode(self, ids: Sequence[int]) -> str: ...  # noqa: D102
     def for_transformers(self) -> Any: ...  # noqa: D102
 
@@ -40,6 +42,14 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of each text."""
         return [self.encode(text) for text in texts]
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The ids of each text, and the characters each is of: [number of bytes, 2], from and before."""
+        found = []
+        for text in texts:
+            character = np.repeat(np.arange(len(text)), [len(letter.encode()) for letter in text])
+            found.append((self.encode(text), np.stack([character, character + 1], axis=1)))
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``: end-of-text vanishes, bytes that are no UTF-8 become U+FFFD."""
@@ -76,7 +86,7 @@ class HuggingFaceTokenizer:
     """A tokenizer of ``transformers``, without its own special tokens around each text."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.name = tokenizer, name
         self.vocab_size = len(tokenizer)
         ends = [i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None]
         if not ends:
@@ -87,6 +97,27 @@ class HuggingFaceTokenizer:
         """The ids of each text: int64 [number of tokens]."""
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The ids of each text, and the characters each is of: [number of tokens, 2], from and before.
+
+        Raises:
+            DataError: the tokenizer is a slow one, which does not tell.
+        """
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                f"tokenizer {self.name} does not tell which characters a token is of, as learning answers alone needs; "
+                "give a fast one (with a tokenizer.json)"
+            )
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        found = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [(np.asarray(ids, np.int64), np.asarray(places, np.int64).reshape(-1, 2)) for ids, places in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` without special tokens."""

@@ -20,7 +20,7 @@ from galvatron.parallelize.processes.ranks import all_max, rank, world_size
 from galvatron.plan import Plan
 
 from .checkpoint import TrainState, save_checkpoint
-from .data import IGNORED_LABEL, Dataset
+from .data import IGNORED_LABEL, Batch, Dataset
 from .interface import Reporter, TrainableModel
 from .lineage import RUN_FILE, Lineage
 from .memory import PeakMemory
@@ -33,13 +33,15 @@ from .stop import StopRequest, stop_requests
 class TrainResult:
     """How a run ended: ``steps`` batches are behind it, which ``checkpoint`` holds.
 
-    ``final_loss`` is the training loss of the last one learnt from, ``eval_loss`` the last evaluation's (None
-    without one); ``stopped_by`` is the signal that ended the run early, if one did.
+    ``final_loss`` is the training loss of the last one learnt from, ``eval_loss`` the last evaluation's of what was
+    held out and ``validation_loss`` of the validation source (None without one); ``stopped_by`` is the signal that
+    ended the run early, if one did.
     """
 
     steps: int
     final_loss: float
     eval_loss: float | None
+    validation_loss: float | None
     checkpoint: Path
     stopped_by: signal.Signals | None
 
@@ -63,8 +65,9 @@ class Trainer:
     skipped_in_a_row: int
     last_step: int
     loss: float = math.nan
-    upcoming: tuple[torch.Tensor, torch.Tensor] | None = None
+    upcoming: Batch | None = None
     eval_loss: float | None = None
+    validation_loss: float | None = None
     checkpoint: Path | None = None
 
     def run(self) -> TrainResult:
@@ -92,6 +95,7 @@ class Trainer:
             steps=self.step,
             final_loss=self.loss,
             eval_loss=self.eval_loss,
+            validation_loss=self.validation_loss,
             checkpoint=self.checkpoint,
             stopped_by=signal.Signals(stopped) if self.step < self.last_step else None,
         )
@@ -99,13 +103,13 @@ class Trainer:
     def _train_step(self, log: MetricsLog | None, request: StopRequest) -> int:
         """Learn from one batch, or skip it; the signal by which any rank was asked to stop, else 0."""
         start = time.perf_counter()
-        inputs, labels = self.upcoming or self.dataset.batch(self.step)
+        batch = self.upcoming or self.dataset.batch(self.step)
         terms = {"label_smoothing": self.section.label_smoothing, "z_loss": self.section.z_loss}
         lr = lr_at(self.step, self.section)
         set_lr(self.optimizer, lr)
-        with self.peak_memory.watch(self.model, self.optimizer, (inputs, labels)):
+        with self.peak_memory.watch(self.model, self.optimizer, tuple(batch.values())):
             self.model.steps, scale = self.step, self.model.loss_scale
-            loss = self.model.train_step(inputs, labels, **terms)
+            loss = self.model.train_step(**batch, **terms)
             norm = self.model.grad_norm()
             update(self.optimizer, loss, norm, self.section.max_grad_norm, 1.0 if scale is None else scale.scale)
         more = self.step + 1 < self.last_step
@@ -171,19 +175,26 @@ class Trainer:
         )
 
     def _evaluate(self, log: MetricsLog | None) -> None:
-        """Mean loss over the counted tokens of the first ``eval_batches`` evaluation batches."""
+        """The loss of what is held out, and that of the validation source, each as far as there is one."""
+        losses = {"eval_loss": self._mean_loss(self.dataset)}
+        if self.dataset.validation is not None:
+            losses["validation_loss"] = self._mean_loss(self.dataset.validation)
+        for name, loss in losses.items():
+            if loss is not None:
+                setattr(self, name, loss)
+                if log is not None:
+                    log.evaluation(self.step, loss, name)
+                self.reporter.evaluated(self.step, loss, name)
+
+    def _mean_loss(self, dataset: Dataset) -> float | None:
+        """Mean loss over the counted tokens of the first ``eval_batches`` evaluation batches; None without any."""
         total, count = 0.0, 0
-        for index in range(min(self.section.eval_batches, self.dataset.num_eval_batches)):
-            inputs, labels = self.dataset.eval_batch(index)
-            counted = int((labels != IGNORED_LABEL).sum())
-            total += float(self.model.evaluate(inputs, labels)) * counted
+        for index in range(min(self.section.eval_batches, dataset.num_eval_batches)):
+            batch = dataset.eval_batch(index)
+            counted = int((batch["labels"] != IGNORED_LABEL).sum())
+            total += float(self.model.evaluate(**batch)) * counted
             count += counted
-        if count == 0:
-            return
-        self.eval_loss = total / count
-        if log is not None:
-            log.evaluation(self.step, self.eval_loss)
-        self.reporter.evaluated(self.step, self.eval_loss)
+        return total / count if count else None
 
     def _save(self) -> None:
         state = TrainState(

@@ -12,6 +12,7 @@ from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
 from galvatron.train import text as text_module
 from galvatron.train.data import IGNORED_LABEL, Dataset, load_dataset
+from galvatron.train.rows import StreamRows
 from galvatron.train.tokenizer import ByteTokenizer, load_tokenizer
 from galvatron.train.tokens import prepare_tokens
 
@@ -19,7 +20,7 @@ END = 256
 
 
 def dataset(num_tokens: int = 101, **changes: object) -> Dataset:
-    return Dataset(np.arange(num_tokens), **{"seq_len": 4, "global_batch_size": 3, "seed": 1, **changes})
+    return Dataset(StreamRows(np.arange(num_tokens), 4), **{"global_batch_size": 3, "seed": 1, **changes})
 
 
 def tokens_of(data: DataSection, run_dir: Path) -> list[int]:
@@ -27,7 +28,7 @@ def tokens_of(data: DataSection, run_dir: Path) -> list[int]:
 
 
 def test_rows_are_the_tokens_and_labels_are_shifted_by_one() -> None:
-    inputs, labels = dataset().batch(0)
+    inputs, labels = dataset().batch(0).values()
     assert inputs.dtype == labels.dtype == torch.int64
     assert inputs.shape == labels.shape == (3, 4)
     assert torch.equal(labels, inputs + 1)
@@ -37,14 +38,14 @@ def test_rows_are_the_tokens_and_labels_are_shifted_by_one() -> None:
 def test_an_epoch_sees_every_training_row_once_and_no_evaluation_row() -> None:
     data = dataset(global_batch_size=5, eval_fraction=0.2)
     assert (len(data.train_rows), len(data.eval_rows)) == (20, 5)
-    seen = sorted(int(row) // 4 for step in range(4) for row in data.batch(step)[0][:, 0])
+    seen = sorted(int(row) // 4 for step in range(4) for row in data.batch(step)["input_ids"][:, 0])
     assert seen == data.train_rows.tolist()
     assert not set(seen) & set(data.eval_rows.tolist())
 
 
 def test_order_wraps_over_epochs_and_differs_between_them() -> None:
     data = dataset(global_batch_size=20)  # 25 rows: the second batch straddles two epochs
-    rows = torch.cat([data.batch(step)[0][:, 0] for step in range(5)]).tolist()
+    rows = torch.cat([data.batch(step)["input_ids"][:, 0] for step in range(5)]).tolist()
     epochs = [rows[i : i + 25] for i in range(0, 100, 25)]
     assert all(sorted(epoch) == list(range(0, 100, 4)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -53,19 +54,19 @@ def test_order_wraps_over_epochs_and_differs_between_them() -> None:
 def test_order_depends_on_the_seed_alone() -> None:
     forwards, backwards = dataset(), dataset()
     steps = list(range(20))
-    first = {step: forwards.batch(step)[0] for step in steps}
-    again = {step: backwards.batch(step)[0] for step in reversed(steps)}
+    first = {step: forwards.batch(step)["input_ids"] for step in steps}
+    again = {step: backwards.batch(step)["input_ids"] for step in reversed(steps)}
     assert all(torch.equal(first[step], again[step]) for step in steps)
-    assert not torch.equal(dataset(seed=2).batch(0)[0], first[0])
+    assert not torch.equal(dataset(seed=2).batch(0)["input_ids"], first[0])
 
 
 def test_order_is_frozen_over_versions() -> None:
-    assert dataset().batch(0)[0][:, 0].tolist() == [52, 64, 92]
+    assert dataset().batch(0)["input_ids"][:, 0].tolist() == [52, 64, 92]
 
 
 def test_order_does_not_depend_on_the_batch_size() -> None:
-    small = torch.cat([dataset(global_batch_size=2).batch(step)[0] for step in range(6)])
-    large = torch.cat([dataset(global_batch_size=4).batch(step)[0] for step in range(3)])
+    small = torch.cat([dataset(global_batch_size=2).batch(step)["input_ids"] for step in range(6)])
+    large = torch.cat([dataset(global_batch_size=4).batch(step)["input_ids"] for step in range(3)])
     assert torch.equal(small, large)
 
 
@@ -73,7 +74,7 @@ def test_evaluation_rows_are_spread_and_the_last_batch_is_padded_with_ignored_la
     data = dataset(401, eval_fraction=0.05)
     assert np.diff(data.eval_rows).tolist() == [20] * 4
     assert data.num_eval_batches == 2
-    inputs, labels = data.eval_batch(1)
+    inputs, labels = data.eval_batch(1).values()
     assert inputs.shape == (3, 4)
     assert (labels[:2] == inputs[:2] + 1).all()
     assert (labels[2] == IGNORED_LABEL).all()
@@ -128,10 +129,10 @@ def test_python_docs_make_a_dataset_that_all_pythons_carry(tmp_path: Path) -> No
     train, data = section(seq_len=128), DataSection(source="python-docs")
     loaded = load_dataset(data, train, tmp_path, progress=counts.append)
     assert counts == sorted(counts)
-    assert counts[-1] == len(loaded.tokens) > 300_000
-    assert (loaded.vocab_size, loaded.tokens.dtype.itemsize) == (257, 2)
-    assert "statement" in ByteTokenizer().decode(loaded.tokens[:100_000])
-    assert isinstance(loaded.tokens.base, np.memmap)
+    assert counts[-1] == len(loaded.samples.tokens) > 300_000
+    assert (loaded.vocab_size, loaded.samples.tokens.dtype.itemsize) == (257, 2)
+    assert "statement" in ByteTokenizer().decode(loaded.samples.tokens[:100_000])
+    assert isinstance(loaded.samples.tokens.base, np.memmap)
     assert load_dataset(data, train, tmp_path).fingerprint == loaded.fingerprint != ""
 
 
@@ -159,7 +160,7 @@ def test_a_saved_hugging_face_dataset_and_tokenizer(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": null}\n', r"a\.jsonl:1 has no text in field 'text' but null; mend that record"),
         ("a.jsonl", b'{"text": \n', r"a\.jsonl:1 is not JSON"),
         ("a.jsonl", b'["text"]\n', "must be a JSON object"),
-        ("a.csv", b"text\n", r"must end in \.txt or \.jsonl"),
+        ("a.md", b"text\n", r"must end in \.txt, \.jsonl, \.csv or \.parquet, or \.gz of these"),
     ],
 )
 def test_bad_files_are_one_sentence_and_leave_nothing(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -185,7 +186,7 @@ def test_a_damaged_cache_is_refused(tmp_path: Path) -> None:
         load_dataset(data, train, tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"seed": -1}, {"seed": 2**64}, {"eval_fraction": 1.0}, {"eval_fraction": -0.1}])
+@pytest.mark.parametrize("changes", [{"seed": -1}, {"seed": 2**64}, {"eval_fraction": 1.1}, {"eval_fraction": -0.1}])
 def test_a_seed_or_fraction_out_of_range_is_named(changes: dict[str, float]) -> None:
-    with pytest.raises(DataError, match=r"seed=.* must be from 0 to 2\^64 - 1 and eval_fraction=.* from 0 to below 1"):
-        Dataset(np.arange(100), seq_len=4, global_batch_size=2, **changes)
+    with pytest.raises(DataError, match=r"seed=.* must be from 0 to 2\^64 - 1 and eval_fraction=.* from 0 to 1"):
+        dataset(**changes)

@@ -95,7 +95,7 @@ def test_a_part_shorter_than_its_note_begins_again(
 
 def test_blocks_come_in_one_order(data: DataSection) -> None:
     def texts(blocks: Iterator[Block]) -> list[str]:
-        return [text for text, _ in blocks]
+        return [block.text for block in blocks]
 
     assert texts(read_blocks(data)) == texts(read_blocks(data)) == WORDS
 

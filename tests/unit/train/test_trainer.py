@@ -26,6 +26,7 @@ from galvatron.train import (
 )
 from galvatron.train.metrics import MetricsLog
 from galvatron.train.optimizer import set_lr, update
+from galvatron.train.rows import StreamRows
 
 TOKENS = np.random.RandomState(0).randint(0, 40, size=2100)
 
@@ -33,8 +34,8 @@ TOKENS = np.random.RandomState(0).randint(0, 40, size=2100)
 def run(model: FakeModel, run_dir: Path, settings: TrainSection, **options: object) -> TrainResult:
     fingerprint = str(options.pop("fingerprint", "abc"))
     dataset = Dataset(
-        TOKENS, seq_len=settings.seq_len, global_batch_size=settings.global_batch_size, seed=settings.seed,
-        eval_fraction=0.05, fingerprint=fingerprint,
+        StreamRows(TOKENS, settings.seq_len), global_batch_size=settings.global_batch_size, seed=settings.seed,
+        eval_fraction=0.05, fingerprint=fingerprint, vocab_size=40, validation=options.pop("validation", None),
     )  # fmt: skip
     return train(model, settings, dataset, plan=plan_for(settings), run_dir=run_dir, **options)
 
@@ -52,8 +53,8 @@ class Recorder(Reporter):
     def skipped(self, step: int, reason: str) -> None:
         self.events.append(("skipped", step))
 
-    def evaluated(self, step: int, eval_loss: float) -> None:
-        self.events.append(("evaluated", step))
+    def evaluated(self, step: int, loss: float, name: str) -> None:
+        self.events.append(("evaluated" if name == "eval_loss" else name, step))
 
     def saved(self, step: int, path: Path) -> None:
         assert (path / "metadata.json").exists()
@@ -96,10 +97,25 @@ def test_loss_falls_and_everything_is_reported_in_order(tmp_path: Path) -> None:
 def test_evaluation_is_the_mean_over_counted_tokens(tmp_path: Path) -> None:
     model = FakeModel.make()
     result = run(model, tmp_path, section(num_steps=1, eval_batches=99))
-    dataset = Dataset(TOKENS, seq_len=8, global_batch_size=1, eval_fraction=0.05)
-    single = [float(model.evaluate(*dataset.eval_batch(i))) for i in range(dataset.num_eval_batches)]
+    dataset = Dataset(StreamRows(TOKENS, 8), global_batch_size=1, eval_fraction=0.05)
+    single = [float(model.evaluate(**dataset.eval_batch(i))) for i in range(dataset.num_eval_batches)]
     assert len(single) % 4 != 0  # so that the last batch of four was padded
     assert result.eval_loss == pytest.approx(sum(single) / len(single), rel=1e-6)
+
+
+def test_a_validation_source_has_lines_of_its_own(tmp_path: Path) -> None:
+    model, recorder = FakeModel.make(), Recorder()
+    other = Dataset(StreamRows(TOKENS[:130], 8), global_batch_size=4, eval_fraction=1.0)
+    settings = section(num_steps=3, eval_every=2, eval_batches=99)
+    result = run(model, tmp_path, settings, validation=other, reporter=recorder)
+    single = Dataset(StreamRows(TOKENS[:130], 8), global_batch_size=1, eval_fraction=1.0)
+    each = [float(model.evaluate(**single.eval_batch(i))) for i in range(single.num_eval_batches)]
+    assert len(each) == 16
+    assert result.validation_loss == pytest.approx(sum(each) / 16, rel=1e-6)
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "validation_loss" in row]
+    assert [row["step"] for row in rows] == [2, 3]
+    assert rows[-1]["validation_loss"] == result.validation_loss != result.eval_loss
+    assert ("validation_loss", 2) in recorder.events
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -216,11 +232,11 @@ def test_skipped_steps_teach_nothing_and_shift_nothing(
 
     twin = FakeModel.make()
     optimizer = build_optimizer(twin.local_parameters, settings)
-    dataset = Dataset(TOKENS, seq_len=8, global_batch_size=4, seed=3, eval_fraction=0.05)
+    dataset = Dataset(StreamRows(TOKENS, 8), global_batch_size=4, seed=3, eval_fraction=0.05)
     expected = []
     for step in (0, 1, 4, 5, 6):
         set_lr(optimizer, lr_at(step, settings))
-        loss = twin.train_step(*dataset.batch(step))
+        loss = twin.train_step(**dataset.batch(step))
         expected.append(float(loss))
         update(optimizer, loss, twin.grad_norm(), settings.max_grad_norm)
     assert losses(tmp_path) == expected
@@ -297,10 +313,10 @@ def test_resume_refuses_other_data_and_a_finished_run(tmp_path: Path) -> None:
 
 
 def test_plan_vocabulary_and_settings_must_agree(tmp_path: Path) -> None:
-    dataset = Dataset(TOKENS, seq_len=8, global_batch_size=4, seed=3)
+    dataset = Dataset(StreamRows(TOKENS, 8), global_batch_size=4, seed=3, vocab_size=40)
     with pytest.raises(PlanError, match="the plan has seq_len=16 but the job has seq_len=8"):
         train(FakeModel.make(), section(), dataset, plan=plan_for(section(seq_len=16)), run_dir=tmp_path)
-    big = Dataset(TOKENS, seq_len=8, global_batch_size=4, vocab_size=999)
+    big = Dataset(StreamRows(TOKENS, 8), global_batch_size=4, vocab_size=999)
     with pytest.raises(DataError, match="token ids up to 998 but the model's vocab_size is 257"):
         train(FakeModel.make(), section(), big, plan=plan_for(section()), run_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
