@@ -18,6 +18,7 @@ from galvatron.parallelize.processes.collectives import (
     reduce_scatter_sequence,
     sequence_to_batch,
 )
+from galvatron.parallelize.processes.rows import gather_rows, reduce_scatter_rows
 from galvatron.plan.axes import StageAxes
 from galvatron.testing.pool import Pool
 
@@ -72,6 +73,7 @@ def check_adjoint(world_size: int, folded: bool) -> list[float]:
     group = AxisGroup(dist.group.WORLD, axes.axes_between(1, world_size), dist.get_rank(), folded=folded)
     maps: list[Callable[[torch.Tensor, AxisGroup], torch.Tensor]]
     maps = [gather_sequence, reduce_scatter_sequence, batch_to_sequence, sequence_to_batch, heads_and_back]
+    maps += [gather_rows, reduce_scatter_rows]
     gaps = []
     torch.manual_seed(dist.get_rank())
     for function in maps:
@@ -90,4 +92,4 @@ def check_adjoint(world_size: int, folded: bool) -> list[float]:
 @pytest.mark.parametrize("world_size", [2, 4, 6])
 def test_backward_is_the_adjoint(pool: Pool, world_size: int, folded: bool) -> None:
     for gaps in pool.run(check_adjoint, world_size, folded, world_size=world_size):
-        assert gaps == pytest.approx([0.0] * 5, abs=1e-9)
+        assert gaps == pytest.approx([0.0] * 7, abs=1e-9)

@@ -47,9 +47,9 @@ def plan_for(
     )  # fmt: skip
 
 
-def messages(plan: Plan) -> list[Message]:
+def messages(plan: Plan, family: str = "llama") -> list[Message]:
     """Of a second step: FSDP2 prepares itself in the first."""
-    model = parallelize(tiny_model("llama", num_hidden_layers=len(plan.layers)), plan, world=init_world("cpu"))
+    model = parallelize(tiny_model(family, num_hidden_layers=len(plan.layers)), plan, world=init_world("cpu"))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.spec.vocab_size, (plan.global_batch_size, SEQ_LEN + 1), generator=generator)
     model.train_step(tokens[:, :-1], tokens[:, 1:])
@@ -102,6 +102,24 @@ def test_tensor_parallel_ranks_gather_and_scatter_twice_a_layer(pool: Pool) -> N
         }
     )
     for found in pool.run(messages, plan_for(TP2), world_size=2):
+        assert counted(found) == expected
+
+
+def test_experts_gather_tokens_and_where_they_go(pool: Pool) -> None:
+    """Two layers of two experts a token; both ranks hold five norms and two routers."""
+    around, routes = 1 + 2 * 2, 4 * ROWS * SEQ_LEN * 2 * 2
+    expected = LOSS + Counter(
+        {
+            ("all-gather", HIDDEN): 2 * around,
+            ("reduce-scatter", HIDDEN): 2 * around,
+            ("all-gather", routes): 2,
+            ("reduce-scatter", routes): 2,
+            ("all-reduce", 4 * ROWS * SEQ_LEN): 1,
+            ("all-reduce", 3 * 4 * ROWS * SEQ_LEN): 1,
+            ("all-reduce", 4 * (5 * H + 2 * 4 * H)): 1,
+        }
+    )
+    for found in pool.run(messages, plan_for(TP2), "mixtral", world_size=2):
         assert counted(found) == expected
 
 

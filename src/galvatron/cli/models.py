@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from galvatron.core.errors import ConfigError, GalvatronError
+from galvatron.core.family import Experts
 from galvatron.core.files import write_output
 
 from .console import say
@@ -50,8 +51,14 @@ def _row(name: str) -> tuple[str, ...]:
         cuts[region.row_blocks] = ", ".join(
             f"{path.rpartition('.')[2]} ({' + '.join(blocks)})" for path, blocks in region.columns.items()
         )
+    if (experts := known.family.stacks[0].experts) is not None:
+        cuts["ffn"] = f"experts: {_cuts_of(experts)}"
     before = ", ".join(path.rpartition(".")[2] for path in known.family.before) or "-"
     return name, cuts["heads"], cuts["ffn"], before, known.transformers
+
+
+def _cuts_of(experts: Experts) -> str:
+    return ", ".join(f"{name} ({' + '.join(['ffn'] * segments)})" for name, (_, segments) in experts.cuts.items())
 
 
 @app.command(
@@ -98,6 +105,8 @@ def _check(name: str, write: Path | None) -> bool:
     for region in itertools.chain.from_iterable(stack.regions for stack in family.stacks):
         columns = ", ".join(f"{path} by {' + '.join(blocks)}" for path, blocks in region.columns.items())
         say(f"  {columns}; then {region.row} by {region.row_blocks}")
+    for experts in filter(None, (stack.experts for stack in family.stacks)):
+        say(f"  experts {experts.module}, sent to by {experts.router}: {_cuts_of(experts)}")
     say(f"  stages, data parallelism, recompute: {proof.whole or 'gradients are those of the whole twin'}")
     say(f"  tensor parallelism of layers: {proof.tp or 'gradients are those of the whole twin'}")
     say(f"  {time.perf_counter() - start:.1f} s")

@@ -39,15 +39,30 @@ class Region(Record):
     flat: StrictBool = False
 
 
+class Experts(Record):
+    """Experts of a layer, which dim 0 of their parameters counts; paths in the layer.
+
+    Attributes:
+        module: what is called with tokens [T, H], the experts that each is sent to [T, k], and their weights [T, k].
+        router: what says which, from tokens: its first output is logits [T, E].
+        cuts: of a parameter of the module, the dim that counts units of an expert's width, and in how many segments.
+    """
+
+    module: str
+    router: str
+    cuts: dict[str, tuple[int, int]]
+
+
 class Stack(Record):
     """A list of layers that hand their hidden states on: its path, and the regions that its layers have.
 
     ``regions``: in the order of the forward pass; () where tensor parallelism was not proved.  A layer has those whose
-    modules it has.
+    modules it has, and ``experts`` likewise: what an MLP is made of where every token takes a few of many.
     """
 
     path: str
     regions: tuple[Region, ...] = ()
+    experts: Experts | None = None
 
 
 class Logits(Record):

@@ -22,6 +22,7 @@ from .sizes import ShardSize, dealt_kv_heads, shard_sizes, trained_sizes
 from .strategies import FULL, MLP, NONE, Floats, Strategies
 
 VOCABULARY_REDUCTIONS = (1, 2)  # floats a token in each: the maximum; the sum of exponentials with the target's logit
+ROUTE_BYTES = 8  # of an expert's number and its weight, for every expert that a token is sent to
 WEIGHT_SHARE = 0.5  # of a backward's compute: a linear's gradients of input and of weight are matmuls of equal FLOPs
 
 
@@ -193,7 +194,13 @@ def _tensor_parallel_s(
     Every gather of the sequence is a reduce-scatter in backward and the other way round.
     """
     if unit not in ENDS:
-        both_s = setting.model.spec.kind(unit).regions * (gather_s + scatter_s)
+        kind = setting.model.spec.kind(unit)
+        both_s = kind.regions * (gather_s + scatter_s)
+        if kind.num_experts:
+            routes = batch * setting.tokens(unit) * kind.experts_per_token * ROUTE_BYTES
+            gather_routes_s = collective_s(setting, "all_gather", s.tp, 1, routes)
+            scatter_routes_s = collective_s(setting, "reduce_scatter", s.tp, 1, routes)
+            return both_s + gather_routes_s, both_s + scatter_routes_s
         return both_s, both_s
     if unit == "embedding":
         return scatter_s, gather_s

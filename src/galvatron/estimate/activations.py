@@ -77,8 +77,8 @@ def _mlp(layer: LocalLayer, size: int) -> float:
 def _kept(layer: LocalLayer, recompute: Recompute, size: int) -> float:
     """What a layer that recomputes keeps beside its input: of attention, then of linears, as far as its level says.
 
-    The last region's output is not among them: nothing in the layer needs it again.  Sums over tensor-parallel ranks
-    are kept where a single rank's linears are not.
+    The last region's output is not among them: nothing in the layer needs it again.  Experts always run again.  Sums
+    over tensor-parallel ranks are kept where a single rank's linears are not.
     """
     if recompute == "full":
         return 0.0
@@ -88,8 +88,7 @@ def _kept(layer: LocalLayer, recompute: Recompute, size: int) -> float:
     output = layer.chunk * layer.hidden * size if has_linears or layer.tp > 1 else 0
     kept = layer.attentions * (attention + output)
     if recompute == "selective":
-        ups = layer.kept_ups * (layer.ffn + layer.routed * layer.routed_ffn)
-        kept += layer.tokens * size * (ups + layer.routed * layer.hidden)
+        kept += layer.tokens * size * layer.kept_ups * layer.ffn
     return kept
 
 

@@ -129,11 +129,14 @@ def layer_sample(
     forward_s = matmul_s + scores_s + again_s + other_s
     gradients_s = rates.moved_s(added_bytes(kind.parameters, tp, rates.element_bytes))
     backward_s = BACKWARD * (matmul_s + again_s + other_s) + scores_back_s + gradients_s
-    widths = ((1, layer.ffn, 1.0), (layer.experts, layer.routed_ffn, layer.routed / max(layer.experts, 1)))
-    mlp = tuple((count, layer.hidden, width, share) for count, width, share in widths if count * width)
-    one_s = matmuls_s(mlp, batch * layer.tokens, rates)  # of the MLP's products: up, gate or down
+    shared, routed = (1, layer.ffn, 1.0), (layer.experts, layer.routed_ffn, layer.routed / max(layer.experts, 1))
+    shared_s, routed_s = (
+        matmuls_s(((count, layer.hidden, width, share),), batch * layer.tokens, rates) if count * width else 0.0
+        for count, width, share in (shared, routed)
+    )
+    one_s = shared_s + routed_s  # of the MLP's products: up, gate or down
     levels: dict[Recompute, float] = {
-        "selective": again_s,
+        "selective": again_s + layer.kept_ups * routed_s,
         "mlp": again_s + layer.kept_ups * one_s,
         "linears": again_s + matmul_s - one_s,  # the last is not needed again
     }

@@ -4,9 +4,9 @@ Takes Hugging Face configs and models; gives Family records, ModelSpec and model
 the meta device.  What is not known is recognised by running a tiny twin.  Knows nothing of processes, plans or costs.
 """
 
-from galvatron.core.family import Family, Region
+from galvatron.core.family import Experts, Family, Region
 
-from .chain import Link, chain_of, regions_in
+from .chain import Link, chain_of, experts_in, regions_in
 from .family import family_of
 from .freeze import check_trains, freeze_parameters
 from .initialize import InitialWeights
@@ -15,6 +15,7 @@ from .spec import build_spec, spec_of
 from .twin import structure_key, twin_config, twin_model
 
 __all__ = [
+    "Experts",
     "Family",
     "InitialWeights",
     "Link",
@@ -22,6 +23,7 @@ __all__ = [
     "build_spec",
     "chain_of",
     "check_trains",
+    "experts_in",
     "family_of",
     "freeze_parameters",
     "load_config",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from galvatron.core.family import Family, Region, Stack
+from galvatron.core.family import Experts, Family, Region, Stack
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,9 @@ def regions_in(layer: nn.Module, stack: Stack) -> tuple[Region, ...]:
     """The regions of ``stack`` that ``layer`` has: its layers may be of several kinds."""
     names = {name for name, _ in layer.named_modules()}
     return tuple(region for region in stack.regions if region.row in names)
+
+
+def experts_in(layer: nn.Module, stack: Stack) -> Experts | None:
+    """The experts of ``stack``, if ``layer`` has them."""
+    has_some = stack.experts is not None and stack.experts.module in {name for name, _ in layer.named_modules()}
+    return stack.experts if has_some else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from galvatron.core.family import Blocks, Region
+from galvatron.core.family import Blocks, Experts, Region
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,36 @@ def regions_of(calls: list[Call], entering: Tensor, prefix: str, heads: int) -> 
         found.append(region)
     used = {prefix + name for region in found for name in (*region.columns, region.row)}
     return tuple(found) if used == {call.name for call in linears} else ()
+
+
+def experts_of(layer: nn.Module, calls: list[Call], prefix: str, hidden: int) -> Experts | None:
+    """The experts of a layer: two stacks of matrices in one module, and the router beside; None where there are none.
+
+    Of every matrix the side that is not of hidden states is cut; the larger has a gate's units too, before the others
+    or each beside its own.
+    """
+    found = []
+    for name, module in layer.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if len(own) == 2 and all(p.dim() == 3 and hidden in p.shape[1:] for p in own.values()):
+            found.append((name, module, own))
+    if len(found) != 1:
+        return None
+    name, module, own = found[0]
+    dims = {key: 2 if p.shape[1] == hidden else 1 for key, p in own.items()}
+    width = min(own[key].shape[dim] for key, dim in dims.items())
+    in_order = getattr(module, "is_concatenated", True)
+    count = next(iter(own.values())).shape[0]
+    routers = [call.name for call in calls if call.output.shape[-1] == count and _has_rows(call.module, count)]
+    if len(routers) != 1:
+        return None
+    cuts = {key: (dim, own[key].shape[dim] // width if in_order else 1) for key, dim in dims.items()}
+    return Experts(module=name, router=routers[0].removeprefix(prefix), cuts=cuts)
+
+
+def _has_rows(module: nn.Module, rows: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == rows
 
 
 def _feeds(tensor: Tensor, linears: list[Call], entering: Tensor) -> _Feeds:

@@ -19,7 +19,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.family import Family, Logits, Stack
 from galvatron.internals import call_attention
 
-from .layouts import Call, regions_of
+from .layouts import Call, experts_of, regions_of
 from .twin import SEQ_LEN, WORDS, twin_config, twin_model
 
 WATCHED, MAX_REASON = "galvatron-watched", 200
@@ -75,10 +75,11 @@ def recognise(config: PretrainedConfig) -> Family:
         raise _unlike(config, "computes attention by itself, without asking for a function")
     inside = [call for call in trace.calls if call.name.startswith(f"{layers}.0.")]
     regions = regions_of(inside, trace.of(stack[0]).argument, f"{layers}.0.", _head_count(model))
+    experts = experts_of(stack[0], inside, f"{layers}.0.", model.config.hidden_size)
     return Family(
         model_type=config.model_type,
         decoder=layers.rpartition(".")[0],
-        stacks=(Stack(path=layers, regions=regions),),
+        stacks=(Stack(path=layers, regions=regions, experts=experts),),
         embedding=names[id(embedding)],
         before=tuple(before),
         norm=after[0],

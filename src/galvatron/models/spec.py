@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, Blocks, Family, Region, Stack
+from galvatron.core.family import BEYOND_RINGS, Blocks, Experts, Family, Region, Stack
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
 
-from .chain import chain_of, regions_in
+from .chain import chain_of, experts_in, regions_in
 from .family import family_of
 from .freeze import freeze_parameters
 from .load import meta_model
@@ -127,6 +127,8 @@ def weight_sizes(linear: nn.Module) -> tuple[int, int]:
 def layer_parameters(layer: nn.Module, stack: Stack, counts: dict[Blocks, int]) -> tuple[ParameterSpec, ...]:
     """Every parameter of an uncut ``layer`` with its cut, in the module's own order."""
     cuts = {name: cut for region in regions_in(layer, stack) for name, cut in _cuts(layer, region, counts)}
+    if (experts := experts_in(layer, stack)) is not None:
+        cuts |= _expert_cuts(layer, experts)
     return tuple(
         ParameterSpec(
             name=name,
@@ -154,6 +156,14 @@ def _cuts(layer: nn.Module, region: Region, counts: dict[Blocks, int]) -> Iterat
         for parameter, _ in layer.get_submodule(name).named_parameters():
             yield f"{name}.{parameter}", Cut(dim=0, segments=(counts[block],))
     yield f"{region.row}.weight", Cut(dim=0 if isinstance(row, Conv1D) else 1, segments=(counts[region.row_blocks],))
+
+
+def _expert_cuts(layer: nn.Module, experts: Experts) -> dict[str, Cut]:
+    found = {}
+    for name, (dim, segments) in experts.cuts.items():
+        width = layer.get_parameter(f"{experts.module}.{name}").shape[dim] // segments
+        found[f"{experts.module}.{name}"] = Cut(dim=dim, segments=(width,) * segments)
+    return found
 
 
 def _embedding_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:

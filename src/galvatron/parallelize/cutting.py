@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from galvatron.core.model import ModelSpec
-from galvatron.models import Family, regions_in
+from galvatron.models import Family, experts_in, regions_in
 from galvatron.plan import LayerStrategy, Plan
 
 from .layers.attention import Context, attend_across
@@ -49,13 +49,14 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
     for index in stage.layers:
         strategy = plan.layers[index]
         tp, layer = grid.axis_group(1, strategy.tp), stage.layer(index)
-        regions = regions_in(layer, stage.chain[index].stack)
+        stack = stage.chain[index].stack
+        regions, experts = regions_in(layer, stack), experts_in(layer, stack)
         if stage.later is not None:
             stage.later.taps[layer] = tap_linears(layer, regions, kinds[index], tp)
-        cut_layer(layer, regions, kinds[index], tp)
+        cut_layer(layer, regions, kinds[index], tp, experts)
         attend_across(layer, contexts[strategy])
         if spec.trains_before(index + 1):  # nothing is kept of other layers, and compilers fail on such a checkpoint
-            recompute_in_backward(layer, regions, tp, strategy.recompute)
+            recompute_in_backward(layer, regions, tp, strategy.recompute, has_experts=experts is not None)
         if compiler is not None:
             compiler(layer, (kinds[index].name, strategy))
         if stage.later is not None:

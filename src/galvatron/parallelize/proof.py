@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import known_families
 from galvatron.core.model import ModelSpec, ParameterSpec
-from galvatron.models import Family, family_of, regions_in, spec_of, structure_key, twin_config, twin_model
+from galvatron.models import Family, experts_in, family_of, regions_in, spec_of, structure_key, twin_config, twin_model
 from galvatron.models.recognise import recognise
 
 from .layers.attention import use_attention
@@ -232,7 +232,8 @@ def _cut_stage(
         cut_positions(positions, (range(tp.rank * length, (tp.rank + 1) * length),))
     for index, kind in enumerate(spec.kind_of_layers()):
         layer = stage.layer(index)
-        cut_layer(layer, regions_in(layer, stage.chain[index].stack), kind, tp)
+        stack = stage.chain[index].stack
+        cut_layer(layer, regions_in(layer, stack), kind, tp, experts_in(layer, stack))
     shrink(model, tuple(p for p in spec.head.parameters if p.cut is not None), tp)
     if spec.tied_embeddings:
         head.weight = embedding.weight

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, Recompute, UnitName
 from galvatron.internals import put_buffer, put_parameter, tree_map_only
-from galvatron.models import Family, Link, chain_of, family_of, meta_model, regions_in
+from galvatron.models import Family, Link, chain_of, experts_in, family_of, meta_model, regions_in
 from galvatron.parallelize.layers.attention import use_attention
 from galvatron.parallelize.layers.compile import LayerCompiler
 from galvatron.parallelize.layers.fp8 import use_fp8
@@ -166,16 +166,16 @@ class UnitShape:
     def _layer(self, model: PreTrainedModel, family: Family, tp: AxisGroup, backend: str | None) -> LocalUnit:
         link = self._link(model, family)
         layer = model.get_submodule(link.path)
-        regions = regions_in(layer, link.stack)
+        regions, experts = regions_in(layer, link.stack), experts_in(layer, link.stack)
         if self.fp8:
             use_fp8(layer)
-        cut_layer(layer, regions, self.spec.kind(self.name), tp)
+        cut_layer(layer, regions, self.spec.kind(self.name), tp, experts)
         args, kwargs = self._call_of_a_layer(model, family)
         unit, plain = LocalUnit(layer, (layer,), args, **kwargs), layer.forward
         compiler = LayerCompiler(backend) if self.compiled else None
         for level in RECOMPUTES:
             layer.forward = plain
-            recompute_in_backward(layer, regions, tp, level)
+            recompute_in_backward(layer, regions, tp, level, has_experts=experts is not None)
             if compiler is not None:
                 compiler(layer, level)
             unit.forwards[level] = layer.forward

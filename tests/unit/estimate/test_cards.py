@@ -50,7 +50,7 @@ def test_kinds_of_layers():
     assert not model_spec("t5-3b").kind("encoder").causal
     assert [kind.count for kind in model_spec("deepseek-v3").layers] == [3, 58]
     experts = [p for p in model_spec("mixtral-8x7b").layer.parameters if p.experts]
-    assert [p.local_shape(2, ep=4) for p in experts] == [(2, 28672, 4096), (2, 4096, 14336)]  # whole but for ep
+    assert [p.local_shape(2, ep=4) for p in experts] == [(2, 14336, 4096), (2, 4096, 7168)]
 
 
 def test_names_in_any_case_and_paths(tmp_path):

@@ -2,8 +2,8 @@
 
 Every level runs more again than the one before it, and keeps less beside the layer's input:
 
-* ``selective`` keeps the outputs of linears and of attention; norms, rotary positions, activations and gathers of the
-  sequence run again (Korthikanti et al. 2022);
+* ``selective`` keeps the outputs of linears and of attention; norms, rotary positions, activations, gathers of the
+  sequence (Korthikanti et al. 2022) and experts run again;
 * ``mlp`` keeps none of the last region's: all of the MLP runs again;
 * ``linears`` keeps attention's output alone: all linears run again;
 * ``full`` keeps nothing (Chen et al. 2016).
@@ -48,13 +48,17 @@ class Kept:
     sums: frozenset[int]
 
 
-def recompute_in_backward(layer: nn.Module, regions: tuple[Region, ...], tp: AxisGroup, recompute: Recompute) -> None:
+def recompute_in_backward(
+    layer: nn.Module, regions: tuple[Region, ...], tp: AxisGroup, recompute: Recompute, *, has_experts: bool = False
+) -> None:
     """Let ``layer`` of these ``regions``, already cut by ``tp``, keep no more than ``recompute`` says."""
     if recompute == "none":
         return
     again = partial(checkpoint, use_reentrant=False)
     if recompute != "full":
         linears = tuple((len(region.columns), 1) for region in regions)
+        if has_experts:
+            linears += ((0, 1),)  # whose products are of another kind
         again = partial(again, context_fn=partial(_contexts, kept(recompute, linears, summed=tp.size > 1)))
     wrap_forward(layer, again)
 

@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ParameterSpec, UnitSpec
 from galvatron.internals import call_attention, called_attention, multiplies_in_float8
-from galvatron.models import Region
+from galvatron.models import Experts, Region
 
 from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence
+from .experts import share_experts
 from .forward import wrap_forward
 from .later import Tap, product, tapped
 from .wide_norms import wide_norm_forward
@@ -33,11 +34,15 @@ KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads")
 """Attributes of attention modules, or of their configs, that count heads (GPT-2's ``split_size`` their width)."""
 
 
-def cut_layer(layer: nn.Module, regions: tuple[Region, ...], unit: UnitSpec, tp: AxisGroup) -> None:
+def cut_layer(
+    layer: nn.Module, regions: tuple[Region, ...], unit: UnitSpec, tp: AxisGroup, experts: Experts | None = None
+) -> None:
     """Cut ``layer`` (parameters on any device; their values are not kept) for one rank of ``tp``."""
     if tp.size == 1:
         return
     shrink(layer, unit.parameters, tp)
+    if experts is not None:
+        share_experts(layer.get_submodule(experts.module), tp)
     for region in regions:
         for name in region.columns:
             _keep_own_outputs(layer.get_submodule(name), _weight(unit, name), tp)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from galvatron.internals import all_gather, all_to_all, reduce_scatter
+from galvatron import internals
 
 from .lockstep import Lockstep
 
@@ -95,24 +95,24 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        gathered = join(_all_gather(x, axes), axes)
+        gathered = join(all_gather(x, axes), axes)
         # torch 2.11 loses the gradient, in silence, where a compiled function returns a view
         return gathered.clone() if torch.compiler.is_compiling() else gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(split(grad, ctx.axes), ctx.axes), None
+        return reduce_scatter(split(grad, ctx.axes), ctx.axes), None
 
 
 class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        return _reduce_scatter(split(x, axes), axes)
+        return reduce_scatter(split(x, axes), axes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return join(_all_gather(grad, ctx.axes), ctx.axes), None
+        return join(all_gather(grad, ctx.axes), ctx.axes), None
 
 
 class _BatchToSequence(torch.autograd.Function):
@@ -141,11 +141,11 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        return _all_gather(x, axes).sum(dim=0)
+        return all_gather(x, axes).sum(dim=0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad, ctx.axes).sum(dim=0), None
+        return all_gather(grad, ctx.axes).sum(dim=0), None
 
 
 class _Exchange(torch.autograd.Function):
@@ -197,22 +197,22 @@ def _mirrored(runs: Tensor, dims: range) -> Tensor:
     return torch.cat((runs[:, :1], runs[:, 1:].flip(tuple(dims))), dim=1)
 
 
-def _all_gather(x: Tensor, axes: AxisGroup) -> Tensor:
+def all_gather(x: Tensor, axes: AxisGroup) -> Tensor:
     """[...] → [k, ...]."""
     if axes.group is None:
         return x.expand(axes.size, *x.shape).contiguous()
     if isinstance(axes.group, Lockstep):
         return axes.group.all_gather(x, axes.rank)
-    return all_gather(x.contiguous().view(-1), axes.group).view(axes.size, *x.shape)
+    return internals.all_gather(x.contiguous().view(-1), axes.group).view(axes.size, *x.shape)
 
 
-def _reduce_scatter(x_k: Tensor, axes: AxisGroup) -> Tensor:
+def reduce_scatter(x_k: Tensor, axes: AxisGroup) -> Tensor:
     """[k, ...] → [...]: entry ``rank`` summed over the ranks; no view, on which FSDP2's hooks could get lost."""
     if axes.group is None:
         return torch.select_copy(x_k, 0, axes.rank)  # not a clone: recompute tells what stands for a sum by it
     if isinstance(axes.group, Lockstep):
         return axes.group.all_gather(x_k, axes.rank)[:, axes.rank].sum(dim=0)
-    return reduce_scatter(x_k.flatten(0, 1), axes.group)
+    return internals.reduce_scatter(x_k.flatten(0, 1), axes.group)
 
 
 def _exchange(x_k: Tensor, axes: AxisGroup) -> Tensor:
@@ -222,4 +222,4 @@ def _exchange(x_k: Tensor, axes: AxisGroup) -> Tensor:
         return x_k.clone()
     if isinstance(axes.group, Lockstep):
         return axes.group.all_gather(x_k, axes.rank)[:, axes.rank]
-    return all_to_all(x_k, axes.group)
+    return internals.all_to_all(x_k, axes.group)
