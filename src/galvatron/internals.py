@@ -14,6 +14,7 @@ and pyproject.toml admits what lies between them.  What differed:
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
@@ -44,6 +46,8 @@ __all__ = [
     "all_to_all",
     "attend",
     "attend_backward",
+    "attend_by_bounds",
+    "attends_by_bounds",
     "call_attention",
     "called_attention",
     "changes_in_place",
@@ -91,7 +95,7 @@ ATTENTION: frozenset[Any] = frozenset(
         "cudnn_attention",
         "fused_attention_overrideable",
     )
-)
+) | {torch.ops.torch_attn._varlen_attn.default}
 """The dispatched operations of fused attention on any device."""
 
 
@@ -135,8 +139,8 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by a fused kernel: (output [B, N, S, D], log-sum-exp [B, N, S] in float32 or wider).
 
-    Queries [B, N, S, D], keys and values [B, K, T, D] (K divides N); ``mask`` [S, T]: which keys a query sees.  A query
-    that sees none has zeros and -inf.
+    Queries [B, N, S, D], keys and values [B, K, T, D] (K divides N); ``mask`` [S, T] or [B, 1, S, T]: which keys a
+    query sees.  One that sees none has zeros and -inf.
     """
     bias = _bias(query, key, causal=causal, mask=mask)
     if query.device.type == "cpu":
@@ -151,8 +155,8 @@ def attend(
         out, log_sum, *_ = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)
         log_sum = log_sum[:, :, : query.shape[2]]
     if mask is not None:
-        sees = mask.any(dim=1).to(query.device)
-        out = torch.where(sees[:, None], out, 0.0)
+        sees = mask.any(dim=-1).to(query.device)
+        out = torch.where(sees[..., None], out, 0.0)
         log_sum = torch.where(sees, log_sum, -torch.inf)
     return out, log_sum
 
@@ -192,15 +196,45 @@ def attend_backward(
     return of_query, of_key.unflatten(1, (heads, -1)).sum(2), of_value.unflatten(1, (heads, -1)).sum(2)
 
 
+_HAS_VARLEN = {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+"""Whether torch's function of documents by bounds has windows and fewer heads of keys than of queries."""
+
+
+def attends_by_bounds(query: torch.Tensor, bounds: torch.Tensor | None, dropout: float) -> bool:
+    """Whether ``attend_by_bounds`` has a kernel for it: flash attention's, of half precisions and without dropout."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return bounds is not None and not dropout and half and _HAS_VARLEN
+
+
+def attend_by_bounds(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention within each document, without a mask: [B, N, S, D].
+
+    Shapes as of ``attend``; ``bounds`` [documents + 1] are of all rows, one after the other.
+    """
+    rows, _, tokens, _ = query.shape
+    flat = [heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value)]
+    left, fewer = -1 if window is None else window - 1, query.shape[1] != key.shape[1]
+    attend: Any = varlen_attn
+    out = attend(*flat, bounds, bounds, tokens, tokens, scale=scale, window_size=(left, 0), enable_gqa=fewer)
+    return out.unflatten(0, (rows, tokens)).transpose(1, 2)
+
+
 def _bias(query: torch.Tensor, key: torch.Tensor, *, causal: bool, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """What is added to scores [S, T], where a kernel takes no flag for it: masks, and on CUDA all of float32."""
+    """What is added to scores [..., S, T], where a kernel takes no flag for it: masks, and on CUDA all of float32."""
     if mask is None and (query.device.type == "cpu" or query.dtype in (torch.bfloat16, torch.float16)):
         return None
     rows, columns = query.shape[2], key.shape[2]
     if mask is None:
         mask = torch.ones(rows, columns, dtype=torch.bool)
         mask = mask.tril() if causal else mask
-    bias = query.new_zeros(rows, columns + -columns % BIAS_ALIGNMENT)[:, :columns]
+    bias = query.new_zeros(*mask.shape[:-2], rows, columns + -columns % BIAS_ALIGNMENT)[..., :columns]
     return bias.masked_fill_(~mask.to(query.device), -torch.inf)
 
 

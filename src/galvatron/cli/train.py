@@ -245,7 +245,7 @@ def _train(world: World, leg: Leg) -> TrainResult:
     if unlike:
         say(unlike)
     if model.compiled:
-        say(f"layers compiled in {format_seconds(model.warm_up())}")
+        say(f"layers compiled in {format_seconds(model.warm_up(packed=leg.job.data.is_apart))}")
     reporter = ConsoleReporter(on_start=lambda: _keep_plan(leg))
     try:
         return train.train(

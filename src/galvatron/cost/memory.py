@@ -266,7 +266,7 @@ def shared_bytes(setting: Setting) -> int:
 
 
 def tables_share(layers: Iterable[LayerStrategy]) -> float:
-    """Which part of that some layers keep, whose ranks see a part of the positions each (``OwnPositions``).
+    """Which part of that some layers keep, whose ranks see a part of the positions each (``OwnPlaces``).
 
     Where all see the same part there is no other; else all positions, and the parts taken out of them.
     """

@@ -17,7 +17,8 @@ from galvatron.plan import LayerStrategy, Plan
 
 from .layers.attention import Context, attend_across
 from .layers.compile import LayerCompiler
-from .layers.forward import OwnPositions, enter_with_layout
+from .layers.documents import OwnPlaces
+from .layers.forward import enter_with_layout
 from .layers.later import Later, put_off
 from .layers.recompute import recompute_in_backward
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, tap_linears
@@ -45,7 +46,7 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
     contexts = {strategy: Context(grid.ulysses(strategy), grid.ring(strategy)) for strategy in set(plan.layers)}
     if stage.is_first:
         _cut_embedding(stage, family, spec, grid)
-    own_positions = _place_positions(stage, family, grid)
+    places = _place(stage, grid)
     for index in stage.layers:
         strategy = plan.layers[index]
         tp, layer = grid.axis_group(1, strategy.tp), stage.layer(index)
@@ -61,8 +62,7 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
             compiler(layer, (kinds[index].name, strategy))
         if stage.later is not None:
             put_off(layer, tp.size, stage.later)
-        if strategy in own_positions:
-            own_positions[strategy].enter(layer)
+        places[strategy].enter(layer)
         _enter(layer, grid, degrees[index], degrees[index + 1])
     if not stage.is_first:
         stage.receive_in(stage.layer(stage.layers.start))
@@ -86,18 +86,24 @@ def _cut_embedding(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) ->
         cut_positions(positions, own)
 
 
-def _place_positions(stage: Stage, family: Family, grid: Grid) -> dict[LayerStrategy, OwnPositions]:
-    """Tell ``stage`` which positions it is told of; the strategies whose layers see others see them by what is given.
+def _place(stage: Stage, grid: Grid) -> dict[LayerStrategy, OwnPlaces]:
+    """Tell ``stage`` which positions it is told of, and by strategy what its layers see of them.
 
-    Where all layers see the same ones, those: rotary tables are as long as what a rank has of a sequence.
+    Where all layers see the same positions, those: rotary tables are as long as what a rank has of a sequence.  Rows
+    are those of the layers that have most: degrees nest, and so do rows.  Learnt positions are of embedded tokens.
     """
     whole = (range(grid.plan.seq_len),)
     layers = {grid.plan.layers[index] for index in stage.layers}
-    seen = {strategy: grid.spans(strategy) for strategy in layers}
-    alike = len(set(seen.values())) == 1 and not stage.position_tables()
+    seen, rows = {s: grid.spans(s) for s in layers}, {s: grid.rows(s) for s in layers}
+    learnt = bool(stage.position_tables())
+    alike = len(set(seen.values())) == 1 and not learnt
     stage.position_spans = next(iter(seen.values())) if alike else whole
-    device = grid.world.device
-    return {strategy: OwnPositions(spans, device) for strategy, spans in seen.items() if spans != stage.position_spans}
+    stage.position_rows = grid.rows(grid.plan.embedding) if learnt else max(rows.values(), key=len)
+    stage.document_rows = set(rows.values())
+    return {
+        s: OwnPlaces(rows[s], stage.position_rows, None if spans == stage.position_spans else spans, stage.packed)
+        for s, spans in seen.items()
+    }
 
 
 def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:

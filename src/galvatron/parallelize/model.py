@@ -20,6 +20,7 @@ from galvatron.core.model import ModelSpec
 from galvatron.internals import local_part, multiply_all_
 
 from .checks.batch import BatchCheck
+from .checks.packing import check_packing
 from .checks.refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .checks.surroundings import check_surroundings
 from .layers.randomness import masks_of
@@ -94,6 +95,7 @@ class ParallelModel:
         input_ids: Tensor,
         labels: Tensor,
         *,
+        position_ids: Tensor | None = None,
         loss_fn: LossFunction | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
@@ -105,6 +107,8 @@ class ParallelModel:
         Args:
             input_ids: int64 [global_batch_size, seq_len], the whole batch and equal on all ranks, on any device.
             labels: the same shape, already shifted; -100 does not count.
+            position_ids: the same shape, where rows are packed documents: from 0 on in each of them.  A token then sees
+                its own document alone.
             loss_fn: a loss of your own in place of cross entropy: (float32 logits [tokens, vocabulary], int64 labels
                 [tokens]) → losses [tokens], called with the counted tokens of this rank.  Each may depend on its own
                 token alone, so that it is exact however the plan cuts vocabulary, sequence and batch; it is tried on
@@ -131,20 +135,25 @@ class ParallelModel:
                 entropy are out of range or beside a ``loss_fn``, a parameter was replaced, the last step's gradients
                 still carry the loss scale, or autocast, ``no_grad`` or another default dtype is in effect.
         """
-        self._check_step(loss_fn, gradients=True)
+        self._check_step(loss_fn, position_ids, gradients=True)
         self._check_carried(accumulate)
         terms = terms_of(loss_fn, label_smoothing, z_loss)
-        weight = self._train_batches.weight(input_ids, labels, num_tokens=num_tokens, accumulate=accumulate)
+        weight = self._train_batches.weight(
+            input_ids, labels, position_ids, num_tokens=num_tokens, accumulate=accumulate
+        )
         earlier = self._begin(accumulate)
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
-            scaled = self._driver.train(Batch(input_ids, labels, self._carried * weight, loss_fn, terms))
+            batch = Batch(input_ids, labels, self._carried * weight, loss_fn, terms, position_ids)
+            scaled = self._driver.train(batch)
         self._collect_gradients()
         self._add_gradients(earlier)
         self.steps += 1
         return scaled / self._carried
 
-    def warm_up(self) -> float:
+    def warm_up(self, *, packed: bool = False) -> float:
         """Compile what steps and evaluations will run, where layers are ``compiled``; the seconds it took.
+
+        ``packed``: batches come with ``position_ids``.
 
         Collective over the world: one microbatch of zeros goes forward and back, and one forward without gradients.
         Nothing of them stays.
@@ -153,7 +162,8 @@ class ParallelModel:
         if not self.compiled:
             return 0.0
         ids = torch.zeros(self.plan.micro_batch_size, self.plan.seq_len, dtype=torch.int64, device=self.device)
-        zeros, training = Batch(ids, ids, 1.0), self.training
+        positions = torch.arange(self.plan.seq_len).expand(ids.shape) if packed else None
+        zeros, training = Batch(ids, ids, 1.0, position_ids=positions), self.training
         with masks_of(self.seed, 0, self.grid.world.rank, self.device):
             self._driver.rehearse(zeros, backward=True)
         self.zero_grad()
@@ -164,16 +174,23 @@ class ParallelModel:
         return time.perf_counter() - start
 
     @torch.no_grad()
-    def evaluate(self, input_ids: Tensor, labels: Tensor, *, loss_fn: LossFunction | None = None) -> Tensor:
+    def evaluate(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        loss_fn: LossFunction | None = None,
+    ) -> Tensor:
         """The mean loss of a batch of the plan's shape, without gradients or dropout: a scalar equal on all ranks.
 
         Collective over the world; raises as ``train_step`` does.
         """
-        self._check_step(loss_fn, gradients=False)
-        weight = self._evaluation_batches.weight(input_ids, labels)
+        self._check_step(loss_fn, position_ids, gradients=False)
+        weight = self._evaluation_batches.weight(input_ids, labels, position_ids)
         training = self.training
         self.eval()
-        loss = self._driver.evaluate(Batch(input_ids, labels, weight, loss_fn))
+        loss = self._driver.evaluate(Batch(input_ids, labels, weight, loss_fn, position_ids=position_ids))
         self.train(training)
         return loss
 
@@ -359,9 +376,14 @@ class ParallelModel:
             if before is not None and parameter.tensor.grad is not None:
                 parameter.tensor.grad.add_(before)
 
-    def _check_step(self, loss_fn: LossFunction | None, *, gradients: bool) -> None:
-        """Raise ConfigError if ``loss_fn``, torch's settings or a parameter's place make a step wrong in silence."""
+    def _check_step(self, loss_fn: LossFunction | None, position_ids: Tensor | None, *, gradients: bool) -> None:
+        """Raise ConfigError if ``loss_fn``, torch's settings or a parameter's place make a step wrong in silence.
+
+        Or if documents that ``position_ids`` tell apart would see each other.
+        """
         check_surroundings(self.device, gradients=gradients)
+        if position_ids is not None:
+            check_packing(self.config)
         if loss_fn is not None and loss_fn is not self._checked_loss:
             check_loss(loss_fn, self.spec.vocab_size, self.device)
             self._checked_loss = loss_fn

@@ -31,14 +31,21 @@ class BatchCheck:
         self._num_seen = 0
 
     def weight(
-        self, input_ids: Tensor, labels: Tensor, *, num_tokens: int | None = None, accumulate: bool = False
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        num_tokens: int | None = None,
+        accumulate: bool = False,
     ) -> float:
         """What a counted token's loss is multiplied by, after all checks: 1 / ``num_tokens``, or the mean's if None.
 
         Raises:
             DataError: on all ranks alike where they compare their batches; otherwise where a batch breaks a rule.
         """
-        host = [values.cpu() if isinstance(values, Tensor) else values for values in (input_ids, labels)]
+        given = (input_ids, labels) if position_ids is None else (input_ids, labels, position_ids)
+        host = [values.cpu() if isinstance(values, Tensor) else values for values in given]
         problem = self._problem(*host)
         counted = 0 if problem else int((host[1] != IGNORED).sum())
         problem = problem or _uncounted(counted, num_tokens)
@@ -56,9 +63,10 @@ class BatchCheck:
         self._num_seen += 1
         return 1.0 / (num_tokens or counted)
 
-    def _problem(self, input_ids: Any, labels: Any) -> str | None:
+    def _problem(self, input_ids: Any, labels: Any, *packed: Any) -> str | None:
         """The first rule that a batch breaks, as a sentence; None if it breaks none."""
-        for name, values in (("input_ids", input_ids), ("labels", labels)):
+        names = ("input_ids", "labels", "position_ids")
+        for name, values in zip(names, (input_ids, labels, *packed), strict=False):
             if not isinstance(values, Tensor):
                 return f"{name} must be an int64 tensor, got {type(values).__name__}; make one with torch.tensor"
             if values.dtype != torch.int64:
@@ -68,9 +76,10 @@ class BatchCheck:
                     f"a batch must have the plan's shape {list(self.shape)} on every rank, got {name} of "
                     f"{list(values.shape)}; give global_batch_size x seq_len tokens, not one rank's share of them"
                 )
-        return self._outside("input_ids", input_ids, input_ids, "") or self._outside(
+        outside = self._outside("input_ids", input_ids, input_ids, "") or self._outside(
             "labels", labels, torch.where(labels == IGNORED, 0, labels), f"; mark what does not count by {IGNORED}"
         )
+        return outside or next(filter(None, map(_out_of_order, packed)), None)
 
     def _outside(self, name: str, given: Tensor, ids: Tensor, remedy: str) -> str | None:
         lowest, highest = map(int, torch.aminmax(ids))
@@ -81,6 +90,18 @@ class BatchCheck:
             f"{name}[{row}, {position}]={int(given[row, position])} is not among the model's {self.vocab_size} ids "
             f"(0 to {self.vocab_size - 1}); use the model's own tokenizer, or a model with as many rows{remedy}"
         )
+
+
+def _out_of_order(position_ids: Tensor) -> str | None:
+    follows = torch.cat((torch.zeros_like(position_ids[:, :1]), position_ids[:, :-1] + 1), dim=1)
+    wrong = ((position_ids != 0) & (position_ids != follows)).nonzero()
+    if not len(wrong):
+        return None
+    row, position = wrong[0].tolist()
+    return (
+        f"position_ids[{row}, {position}]={int(position_ids[row, position])} must be 0, where a document begins, or "
+        f"{int(follows[row, position])}; count through each document of a row, and its padding, from 0"
+    )
 
 
 def _uncounted(counted: int, num_tokens: int | None) -> str | None:

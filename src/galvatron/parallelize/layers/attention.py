@@ -1,8 +1,9 @@
 """The attention function that Hugging Face modules call, through the transformers registry.
 
-Causal, on the local heads of whole sequences; a sliding window becomes a mask only where it is shorter
-than the sequence.  The model makes no masks, for it knows of none that go with this name: with one it would look at the
-positions in every microbatch, and the host would wait for the device each time.  Documents are packed, not padded.
+Causal, on the local heads of whole sequences, in each document by itself where they are packed (``documents``); a
+sliding window becomes a mask only where it is shorter than the sequence.  The model makes no masks, for it knows of
+none that go with this name: with one it would look at the positions in every microbatch, and the host would wait for
+the device each time.  Sequences are not padded.
 What training never asks for (padding, a KV cache, attention sinks) is refused, not ignored.
 
 A layer whose sequence is cut by more than tp has a ``Context`` at its modules.  They hand over queries, keys and
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
-from galvatron.internals import call_attention, called_attention
+from galvatron.internals import attend_by_bounds, attends_by_bounds, call_attention, called_attention
 
 from ..processes.collectives import ALONE, AxisGroup
+from .documents import Documents, see_each_other
 from .ring import ring_attention
 from .softcap import capped_attention
 from .ulysses import collect_heads, deal_heads
@@ -88,9 +90,12 @@ def attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    documents: Documents | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of N query heads over K key/value heads (K divides N); returns ([B, S, N, D], None).
+
+    ``documents``: of the whole sequences, however many ranks cut them.
 
     Raises:
         ConfigError: it is asked for anything but causal attention of whole sequences.
@@ -110,9 +115,14 @@ def attention(
             raise ConfigError(f"a ring (cp={context.ring.size}) draws no dropout of attention, asked for {dropout}")
         if softcap is not None:
             raise ConfigError(f"a ring (cp={context.ring.size}) caps no scores, asked for {softcap}; set cp to 1")
-        out_BNSD = ring_attention(query, key, value, context.ring, scaling, window, causal=True)
+        starts = None if documents is None else documents.starts
+        out_BNSD = ring_attention(query, key, value, context.ring, scaling, window, causal=True, starts=starts)
         return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
-    mask = None if window is None else _window_mask(seq_len, window, query.device)
+    if documents is not None and softcap is None and attends_by_bounds(query, documents.bounds, dropout):
+        assert documents.bounds is not None
+        out_BNSD = attend_by_bounds(query, key, value, documents.bounds, scaling, window)
+        return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
+    mask = _mask(seq_len, window, documents, query.device)
     if softcap is not None:
         capped = capped_attention(query, key, value, mask, softcap, scaling, dropout)
         return collect_heads(capped.transpose(1, 2), context.ulysses).contiguous(), None
@@ -129,10 +139,13 @@ def attention(
     return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
 
 
-def _window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
-    """[S, S] bool: position i sees i - window + 1 ... i."""
+def _mask(seq_len: int, window: int | None, documents: Documents | None, device: torch.device) -> Tensor | None:
+    """[S, S] or [B, 1, S, S] bool: position i sees i - window + 1 ... i of its document; None: all up to itself."""
+    if window is None and documents is None:
+        return None
     distance = torch.arange(seq_len, device=device)[:, None] - torch.arange(seq_len, device=device)[None, :]
-    return (distance >= 0) & (distance < window)
+    sees = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return sees if documents is None else sees & see_each_other(documents.starts, documents.starts)
 
 
 def _refuse_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ Every rank keeps its queries; after cp - 1 hops it has seen all keys and values,
 by log-sum-exp (Liu et al. 2023).  Backward sends them round again, with the float32 sum of their gradients one hop
 behind; the last hop takes that home.  A message leaves before the block it travels beside is computed.
 
+Packed documents are told by where each token's begins (``starts``, of the whole sequence): masks are made by block.
+
 Under causal attention sequences are folded (``plan.axes``): whatever two ranks meet, half of their blocks see each
 other, so all take equally long.  A rank's tokens are runs of ``width`` positions, ascending; of two runs from different
 ranks one lies before the other, so that only windows need masks.
@@ -27,6 +29,7 @@ from torch import Tensor
 from galvatron.internals import attend, attend_backward, group_named
 
 from ..processes.collectives import AxisGroup, chunk_order
+from .documents import see_each_other
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,22 @@ class _Ring:
         starts = (start for index in indices for start in range(index * width, (index + 1) * width, shorter))
         return [range(start, start + shorter) for start in starts]
 
-    def blocks(self, step: int, tokens: int) -> Iterator[tuple[_Block, Tensor | None]]:
-        """What is to be computed after ``step`` hops, every row in one block at most; masks as [rows, columns]."""
+    def blocks(self, step: int, tokens: int, starts: Tensor | None) -> Iterator[tuple[_Block, Tensor | None]]:
+        """What is to be computed after ``step`` hops, every row in one block at most; masks as [..., rows, columns]."""
         queries, keys = self.runs(self.rank, tokens), self.runs(self.source(step), tokens)
         if not self.causal:
-            yield _Block(slice(0, tokens), slice(0, tokens)), None
-            return
-        if step == 0 and self.window is None:
-            yield _Block(slice(0, tokens), slice(0, tokens), causal=True), None
-            return
-        for block in _merged(_seen(queries, keys, self.window)):
-            yield block, _visible(queries, keys, block, self.window) if block.masked else None
+            blocks = iter([_Block(slice(0, tokens), slice(0, tokens))])
+        elif step == 0 and self.window is None:
+            blocks = iter([_Block(slice(0, tokens), slice(0, tokens), causal=True)])
+        else:
+            blocks = _merged(_seen(queries, keys, self.window))
+        for block in blocks:
+            window = self.window if block.masked else None
+            mask = _visible(queries, keys, block, window) if block.masked else None
+            if starts is not None:
+                seen = see_each_other(starts[:, _at(queries, block.rows)], starts[:, _at(keys, block.columns)])
+                mask = seen & _visible(queries, keys, block, window).to(seen.device) if self.causal else seen
+            yield block, mask
 
     def pass_on(self, message: Tensor) -> Passing:
         """Send ``message`` to the next rank and receive as much from the previous one."""
@@ -128,17 +136,19 @@ def ring_attention(
     window: int | None,
     *,
     causal: bool,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attention of this rank's queries to the keys and values of all ranks of ``axes``: [B, N, S, D], as queries are.
 
-    ``window``: positions that a query sees, itself included; only under causal attention.
+    ``window``: positions that a query sees, itself included; only under causal attention.  ``starts`` [B, whole
+    sequence]: where each token's document begins.
     """
     assert isinstance(axes.group, dist.ProcessGroup)
     assert axes.folded or not causal
     group, chunks = axes.group.group_name, list(chunk_order(axes))
     scale = query_BNSD.shape[-1] ** -0.5 if scale is None else scale
     settings = (group, chunks, axes.pieces, axes.folded, causal, window, scale)
-    out: Tensor = _attend(query_BNSD, key_BKSD, value_BKSD, *settings)[0]
+    out: Tensor = _attend(query_BNSD, key_BKSD, value_BKSD, starts, *settings)[0]
     return out
 
 
@@ -170,21 +180,23 @@ def _merged(blocks: Iterator[_Block]) -> Iterator[_Block]:
 
 
 def _visible(queries: list[range], keys: list[range], block: _Block, window: int | None) -> Tensor:
-    def positions(runs: list[range], tokens: slice) -> Tensor:
-        return torch.cat([torch.arange(run.start, run.stop) for run in runs])[tokens]
-
-    distance = positions(queries, block.rows)[:, None] - positions(keys, block.columns)[None, :]
+    distance = _at(queries, block.rows)[:, None] - _at(keys, block.columns)[None, :]
     return (distance >= 0) & (distance < window) if window is not None else distance >= 0
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def _at(runs: list[range], tokens: slice) -> Tensor:
+    """The positions of some ``tokens`` of ``runs``."""
+    return torch.cat([torch.arange(run.start, run.stop) for run in runs])[tokens]
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
     ring = _Ring.of(*settings)
     tokens, held = query.shape[2], _Packed.of(key, value)
     out, log_sum = _empty_output(query, value)
     total = torch.empty_like(out, dtype=torch.promote_types(out.dtype, torch.float32))
     for step in range(ring.size):
         passing = ring.pass_on(held.message) if step < ring.size - 1 else None
-        for block, mask in ring.blocks(step, tokens):
+        for block, mask in ring.blocks(step, tokens, starts):
             part = attend(*_of_block(block, query, held), ring.scale, causal=block.causal, mask=mask)
             _merge(total[:, :, block.rows], log_sum[:, :, block.rows], *part, first=step == 0)
         held = held if passing is None else held.next(passing.wait())
@@ -203,7 +215,14 @@ def _merge(total: Tensor, log_sum: Tensor, part: Tensor, part_log_sum: Tensor, *
 
 
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, *settings: Any
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    starts: Tensor | None,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ring = _Ring.of(*settings)
     tokens, held = query.shape[2], _Packed.of(key, value)
@@ -213,7 +232,7 @@ def _backward(
     for step in range(ring.size):
         passing = ring.pass_on(held.message) if step < ring.size - 1 else None
         made = home if step == 0 else held.zeros(wide)
-        for block, mask in ring.blocks(step, tokens):
+        for block, mask in ring.blocks(step, tokens, starts):
             given = (grad[:, :, block.rows], *_of_block(block, query, held))
             found = (out[:, :, block.rows].contiguous(), log_sum[:, :, block.rows].contiguous())
             parts = attend_backward(*given, *found, ring.scale, causal=block.causal, mask=mask)
@@ -273,7 +292,9 @@ def _empty_output(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(rows, heads, tokens, dtype=wide)
 
 
-_RING_ARGUMENTS = "str group, int[] chunks, int pieces, bool folded, bool causal, int? window, float scale"
+_RING_ARGUMENTS = (
+    "Tensor? starts, str group, int[] chunks, int pieces, bool folded, bool causal, int? window, float scale"
+)
 _attend = torch.library.custom_op(
     "galvatron::ring_attention",
     _forward,
@@ -304,12 +325,12 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.ring = inputs[3:]
+    query, key, value, starts, *ctx.ring = inputs
+    ctx.save_for_backward(query, key, value, *output, starts)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *_attend_back(grad, *ctx.saved_tensors, *ctx.ring), *(None for _ in ctx.ring)
+    return *_attend_back(grad, *ctx.saved_tensors, *ctx.ring), None, *(None for _ in ctx.ring)
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep)

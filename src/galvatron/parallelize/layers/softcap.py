@@ -11,22 +11,22 @@ def capped_attention(
     query_BNSD: Tensor,
     key_BKSD: Tensor,
     value_BKSD: Tensor,
-    mask_SS: Tensor | None,
+    mask: Tensor | None,
     soft_cap: float,
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """softmax(cap x tanh(scores / cap)) of the values, [B, N, S, D]; causal where ``mask_SS`` is None.
+    """softmax(cap x tanh(scores / cap)) of the values, [B, N, S, D]; ``mask`` [..., S, S], None: causal.
 
     K heads of keys and values serve N / K queries each.
     """
     heads, seq_len, head_dim = query_BNSD.shape[1:]
     groups = heads // key_BKSD.shape[1]
-    if mask_SS is None:
-        mask_SS = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query_BNSD.device).tril()
+    if mask is None:
+        mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query_BNSD.device).tril()
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key_BKSD, value_BKSD))
     scores = query_BNSD @ key.transpose(2, 3) * (head_dim**-0.5 if scaling is None else scaling)
     scores = torch.tanh(scores / soft_cap) * soft_cap
-    scores = scores.masked_fill(~mask_SS, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query_BNSD.dtype)
     return F.dropout(weights, p=dropout) @ value

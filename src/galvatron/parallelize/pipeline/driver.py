@@ -16,6 +16,7 @@ from galvatron.core.model import ModelSpec
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.schedules import Action, actions, forwards
 
+from ..layers.documents import PackedSteps
 from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction
 from ..processes.collectives import of_spans
@@ -34,6 +35,7 @@ class Batch:
         weight: what a token's loss counts for.
         loss_fn: in place of cross entropy.
         terms: of cross entropy.
+        position_ids: of the same shape, where rows are packed documents; each begins with 0.
     """
 
     input_ids: Tensor
@@ -41,6 +43,7 @@ class Batch:
     weight: float
     loss_fn: LossFunction | None = None
     terms: LossTerms = PLAIN
+    position_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,14 @@ class Driver:
 
         ids = self._own(batch.input_ids, self.plan.embedding) if self.borders[0].is_first else None
         labels = self._own(batch.labels, self.plan.head) if self.borders[-1].is_last else None
+        packed = [self._packed(batch.position_ids, chunk.stage) for chunk in self.chunks]
 
         def forward(microbatch: int, chunk: int, received: Inbox | None) -> Tensor:
             tokens = received if received is not None or ids is None else ids[microbatch]
             assert tokens is not None
-            stage, positions = self.chunks[chunk].stage, self._position_ids[chunk]
+            stage, positions, steps = self.chunks[chunk].stage, self._position_ids[chunk], packed[chunk]
+            stage.packed.now = None if steps is None else steps.documents[microbatch]
+            positions = positions if steps is None else steps.positions[microbatch]
             own_labels = labels[microbatch] if labels is not None and stage.is_last else None
             output: Tensor = stage(tokens, positions, own_labels, batch.weight, batch.loss_fn, batch.terms)
             return output
@@ -162,6 +168,14 @@ class Driver:
         later = self.chunks[index].stage.later
         assert later is not None
         later.multiply(is_last=is_last)
+
+    def _packed(self, position_ids: Tensor | None, stage: Stage) -> PackedSteps | None:
+        if position_ids is None:
+            return None
+        each = position_ids.cpu().unflatten(0, (-1, self.plan.micro_batch_size))
+        return PackedSteps.of(
+            each, stage.position_rows, stage.position_spans, stage.document_rows, self.grid.world.device
+        )
 
     def _own(self, values: Tensor, strategy: LayerStrategy) -> Tensor:
         """This rank's tokens [num_microbatches, micro_batch_size / dp, seq_len / ulysses] of a batch, on its device.

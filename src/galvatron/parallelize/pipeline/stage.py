@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from galvatron.models import Family, chain_of
 
+from ..layers.documents import Packed
 from ..layers.forward import wrap_forward
 from ..layers.later import Later
 from ..losses.fused import PLAIN, EarlyGradient, LossTerms, logit_terms
@@ -53,6 +54,9 @@ class Stage(nn.Module):
         self.logit_terms = logit_terms(family.logits, model.config)
         self.later: Later | None = None  # weight passes
         self.position_spans: tuple[range, ...] = ()  # of the positions that ``forward`` is told of
+        self.position_rows = range(1)  # and of the sequences of a microbatch, where documents are packed
+        self.document_rows: set[range] = set()  # that its layers see
+        self.packed = Packed()
         self.chain = chain_of(model, family)
         for index, link in enumerate(self.chain):
             if index not in layers:
@@ -109,7 +113,7 @@ class Stage(nn.Module):
         Args:
             tokens: on the first stage ids [B/dp, S/ulysses] of the embedding's layout, else hidden states or what was
                 received.
-            position_ids: [1, S], or as many as ``position_spans`` count.
+            position_ids: [1, S], or as many as ``position_spans`` count; of each of ``position_rows`` where ``packed``.
             labels: on the last stage ids [B/dp, S/ulysses] of the head's layout.
             weight: what a token's loss counts for in the global loss.
             loss_fn: the loss of tokens, in place of cross entropy.

@@ -102,6 +102,12 @@ class Grid:
         degree, seq_len = strategy.sequence_degree, self.plan.seq_len
         return self.axes.spans(self.stage_rank, strategy.tp, degree, seq_len, folded=self.folded)
 
+    def rows(self, strategy: LayerStrategy) -> range:
+        """The sequences of a microbatch that a unit has on this rank."""
+        chunk = self.axes.batch_chunk(self.stage_rank, strategy.sequence_degree)
+        own = self.plan.micro_batch_size // strategy.dp
+        return range(chunk * own, (chunk + 1) * own)
+
     def mesh(self, strategy: LayerStrategy) -> DeviceMesh:
         """The (dp_replicate, dp_shard) mesh of a strategy that shards; one-dimensional where nothing is replicated.
 
