@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.internals import has_tensor_hooks, hooks, is_compiled
-from galvatron.models import check_trains, family_of, meta_model
+from galvatron.models import check_trains, config_of, family_of, meta_model
 
 from ..layers.attention import uses_attention
 from ..state.weights import FLOATS
@@ -31,7 +31,7 @@ def check_model(model: object) -> None:
     assert isinstance(model, PreTrainedModel)
     for problem in _modifications(model):
         raise ConfigError(problem)
-    twin = meta_model(model.config)
+    twin = meta_model(config_of(model))
     if type(model) is not type(twin):
         raise ConfigError(
             f"model_type={model.config.model_type!r} trains as {type(twin).__name__}, got {type(model).__name__}; "
@@ -54,7 +54,7 @@ def _check_class(model: object) -> None:
         raise ConfigError(f"parallelize takes a Hugging Face causal language model, got {name}; {remedy}")
     if uses_attention(model) or any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ConfigError("this model has been consumed by parallelize or fully_shard; give a new one")
-    family_of(model.config)
+    family_of(config_of(model))
 
 
 def _modifications(model: PreTrainedModel) -> Iterator[str]:
