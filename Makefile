@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-WITH_FP8 := $(VENV)/.with-fp8
+WITH_EXTRAS := $(VENV)/.with-extras
 LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
 # What the names of torch, transformers and typer carry: training, resume, parity with one process, search, verbs.
@@ -24,11 +24,11 @@ gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu --out runs/gpu.json
 
 # What CI runs; a few minutes on two cores.
-test: $(WITH_FP8)
+test: $(WITH_EXTRAS)
 	$(BIN)/pytest -m "not slow and not gpu and not multi_gpu"
 
 # Everything; tests that need a GPU skip themselves where there is none.
-test-all: $(WITH_FP8)
+test-all: $(WITH_EXTRAS)
 	$(BIN)/pytest
 
 # The lowest versions that pyproject.toml admits, in an environment of their own (5 GB; Python 3.11 or 3.12).
@@ -56,9 +56,9 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
-# torchao warns at every start of transformers, so it comes with the tests alone
-$(WITH_FP8): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -e '.[dev,fp8]'
+# torchao warns at every start of transformers, so it comes with the tests alone; peft for theirs of adapters
+$(WITH_EXTRAS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[dev,fp8,lora]'
 	touch $@
 
 $(LOWEST_INSTALLED): pyproject.toml tests/lowest.txt

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, StrictBool, field_validator, model_validator
 
 from .errors import ConfigError
+from .lora import Lora
 from .model import Precision, ReduceDtype
 from .numbers import Count, Devices, Layers, NonNegative, Positive, Sequences, Tokens, Whole
 from .parsing import parse_toml, read_text
@@ -37,12 +38,20 @@ class ModelSection(Record):
     """Which model: a Hugging Face ``config.json``, a local directory or a hub name.
 
     ``weights`` loads the checkpoint found there; otherwise weights are initialised from ``train.seed``.  ``freeze``:
-    parameters that are not trained, by name or shell pattern (``model.layers.0.*``).
+    parameters that are not trained, by name or shell pattern (``model.layers.0.*``).  ``lora``: adapters, beside which
+    all that the checkpoint holds is frozen.
     """
 
     path: Place
     weights: StrictBool = False
     freeze: tuple[str, ...] = ()
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _adapters_have_something_to_adapt(self) -> Self:
+        if self.lora is not None and not self.weights:
+            raise ValueError("lora adapts trained weights; set weights = true, so that path's checkpoint is loaded")
+        return self
 
 
 class DataSection(Record):
@@ -245,6 +254,14 @@ class Job(Record):
         if job.resume is not None:
             updates["resume"] = job.resume.model_copy(update={"plan": _relative(job.resume.plan, base)})
         return job.model_copy(update=updates)
+
+    def adapted(self, lora: str | None) -> Self:
+        """The same job with the adapters that ``lora`` describes (see ``Lora.parse``); raises ConfigError."""
+        if lora is None:
+            return self
+        data = self.model_dump()
+        data["model"]["lora"] = Lora.parse(lora).model_dump()
+        return validate(type(self), data, "the job with --lora", ConfigError)
 
     def validated_on(self, source: str | None) -> Self:
         """The same job with another ``data.validation``, if it is given."""

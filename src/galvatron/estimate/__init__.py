@@ -8,6 +8,16 @@ from .cards import CARDS, model_spec
 from .cluster import ClusterShape, cluster
 from .config import spec_of_config
 from .devices import DEVICES
+from .known import adapted_spec
 from .profile import estimate_model
 
-__all__ = ["CARDS", "DEVICES", "ClusterShape", "cluster", "estimate_model", "model_spec", "spec_of_config"]
+__all__ = [
+    "CARDS",
+    "DEVICES",
+    "ClusterShape",
+    "adapted_spec",
+    "cluster",
+    "estimate_model",
+    "model_spec",
+    "spec_of_config",
+]

@@ -128,7 +128,9 @@ def layer_sample(
     operators = layer_operators(layer)
     forward_s = matmul_s + scores_s + again_s + other_s
     gradients_s = rates.moved_s(added_bytes(kind.parameters, tp, rates.element_bytes))
-    backward_s = BACKWARD * (matmul_s + again_s + other_s) + scores_back_s + gradients_s
+    frozen = matrices((p for p in kind.parameters if not p.trainable), tp, kind.experts_per_token)
+    frozen_s = matmuls_s(frozen, batch * layer.tokens, rates)  # products that have no gradient of a weight
+    backward_s = BACKWARD * (matmul_s + again_s + other_s) - frozen_s + scores_back_s + gradients_s
     shared, routed = (1, layer.ffn, 1.0), (layer.experts, layer.routed_ffn, layer.routed / max(layer.experts, 1))
     shared_s, routed_s = (
         matmuls_s(((count, layer.hidden, width, share),), batch * layer.tokens, rates) if count * width else 0.0
@@ -242,7 +244,8 @@ def head_sample(spec: ModelSpec, tp: int, batch: int, seq_len: int, rates: Rates
     norm_s = rates.moved_s(normed * _norm_moved_bytes(uses_rms(spec.head), size))
     chunks = math.ceil(tokens / chunk_tokens(math.ceil(spec.vocab_size / tp), size))
     added_s = chunks * rates.moved_s(added_bytes(spec.head.parameters[-1:], tp, size)) if size != FLOAT else 0.0
-    forward_s = (1 + BACKWARD) * matmul_s + norm_s + rates.moved_s(logits * (5 * size + 10 * FLOAT)) + added_s
+    products = 1 + BACKWARD - (not spec.head.parameters[-1].trainable)
+    forward_s = products * matmul_s + norm_s + rates.moved_s(logits * (5 * size + 10 * FLOAT)) + added_s
     backward_s = BACKWARD * norm_s
     return _sample("head", tp, batch, seq_len, forward_s, backward_s, OPERATORS["head"])
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, KnownFamily, Shape
+from galvatron.core.family import BEYOND_RINGS, KnownFamily, Shape, known_families
 from galvatron.core.formulas import value
+from galvatron.core.lora import Lora, with_adapters
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
 from galvatron.core.words import shown
@@ -22,8 +23,6 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         family=known.family.model_type,
-        task=known.family.task,
-        ends=known.family.ends,
         layers=(
             LayerKind(
                 count=layers,
@@ -39,6 +38,17 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
         embedding=UnitSpec(parameters=reader.unit(known.embedding)),
         head=UnitSpec(parameters=reader.unit(known.head)),
     )
+
+
+def adapted_spec(spec: ModelSpec, lora: Lora) -> ModelSpec:
+    """``spec``, frozen, with LoRA adapters; raises ConfigError where it is not known on which linears."""
+    known = known_families().get(spec.family)
+    if known is None:
+        raise ConfigError(
+            f"it is not known which linears of {spec.name} ({spec.family}) can have adapters; profile the model "
+            "instead, which reads its code"
+        )
+    return with_adapters(spec, known.family, lora)
 
 
 class _Reader:

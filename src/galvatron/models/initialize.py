@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from galvatron.internals import TorchDispatchMode, changes_in_place, takes_generator, to_be_initialised, viewed
 
+from .lora import start_adapters
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -56,6 +58,7 @@ class InitialWeights:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with _Recorder({id(p): name for name, p in parameters.items()}) as recorder:
             model.initialize_weights()
+            start_adapters(model)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}

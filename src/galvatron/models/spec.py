@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import BEYOND_RINGS, Blocks, Experts, Family, Region, Stack
+from galvatron.core.lora import Lora, adapter_cuts
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
 
@@ -21,22 +22,33 @@ from .chain import chain_of, experts_in, regions_in
 from .family import family_of
 from .freeze import freeze_parameters
 from .load import meta_model
-from .shapes import entering_tokens
-from .tasks import config_of
+from .lora import attach_lora, base_linear
 from .twin import EXPERT_KEYS, KV_KEYS
 
-WINDOWS = ("sliding_window", "local_attention")
 
-
-def build_spec(config: PretrainedConfig, name: str | None = None, freeze: Collection[str] = ()) -> ModelSpec:
+def build_spec(
+    config: PretrainedConfig, name: str | None = None, freeze: Collection[str] = (), lora: Lora | None = None
+) -> ModelSpec:
     """Describe the model of ``config`` without allocating it; ``name`` defaults to its family and size.
 
-    ``freeze``: parameters that are not trained, by name or pattern (see ``models.freeze``).
+    ``freeze``: parameters that are not trained, by name or pattern (see ``models.freeze``); ``lora``: adapters to add.
+    """
+    return spec_of(model_to_train(config, freeze, lora), name)
+
+
+def model_to_train(
+    config: PretrainedConfig, freeze: Collection[str] = (), lora: Lora | None = None, origin: str = ""
+) -> PreTrainedModel:
+    """The ``meta_model`` of ``config`` with adapters, if ``lora`` describes some, and with what is frozen.
+
+    ``origin``: what an exported adapter will name as its base model.
     """
     family_of(config)
     model = meta_model(config)
+    if lora is not None:
+        attach_lora(model, lora, origin)
     freeze_parameters(model, freeze)
-    return spec_of(model, name)
+    return model
 
 
 def spec_of(model: PreTrainedModel, name: str | None = None, family: Family | None = None) -> ModelSpec:
@@ -48,7 +60,7 @@ def spec_of(model: PreTrainedModel, name: str | None = None, family: Family | No
         ConfigError: its family has no record, or its sizes contradict each other.
     """
     try:
-        return _described(model, name, family or family_of(config_of(model)))
+        return _described(model, name, family or family_of(model.config))
     except ValidationError as failure:
         raise ConfigError(
             f"the {model.config.model_type} config: {sentence(ModelSpec, failure)}; mend its config.json"
@@ -73,49 +85,19 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
                 num_heads=heads,
                 num_kv_heads=counts["kv_heads"],
                 head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-                drops_attention=_is_beyond_rings(config, family),
-                causal=all(stack.causal for stack in family.stacks),
+                drops_attention=any(getattr(config, name, None) for name in BEYOND_RINGS),
                 cuttable=family.is_cuttable,
                 parameters=parameters,
                 **_expert_counts(config),
             )
             for kind, count, parameters in _kinds(layers, counts)
         ),
-        task=family.task,
-        ends=family.ends,
-        vocab_size=_outputs(config, family),
-        max_seq_len=_most_tokens(model, family),
-        tied_embeddings=_is_tied(model, family),
+        vocab_size=config.vocab_size,
+        max_seq_len=getattr(config, "max_position_embeddings", None) or MAX_TOKENS,
+        tied_embeddings=bool(config.tie_word_embeddings),
         embedding=UnitSpec(parameters=tuple(_embedding_parameters(model, family))),
         head=UnitSpec(parameters=tuple(_head_parameters(model, family))),
     )
-
-
-def _is_beyond_rings(config: PretrainedConfig, family: Family) -> bool:
-    """Whether attention is dropped or capped, or a window looks both ways."""
-    both_ways = not all(stack.causal for stack in family.stacks)
-    windows = both_ways and any(getattr(config, name, None) for name in WINDOWS)
-    return windows or any(getattr(config, name, None) for name in BEYOND_RINGS)
-
-
-def _outputs(config: PretrainedConfig, family: Family) -> int:
-    """Words, or classes."""
-    count: int = config.vocab_size if family.head is not None else config.num_labels or 1
-    return count
-
-
-def _most_tokens(model: PreTrainedModel, family: Family) -> int:
-    """The longest sequence; of images, which are all of one size, the length of all."""
-    if family.task == "image_classification":
-        return entering_tokens(model, family)
-    most: int = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
-    return most
-
-
-def _is_tied(model: PreTrainedModel, family: Family) -> bool:
-    if family.embedding is None or family.head is None:
-        return False
-    return model.get_submodule(family.embedding).weight is model.get_submodule(family.head).weight
 
 
 def _kinds(
@@ -153,7 +135,8 @@ def _are_experts(name: str, value: nn.Parameter) -> bool:
 
 
 def weight_sizes(linear: nn.Module) -> tuple[int, int]:
-    """(input size, output size) of an nn.Linear or of the transposed Conv1D that GPT-2 uses."""
+    """(input size, output size) of an nn.Linear or of the transposed Conv1D that GPT-2 uses, adapters or not."""
+    linear = base_linear(linear)
     rows, columns = linear.weight.shape  # type: ignore[misc]
     return (int(rows), int(columns)) if isinstance(linear, Conv1D) else (int(columns), int(rows))
 
@@ -176,20 +159,32 @@ def layer_parameters(layer: nn.Module, stack: Stack, counts: dict[Blocks, int]) 
 
 
 def _cuts(layer: nn.Module, region: Region, counts: dict[Blocks, int]) -> Iterator[tuple[str, Cut]]:
-    row = layer.get_submodule(region.row)
+    row = base_linear(layer.get_submodule(region.row))
     counts = {**counts, "ffn": weight_sizes(row)[0]}
     for name, blocks in region.columns.items():
-        output_dim = 1 if isinstance(layer.get_submodule(name), Conv1D) else 0
+        output_dim = 1 if isinstance(base_linear(layer.get_submodule(name)), Conv1D) else 0
         # a norm over all kv heads, or queries in the same matrix, leave no way to keep them whole
         stays = blocks == ("kv_heads",) and not region.wide_norms and not region.by_head
         uneven: Literal["whole", "refuse"] = "whole" if stays else "refuse"
         cut = Cut(dim=output_dim, segments=tuple(counts[block] for block in blocks), uneven=uneven)
-        yield f"{name}.weight", cut
-        yield f"{name}.bias", cut.model_copy(update={"dim": 0})
+        yield from _linear_cuts(layer, name, cut, is_row=False)
     for name, block in (*region.wide_norms.items(), *region.by_head.items()):
         for parameter, _ in layer.get_submodule(name).named_parameters():
             yield f"{name}.{parameter}", Cut(dim=0, segments=(counts[block],))
-    yield f"{region.row}.weight", Cut(dim=0 if isinstance(row, Conv1D) else 1, segments=(counts[region.row_blocks],))
+    row_cut = Cut(dim=0 if isinstance(row, Conv1D) else 1, segments=(counts[region.row_blocks],))
+    yield from _linear_cuts(layer, region.row, row_cut, is_row=True)
+
+
+def _linear_cuts(layer: nn.Module, name: str, cut: Cut, *, is_row: bool) -> Iterator[tuple[str, Cut]]:
+    """Of a linear whose weight is cut so, and of the adapters around it."""
+    linear = layer.get_submodule(name)
+    base = name if base_linear(linear) is linear else f"{name}.base_layer"
+    yield f"{base}.weight", cut
+    if not is_row:
+        yield f"{base}.bias", cut.model_copy(update={"dim": 0})
+    for letter, own in zip("AB", adapter_cuts(cut, is_row=is_row), strict=True):
+        if own is not None:
+            yield from ((f"{name}.lora_{letter}.{key}.weight", own) for key in getattr(linear, f"lora_{letter}", ()))
 
 
 def _expert_cuts(layer: nn.Module, experts: Experts) -> dict[str, Cut]:
@@ -201,24 +196,16 @@ def _expert_cuts(layer: nn.Module, experts: Experts) -> dict[str, Cut]:
 
 
 def _embedding_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
-    """The table of the vocabulary first, if there is one."""
-    table = None if family.embedding is None else model.get_submodule(family.embedding).weight
-    if table is not None:
-        yield _vocabulary_cut(f"{family.embedding}.weight", model.get_submodule(str(family.embedding)))
+    yield _vocabulary_cut(f"{family.embedding}.weight", model.get_submodule(family.embedding))
     for name in family.before:
-        yield from (p for p in _whole(model, name) if model.get_parameter(p.name) is not table)
+        yield from _whole(model, name)
 
 
 def _head_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
-    """The projection to the vocabulary last, if there is one."""
-    for name in family.after if family.norm is None else (family.norm,):
-        yield from _whole(model, name)
-    if family.head is None:
-        return
+    yield from _whole(model, family.norm)
     head = model.get_submodule(family.head)
     if getattr(head, "bias", None) is not None:
-        own = next(name for name, value in model.named_parameters() if value is head.bias)  # another may share it
-        yield _vocabulary_cut(own, head, "bias")
+        yield _vocabulary_cut(f"{family.head}.bias", head, "bias")
     yield _vocabulary_cut(f"{family.head}.weight", head)
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError, PlanError
 from galvatron.core.model import ModelSpec
-from galvatron.models import Family, InitialWeights, chain_of, config_of, family_of, spec_of
+from galvatron.models import Family, InitialWeights, adapter_of, chain_of, family_of, spec_of
+from galvatron.models.lora import wrapped
 from galvatron.plan import Plan, check_runnable, folds_sequence
 
 from .checks.agreement import check_agreement
@@ -25,16 +26,15 @@ from .layers.compile import LayerCompiler, compiles
 from .layers.fp8 import check_fp8, fp8_problem, use_fp8
 from .model import ParallelModel
 from .parts import held_of, local_parameter, parts_of, replicated_of
-from .pipeline.whole import WholeStage
 from .processes.grid import Grid
 from .processes.ranks import together
 from .processes.world import World, init_world
 from .proof import refuse_unproved
-from .state.weights import GivenWeights, StateDictWeights, Weights, check_names, fill
+from .state.weights import AdaptedWeights, GivenWeights, StateDictWeights, Weights, check_names, fill
 
 
 def parallelize(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     plan: Plan,
     *,
     world: World | None = None,
@@ -46,12 +46,14 @@ def parallelize(
     """Run ``model`` under ``plan`` on this process's part of the world.  Collective over the world.
 
     Args:
-        model: an unmodified Hugging Face causal language model.  It is consumed: its modules become this rank's
-            stage (``model.config`` stays as it is).  Parameters may be real or on meta
-            (``galvatron.models.meta_model``); those that do not require a gradient stay as they are.
+        model: an unmodified Hugging Face causal language model, or one with a LoRA adapter by peft (``add_adapter`` or
+            ``get_peft_model``).  It is consumed: its modules become this rank's stage (``model.config`` stays as it
+            is).  Parameters may be real or on meta (``galvatron.models.meta_model``); those that do not require a
+            gradient stay as they are.
         plan: which must fit the model and the world.
         world: from ``init_world``; made if absent.
-        weights: where values come from; by default the model's own if it has any, else ``seed``.
+        weights: where values come from; by default the model's own if it has any, else ``seed``.  Adapters that they
+            lack come from there too.
         seed: for initial weights of a meta model, which depend on it and on names, never on the plan; and for
             dropout, whose masks depend on it, the step and the rank, never on what else draws random numbers.
         compile: whether layers are compiled (``torch.compile``); by default on CUDA alone.  What is compiled is
@@ -67,21 +69,22 @@ def parallelize(
     """
     if isinstance(model, ParallelModel):
         raise ConfigError("this model is parallel already; give parallelize a new one")
-    check_model(model)
+    model = check_model(wrapped(model))
+    adapter = adapter_of(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"parallelize takes a Plan, got {type(plan).__name__}; load a file with Plan.load(path)")
     world = world or init_world()
     check_surroundings(world.device, gradients=False)
-    check_agreement(model, plan, seed, own_weights=weights is None)
-    config = config_of(model)
-    family, spec = family_of(config), spec_of(model)
+    check_agreement(model, plan, seed, own_weights=weights is None or adapter is not None)
+    family, spec = family_of(model.config), spec_of(model)
     plan.validate(spec, world.world_size)
     check_runnable(plan)
     if fp8:
         _check_fp8(model, plan, family, spec, world)
-    refuse_unproved(config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers))
+    refuse_unproved(model.config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers))
     twins: dict[str, str] = {}  # a tied head that given weights have a copy of
     if weights is not None:
+        weights = weights if adapter is None else AdaptedWeights(weights, _own_weights(model, seed))
         tied = {spec.embedding.parameters[0].name: spec.head.parameters[-1].name} if spec.tied_embeddings else {}
         twins = check_names(weights, model, tied)
     values = weights or _own_weights(model, seed)
@@ -97,10 +100,7 @@ def parallelize(
     for stage in stages:
         cut(stage, family, spec, grid, compiler)
     parts = [part for stage in stages for part in parts_of(stage, spec, grid)]
-    chunks = tuple(chunk_of(stage, list(units_of(stage, spec, grid)), grid) for stage in stages)
-    for stage in stages:
-        if isinstance(stage, WholeStage):
-            stage.end_at_head()
+    chunks = tuple(chunk_of(stage, list(units_of(stage, family, spec, grid)), grid) for stage in stages)
     unsharded = [unit for chunk in chunks for unit in chunk.unsharded]
     parameters = [local_parameter(part, held_of(part, unsharded), spec, grid) for part in parts]
     together(lambda: fill(parameters, values, twins))
@@ -116,6 +116,7 @@ def parallelize(
         parameters,
         replicated_of(parts, parameters, spec, grid),
         seed,
+        adapter,
         compiled=compiled,
     )
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from galvatron.core.model import ModelSpec
 from galvatron.internals import put_buffer
+from galvatron.models import Family
 from galvatron.plan import LayerStrategy
 from galvatron.plan.schedules import turns_at_once
 
@@ -61,7 +62,7 @@ def _place(later: Later, sharded: tuple[ShardedUnit, ...]) -> tuple[ShardedUnit,
 
 def _shard(stage: Stage, units: list[Unit], grid: Grid) -> tuple[ShardedUnit, ...]:
     """Hand the units that are sharded to FSDP2, then the whole stage if there are any."""
-    head = stage.last_modules[-1]
+    head = stage.model.get_submodule(stage.family.head)
     turns = stage.is_last and turns_at_once(grid.plan.schedule, grid.plan.num_microbatches)
     sharded = tuple(
         ShardedUnit(modules, strategy, turns=turns and head in modules) for modules, strategy in units if strategy.zero
@@ -74,7 +75,7 @@ def _shard(stage: Stage, units: list[Unit], grid: Grid) -> tuple[ShardedUnit, ..
             prefetch(ShardedUnit(*before), ShardedUnit(*after))
     if sharded:
         whole = [p for modules, strategy in units if not strategy.zero for m in modules for p in m.parameters()]
-        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole + stage.elsewhere, sharded[0])
+        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole, sharded[0])
     return sharded
 
 
@@ -83,11 +84,14 @@ def _unsharded(modules: tuple[nn.Module, ...], strategy: LayerStrategy, grid: Gr
     return UnshardedUnit(modules, dtype, reduce_dtype, grid.world.device, grid.replicas(strategy))
 
 
-def units_of(stage: Stage, spec: ModelSpec, grid: Grid) -> Iterator[Unit]:
+def units_of(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> Iterator[Unit]:
     """The modules whose parameters live, and are summed, together; in forward order."""
     plan = grid.plan
-    embedding = stage.first_modules if stage.is_first else ()
-    head = stage.last_modules if stage.is_last else ()
+    names = (family.embedding, *family.before) if stage.is_first else ()
+    embedding = tuple(map(stage.model.get_submodule, names))
+    head: tuple[nn.Module, ...] = ()
+    if stage.is_last:
+        head = (stage.model.get_submodule(family.norm), stage.model.get_submodule(family.head))
     if embedding and head and spec.tied_embeddings:
         embedding, head = embedding + head, ()
     if embedding:

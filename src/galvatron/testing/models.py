@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from galvatron.models import auto_class, freeze_parameters
+from galvatron.core.lora import Lora
+from galvatron.models import freeze_parameters
+from galvatron.models.lora import attach_lora
 
 WEIGHT_STD = 0.15
 """Standard deviation of drawn weights, about 1/√hidden: every layer changes its input visibly."""
@@ -83,57 +85,22 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES: tuple[str, ...] = tuple(_OVERRIDES)
-"""Causal language models."""
-
-_BERT: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 66,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "pad_token_id": 1,
-}
-_VIT: dict[str, Any] = {
-    **{key: value for key, value in _BERT.items() if key.startswith(("hidden", "inter", "num_", "attention"))},
-    "image_size": 12,
-    "patch_size": 4,
-    "num_labels": 5,
-}
-_OVERRIDES |= {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "modernbert": {
-        **{key: value for key, value in _BERT.items() if "drop" not in key},
-        "local_attention": 10,
-        "global_attn_every_n_layers": 3,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "cls_token_id": 0,
-        "sep_token_id": 0,
-    },
-    "vit": _VIT,
-    "dinov2": {**_VIT, "num_labels": 5},
-}
-ENCODERS: tuple[str, ...] = tuple(_OVERRIDES)[len(FAMILIES) :]
-"""Those whose ends see whole sequences: of words, and of images."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A family with overrides, some parameters perhaps frozen (``models.freeze``): one row of the parity tables."""
+    """A family with overrides, perhaps with adapters or frozen parameters: one row of the parity tables."""
 
     name: str
     family: str
     overrides: dict[str, Any] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
+    lora: Lora | None = None
 
     @staticmethod
     def named(name: str) -> Variant:
-        """The one of ``VARIANTS`` called ``name``."""
-        return next(variant for variant in VARIANTS if variant.name == name)
+        """The one of ``VARIANTS`` or ``ADAPTED`` called ``name``."""
+        return next(variant for variant in (*VARIANTS, *ADAPTED) if variant.name == name)
 
     def config(self, num_heads: int = 4) -> PretrainedConfig:
         """The tiny configuration; tp 8 needs ``num_heads`` 8."""
@@ -141,8 +108,11 @@ class Variant:
         return tiny_config(self.family, **{heads: num_heads, **self.overrides})
 
     def model(self, num_heads: int = 4, seed: int = 0) -> PreTrainedModel:
-        """The tiny model, with what is frozen not requiring gradients."""
+        """The tiny model, its adapters drawn too, with what is frozen not requiring gradients."""
         model = tiny_model(self.config(num_heads), seed)
+        if self.lora is not None:
+            attach_lora(model, self.lora)
+            draw_weights(model, seed)
         freeze_parameters(model, self.freeze)
         return model
 
@@ -165,33 +135,41 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("opt", "opt", freeze=("*k_proj.bias",)),  # whose true gradient is zero without rotary positions
     Variant("cohere-head-norms", "cohere", {"use_qk_norm": True}),
     Variant("gpt_neox-serial", "gpt_neox", {"use_parallel_residual": False}),
-    Variant("bert", "bert", freeze=("*key.bias",)),
-    Variant("roberta", "roberta", freeze=("*key.bias",)),
-    Variant("modernbert", "modernbert"),
-    Variant("vit", "vit", freeze=("*k_proj.bias",)),
-    Variant("dinov2", "dinov2", freeze=("*k_proj.bias", "*mask_token")),
 )
 """GQA and MHA, tied and untied, with and without biases and a padding row, fused and separate projections; frozen
 from below, and here and there (a tied weight, whole layers among others, norms and biases)."""
 
+ADAPTED: tuple[Variant, ...] = (
+    Variant("llama-lora", "llama", {"num_hidden_layers": 5}, lora=Lora(r=3, lora_alpha=6)),
+    Variant(
+        "gpt2-lora", "gpt2", freeze=("transformer.h.1.*",), lora=Lora(r=3, target_modules=("c_attn", "mlp.c_proj"))
+    ),
+    Variant("phi3-lora", "phi3", lora=Lora(r=3)),
+    Variant("mixtral-lora", "mixtral", lora=Lora(r=3)),
+    Variant(
+        "llama-lora-one-kv-head", "llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+        lora=Lora(r=3, lora_alpha=2, use_rslora=True),
+    ),
+)  # fmt: skip
+"""With adapters by peft: on separate, transposed and fused linears, beside experts, heads kept whole and biases."""
 
 SAMPLED: tuple[str, ...] = tuple(variant.name for variant in VARIANTS[11:])
 """Variants of which the default run takes samples: they share the code that the others go through whole."""
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
-    """A configuration of ``family``, one of those above, with Hugging Face's keys in ``overrides`` replaced."""
+    """A configuration of ``family`` (one of ``FAMILIES``) with Hugging Face's keys in ``overrides`` replaced."""
     return AutoConfig.for_model(family, **{**_OVERRIDES[family], **overrides})
 
 
 def tiny_model(family: str | PretrainedConfig, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """An unmodified Hugging Face model, float32 on the CPU, all weights drawn from ``seed``.
+    """An unmodified Hugging Face causal language model, float32 on the CPU, all weights drawn from ``seed``.
 
     Hugging Face starts biases at zero and norms at one, values under which a lost bias or a doubled norm
     goes unseen; here biases and the offsets of norm weights from one are random too.
     """
     config = tiny_config(family, **overrides) if isinstance(family, str) else copy.deepcopy(family)
-    return draw_weights(auto_class(config).from_config(config, dtype=torch.float32), seed)
+    return draw_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed)
 
 
 @torch.no_grad()

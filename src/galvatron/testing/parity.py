@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import PlanError
 from galvatron.core.records import Record
+from galvatron.models.lora import wrapped
 from galvatron.plan import Plan
 
 from .compare import KINDS, Deviation, RankFindings, compare_on_rank, worth_reporting
@@ -65,7 +67,7 @@ class ParityReport(Record):
 
 
 def parity(
-    model: PreTrainedModel | PretrainedConfig,
+    model: PreTrainedModel | PretrainedConfig | nn.Module,
     plan: Plan,
     *,
     recipe: Recipe | None = None,
@@ -80,9 +82,9 @@ def parity(
     once and that replicas end with the same bits.
 
     Args:
-        model: a Hugging Face causal language model of a supported family, without dropout; or its config,
-            for drawn weights.  One process trains a copy of it, so a large model is better certified by a
-            twin: the same config with smaller sizes and the same number of layers.
+        model: a Hugging Face causal language model of a supported family, without dropout, perhaps with a LoRA
+            adapter by peft; or its config, for drawn weights.  One process trains a copy of it, so a large model is
+            better certified by a twin: the same config with smaller sizes and the same number of layers.
         plan: any plan for it, whose gradients are reduced in fp32; ``plan.world_size`` processes run on this machine.
         recipe: how the steps are trained; default three steps of AdamW without clipping.
         pool: workers to use; by default new ones, ended afterwards.
@@ -94,8 +96,10 @@ def parity(
     """
     if isinstance(model, PretrainedConfig):
         model = tiny_model(model)
+    inner = wrapped(model)
+    assert isinstance(inner, PreTrainedModel)
     _check_reduction(plan)
-    reference = train_reference(model, plan.global_batch_size, plan.seq_len, recipe, plan.precision)
+    reference = train_reference(inner, plan.global_batch_size, plan.seq_len, recipe, plan.precision)
     with tempfile.TemporaryDirectory(prefix="galvatron-parity-") as folder:
         path = Path(folder) / "reference.pt"
         reference.save(path)

@@ -8,7 +8,6 @@ processes.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +15,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import Precision
-from galvatron.core.tasks import TOKEN_TASKS
-from galvatron.models import auto_class, config_of, random_inputs, task_of
+from galvatron.models import Adapter, adapter_of
+from galvatron.models.lora import attach
 from galvatron.parallelize.sharding.fsdp import DTYPES
 
 IGNORED = -100
 FP16_SCALE = 2.0**10
 """Of the loss under fp16: with the few tokens of a test, each counts for so much that 2^16 overflows."""
 Tensors = dict[str, torch.Tensor]
-Batch = tuple[Tensors, torch.Tensor]
-"""Inputs by name, and labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +63,12 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step: its batch (inputs by name, int64 labels), and the loss, norm and gradients it gave.
+    """One step: its batch (int64 ``[global_batch_size, seq_len]``), and the loss, norm and gradients it gave.
 
     Gradients are those before clipping, by global parameter name.
     """
 
-    inputs: Tensors
+    input_ids: torch.Tensor
     labels: torch.Tensor
     loss: float
     grad_norm: float
@@ -82,12 +79,14 @@ class Step:
 class Reference:
     """A whole run: where it started, its steps, and where it ended (loss of the first batch included).
 
-    ``frozen`` parameters have no gradients and no AdamW states; ``precision`` is what layers computed in.
+    ``frozen`` parameters have no gradients and no AdamW states; ``precision`` is what layers computed in; ``adapter``:
+    of peft, if the model has one.
     """
 
     recipe: Recipe
     precision: Precision
     config: PretrainedConfig
+    adapter: Adapter | None = None
     frozen: frozenset[str]
     initial: Tensors
     steps: tuple[Step, ...]
@@ -98,7 +97,7 @@ class Reference:
 
     def model(self) -> PreTrainedModel:
         """A new Hugging Face model with the initial weights."""
-        return restore(self.config, self.initial, self.frozen)
+        return restore(self.config, self.initial, self.frozen, self.adapter)
 
     def save(self, path: Path) -> None:
         """Write it for other processes of this machine."""
@@ -130,19 +129,20 @@ def train_reference(
     _refuse_dropout(model)
     initial = _snapshot(dict(model.named_parameters()))
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
-    config = config_of(model)
-    twin = restore(config, initial, frozen)
+    adapter = adapter_of(model)
+    twin = restore(model.config, initial, frozen, adapter)
     parameters = dict(twin.named_parameters())
     trained = {name: parameter for name, parameter in parameters.items() if name not in frozen}
     optimizer = recipe.optimizer(list(trained.values()))
-    batches = make_batches(recipe, config, global_batch_size, seq_len)
+    batches = make_batches(recipe, model.config.vocab_size, global_batch_size, seq_len)
     steps = tuple(_step(twin, optimizer, batch, recipe.max_grad_norm, precision) for batch in batches)
     with torch.no_grad():
-        final_loss = mean_loss(twin, *batches[0], precision).item()
+        final_loss = token_loss(twin, *batches[0], precision).item()
     return Reference(
         recipe=recipe,
         precision=precision,
-        config=config,
+        config=model.config,
+        adapter=adapter,
         frozen=frozen,
         initial=initial,
         steps=steps,
@@ -153,49 +153,43 @@ def train_reference(
     )
 
 
-def make_batches(recipe: Recipe, config: PretrainedConfig, global_batch_size: int, seq_len: int) -> list[Batch]:
-    """One batch a step, drawn from the recipe's seed; labels of causal language models are shifted, some are ignored.
+def make_batches(
+    recipe: Recipe, vocab_size: int, global_batch_size: int, seq_len: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """One (input_ids, labels) a step, drawn from the recipe's seed; labels are shifted, some are ignored.
 
     Every fifth label or so is ignored, and (where there are several) all of the last sequence: ranks and
     microbatches then count different numbers of tokens, down to none, so that any mean of means shows.
     """
-    generator, task = torch.Generator().manual_seed(recipe.seed), task_of(config)
-    batches: list[Batch] = []
+    generator = torch.Generator().manual_seed(recipe.seed)
+    batches = []
     for _ in range(recipe.num_steps):
-        if task == "causal_lm":
-            tokens = torch.randint(config.vocab_size, (global_batch_size, seq_len + 1), generator=generator)
-            inputs, labels = {"input_ids": tokens[:, :-1].contiguous()}, tokens[:, 1:].clone()
-        else:
-            inputs = random_inputs(config, task, global_batch_size, seq_len, generator)
-            of_tokens = task in TOKEN_TASKS
-            shape = (global_batch_size, seq_len) if of_tokens else (global_batch_size,)
-            labels = torch.randint(
-                config.vocab_size if of_tokens else int(config.num_labels or 1), shape, generator=generator
-            )
-        whole = labels.clone()
+        tokens = torch.randint(vocab_size, (global_batch_size, seq_len + 1), generator=generator)
+        labels = tokens[:, 1:].clone()
         labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORED
-        counts = (slice(None), 0) if labels.dim() > 1 else 0
-        labels[counts] = whole[counts]  # at least one does
+        labels[:, 0] = tokens[:, 1]  # at least one counts
         if global_batch_size > 1:
             labels[-1] = IGNORED
-        batches.append((inputs, labels))
+        batches.append((tokens[:, :-1].contiguous(), labels))
     return batches
 
 
-def mean_loss(
-    model: PreTrainedModel, inputs: Tensors, labels: torch.Tensor, precision: Precision = "fp32"
+def token_loss(
+    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, precision: Precision = "fp32"
 ) -> torch.Tensor:
-    """Mean cross entropy of what counts, a float32 scalar; ``precision`` is what the model computes in."""
+    """Mean cross entropy of the counted tokens, a float32 scalar; ``precision`` is what the model computes in."""
     weights = {name: parameter.to(DTYPES[precision]) for name, parameter in model.named_parameters()}
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    given = {name: v.to(DTYPES[precision]) if v.is_floating_point() else v for name, v in inputs.items()}
-    logits = functional_call(model, weights, kwargs={**given, **options}).logits
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    logits = functional_call(model, weights, kwargs={"input_ids": input_ids, "use_cache": False}).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
-def restore(config: PretrainedConfig, weights: Tensors, frozen: Collection[str] = ()) -> PreTrainedModel:
+def restore(
+    config: PretrainedConfig, weights: Tensors, frozen: Collection[str] = (), adapter: Adapter | None = None
+) -> PreTrainedModel:
     """A float32 Hugging Face model of ``config`` in training mode with copies of ``weights``; ``frozen`` ones stay."""
-    model = auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    if adapter is not None:
+        attach(model, adapter.name, adapter.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -206,12 +200,12 @@ def restore(config: PretrainedConfig, weights: Tensors, frozen: Collection[str] 
 def _step(
     model: PreTrainedModel,
     optimizer: torch.optim.AdamW,
-    batch: Batch,
+    batch: tuple[torch.Tensor, torch.Tensor],
     max_grad_norm: float | None,
     precision: Precision,
 ) -> Step:
     optimizer.zero_grad()
-    loss = mean_loss(model, *batch, precision)
+    loss = token_loss(model, *batch, precision)
     scale = FP16_SCALE if precision == "fp16" else 1.0
     (loss * scale).backward()
     for parameter in model.parameters():
@@ -221,8 +215,8 @@ def _step(
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
     optimizer.step()
-    inputs, labels = batch
-    return Step(inputs=inputs, labels=labels, loss=loss.item(), grad_norm=grad_norm, gradients=gradients)
+    input_ids, labels = batch
+    return Step(input_ids=input_ids, labels=labels, loss=loss.item(), grad_norm=grad_norm, gradients=gradients)
 
 
 def _snapshot(parameters: dict[str, torch.nn.Parameter]) -> Tensors:

@@ -28,7 +28,7 @@ def heads_for(world_size: int) -> int:
 def variant_spec(variant: str, world_size: int) -> ModelSpec:
     """The ModelSpec of the variant of that name for a world of that size."""
     found = Variant.named(variant)
-    return build_spec(found.config(heads_for(world_size)), variant, found.freeze)
+    return build_spec(found.config(heads_for(world_size)), variant, found.freeze, found.lora)
 
 
 @dataclass(frozen=True)

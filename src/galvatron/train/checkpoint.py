@@ -30,6 +30,7 @@ from galvatron.core.records import FileRecord, dump_json, read_text
 from galvatron.core.words import shown
 from galvatron.parallelize.losses.scale import LossScale
 from galvatron.parallelize.processes.ranks import all_gather, on_rank_zero, rank, together, world_size
+from galvatron.parallelize.state.adapters import ADAPTER_CONFIG
 from galvatron.parallelize.state.pieces import is_finite
 from galvatron.parallelize.state.safetensors_file import fsync_directory
 from galvatron.plan import Plan
@@ -84,6 +85,8 @@ def save_checkpoint(
         PLAN_FILE: plan.to_json(),
         CONFIG_FILE: model.config.to_json_string(use_diff=False),
     }
+    if model.adapter is not None:
+        texts[ADAPTER_CONFIG] = model.adapter.json
     writer = PieceWriter(temporary)
     with _plain_errors(f"save {final}"):
         on_rank_zero(lambda: _prepare(root, temporary, texts))

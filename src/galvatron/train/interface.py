@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from galvatron.core.model import ModelSpec
+from galvatron.models import Adapter
 from galvatron.parallelize import LocalParameter
 from galvatron.parallelize.losses.scale import LossScale
 
@@ -38,6 +39,8 @@ class TrainableModel(Protocol):
     def spec(self) -> ModelSpec: ...  # noqa: D102
     @property
     def config(self) -> Any: ...  # noqa: D102
+    @property
+    def adapter(self) -> Adapter | None: ...  # noqa: D102
     @property
     def local_parameters(self) -> Sequence[LocalParameter]: ...  # noqa: D102
     @property

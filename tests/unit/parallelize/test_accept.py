@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from galvatron.core.errors import ConfigError, PlanError
 from galvatron.models import build_spec, meta_model
@@ -23,15 +23,6 @@ from galvatron.testing.models import FAMILIES, tiny_config, tiny_model
 class ScaledEmbedding(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(input)
-
-
-class PeftModelForCausalLM(nn.Module):
-    """Shaped as peft's."""
-
-    def __init__(self, base_model: nn.Module) -> None:
-        super().__init__()
-        self.base_model = base_model
-        self.peft_config = {"default": object()}
 
 
 class DistributedDataParallel(nn.Module):
@@ -56,9 +47,9 @@ OTHERS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: AutoModel.from_config(tiny_config("llama")),
         "model_type='llama' trains as LlamaForCausalLM, got LlamaModel; load the model with AutoModelForCausalLM",
     ),
-    "adapters": (
-        lambda: PeftModelForCausalLM(tiny_model("llama")),
-        "takes models without adapters, got PeftModelForCausalLM with some; merge them first",
+    "classifier": (
+        lambda: AutoModelForSequenceClassification.from_config(tiny_config("gpt2", pad_token_id=0)),
+        "trains as GPT2LMHeadModel, got GPT2ForSequenceClassification",
     ),
     "module": (lambda: nn.Linear(2, 2), "takes a Hugging Face causal language model, got Linear; load one"),
     "wrapper": (

@@ -59,6 +59,7 @@ class FakeModel:
     swapped: bool = False
     steps: int = 0
     loss_scale: None = None
+    adapter: None = None
 
     @staticmethod
     def make(*, swapped: bool = False, seed: int = 0) -> FakeModel:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.internals import has_tensor_hooks, hooks, is_compiled
-from galvatron.models import check_trains, config_of, family_of, meta_model
+from galvatron.models import adapter_of, check_trains, family_of, meta_model
+from galvatron.models.lora import attach, check_adapters
 
 from ..layers.attention import uses_attention
 from ..state.weights import FLOATS
@@ -25,13 +26,16 @@ _RECORDER = "transformers.utils.output_capturing"  # leaves hooks behind that do
 _WRAPPED = ("module", "_orig_mod")  # where DistributedDataParallel and torch.compile keep the model
 
 
-def check_model(model: object) -> None:
-    """Raise ConfigError unless ``model`` can be parallelised as it is; nothing is changed."""
+def check_model(model: object) -> PreTrainedModel:
+    """``model``, if it can be parallelised as it is; else ConfigError.  Nothing is changed."""
     _check_class(model)
     assert isinstance(model, PreTrainedModel)
     for problem in _modifications(model):
         raise ConfigError(problem)
-    twin = meta_model(config_of(model))
+    check_adapters(model)
+    twin, adapter = meta_model(model.config), adapter_of(model)
+    if adapter is not None:
+        attach(twin, adapter.name, adapter.config)
     if type(model) is not type(twin):
         raise ConfigError(
             f"model_type={model.config.model_type!r} trains as {type(twin).__name__}, got {type(model).__name__}; "
@@ -40,21 +44,18 @@ def check_model(model: object) -> None:
     for problem in _differences(model, twin):
         raise ConfigError(problem)
     check_trains(model)
+    return model
 
 
 def _check_class(model: object) -> None:
     name = type(model).__name__
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise ConfigError(
-            f"parallelize takes models without adapters, got {name} with some; merge them first (merge_and_unload)"
-        )
     if not isinstance(model, PreTrainedModel):
         inner = next((part for part in _WRAPPED if isinstance(getattr(model, part, None), nn.Module)), None)
         remedy = f"give its .{inner}" if inner else "load one with AutoModelForCausalLM, or galvatron.models.meta_model"
         raise ConfigError(f"parallelize takes a Hugging Face causal language model, got {name}; {remedy}")
     if uses_attention(model) or any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ConfigError("this model has been consumed by parallelize or fully_shard; give a new one")
-    family_of(config_of(model))
+    family_of(model.config)
 
 
 def _modifications(model: PreTrainedModel) -> Iterator[str]:

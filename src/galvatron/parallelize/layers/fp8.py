@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import LayerKind, Precision
 from galvatron.models import Family, chain_of
+from galvatron.models.lora import has_adapters
 
 LEAST_CAPABILITY = (8, 9)  # NVIDIA Ada, the first with float8 tensor cores
 BLOCK = 16  # torch._scaled_mm takes rows of a multiple of 16 bytes
@@ -25,6 +26,8 @@ EMULATED = False
 
 def check_fp8(model: PreTrainedModel, family: Family, device: torch.device, precision: Precision) -> None:
     """Raise ConfigError unless layers of ``model`` can multiply in float8 on ``device``, beside ``precision``."""
+    if has_adapters(model):
+        raise ConfigError("fp8 products are not made beside LoRA adapters; leave fp8 out, or merge the adapters first")
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError("fp8 needs torchao, which is not installed; pip install 'galvatron[fp8]'")
     if precision != "bf16" and not EMULATED:

@@ -12,7 +12,8 @@ None repeats the layer's last product: nothing in the layer needs its output.  U
 product is whole and partial: what is kept of it is the ranks' sum, by all levels but ``full``, since it took a message.
 
 A layer calls its linears in the order of its family's regions, so that their place tells them apart: eagerly, and in a
-compiled graph, where their modules are no more.
+compiled graph, where their modules are no more.  A linear with an adapter (``layers.adapters``) makes three products,
+of which the second, as wide as its own and cheap to make again, is never kept.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from galvatron.internals import ATTENTION, REDUCE_SCATTER
 from galvatron.models import Region
 
 from ..processes.collectives import AxisGroup
+from .adapters import linears_of
 from .forward import wrap_forward
 from .ring import RING
 
@@ -56,28 +58,43 @@ def recompute_in_backward(
         return
     again = partial(checkpoint, use_reentrant=False)
     if recompute != "full":
-        linears = tuple((len(region.columns), 1) for region in regions)
+        products = tuple(
+            (sum((_products(layer, name) for name in region.columns), ()), _products(layer, region.row))
+            for region in regions
+        )
         if has_experts:
-            linears += ((0, 1),)  # whose products are of another kind
-        again = partial(again, context_fn=partial(_contexts, kept(recompute, linears, summed=tp.size > 1)))
+            products += (((), (True,)),)  # which are of another kind
+        again = partial(again, context_fn=partial(_contexts, kept(recompute, products, summed=tp.size > 1)))
     wrap_forward(layer, again)
 
 
+Products = tuple[bool, ...]
+"""Of linears in running order; whether each is kept where linears are."""
+
+
+def _products(layer: nn.Module, linear: str) -> Products:
+    return tuple(".lora_B." not in path for path, _ in linears_of(layer, linear))
+
+
 @lru_cache  # one for all layers that are alike, or they would not share a graph when compiled
-def kept(recompute: Recompute, linears: tuple[tuple[int, int], ...], *, summed: bool) -> Kept:
-    """What is kept of regions of so many column-cut and row-cut ``linears``; ``summed``: over tensor-parallel ranks."""
-    products, sums, product, row = set[int](), set[int](), 0, 0
-    for columns, rows in linears[:-1]:
+def kept(recompute: Recompute, regions: tuple[tuple[Products, Products], ...], *, summed: bool) -> Kept:
+    """What is kept of regions of so many column-cut and row-cut products; ``summed``: over tensor-parallel ranks."""
+    products, sums, first = set[int](), set[int](), 0
+    for index, (columns, rows) in enumerate(regions[:-1]):
         if recompute != "linears":
-            products.update(range(product, product + columns))
+            products |= _places(first, columns)
+            if not summed:
+                products |= _places(first + len(columns), rows)
         if summed:
-            sums.update(range(row, row + rows))
-        elif recompute != "linears":
-            products.update(range(product + columns, product + columns + rows))
-        product, row = product + columns + rows, row + rows
-    if recompute == "selective" and linears:  # of the last region, the MLP; nothing needs its output
-        products.update(range(product, product + linears[-1][0]))
+            sums.add(index)
+        first += len(columns) + len(rows)
+    if recompute == "selective" and regions:  # of the last region, the MLP; nothing needs its output
+        products |= _places(first, regions[-1][0])
     return Kept(frozenset(products), frozenset(sums))
+
+
+def _places(first: int, flags: Products) -> set[int]:
+    return {first + place for place, is_kept in enumerate(flags) if is_kept}
 
 
 def _contexts(kept: Kept) -> Any:

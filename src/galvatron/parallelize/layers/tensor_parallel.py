@@ -22,22 +22,25 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.model import ParameterSpec, UnitSpec
 from galvatron.internals import call_attention, called_attention, multiplies_in_float8
 from galvatron.models import Experts, Region
+from galvatron.models.lora import base_linear
 
 from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence
+from .adapters import linears_of, run_adapters
 from .experts import share_experts
 from .forward import wrap_forward
 from .later import Tap, product, tapped
 from .wide_norms import wide_norm_forward
 
-HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "split_size", "all_head_size")
+HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "split_size")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads")
-"""Attributes of attention modules, or of their configs, that count heads (``split_size``, ``all_head_size``: width)."""
+"""Attributes of attention modules, or of their configs, that count heads (GPT-2's ``split_size`` their width)."""
 
 
 def cut_layer(
     layer: nn.Module, regions: tuple[Region, ...], unit: UnitSpec, tp: AxisGroup, experts: Experts | None = None
 ) -> None:
     """Cut ``layer`` (parameters on any device; their values are not kept) for one rank of ``tp``."""
+    run_adapters(layer)
     if tp.size == 1:
         return
     shrink(layer, unit.parameters, tp)
@@ -45,7 +48,9 @@ def cut_layer(
         share_experts(layer.get_submodule(experts.module), tp)
     for region in regions:
         for name in region.columns:
-            _keep_own_outputs(layer.get_submodule(name), _weight(unit, name), tp)
+            for path, linear in linears_of(layer, name):
+                if _weight(unit, path).cut is not None:  # the adapter's A takes whole inputs
+                    _keep_own_outputs(linear, _weight(unit, path), tp)
         for name in region.wide_norms:
             norm = layer.get_submodule(name)
             norm.forward = wide_norm_forward(norm, tp)
@@ -83,20 +88,20 @@ def tap_linears(layer: nn.Module, regions: tuple[Region, ...], unit: UnitSpec, t
     taps = []
     for region in regions:
         for name in (*region.columns, region.row):
-            linear, parameter = layer.get_submodule(name), _weight(unit, name)
-            if parameter.trainable:
-                _check_replaceable(linear, nn.Linear, Conv1D)
-                tapped(linear)
-                is_block = tp.size > 1 and parameter.cut is not None and parameter.cut.is_whole(tp.size)
-                taps.append(Tap(linear, _own_block(parameter, tp) if is_block else None))
+            for path, linear in linears_of(layer, name):
+                parameter = _weight(unit, path)
+                if parameter.trainable:
+                    _check_replaceable(linear, nn.Linear, Conv1D)
+                    tapped(linear)
+                    is_block = tp.size > 1 and parameter.cut is not None and parameter.cut.is_whole(tp.size)
+                    taps.append(Tap(linear, _own_block(parameter, tp) if is_block else None))
     return tuple(taps)
 
 
-def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup, *, whole: bool = False) -> None:
+def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> None:
     """Cut an embedding along the vocabulary: ids [B, S] → hidden [B, S/tp, H]; the padding row gets no gradient.
 
-    ``whole``: the ranks end with all of the sequence, [B, S, H].  What else its own forward does to the looked-up rows
-    (a scale) it does to this rank's.
+    What else its own forward does to the looked-up rows (a scale) it does to this rank's.
     """
     if tp.size == 1:
         return
@@ -110,8 +115,7 @@ def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup,
     def forward(ids_BS: Tensor) -> Tensor:
         own = (ids_BS >= start) & (ids_BS < stop)
         partial = look_up(torch.where(own, ids_BS - start, 0))
-        own_tokens = reduce_scatter_sequence(partial * own.unsqueeze(-1), tp)
-        return gather_sequence(own_tokens, tp) if whole else own_tokens
+        return reduce_scatter_sequence(partial * own.unsqueeze(-1), tp)
 
     embedding.forward = forward
 
@@ -216,12 +220,23 @@ def _own_block(parameter: ParameterSpec, tp: AxisGroup) -> tuple[int, int]:
 
 
 def _row_forward(linear: nn.Module, tp: AxisGroup, *, flat: bool) -> Callable[[Tensor], Tensor]:
-    """Forward of a row-cut linear: partial product, reduce-scatter along the sequence, then the bias."""
-    _check_replaceable(linear, nn.Linear, Conv1D)
+    """Forward of a row-cut linear: partial product, reduce-scatter along the sequence, then the bias.
+
+    What adapters around it add is partial as its own product is, so that one sum is of both.
+    """
+    base = base_linear(linear)
+    _check_replaceable(base, nn.Linear, Conv1D)
+
+    def multiply(x: Tensor) -> Tensor:
+        return product(base, x, base.weight)  # type: ignore[arg-type]
+
+    partial = multiply
+    if base is not linear:
+        base.forward, partial = multiply, linear.forward
 
     def forward(x: Tensor) -> Tensor:
-        out = reduce_scatter_sequence(product(linear, x, linear.weight), tp)  # type: ignore[arg-type]
+        out = reduce_scatter_sequence(partial(x), tp)
         out = out.flatten(0, 1) if flat else out
-        return out if linear.bias is None else out + linear.bias  # type: ignore[operator]
+        return out if base.bias is None else out + base.bias  # type: ignore[operator]
 
     return forward

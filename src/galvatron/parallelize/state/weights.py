@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from galvatron.core.errors import CheckpointError
+from galvatron.core.lora import is_adapters, plain_name
 from galvatron.core.parsing import parse_json
 from galvatron.core.records import read_text
 from galvatron.internals import needless_names
@@ -124,6 +125,42 @@ def _check_twin(name: str, twin: str, value: torch.Tensor, other: torch.Tensor) 
             f"weights of {twin} differ from those of {name}, to which the model ties it; set tie_word_embeddings = "
             "false in its config, or give weights without it"
         )
+
+
+class AdaptedWeights:
+    """Weights of a model without adapters, or with them, for one that has some: what they lack comes from elsewhere."""
+
+    def __init__(self, given: GivenWeights, adapters: Weights) -> None:
+        self._given, self._adapters = given, adapters
+
+    @property
+    def origin(self) -> str:
+        """See GivenWeights."""
+        return self._given.origin
+
+    @property
+    def keys(self) -> Collection[str]:
+        """See GivenWeights."""
+        return self._given.keys
+
+    def find(self, name: str) -> str | None:
+        """See GivenWeights."""
+        found = self._given.find(self._name(name))
+        return name if found is None and is_adapters(name) else found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See Weights."""
+        return self._source(name).shape(self._name(name))
+
+    def read(self, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+        """See Weights."""
+        return self._source(name).read(self._name(name), offset, size)
+
+    def _name(self, name: str) -> str:
+        return plain_name(name) if self._given.find(name) is None else name
+
+    def _source(self, name: str) -> Weights:
+        return self._adapters if is_adapters(name) and self._given.find(name) is None else self._given
 
 
 class StateDictWeights:
