@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from documented import JOB, commands, furnish, small
+from documented import CONFIG, JOB, commands, furnish, small
 from galvatron.cli import main
 
 DOING = [
@@ -95,6 +95,11 @@ def test_a_shown_command_of_the_doing_half_runs(
         GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=50)).save_pretrained(
             "openai-community/gpt2"
         )
+    if "--lora" in command:
+        pytest.importorskip("peft")
+        LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(".")
+        job = Path("job.toml").read_text()
+        Path("job.toml").write_text(job.replace('"config.json"', '"config.json"\nweights = true'))
     words = small(command)
     if words[0] == "galvatron":
         assert _main(words, monkeypatch) == 0, capfd.readouterr().err

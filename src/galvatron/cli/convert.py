@@ -39,6 +39,10 @@ def to_hf(
         str | None,
         typer.Option("--tokenizer", help="The tokenizer to put beside the weights; the run's own if left out."),
     ] = None,
+    adapter_only: Annotated[
+        bool,
+        typer.Option("--adapter-only", help="Write the LoRA adapter alone, as peft does; it is merged if left out."),
+    ] = False,
 ) -> None:
     """Export a checkpoint, whatever plan saved it, with its tokenizer, to a directory that from_pretrained loads."""
     check_folder(out, "OUT", new=True)
@@ -49,7 +53,9 @@ def to_hf(
     source = find_checkpoint(checkpoint, checkpoint)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     beside = _own_tokenizer(source) if tokenizer is None else load_tokenizer(tokenizer)
-    checkpoint_to_hf(source, out, dtype=dtype, tokenizer=beside and beside.for_transformers())
+    checkpoint_to_hf(
+        source, out, dtype=dtype, tokenizer=beside and beside.for_transformers(), adapter_only=adapter_only
+    )
     say(f"wrote {out} from {source}")
 
 

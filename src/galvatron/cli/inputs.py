@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from galvatron.core.errors import ConfigError, ProfileError
 from galvatron.core.hardware import HardwareProfile
+from galvatron.core.lora import Lora
 from galvatron.core.model import Precision
 from galvatron.core.model_profile import ModelProfile
 from galvatron.core.numbers import MAX_SEQUENCES
@@ -61,6 +62,7 @@ class Model:
     seq_len: int | None
     precision: Precision | None
     tp_asked: int = 1
+    lora: Lora | None = None
 
     def profile(self, hardware: HardwareProfile) -> ModelProfile:
         """A ``model.json`` as it is; a card or configuration estimated for the cluster's device.
@@ -71,10 +73,16 @@ class Model:
         """
         path = Path(self.name)
         if is_file(self.name) and _has_format(read_text(path, ProfileError)):
+            if self.lora is not None:
+                raise ConfigError(
+                    f"{self.name} is a profile of its own adapters or none; profile the model with --lora"
+                )
             return ModelProfile.load(path)
-        from galvatron.estimate import estimate_model, model_spec
+        from galvatron.estimate import adapted_spec, estimate_model, model_spec
 
         spec = model_spec(self.name)
+        if self.lora is not None:
+            spec = adapted_spec(spec, self.lora)
         if self.seq_len is None:
             raise ConfigError(
                 f"a model that was not profiled needs the tokens of a sequence, at most {spec.max_seq_len} for "

@@ -23,6 +23,15 @@ RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run directory; r
 Validation = Annotated[
     str | None, typer.Option("--validation", help="A source to evaluate on, in place of the job's data.validation.")
 ]
+LoraSettings = Annotated[
+    str | None,
+    typer.Option(
+        "--lora",
+        metavar="r=16,lora_alpha=32,…",
+        help="Train LoRA adapters alone, by peft's names: target_modules=q_proj+v_proj (all-linear if left out), "
+        "lora_dropout=0.05, use_rslora=true.",
+    ),
+]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")]
 
 

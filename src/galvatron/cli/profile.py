@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from galvatron.core.files import check_output
+from galvatron.core.lora import Lora
 
 from .console import say
 from .launch import Processes, processes
-from .options import Compile, Device, Nproc, Precision, examples
+from .options import Compile, Device, LoraSettings, Nproc, Precision, examples
 
 if TYPE_CHECKING:
     from galvatron.core.model import Precision as PrecisionName
@@ -29,6 +30,7 @@ class ModelRequest:
     """Which model to measure, at which sequence length and precision, with which parameters frozen.
 
     ``compiled``: whether its layers are; None leaves that to the device.  ``fp8``: whether their products are.
+    ``lora``: adapters in its layers.
     """
 
     path: str
@@ -37,6 +39,7 @@ class ModelRequest:
     freeze: tuple[str, ...] = ()
     compiled: bool | None = None
     fp8: bool = False
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def model(
     fp8: Annotated[
         bool, typer.Option("--fp8", help="Make products of layers in float8, as in training (with --precision bf16).")
     ] = False,
+    lora: LoraSettings = None,
 ) -> None:
     """Measure a model's layers at every tensor-cut shape a plan for this many processes can ask for.
 
@@ -96,7 +100,8 @@ def model(
     """
     check_output(out, path)
     with processes(nproc, device) as ranks:
-        request = ModelRequest(path, seq_len, precision, tuple(freeze or ()), compile, fp8)
+        adapters = None if lora is None else Lora.parse(lora)
+        request = ModelRequest(path, seq_len, precision, tuple(freeze or ()), compile, fp8, adapters)
         measure(ranks, Measurement(model_out=out, model=request))
     say(f"wrote {out}")
 
@@ -107,7 +112,8 @@ def measure(ranks: Processes, measurement: Measurement) -> None:
         from galvatron.models import build_spec, load_config
 
         # an unsupported model, or a pattern that matches nothing, fails here, before any process starts
-        build_spec(load_config(measurement.model.path), freeze=measurement.model.freeze)
+        request = measurement.model
+        build_spec(load_config(request.path), freeze=request.freeze, lora=request.lora)
     ranks.run(_measure, measurement)
 
 
@@ -131,6 +137,7 @@ def _measure(world: World, measurement: Measurement) -> None:
             freeze=request.freeze,
             compile=request.compiled,
             fp8=request.fp8,
+            lora=request.lora,
             progress=_line,
         )
         if world.rank == 0:

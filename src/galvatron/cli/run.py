@@ -21,7 +21,7 @@ from galvatron.plan import Plan, check_plan_for_job
 from .console import heading, rank, say
 from .generate import generate
 from .launch import Processes, processes
-from .options import JobFile, Nproc, RunDir, Validation, examples
+from .options import JobFile, LoraSettings, Nproc, RunDir, Validation, examples
 from .profile import Measurement, ModelRequest, measure
 from .rundir import RunDirectory
 from .search import draw, runner_up, search_for_job, show
@@ -40,17 +40,24 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "galvatron run examples/quickstart.toml",
+            "galvatron run job.toml --lora r=16,lora_alpha=32,target_modules=q_proj+v_proj",
             "torchrun --nproc-per-node 8 --no-python galvatron run job.toml --run-dir runs/first",
         )
     )(run)
 
 
-def run(job: JobFile, run_dir: RunDir = None, nproc: Nproc = None, validation: Validation = None) -> None:
+def run(
+    job: JobFile,
+    run_dir: RunDir = None,
+    nproc: Nproc = None,
+    validation: Validation = None,
+    lora: LoraSettings = None,
+) -> None:
     """Profile, search, train, and what else the job file asks for.
 
     Continues where an earlier run of the same directory ended.
     """
-    loaded = Job.load(job).validated_on(validation)
+    loaded = Job.load(job).validated_on(validation).adapted(lora)
     directory = RunDirectory.of_job(job, run_dir)
     with processes(nproc, loaded.cluster.device, loaded.cluster.num_processes) as ranks:
         config, spec = check_model(loaded)
@@ -88,7 +95,13 @@ def profile_missing(ranks: Processes, job: Job, run: RunDirectory, spec: ModelSp
     kept_model = kept_hardware and run.model.exists() and _model_fits(run, job, spec)
     section = job.train
     request = ModelRequest(
-        job.model.path, section.seq_len, section.precision, job.model.freeze, section.compiled, section.fp8
+        job.model.path,
+        section.seq_len,
+        section.precision,
+        job.model.freeze,
+        section.compiled,
+        section.fp8,
+        job.model.lora,
     )
     measurement = Measurement(
         hardware_out=None if kept_hardware else run.hardware, model_out=None if kept_model else run.model, model=request

@@ -19,16 +19,16 @@ from galvatron.core.errors import InfeasibleError, OutputError
 from galvatron.core.files import check_output, is_special, write_output
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job, SearchSection
+from galvatron.core.lora import Lora
 from galvatron.core.model import Precision, ReduceDtype
 from galvatron.core.model_profile import ModelProfile
 from galvatron.core.units import parse_seconds
 
 from .console import console, error_console, say
 from .inputs import Cluster, Model, batch_sizes, fraction, memory_limit
-from .options import examples
+from .options import LoraSettings, examples
 
 if TYPE_CHECKING:
-    from galvatron.cost import Runtime
     from galvatron.plan import Plan
     from galvatron.search import Change, Limits, SearchResult
     from galvatron.search.sensitivity import SearchAgain
@@ -47,6 +47,7 @@ def register(app: typer.Typer) -> None:
             "galvatron search --model mixtral-8x7b --cluster h100:4x8 --link inter=25GB/s --seq-len 4096"
             " --global-batch-size 256 --space all --fix pp=4 --max tp=8 --what-if",
             "galvatron search --model llama2-7b --cluster a100:1x8 --seq-len 4096 --global-batch-size 64 --json",
+            "galvatron search --model llama3.1-70b --cluster a100:1x8 --seq-len 4096 --global-batch-size 8 --lora r=16",
             "galvatron search --model deepseek-v3 --cluster h100:128x8 --seq-len 4096 --global-batch-size 1024"
             " --space all --time-limit 30s --gap 1%",
         )
@@ -103,14 +104,12 @@ def search(
         str,
         typer.Option(
             "--space",
-            metavar="runtime|all|hetu|dp|fsdp|tp|pp|3d|uniform",
-            help="runtime: what can be trained; all: also expert parallelism; hetu: what Hetu-Galvatron can be told; "
-            "or one of the simple plans.",
+            metavar="runtime|all|dp|fsdp|tp|pp|3d|uniform",
+            help="runtime: what can be trained; all: also expert parallelism; or one of the simple plans.",
         ),
     ] = "runtime",
     fix: Annotated[
-        list[str] | None,
-        typer.Option("--fix", metavar="NAME=VALUE", help="Fix a dimension, such as pp=4 or head.tp=8. Repeatable."),
+        list[str] | None, typer.Option("--fix", metavar="NAME=VALUE", help="Fix a dimension, such as pp=4. Repeatable.")
     ] = None,
     forbid: Annotated[
         list[str] | None,
@@ -132,6 +131,7 @@ def search(
         str | None,
         typer.Option("--time-limit", metavar="TIME", help="Stop with the best plan so far after 30s, 5m or 1h."),
     ] = None,
+    lora: LoraSettings = None,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("plan.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -148,7 +148,7 @@ def search(
     within, seconds = fraction(gap), None if time_limit is None else parse_seconds(time_limit)
     batches, where = batch_sizes(global_batch_size), Cluster.of(cluster, link or [])
     limit = memory_limit(memory, where.hardware)
-    what = Model(model, seq_len, precision, _tp_asked(limits))
+    what = Model(model, seq_len, precision, _tp_asked(limits), None if lora is None else Lora.parse(lora))
     profile = what.profile(where.hardware)
     with error_console().status("searching", spinner="line") as status:
         job = _Search(what, batches, grad_reduce_dtype, limits, within, seconds, lambda line: status.update(line))
@@ -167,14 +167,14 @@ def search(
         typer.echo(json.dumps(summary(result, changes), indent=2, allow_nan=False))  # ASCII: for any pipe
     else:
         show(result, changes)
-        draw(result.plan, profile, where.hardware, picture, limits.runtime)
+        draw(result.plan, profile, where.hardware, picture)
         say(f"wrote {out}")
 
 
 def _tp_asked(limits: Limits) -> int:
     """The largest tp that the limits name."""
-    named = [*limits.fix.items(), *limits.at_most.items()]
-    return max((v for name, v in named if name.rpartition(".")[2] == "tp" and isinstance(v, int)), default=1)
+    named = (limits.fix.get("tp", 1), limits.at_most.get("tp", 1))
+    return max(value for value in named if isinstance(value, int))
 
 
 @dataclass(frozen=True)
@@ -281,14 +281,12 @@ def picture_beside(out: Path, *inputs: str) -> Path | None:
     return picture
 
 
-def draw(
-    plan: Plan, model: ModelProfile, hardware: HardwareProfile, path: Path | None, runtime: Runtime = "galvatron"
-) -> None:
+def draw(plan: Plan, model: ModelProfile, hardware: HardwareProfile, path: Path | None) -> None:
     """Write the plan's replayed step as a picture, and print it where a pipeline makes it worth looking at."""
     from galvatron.cost import replay
     from galvatron.report import draw_svg, draw_text
 
-    replayed = replay(plan, model, hardware, runtime)
+    replayed = replay(plan, model, hardware)
     step_time_s = replayed.step_time_s if replayed.is_partial else None
     if path is not None:
         write_output(path, draw_svg(replayed.events, replayed.shown_s, step_time_s=step_time_s))

@@ -23,7 +23,7 @@ from galvatron.plan import Plan, check_plan_for_job
 from .console import console, heading, rank, say
 from .data import prepare_data
 from .launch import Processes, processes
-from .options import JobFile, Nproc, RunDir, Validation, examples
+from .options import JobFile, LoraSettings, Nproc, RunDir, Validation, examples
 from .rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -75,13 +75,15 @@ def train(
     ] = None,
     nproc: Nproc = None,
     validation: Validation = None,
+    lora: LoraSettings = None,
 ) -> None:
     """Train a job under a plan; any checkpoint resumes under any plan.
 
     Writes metrics.jsonl, plan.json and checkpoints/ into the run directory.  The same command goes on where it was
     cut off.
     """
-    leg = Leg(Job.load(job).validated_on(validation), Plan.load(plan), RunDirectory.of_job(job, run_dir), resume)
+    loaded = Job.load(job).validated_on(validation).adapted(lora)
+    leg = Leg(loaded, Plan.load(plan), RunDirectory.of_job(job, run_dir), resume)
     with processes(nproc, leg.job.cluster.device, leg.job.cluster.num_processes) as ranks:
         config, spec = check_model(leg.job)
         leg.plan.validate(spec, ranks.world_size)
@@ -104,7 +106,7 @@ def check_model(job: Job) -> tuple[Any, ModelSpec]:
     from galvatron.models import build_spec, load_config
 
     config = load_config(job.model.path)
-    spec = build_spec(config, freeze=job.model.freeze)
+    spec = build_spec(config, freeze=job.model.freeze, lora=job.model.lora)
     if job.train.seq_len > spec.max_seq_len:
         raise ConfigError(
             f"train.seq_len={job.train.seq_len} must not exceed the model's {spec.max_seq_len} positions; lower it"
@@ -218,7 +220,7 @@ def _what_is_kept(run: RunDirectory) -> str:
 def _train(world: World, leg: Leg) -> TrainResult:
     """One rank's part."""
     from galvatron import train
-    from galvatron.models import freeze_parameters, load_config, meta_model
+    from galvatron.models import load_config, model_to_train
     from galvatron.parallelize import parallelize
 
     from .progress import ConsoleReporter
@@ -228,8 +230,8 @@ def _train(world: World, leg: Leg) -> TrainResult:
     dataset = train.load_dataset(leg.job.data, section, leg.run.path)
     config = load_config(leg.job.model.path)
     weights = _weights(leg.job.model.path, config) if leg.job.model.weights and leg.resume is None else None
-    whole = meta_model(config)
-    freeze_parameters(whole, leg.job.model.freeze)
+    described = leg.job.model
+    whole = model_to_train(config, described.freeze, described.lora, _directory(described.path))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the model lacks and that are left out")  # said by check_inputs
         model = parallelize(
@@ -271,13 +273,18 @@ def _keep_plan(leg: Leg) -> None:
         leg.plan.save(leg.run.plan)
 
 
+def _directory(path: str) -> str:
+    """Where weights lie beside a config: in its directory, or at a hub name."""
+    return str(Path(path).parent) if Path(path).is_file() else path
+
+
 def _weights(path: str, config: Any) -> Any:
     """The safetensors beside a config file, in a directory, or of a hub name (fetched once by rank 0)."""
     from galvatron.models import meta_model
     from galvatron.parallelize import SafetensorsWeights
     from galvatron.parallelize.processes.ranks import on_rank_zero, together
 
-    directory = Path(path).parent if Path(path).is_file() else Path(path)
+    directory = Path(_directory(path))
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
 

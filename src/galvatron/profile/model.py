@@ -10,16 +10,18 @@ import gc
 import itertools
 import statistics
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.lora import Lora
 from galvatron.core.model import ENDS, RECOMPUTES, LayerKind, ModelSpec, Precision, UnitName
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.core.units import format_bytes, format_seconds
-from galvatron.models import build_spec, family_of, meta_model
+from galvatron.models import build_spec, family_of, model_to_train
 from galvatron.parallelize.layers.compile import compiles
 from galvatron.parallelize.layers.fp8 import check_fp8, fp8_problem
 from galvatron.parallelize.processes.world import World
@@ -51,6 +53,7 @@ def profile_model(
     budget_s: float = 20.0,
     compile: bool | None = None,
     fp8: bool = False,
+    lora: Lora | None = None,
     progress: Progress | None = None,
 ) -> ModelProfile:
     """Collective: measure and count every unit of the model at every tensor cut.
@@ -67,25 +70,27 @@ def profile_model(
         budget_s: about how many seconds the timing may take; it limits batches and repeats, never cuts.
         compile: whether layers are compiled, as they will be in training; by default on CUDA alone.
         fp8: whether their products are made in float8, likewise.
+        lora: adapters in its layers, beside which all else is frozen.
         progress: told of every unit measured, on every rank.
 
     Raises:
         ConfigError: the family has no record, ``seq_len`` is longer than the model's positions, or a pattern of
             ``freeze`` matches nothing.
     """
-    spec = build_spec(config, freeze=freeze)
+    spec = build_spec(config, freeze=freeze, lora=lora)
     if seq_len > spec.max_seq_len:
         raise ConfigError(
             f"seq_len={seq_len} must not exceed max_position_embeddings={spec.max_seq_len} of {spec.name}; "
             "shorten the sequences"
         )
     if fp8:
-        check_fp8(meta_model(config), family_of(config), world.device, precision)
+        check_fp8(model_to_train(config, freeze, lora), family_of(config), world.device, precision)
         for kind in spec.layers:
             if problem := fp8_problem(kind, 1, seq_len):
                 raise ConfigError(problem)
     compiled = compiles(compile, world.device, spec)
-    shapes = _shapes(config, spec, tp_degrees or _stacked_degrees(world.world_size), seq_len, precision, compiled, fp8)
+    whole = UnitShape(config, spec, ENDS[0], 1, seq_len, DTYPES[precision], compiled, fp8, lora)
+    shapes = _shapes(whole, tp_degrees or _stacked_degrees(world.world_size))
     measured = _measure(shapes, precision, world, max_batch, budget_s, progress)
     layer = next(shape for shape in shapes if shape.name not in ENDS)
     attention = measure_attention(layer, precision, world)
@@ -132,22 +137,15 @@ def _stacked_degrees(world_size: int) -> tuple[int, ...]:
     return tuple(sorted({degree for n in divisors(world_size) for degree in StageAxes(n).degrees}))
 
 
-def _shapes(
-    config: PretrainedConfig,
-    spec: ModelSpec,
-    degrees: Iterable[int],
-    seq_len: int,
-    precision: Precision,
-    compiled: bool,
-    fp8: bool,
-) -> list[UnitShape]:
+def _shapes(like: UnitShape, degrees: Iterable[int]) -> list[UnitShape]:
     """What to measure, once of kinds that run alike; layers last, so that time left over goes to them."""
+    spec, seq_len = like.spec, like.seq_len
     names = [*ENDS, *dict.fromkeys(_first_alike(spec, kind) for kind in spec.layers)]
     return [
-        UnitShape(config, spec, name, tp, seq_len, DTYPES[precision], compiled, fp8)
+        replace(like, name=name, tp=tp)
         for name, tp in itertools.product(names, sorted(set(degrees)))
         if check_strategy(LayerStrategy(tp=tp), name, spec, stage_size=tp, micro_batch_size=1, seq_len=seq_len) is None
-        and not (fp8 and name not in ENDS and fp8_problem(spec.kind(name), tp, seq_len))
+        and not (like.fp8 and name not in ENDS and fp8_problem(spec.kind(name), tp, seq_len))
     ]
 
 

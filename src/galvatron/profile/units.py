@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from galvatron.core.lora import Lora
 from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, Recompute, UnitName
 from galvatron.internals import put_buffer, put_parameter, tree_map_only
-from galvatron.models import Family, Link, chain_of, experts_in, family_of, meta_model, regions_in
+from galvatron.models import Family, Link, chain_of, experts_in, family_of, model_to_train, regions_in
 from galvatron.parallelize.layers.attention import use_attention
 from galvatron.parallelize.layers.compile import LayerCompiler
 from galvatron.parallelize.layers.fp8 import use_fp8
@@ -89,7 +90,7 @@ class LocalUnit(nn.Module):
 
 @dataclass(frozen=True)
 class UnitShape:
-    """Which unit, at which cut, and whether layers are compiled or multiply in float8: what is measured and counted."""
+    """Which unit, at which cut, and whether layers are compiled, multiply in float8, have adapters: a measurement."""
 
     config: PretrainedConfig
     spec: ModelSpec
@@ -99,13 +100,14 @@ class UnitShape:
     dtype: torch.dtype
     compiled: bool = False
     fp8: bool = False
+    lora: Lora | None = None
 
     def build(self, backend: str | None = None) -> LocalUnit:
         """The unit with parameters on meta; its collectives are stand-ins of ``tp`` ranks, of which it is the first.
 
         ``backend``: of the compiler, where layers are compiled; by default what training uses.
         """
-        model, family = meta_model(self.config), family_of(self.config)
+        model, family = model_to_train(self.config, lora=self.lora), family_of(self.config)
         use_attention(model)
         self._freeze(model, family)
         # first in the world means tp rank 0, which holds the most of what does not divide
@@ -146,7 +148,7 @@ class UnitShape:
 
     def _embedding(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
         stage = Stage(model, family, range(0), is_first=True, is_last=False)
-        owners = [model.get_submodule(name) for name in stage.first_paths]
+        owners = [model.get_submodule(name) for name in (family.embedding, *family.before)]
         cut_embedding(owners[0], self.spec.embedding.parameters[0], tp)
         for positions in stage.position_tables():
             cut_positions(positions, (range(self.seq_len // tp.size),))
@@ -155,11 +157,11 @@ class UnitShape:
     def _head(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
         end = self.spec.num_layers
         stage = Stage(model, family, range(end, end), is_first=False, is_last=True)
-        projection, head = self.spec.head.parameters[-1], stage.last_modules[-1]
+        projection, head = self.spec.head.parameters[-1], model.get_submodule(family.head)
         shrink(model, tuple(p for p in self.spec.head.parameters if p.cut is not None), tp)
         stage.head_tp = tp
         fuse_loss(head, projection, tp, stage.early_gradient)
-        owners = stage.last_modules
+        owners = (model.get_submodule(family.norm), head)
         stage.receive_in(owners[0])
         return LocalUnit(stage, owners, (), position_ids=self._position_ids())
 

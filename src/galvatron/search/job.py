@@ -107,8 +107,7 @@ class Job:
 
     def with_prediction(self, plan: Plan) -> Plan:
         """``plan`` with its prediction under this job's profiles and memory limit."""
-        setting = self.setting
-        prediction = predict(plan, setting.model, setting.hardware, self.limit, setting.runtime)
+        prediction = predict(plan, self.setting.model, self.setting.hardware, self.limit)
         return plan.model_copy(update={"prediction": prediction})
 
 

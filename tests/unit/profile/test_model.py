@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from galvatron.core.model_profile import ComputeSample
@@ -8,6 +9,7 @@ from galvatron.models import build_spec
 from galvatron.profile.layers import _batches
 from galvatron.profile.model import _median, _shapes, _stacked_degrees
 from galvatron.profile.timing import Budget
+from galvatron.profile.units import UnitShape
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ def test_degrees_that_a_unit_cannot_be_cut_by_are_left_out():
         vocab_size=100,
         max_position_embeddings=16,
     )
-    shapes = _shapes(config, build_spec(config), (1, 2, 3, 4), 16, "fp32", compiled=False, fp8=False)
+    shapes = _shapes(UnitShape(config, build_spec(config), "embedding", 1, 16, torch.float32), (1, 2, 3, 4))
     assert [(shape.name, shape.tp) for shape in shapes] == [
         *(("embedding", tp) for tp in (1, 2, 4)),  # 3 does not divide the sequence
         *(("head", tp) for tp in (1, 2, 4)),
