@@ -36,13 +36,23 @@ class Draw:
     use: int
     index: int
 
+    @property
+    def trains(self) -> bool:
+        """Whether the sample is trained on, not evaluated on."""
+        return self.use == _TRAINED
+
     def generator(self) -> np.random.RandomState:
         """RandomState over MT19937: numpy freezes its stream, so what is drawn outlives numpy's versions."""
         return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, self.use, self.index])))
 
 
 class Samples(Protocol):
-    """Samples by number, of one shape."""
+    """Samples by number, of one shape.
+
+    ``labelled``: whether their batches have ``labels``, by which samples can be told not to count.
+    """
+
+    labelled: bool
 
     def __len__(self) -> int: ...
 
@@ -108,15 +118,17 @@ class Dataset:
 
     @property
     def num_eval_batches(self) -> int:
-        """How many batches hold all evaluation rows."""
-        return -(-len(self.eval_rows) // self.global_batch_size)
+        """How many batches hold all evaluation rows, or all but what fills no batch where there are no labels."""
+        rows = len(self.eval_rows) + (self.global_batch_size - 1 if self.samples.labelled else 0)
+        return rows // self.global_batch_size
 
     def eval_batch(self, index: int) -> Batch:
         """Evaluation batch ``index``, shaped as ``batch``; where rows run out, labels are ignored (-100)."""
         rows = self.eval_rows[index * self.global_batch_size : (index + 1) * self.global_batch_size].tolist()
         whole = [*rows, *[rows[-1]] * (self.global_batch_size - len(rows))]
         batch = self.samples.gather(whole, [Draw(self.seed, _EVALUATED, row) for row in whole])
-        batch["labels"][len(rows) :] = IGNORED_LABEL
+        if self.samples.labelled:
+            batch["labels"][len(rows) :] = IGNORED_LABEL
         return batch
 
     def _train_row(self, position: int) -> int:

@@ -25,6 +25,8 @@ class StreamRows:
     Labels are a row's inputs shifted by one, so rows share one token.
     """
 
+    labelled = True
+
     def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
         self.tokens, self.seq_len = tokens, seq_len
 
@@ -48,6 +50,8 @@ class DocumentRows:
     A document of n tokens takes n - 1 places: none is predicted across documents.  One that is longer than a row is
     cut into pieces, which are documents of their own.  Positions begin at 0 in each, and so in what no document fills.
     """
+
+    labelled = True
 
     def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
         self.tokens, self.seq_len = tokens, seq_len

@@ -178,6 +178,14 @@ def _text(record: dict[str, Any], field: str, setting: str) -> str:
     return _whole(record[field], field)
 
 
+def text_in(record: dict[str, Any], field: str, where: str) -> str:
+    """The text in a field of ``record``.  Raises DataError with ``where`` it stands."""
+    try:
+        return _text(record, field, "data.text_field")
+    except _BadRecord as bad:
+        raise DataError(f"{where} {bad}") from None
+
+
 def _whole(text: str, field: str) -> str:
     if not text.isascii() and _SURROGATE.search(text):
         raise _BadRecord(f"has half a character in field {field!r}; mend that text")

@@ -1,0 +1,105 @@
+"""Text classification: a text and the class it is of, in memory.
+
+Takes records with a field of text and one of a class; gives token ids, masks and numbers of classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from galvatron.core.errors import DataError
+from galvatron.core.job import DataSection
+from galvatron.core.words import shown
+
+from ..sources import read_records
+from ..text import text_in
+
+Class = str | int
+
+
+def classes_of(labels: Iterable[Class]) -> dict[Class, int]:
+    """The number of each class, in the order of names or of numbers.  Raises DataError if both are among them."""
+    found = set(labels)
+    kinds = {type(label) for label in found}
+    if kinds != {str} and kinds != {int}:
+        raise DataError(f"classes must be names or whole numbers, all alike, got {shown(sorted(map(str, found))[:5])}")
+    return {label: number for number, label in enumerate(sorted(found))}
+
+
+def class_in(record: dict[str, Any], field: str, where: str) -> Class:
+    """The class that ``record`` is of.  Raises DataError with ``where`` it stands."""
+    label = record.get(field)
+    if type(label) not in (str, int):
+        raise DataError(f"{where} must have a class, name or number, in field {field!r}, got {shown(label)}; mend it")
+    return label  # type: ignore[return-value]
+
+
+class LabelledTexts:
+    """``texts`` with the tokenizer's own special tokens, cut off and padded at ``seq_len``, and their classes.
+
+    Raises:
+        DataError: the ``tokenizer`` (of ``transformers``) has no padding token, or a label is not among ``classes``.
+    """
+
+    labelled = True
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        labels: Sequence[Class],
+        seq_len: int,
+        tokenizer: Any,
+        classes: dict[Class, int] | None = None,
+    ) -> None:
+        if tokenizer.pad_token_id is None:
+            raise DataError("text classification needs a tokenizer with a padding token; set one (often its eos token)")
+        self.classes, self.seq_len = classes_of(labels) if classes is None else classes, seq_len
+        if unknown := set(labels) - self.classes.keys():
+            raise DataError(f"{shown(min(map(str, unknown)))} is none of the {len(self.classes)} classes trained on")
+        self._labels = np.array([self.classes[label] for label in labels])
+        self._ids, self._pad = (
+            tokenizer(list(texts), truncation=True, max_length=seq_len)["input_ids"],
+            tokenizer.pad_token_id,
+        )
+
+    @classmethod
+    def read(
+        cls,
+        data: DataSection,
+        seq_len: int,
+        tokenizer: Any,
+        *,
+        label_field: str = "label",
+        classes: dict[Class, int] | None = None,
+    ) -> Self:
+        """Of the records of ``data.source``: texts in ``data.text_field``, classes in ``label_field``."""
+        texts, labels = [], []
+        for where, record in read_records(data):
+            texts.append(text_in(record, data.text_field, where))
+            labels.append(class_in(record, label_field, where))
+        return cls(texts, labels, seq_len, tokenizer, classes)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def need(self, rows: int) -> str:
+        """What ``rows`` rows take, and what there is, in words."""
+        return f"{rows} texts but the source has {len(self)}"
+
+    def gather(self, rows: Sequence[int], draws: Sequence[object]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` int64 [rows, seq_len], and ``labels`` int64 [rows]."""
+        ids, mask = padded([self._ids[row] for row in rows], self.seq_len, self._pad)
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.from_numpy(self._labels[list(rows)])}
+
+
+def padded(texts: Sequence[Sequence[int]], seq_len: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Ids filled up with ``pad``, and 1 where they are not: int64 [texts, seq_len] twice."""
+    ids, mask = np.full((len(texts), seq_len), pad), np.zeros((len(texts), seq_len), np.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)

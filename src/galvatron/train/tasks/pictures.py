@@ -1,0 +1,201 @@
+"""Where images come from: folders, records with paths or bytes, and webdataset tars; with a class or a text each.
+
+Takes a path; gives pictures in a fixed order, read when they are asked for.  Decodes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from galvatron.core.errors import DataError
+from galvatron.core.words import shown
+
+from ..sources import kind_of, records_of
+from .classes import Class, class_in
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TEXTS = (".jsonl", ".csv")
+"""Of records, packed by gzip or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image's bytes, where it stands, and what is known of it."""
+
+    where: str
+    read: Callable[[], bytes]
+    label: Class | None = None
+    text: str | None = None
+
+    def open(self) -> Any:
+        """The image, in RGB.  Raises DataError if it cannot be read."""
+        from PIL import Image
+
+        try:
+            return Image.open(BytesIO(self.read())).convert("RGB")
+        except Exception as error:  # decoders raise what they like
+            raise DataError(f"{self.where} is no image that can be read ({error}); mend or remove it") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What records call an image (a path from beside them; in parquet its bytes), its class and its text, if any."""
+
+    image: str = "image"
+    label: str | None = "label"
+    text: str | None = None
+
+
+def find_pictures(source: Path, fields: Fields | None = None) -> list[Picture]:
+    """All of ``source``, sorted by file: a file of records or a tar, or a directory of these, or of images by class.
+
+    In a directory of images a class is a folder.  A tar has files of one name and several endings for each sample, as
+    webdataset writes them: an image, ``.cls`` or ``.txt``, or the fields of a ``.json``.
+
+    Raises:
+        DataError: there are none, or a record is not what ``fields`` say.
+    """
+    fields = fields or Fields()
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    packed = [path for path in files if path.suffix in _READERS or kind_of(path) in TEXTS]
+    found: list[Picture] = []
+    for path in packed:
+        found += _READERS[path.suffix if path.suffix in _READERS else kind_of(path)](path, fields)
+    if not packed:
+        found = [_of_folder(path, source) for path in files if path.suffix.lower() in IMAGES]
+    if not found:
+        raise DataError(
+            f"{source} has no images; give a directory of them, one folder a class, or .jsonl, .csv, .parquet or .tar"
+        )
+    return found
+
+
+def check_pictures(pictures: list[Picture]) -> None:
+    """Read the head of every image; raises DataError with the first that is none."""
+    from PIL import Image
+
+    for picture in pictures:
+        try:
+            Image.open(BytesIO(picture.read())).verify()
+        except Exception as error:  # decoders raise what they like
+            raise DataError(f"{picture.where} is no image that can be read ({error}); mend or remove it") from None
+
+
+def _of_folder(path: Path, source: Path) -> Picture:
+    inside = path.relative_to(source).parts[:-1] if path != source else ()
+    return Picture(str(path), path.read_bytes, inside[0] if inside else None)
+
+
+def _of_records(path: Path, fields: Fields) -> Iterator[Picture]:
+    for where, record in records_of(path):
+        if isinstance(record, str):
+            raise DataError(f"{where} {record}")
+        image = record.get(fields.image)
+        if not isinstance(image, str) or not (path.parent / image).is_file():
+            beside = f"a path from {path.parent}"
+            raise DataError(f"{where} must have {beside} in field {fields.image!r}, got {shown(image)}; mend it")
+        yield _picture(where, (path.parent / image).read_bytes, record, fields)
+
+
+def _of_parquet(path: Path, fields: Fields) -> Iterator[Picture]:
+    """Images stay in the file until they are asked for."""
+    file = _parquet(path)
+    others = [name for name in file.schema_arrow.names if name != fields.image]
+    if fields.image not in file.schema_arrow.names:
+        raise DataError(f"{path} has no column {fields.image!r}, only {shown(others)}; say which one has images")
+    number = 0
+    for group in range(file.num_row_groups):
+        rows = file.read_row_group(group, columns=others).to_pylist()
+        for row, record in enumerate(rows or [{}] * file.metadata.row_group(group).num_rows):
+            yield _picture(f"{path}, row {number},", partial(_cell, path, group, row, fields.image), record, fields)
+            number += 1
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}; mend or remove it") from None
+
+
+@lru_cache(maxsize=2)  # neighbours are often asked for together
+def _column(path: Path, group: int, name: str) -> Any:
+    return _parquet(path).read_row_group(group, columns=[name]).column(0)
+
+
+def _cell(path: Path, group: int, row: int, name: str) -> bytes:
+    cell = _column(path, group, name)[row].as_py()
+    image = cell.get("bytes") if isinstance(cell, dict) else cell  # as Hugging Face's datasets write it, or plain
+    if not isinstance(image, bytes):
+        raise DataError(f"column {name!r} must have bytes, got {shown(image)}")
+    return image
+
+
+def _picture(where: str, read: Callable[[], bytes], record: dict[str, Any], fields: Fields) -> Picture:
+    if fields.text is not None:
+        return Picture(where, read, text=_text(record.get(fields.text), where, fields.text))
+    return Picture(where, read, None if fields.label is None else class_in(record, fields.label, where))
+
+
+def _text(text: Any, where: str, field: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(f"{where} must have a text in field {field!r}, got {shown(text)}; mend it")
+    return text
+
+
+def _of_tar(path: Path, fields: Fields) -> Iterator[Picture]:
+    try:
+        with tarfile.open(path, "r:") as archive:  # unpacked: its parts are read where they stand
+            members = [member for member in archive if member.isfile()]
+            samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+            for member in members:
+                folder, _, name = member.name.rpartition("/")
+                key, _, ending = name.partition(".")
+                samples.setdefault(f"{folder}/{key}", {})[f".{ending.lower()}"] = member
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path} is no plain tar ({error}); unpack it or make it anew") from None
+    for key, parts in samples.items():
+        where = f"{path}:{key.lstrip('/')}"
+        image = next((parts[ending] for ending in IMAGES if ending in parts), None)
+        if image is None:
+            raise DataError(f"{where} has no image among {', '.join(sorted(parts))}; mend or remove it")
+        yield _picture(where, _part(path, image), _said(path, parts, fields, where), fields)
+
+
+def _said(path: Path, parts: dict[str, tarfile.TarInfo], fields: Fields, where: str) -> dict[str, Any]:
+    """The fields of a sample."""
+    try:
+        record = json.loads(_part(path, parts[".json"])()) if ".json" in parts else {}
+        if ".cls" in parts and fields.label is not None:
+            record[fields.label] = int(_part(path, parts[".cls"])())
+        if ".txt" in parts and fields.text is not None:
+            record[fields.text] = _part(path, parts[".txt"])().decode()
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where} has a class or fields that cannot be read ({error}); mend it") from None
+    return record if isinstance(record, dict) else {}
+
+
+def _part(path: Path, member: tarfile.TarInfo) -> Callable[[], bytes]:
+    return partial(_read_at, path, member.offset_data, member.size)
+
+
+def _read_at(path: Path, start: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+_READERS: dict[str, Callable[[Path, Fields], Iterator[Picture]]] = {
+    ".tar": _of_tar,
+    ".parquet": _of_parquet,
+    **dict.fromkeys(TEXTS, _of_records),
+}

@@ -1,0 +1,289 @@
+"""The samples of every task: what their record says, right, and the same whenever they are asked for."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from galvatron.core.errors import DataError
+from galvatron.core.job import DataSection
+from galvatron.train.data import IGNORED_LABEL, Dataset, Samples
+from galvatron.train.tasks import (
+    TASKS,
+    Augmentation,
+    LabelledImages,
+    LabelledTexts,
+    MaskedRows,
+    SpanRows,
+    TitledImages,
+    check_pictures,
+    find_pictures,
+)
+from galvatron.train.tasks.pictures import Fields
+from galvatron.train.tasks.spans import lengths_of
+
+WORDS, SENTINELS = 200, 100
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "</s>", "?", *(f"<extra_id_{i}>" for i in range(SENTINELS))]
+    vocabulary = {name: i for i, name in enumerate([*names, *(f"w{i}" for i in range(WORDS))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+        eos_token="</s>",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+
+def png(color: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
+    image, file = Image.new("RGB", size, color), io.BytesIO()
+    image.putpixel((0, 0), (255, 255, 255))
+    for x in range(size[0]):
+        image.putpixel((x, 0), (x % 256, 0, 0))  # so that left and right differ
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+COLORS = [(200, 10, 10), (10, 200, 10), (10, 10, 200)]
+NAMES = ["red", "green", "blue"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(9):
+        path = tmp_path / "images" / NAMES[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(COLORS[number % 3]))
+    return tmp_path / "images"
+
+
+def samples_of(name: str, tokenizer: Any, processor: Any, folder: Path) -> Samples:
+    tokens = np.random.RandomState(0).randint(6 + SENTINELS, 6 + SENTINELS + WORDS, 4000)
+    pictures = find_pictures(folder)
+    if name == "masked_lm":
+        return MaskedRows(tokens, 32, tokenizer)
+    if name == "span_corruption":
+        return SpanRows(tokens, 32, tokenizer)
+    if name == "text_classification":
+        return LabelledTexts(["w1 w2 w3", "w4"] * 6, ["good", "bad"] * 6, 8, tokenizer)
+    if name == "image_classification":
+        return LabelledImages(pictures, processor, Augmentation())
+    titled = [type(p)(p.where, p.read, None, f"w{i} w{i}") for i, p in enumerate(pictures)]
+    return TitledImages(titled, processor, tokenizer, 8, Augmentation())
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "causal_lm"])
+def test_batches_are_what_the_record_says_and_depend_on_seed_and_index_alone(
+    name: str, tokenizer: Any, processor: Any, folder: Path
+) -> None:
+    samples = samples_of(name, tokenizer, processor, folder)
+    data = Dataset(samples, global_batch_size=4, seed=7, eval_fraction=0.2)
+    batches = {step: data.batch(step) for step in (3, 0, 7, 3)}
+    again = Dataset(samples, global_batch_size=2, seed=7, eval_fraction=0.2)
+    for step, batch in batches.items():
+        halves = [again.batch(2 * step), again.batch(2 * step + 1)]
+        assert list(batch) == [given.name for given in TASKS[name].inputs]
+        for given in TASKS[name].inputs:
+            assert batch[given.name].dtype == given.dtype
+            assert batch[given.name].dim() == len(given.shape)
+            assert len(batch[given.name]) == 4
+            assert torch.equal(batch[given.name], torch.cat([half[given.name] for half in halves]))
+    other = Dataset(samples, global_batch_size=4, seed=8, eval_fraction=0.2)
+    assert any(not torch.equal(other.batch(0)[key], value) for key, value in batches[0].items())
+    first, second = data.eval_batch(0), data.eval_batch(0)
+    assert all(torch.equal(first[key], second[key]) for key in first) if data.num_eval_batches else not samples.labelled
+
+
+def test_bert_masks_fifteen_percent_and_of_these_eighty_ten_ten(tokenizer: Any) -> None:
+    tokens = np.random.RandomState(0).randint(6 + SENTINELS, 6 + SENTINELS + WORDS, 60_000)
+    data = Dataset(MaskedRows(tokens, 128, tokenizer), global_batch_size=400)
+    ids, labels = data.batch(0).values()
+    chosen = labels != IGNORED_LABEL
+    count = int(chosen.sum())
+    assert count / (chosen.numel() - 2 * 400) == pytest.approx(0.15, abs=0.004)
+    masked = chosen & (ids == tokenizer.mask_token_id)
+    stays = chosen & (ids == labels)
+    assert int(masked.sum()) / count == pytest.approx(0.8, abs=0.015)
+    assert int((chosen & ~masked & ~stays).sum()) / count == pytest.approx(0.1, abs=0.015)
+    assert int(stays.sum()) / count == pytest.approx(0.1, abs=0.015)
+    assert (ids[:, 0] == tokenizer.cls_token_id).all()
+    assert (ids[:, -1] == tokenizer.sep_token_id).all()
+    assert not chosen[:, [0, -1]].any()
+    whole = {tuple(row) for row in torch.where(chosen, labels, ids)[:, 1:-1].tolist()}
+    assert whole <= {tuple(tokens[i : i + 126].tolist()) for i in range(0, 60_000 - 126, 126)}
+    assert not torch.equal(labels, data.batch(1)["labels"])  # another epoch hides other tokens
+    assert chosen.any(dim=1).all()
+
+
+def test_spans_give_back_the_text_they_were_cut_from(tokenizer: Any) -> None:
+    tokens = np.random.RandomState(0).randint(6 + SENTINELS, 6 + SENTINELS + WORDS, 4000)
+    rows = SpanRows(tokens, 64, tokenizer)
+    data = Dataset(rows, global_batch_size=len(rows))
+    batch = data.batch(0)
+    assert batch["input_ids"].shape == (len(rows), 64)
+    assert batch["labels"].shape == (len(rows), rows.target_len)
+    sentinels = range(6, 6 + SENTINELS)
+    found = set()
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        assert ids[-1] == labels[-1] == tokenizer.eos_token_id
+        spans: dict[int, list[int]] = {}
+        for token in labels[:-1]:
+            if token in sentinels:
+                spans[token] = []
+            else:
+                spans[list(spans)[-1]].append(token)
+        assert list(spans) == list(sentinels)[: len(spans)]
+        assert [token for token in ids if token in sentinels] == list(spans)
+        found.add(tuple(part for token in ids[:-1] for part in spans.get(token, [token])))
+    assert found == {tuple(tokens[i * rows.raw : (i + 1) * rows.raw].tolist()) for i in range(len(rows))}
+    assert sum(labels.count(6) for labels in batch["labels"].tolist()) == len(rows)
+
+
+def test_every_length_of_inputs_can_be_made() -> None:
+    assert {lengths_of(raw)[2] for raw in range(2, 700)} >= set(range(4, 600))
+    assert lengths_of(568) == (85, 28, 512)  # T5's own: 568 tokens make 512, and 114 targets
+
+
+def test_too_few_sentinels_or_no_mask_is_said(tokenizer: Any) -> None:
+    from galvatron.train.tokenizer import ByteTokenizer
+
+    tokens, plain = np.zeros(9000, np.int64), ByteTokenizer().for_transformers()
+    with pytest.raises(DataError, match="have 114 spans, but the tokenizer lacks <extra_id_100>; give T5's"):
+        SpanRows(tokens, 2048, tokenizer)
+    with pytest.raises(DataError, match="needs a tokenizer with a mask token"):
+        MaskedRows(tokens, 32, plain)
+
+
+def test_texts_of_classes_are_padded_and_classes_numbered_by_name(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "a.jsonl"
+    records = [{"text": "w0 w1 w2 w3", "label": "b"}, {"text": "w4", "label": "a"}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    texts = LabelledTexts.read(DataSection(source=str(path)), 3, tokenizer)
+    batch = texts.gather([0, 1], [])
+    first = tokenizer.convert_tokens_to_ids("w0")
+    assert batch["input_ids"].tolist() == [[first, first + 1, first + 2], [first + 4, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert (texts.classes, batch["labels"].tolist()) == ({"a": 0, "b": 1}, [1, 0])
+    with pytest.raises(DataError, match="'b' is none of the 1 classes trained on"):
+        LabelledTexts.read(DataSection(source=str(path)), 3, tokenizer, classes={"a": 0})
+    path.write_text('{"text": "w0", "label": 1}\n{"text": "w0", "label": 1.5}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2 must have a class, name or number, in field 'label', got 1\.5"):
+        LabelledTexts.read(DataSection(source=str(path)), 3, tokenizer)
+
+
+def make_sources(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
+    """The same pictures as records with paths, as parquet with bytes and as a webdataset tar."""
+    import pyarrow
+    import pyarrow.parquet
+
+    labels = [name.split("/")[0] for name in images]
+    rows = [
+        {"image": name, "label": label, "text": f"w{i}"}
+        for i, (name, label) in enumerate(zip(images, labels, strict=True))
+    ]
+    (folder / "paths.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = [{**row, "image": {"bytes": images[row["image"]], "path": None}} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(held), folder / "held.parquet")
+    with tarfile.open(folder / "shard.tar", "w") as archive:
+        for i, row in enumerate(rows):
+            fields = json.dumps({"label": row["label"]}).encode()
+            for ending, content in (("png", images[row["image"]]), ("json", fields), ("txt", row["text"].encode())):
+                info = tarfile.TarInfo(f"{i:04d}.{ending}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return {path.name: path for path in (folder / "paths.jsonl", folder / "held.parquet", folder / "shard.tar")}
+
+
+@pytest.mark.parametrize("name", ["paths.jsonl", "held.parquet", "shard.tar"])
+def test_pictures_are_the_same_from_every_source(name: str, folder: Path) -> None:
+    plain = find_pictures(folder)
+    images = {str(Path(picture.where).relative_to(folder)): picture.read() for picture in plain}
+    source = make_sources(folder, images)[name]
+    found = find_pictures(source)
+    assert [(picture.label, picture.read()) for picture in found] == [(p.label, p.read()) for p in plain]
+    titled = find_pictures(source, Fields(text="text"))
+    assert [picture.text for picture in titled] == [f"w{i}" for i in range(9)]
+    check_pictures(found)
+
+
+def test_an_image_is_cropped_and_turned_in_training_alone(folder: Path, processor: Any) -> None:
+    plain, pictures = LabelledImages(find_pictures(folder), processor), find_pictures(folder)
+    assert plain.classes == {"blue": 0, "green": 1, "red": 2}
+    varied = LabelledImages(pictures, processor, Augmentation())
+    flipped = LabelledImages(pictures, processor, Augmentation(least_area=1.0))
+    of_each = [Dataset(samples, global_batch_size=3, eval_fraction=0.4) for samples in (plain, varied, flipped)]
+    held = [data.eval_batch(0)["pixel_values"] for data in of_each]
+    assert torch.equal(held[0], held[1])
+    trained = [torch.cat([data.batch(step)["pixel_values"] for step in range(4)]) for data in of_each]
+    assert not torch.equal(trained[0], trained[1])
+    turned = [not torch.equal(ours, theirs) for ours, theirs in zip(trained[2], trained[0], strict=True)]
+    mirrored = [torch.allclose(o.flip(-1), t, atol=0.02) for o, t in zip(trained[2], trained[0], strict=True)]
+    assert 0 < sum(turned) < 12
+    assert all(mirror for mirror, turn in zip(mirrored, turned, strict=True) if turn)
+
+
+def test_crops_lie_within_the_image_and_have_the_area_that_was_drawn() -> None:
+    augmentation = Augmentation(least_area=0.25)
+    random = np.random.RandomState(1)
+    shares = []
+    for area, ratio, x, y in random.random_sample((300, 4)):
+        left, top, right, bottom = augmentation._box((100, 100), area, ratio, x, y)
+        assert 0 <= left < right <= 100
+        assert 0 <= top < bottom <= 100
+        shares.append((right - left) * (bottom - top) / 1e4)
+    assert 0.24 < min(shares) < 0.3
+    assert max(shares) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.jsonl",
+            b'{"image": "no.png", "label": 1}\n',
+            r"a\.jsonl:1 must have a path from .* in field 'image', got 'no",
+        ),
+        ("a.parquet", b"PAR1 not really", r"a\.parquet cannot be read as parquet"),
+        ("a.jsonl", b'{"image": "a.jsonl"}\n', r"a\.jsonl:1 must have a class, name or number"),
+        ("a.tar", b"no tar" * 200, r"a\.tar is no plain tar"),
+        ("a.txt", b"text", "has no images; give a directory of them, one folder a class"),
+    ],
+)
+def test_a_bad_source_of_images_is_one_sentence(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        find_pictures(tmp_path / name)
+
+
+def test_a_file_that_is_no_image_is_found_before_training(folder: Path) -> None:
+    (folder / "red" / "9.png").write_bytes(b"\x89PNG but no")
+    with pytest.raises(DataError, match=r"9\.png is no image that can be read"):
+        check_pictures(find_pictures(folder))
+
+
+def test_an_image_without_a_class_or_a_text_is_named(folder: Path, processor: Any, tokenizer: Any) -> None:
+    (folder / "loose.png").write_bytes(png(COLORS[0]))
+    with pytest.raises(DataError, match=r"loose\.png must be of one of the 3 classes, got None"):
+        LabelledImages(find_pictures(folder), processor)
+    with pytest.raises(DataError, match=r"must have a text; say which field it is in"):
+        TitledImages(find_pictures(folder), processor, tokenizer, 8)
