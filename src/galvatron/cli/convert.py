@@ -66,7 +66,7 @@ def _own_tokenizer(checkpoint: Path) -> Tokenizer | None:
     data = read_state(checkpoint).run.data
     try:
         if data is not None:
-            return load_tokenizer(data.tokenizer)
+            return load_tokenizer(data.tokenizer, data.chat_template)
         say("no tokenizer is written, as the run had no job file; give --tokenizer to add one")
     except DataError as error:
         say(f"no tokenizer is written: {error}; give --tokenizer to add one")

@@ -28,7 +28,7 @@ def generate(job: Job, run: RunDirectory) -> None:
     heading("Generate")
     checkpoint = find_checkpoint(run.checkpoints, "latest")
     directory = run.exported / checkpoint.name
-    tokenizer = load_tokenizer(job.data.tokenizer)
+    tokenizer = load_tokenizer(job.data.tokenizer, job.data.chat_template)
     if not directory.exists():
         checkpoint_to_hf(checkpoint, directory, tokenizer=tokenizer.for_transformers())
     say(f"{directory} loads with from_pretrained; it continues the prompt:")

@@ -13,7 +13,6 @@ import re
 from typing import Any
 
 from galvatron.core.errors import DataError
-from galvatron.core.parsing import read_text
 from galvatron.core.words import shown
 
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
@@ -25,19 +24,19 @@ class BadConversation(Exception):
 
 
 class ChatTemplate:
-    """A Jinja template: that of the file ``path``, or the one that ``tokenizer`` (of ``transformers``) has.
+    """The Jinja template that ``tokenizer`` (of ``transformers``) has.
 
     Raises:
-        DataError: there is neither.
+        DataError: it has none.
     """
 
-    def __init__(self, tokenizer: Any, path: str | None) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        if path is None and not isinstance(tokenizer.chat_template, str):
+        if not isinstance(tokenizer.chat_template, str):
             raise DataError(
                 "the tokenizer has no chat template to render conversations by; set data.chat_template to a Jinja file"
             )
-        self._template: str = tokenizer.chat_template if path is None else read_text(path, DataError)
+        self._template: str = tokenizer.chat_template
         self._marks_answers = _MARKS_ANSWERS.search(self._template) is not None
 
     def render(self, messages: list[Any]) -> tuple[str, tuple[tuple[int, int], ...]]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from galvatron.core.errors import DataError
+from galvatron.core.parsing import read_text
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for it
@@ -34,6 +35,9 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_of_text = 256
+
+    def __init__(self, chat_template: str | None = None) -> None:
+        self._chat_template = chat_template
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of ``text``: uint8 [number of UTF-8 bytes]."""
@@ -71,6 +75,7 @@ class ByteTokenizer:
             eos_token=END_OF_TEXT,  # added to the vocabulary: 256
             pad_token=END_OF_TEXT,
             split_special_tokens=True,  # a text that spells it is text
+            chat_template=self._chat_template,
             clean_up_tokenization_spaces=False,
         )
 
@@ -128,10 +133,14 @@ class HuggingFaceTokenizer:
         return self.tokenizer
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """``bytes``, or the Hugging Face tokenizer of a local directory or hub name.  Raises DataError."""
+def load_tokenizer(name: str, chat_template: str | None = None) -> Tokenizer:
+    """``bytes``, or the Hugging Face tokenizer of a local directory or hub name.
+
+    With the Jinja file ``chat_template`` in place of its own template, if it is given.  Raises DataError.
+    """
+    template = None if chat_template is None else read_text(chat_template, DataError)
     if name == BYTES:
-        return ByteTokenizer()
+        return ByteTokenizer(template)
     from transformers import AutoTokenizer
 
     try:
@@ -143,4 +152,6 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"data.tokenizer={name!r} is no {kind} of a Hugging Face tokenizer ({type(error).__name__}: {reason}); "
             f"give one that loads, or {BYTES!r}"
         ) from None
+    if template is not None:
+        tokenizer.chat_template = template
     return HuggingFaceTokenizer(tokenizer, name)

@@ -73,9 +73,9 @@ def prepare_tokens(
     part, note = path.with_suffix(".part"), path.with_suffix(".part.json")
     try:
         skipped = skipped or Skipped()
-        tokenizer = load_tokenizer(data.tokenizer)
+        tokenizer = load_tokenizer(data.tokenizer, data.chat_template)
         renders = data.records == "conversations"
-        template = ChatTemplate(tokenizer.for_transformers(), data.chat_template) if renders else None
+        template = ChatTemplate(tokenizer.for_transformers()) if renders else None
         encoder = _Encoder(data, tokenizer, longest, skipped)
         info = _write_tokens(part, note, encoder, read_blocks(data, skipped, template), progress)
         if info.num_tokens == 0:

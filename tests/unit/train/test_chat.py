@@ -13,7 +13,7 @@ from galvatron.core.errors import ConfigError, DataError
 from galvatron.core.job import DataSection, Job
 from galvatron.train.chat import BadConversation, ChatTemplate
 from galvatron.train.text import Skipped
-from galvatron.train.tokenizer import ByteTokenizer
+from galvatron.train.tokenizer import ByteTokenizer, load_tokenizer
 from galvatron.train.tokens import BEGINS, UNLEARNT, ids_of, prepare_tokens
 
 PLAIN = (
@@ -40,8 +40,8 @@ def template(tmp_path: Path, text: str) -> str:
     return str(tmp_path / "template.jinja")
 
 
-def render(tmp_path: Path, text: str, messages: list[Any]) -> list[str]:
-    rendered, spans = ChatTemplate(ByteTokenizer().for_transformers(), template(tmp_path, text)).render(messages)
+def render(text: str, messages: list[Any]) -> list[str]:
+    rendered, spans = ChatTemplate(ByteTokenizer(text).for_transformers()).render(messages)
     return [rendered[start:stop] for start, stop in spans]
 
 
@@ -51,10 +51,10 @@ def jsonl(path: Path, records: list[Any]) -> str:
 
 
 @pytest.mark.parametrize("text", [PLAIN, TAGGED])
-def test_answers_are_found_with_tags_and_without(tmp_path: Path, text: str) -> None:
-    assert render(tmp_path, text, CHAT) == ANSWERS
-    assert render(tmp_path, text, CHAT[:2]) == ANSWERS[:1]
-    assert render(tmp_path, text, CHAT[1:]) == ANSWERS  # who is answered first is nobody
+def test_answers_are_found_with_tags_and_without(text: str) -> None:
+    assert render(text, CHAT) == ANSWERS
+    assert render(text, CHAT[:2]) == ANSWERS[:1]
+    assert render(text, CHAT[1:]) == ANSWERS  # who is answered first is nobody
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_answers_are_found_with_tags_and_without(tmp_path: Path, text: str) -> N
         ([{"content": "x"}], "must have messages with a role and a content"),
     ],
 )
-def test_what_is_no_conversation_is_said(tmp_path: Path, messages: list[Any], words: str) -> None:
+def test_what_is_no_conversation_is_said(messages: list[Any], words: str) -> None:
     with pytest.raises(BadConversation, match=words):
-        render(tmp_path, PLAIN, messages)
+        render(PLAIN, messages)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_what_is_no_conversation_is_said(tmp_path: Path, messages: list[Any], wo
         ("{% generation %}{% endgeneration %}", "no answer that the chat template marks"),
     ],
 )
-def test_an_answer_that_cannot_be_told_exactly_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_an_answer_that_cannot_be_told_exactly_is_refused(text: str, words: str) -> None:
     with pytest.raises(BadConversation, match=words):
-        render(tmp_path, text, CHAT)
+        render(text, CHAT)
 
 
 def test_a_tokenizer_without_a_template_needs_one() -> None:
     with pytest.raises(DataError, match=r"no chat template to render conversations by; set data\.chat_template"):
-        ChatTemplate(ByteTokenizer().for_transformers(), None)
+        ChatTemplate(ByteTokenizer().for_transformers())
 
 
 def learnt(path: Path) -> list[str]:
@@ -104,6 +104,27 @@ def test_tokens_of_answers_are_learnt_and_no_others(tmp_path: Path) -> None:
     assert [part for part in first.split("|") if part] == ANSWERS
     assert [part for part in second.split("|") if part] == ANSWERS[:1]
     assert len(second.encode()) == len("<user>wie geht’s?</user>\n<assistant>gut ü</assistant>\n".encode())
+
+
+def test_masks_are_those_of_transformers_where_a_template_marks_answers(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    data = DataSection(source=source, records="conversations", chat_template=template(tmp_path, TAGGED))
+    tokens = np.load(prepare_tokens(data, tmp_path, seq_len=200))
+    theirs = (
+        ByteTokenizer(TAGGED)
+        .for_transformers()
+        .apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    )
+    assert ids_of(tokens).tolist() == theirs["input_ids"]
+    assert ((tokens & UNLEARNT) == 0).astype(int).tolist() == theirs["assistant_masks"]
+
+
+def test_what_is_saved_beside_a_model_renders_as_the_run_did(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    load_tokenizer("bytes", template(tmp_path, PLAIN)).for_transformers().save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True).endswith("<assistant>")
 
 
 def test_completions_are_learnt_and_that_they_end(tmp_path: Path) -> None:
