@@ -103,7 +103,7 @@ def _rows(
 def _compared(model: ParallelModel, reference: Reference, loss: str, precision: Precision) -> Row:
     (step,) = reference.steps
     for _ in range(OVERFLOWS):
-        found = float(model.train_step(step.input_ids, step.labels, loss_fn=LOSSES[loss]))
+        found = float(model.train_step(step.inputs["input_ids"], step.labels, loss_fn=LOSSES[loss]))
         model.clip_grad_norm_(None)  # gradients are themselves then, whatever a precision multiplies them by
         if any(p.tensor.grad is not None for p in model.local_parameters):
             break

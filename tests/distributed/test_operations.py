@@ -14,7 +14,7 @@ from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_model
 from galvatron.testing.operations import Operations
 from galvatron.testing.pool import Pool
-from galvatron.testing.reference import token_loss
+from galvatron.testing.reference import mean_loss
 from galvatron.train.optimizer import build_optimizer, update
 
 ROWS, SEQ_LEN = 4, 16
@@ -47,16 +47,16 @@ BEYOND = {
 """Operations of a layer, forward and backward, that plain transformers in one process does not run."""
 
 
-def tokens() -> tuple[torch.Tensor, torch.Tensor]:
+def tokens() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     ids = torch.randint(0, 97, (ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
-    return ids[:, :-1], ids[:, 1:]
+    return {"input_ids": ids[:, :-1]}, ids[:, 1:]
 
 
 def plain_step(model: PreTrainedModel) -> Operations:
-    token_loss(model, *tokens()).backward()
+    mean_loss(model, *tokens()).backward()
     model.zero_grad()
     with Operations() as log:
-        token_loss(model, *tokens()).backward()
+        mean_loss(model, *tokens()).backward()
     return log
 
 
@@ -70,9 +70,10 @@ def own_step(model: PreTrainedModel, strategy: LayerStrategy) -> Operations:
     parallel = parallelize(model, plan, world=init_world("cpu"))
     section = TrainSection(global_batch_size=ROWS, seq_len=SEQ_LEN, num_steps=1)
     optimizer = build_optimizer(parallel.local_parameters, section)
+    inputs, labels = tokens()
     for _ in range(2):
         with Operations() as log:
-            loss = parallel.train_step(*tokens())
+            loss = parallel.train_step(inputs["input_ids"], labels)
             update(optimizer, loss, parallel.clip_grad_norm_(None), 1.0)
     return log
 

@@ -29,6 +29,7 @@ from .inputs import Cluster, Model, batch_sizes, fraction, memory_limit
 from .options import LoraSettings, examples
 
 if TYPE_CHECKING:
+    from galvatron.cost import Runtime
     from galvatron.plan import Plan
     from galvatron.search import Change, Limits, SearchResult
     from galvatron.search.sensitivity import SearchAgain
@@ -104,12 +105,14 @@ def search(
         str,
         typer.Option(
             "--space",
-            metavar="runtime|all|dp|fsdp|tp|pp|3d|uniform",
-            help="runtime: what can be trained; all: also expert parallelism; or one of the simple plans.",
+            metavar="runtime|all|hetu|dp|fsdp|tp|pp|3d|uniform",
+            help="runtime: what can be trained; all: also expert parallelism; hetu: what Hetu-Galvatron can be told; "
+            "or one of the simple plans.",
         ),
     ] = "runtime",
     fix: Annotated[
-        list[str] | None, typer.Option("--fix", metavar="NAME=VALUE", help="Fix a dimension, such as pp=4. Repeatable.")
+        list[str] | None,
+        typer.Option("--fix", metavar="NAME=VALUE", help="Fix a dimension, such as pp=4 or head.tp=8. Repeatable."),
     ] = None,
     forbid: Annotated[
         list[str] | None,
@@ -167,14 +170,14 @@ def search(
         typer.echo(json.dumps(summary(result, changes), indent=2, allow_nan=False))  # ASCII: for any pipe
     else:
         show(result, changes)
-        draw(result.plan, profile, where.hardware, picture)
+        draw(result.plan, profile, where.hardware, picture, limits.runtime)
         say(f"wrote {out}")
 
 
 def _tp_asked(limits: Limits) -> int:
     """The largest tp that the limits name."""
-    named = (limits.fix.get("tp", 1), limits.at_most.get("tp", 1))
-    return max(value for value in named if isinstance(value, int))
+    named = [*limits.fix.items(), *limits.at_most.items()]
+    return max((v for name, v in named if name.rpartition(".")[2] == "tp" and isinstance(v, int)), default=1)
 
 
 @dataclass(frozen=True)
@@ -281,12 +284,14 @@ def picture_beside(out: Path, *inputs: str) -> Path | None:
     return picture
 
 
-def draw(plan: Plan, model: ModelProfile, hardware: HardwareProfile, path: Path | None) -> None:
+def draw(
+    plan: Plan, model: ModelProfile, hardware: HardwareProfile, path: Path | None, runtime: Runtime = "galvatron"
+) -> None:
     """Write the plan's replayed step as a picture, and print it where a pipeline makes it worth looking at."""
     from galvatron.cost import replay
     from galvatron.report import draw_svg, draw_text
 
-    replayed = replay(plan, model, hardware)
+    replayed = replay(plan, model, hardware, runtime)
     step_time_s = replayed.step_time_s if replayed.is_partial else None
     if path is not None:
         write_output(path, draw_svg(replayed.events, replayed.shown_s, step_time_s=step_time_s))

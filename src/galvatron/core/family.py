@@ -12,7 +12,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, StrictBool
 
+from .numbers import Whole
 from .records import FileRecord, Record
+from .tasks import Ends, Task
 
 Blocks = Literal["heads", "kv_heads", "ffn"]
 """What the blocks of a cut are: see ``core.model.Cut``."""
@@ -58,11 +60,15 @@ class Stack(Record):
 
     ``regions``: in the order of the forward pass; () where tensor parallelism was not proved.  A layer has those whose
     modules it has, and ``experts`` likewise: what an MLP is made of where every token takes a few of many.
+    ``outputs``: how many a layer returns in a tuple, hidden states first; 0 for these alone.
+    ``causal``: whether a token attends to those before it alone.
     """
 
     path: str
     regions: tuple[Region, ...] = ()
     experts: Experts | None = None
+    outputs: Whole = 0
+    causal: StrictBool = True
 
 
 class Logits(Record):
@@ -76,20 +82,32 @@ class Logits(Record):
 class Family(Record):
     """Where a type keeps its units; paths in the model.
 
+    Embedding and head see tokens (``ends``) where both treat every token by itself, as most decoders' do: then each
+    rank has its part of every sequence there too.  Otherwise they see whole sequences.
+
     Attributes:
-        decoder: the module that runs the layers when it is given ``inputs_embeds``.
-        before: what has parameters and runs between the embedding and the layers: positions, norms.
+        task: what the model is trained for.
+        decoder: of ends that see tokens, the module that runs the layers when it is given ``inputs_embeds``.
+        embedding: the table of the vocabulary; None where there is none.
+        before: what has parameters and runs before the layers: positions, norms, patches.  Of ends that see whole
+            sequences it holds the embedding too.
+        norm: of ends that see tokens, what runs between the layers and the head.
+        after: of ends that see whole sequences, what has parameters and runs after the layers, but the head.
+        head: the projection to the vocabulary; None where the model's own output is what the loss takes.
         stacks: in the order of the forward pass.
         asks_for_attention: whether layers call the attention they are told to; if not they take masks as tensors.
     """
 
     model_type: str
-    decoder: str
+    task: Task = "causal_lm"
+    ends: Ends = "tokens"
+    decoder: str = ""
     stacks: tuple[Stack, ...] = Field(min_length=1)
-    embedding: str
+    embedding: str | None
     before: tuple[str, ...] = ()
-    norm: str
-    head: str
+    norm: str | None = None
+    after: tuple[str, ...] = ()
+    head: str | None
     logits: Logits = Logits()
     asks_for_attention: StrictBool = True
 

@@ -16,6 +16,7 @@ from pydantic import Field, StrictBool, model_validator
 from .errors import ConfigError
 from .numbers import Count, Layers, Tokens, Whole
 from .records import Record
+from .tasks import Ends, Task
 
 UnitName = str
 """``embedding``, ``head`` or the name of a kind of layer (``layer`` where all are equal)."""
@@ -129,7 +130,8 @@ class LayerKind(UnitSpec):
     ``side_inputs``: further hidden states of equal size that ride along from layer to layer (a decoder's encoder
     output).  ``regions``: submodules that gather the sequence and scatter it again under tensor parallelism.
     ``attention_span``: tokens that one token attends to at most (a window); None for the whole sequence.
-    ``drops_attention``: whether dropout falls on what attention weighs, or its scores are capped: no ring can do these.
+    ``drops_attention``: whether dropout falls on what attention weighs, its scores are capped, or a window looks both
+    ways: no ring can do these.
     ``cuttable``: whether it is known how tensor parallelism cuts them.
     """
 
@@ -182,10 +184,16 @@ class LayerKind(UnitSpec):
 
 
 class ModelSpec(Record):
-    """A Transformer as the search sees it: embedding, layers by kind in the order of the forward pass, head."""
+    """A Transformer as the search sees it: embedding, layers by kind in the order of the forward pass, head.
+
+    ``task``: what it is trained for; where that gives whole samples classes these are the vocabulary.  ``ends``: see
+    ``core.family.Family``.
+    """
 
     name: str
     family: str
+    task: Task = "causal_lm"
+    ends: Ends = "tokens"
     layers: tuple[LayerKind, ...] = Field(min_length=1)
     vocab_size: Count
     max_seq_len: Tokens
@@ -207,6 +215,8 @@ class ModelSpec(Record):
                 f"seq_len={seq_len} must be from 1 to max_seq_len={self.max_seq_len} of {self.name}; "
                 "choose one of these"
             )
+        if self.task == "image_classification" and seq_len != self.max_seq_len:
+            return f"seq_len={seq_len} must be {self.max_seq_len}, what an image is to {self.name}; choose that"
         merged = math.lcm(*(kind.tokens_divisor for kind in self.layers))
         if seq_len % merged:
             whole = max(seq_len // merged, 1) * merged

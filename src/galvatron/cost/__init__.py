@@ -5,12 +5,13 @@ and memory per stage with its parts.  Knows nothing of torch, of how a plan is s
 """
 
 from .memory import UnitMemory, unit_memory
-from .setting import Setting
+from .setting import Runtime, Setting
 from .step import Replay, objective_s, predict, replay
 from .unit import UnitTimes, unit_times
 
 __all__ = [
     "Replay",
+    "Runtime",
     "Setting",
     "UnitMemory",
     "UnitTimes",

@@ -108,7 +108,7 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
     passing = np.where(stays, 0, gathered)
     unsharded = np.where(stays, gathered, 0) + _accumulated_bytes(setting, s, whole, gradient)
     transient = passing + flat_buffers + new_gradients + np.maximum(workspace, trained * setting.reduce_bytes)
-    is_whole = s.zero == 0
+    is_whole = (s.zero == 0) & (setting.runtime == "galvatron")
     copies = held * _copied_bytes(setting) + trained * _summed_bytes(setting)
     # the projection's gradient goes where it belongs as it is made
     arriving = np.maximum(trained_dense.largest, trained_experts.largest) * setting.compute_bytes
@@ -247,7 +247,7 @@ def stays_gathered(setting: Setting, unit: UnitName, s: Strategies) -> NDArray[n
 
 def _accumulates(setting: Setting, s: Strategies) -> NDArray[np.bool_]:
     """Whether whole gradients wait for the last microbatch."""
-    waits: NDArray[np.bool_] = (s.zero < 2) & (setting.num_microbatches > 1)
+    waits: NDArray[np.bool_] = ((s.zero < 2) | setting.reduces_once) & (setting.num_microbatches > 1)
     return waits
 
 

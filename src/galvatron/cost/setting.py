@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from galvatron.plan.schedules import turns_at_once
 from .strategies import Floats, Ints
 
 Seconds = TypeVar("Seconds", float, Floats)
+Runtime = Literal["galvatron", "hetu"]
+"""Who runs the plan.  Hetu-Galvatron has FSDP for every strategy, keeps whole gradients until the last microbatch (its
+``async_grad_reduce``) and holds tied weights twice."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Setting:
     grad_reduce_dtype: ReduceDtype
     schedule: Schedule = "1f1b"
     model_chunks: int = 1
+    runtime: Runtime = "galvatron"
 
     def __post_init__(self) -> None:
         for name, wanted, measured in (
@@ -51,7 +55,7 @@ class Setting:
                 )
 
     @classmethod
-    def of(cls, plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> Self:
+    def of(cls, plan: Plan, model: ModelProfile, hardware: HardwareProfile, runtime: Runtime = "galvatron") -> Self:
         """The setting of a whole plan."""
         return cls(
             model,
@@ -64,6 +68,7 @@ class Setting:
             plan.grad_reduce_dtype,
             plan.schedule,
             plan.model_chunks,
+            runtime,
         )
 
     @property
@@ -178,7 +183,12 @@ class Setting:
     @property
     def shares_tied_weight(self) -> bool:
         """Whether embedding and head are one tensor on the same ranks, one FSDP group."""
-        return self.model.spec.tied_embeddings and self.pp == 1
+        return self.model.spec.tied_embeddings and self.pp == 1 and self.runtime == "galvatron"
+
+    @property
+    def reduces_once(self) -> bool:
+        """Whether gradients are reduced after the last microbatch alone, whatever the ZeRO stage."""
+        return self.runtime == "hetu"
 
     @property
     def copies_tied_weight(self) -> bool:

@@ -15,7 +15,7 @@ from galvatron.plan.plan import Plan, Prediction, StagePrediction
 
 from .memory import runtime_bytes
 from .pipeline import Event, Pipeline, timeline
-from .setting import Setting
+from .setting import Runtime, Setting
 from .sharing import shared_timeline
 from .stages import Chunk, Stage, messages_s, stages_of
 
@@ -45,9 +45,9 @@ class Replay:
         return max(event.end_s for event in self.events) if self.is_partial else self.step_time_s
 
 
-def replay(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> Replay:
+def replay(plan: Plan, model: ModelProfile, hardware: HardwareProfile, runtime: Runtime = "galvatron") -> Replay:
     """Replay one step of ``plan``: pipeline, gradient sums, then the optimizer after the global gradient norm."""
-    setting = Setting.of(plan, model, hardware)
+    setting = Setting.of(plan, model, hardware, runtime)
     stages = stages_of(plan, setting)
     pipeline = _pipeline(plan, stages)
     events, ends = _ends(pipeline, setting)
@@ -122,16 +122,20 @@ def _optimizer_s(stage: Stage) -> float:
 
 
 def predict(
-    plan: Plan, model: ModelProfile, hardware: HardwareProfile, memory_limit_bytes: int | None = None
+    plan: Plan,
+    model: ModelProfile,
+    hardware: HardwareProfile,
+    memory_limit_bytes: int | None = None,
+    runtime: Runtime = "galvatron",
 ) -> Prediction:
-    """Step time and memory of ``plan``, each with its parts.
+    """Step time and memory of ``plan``, each with its parts, where ``runtime`` runs it.
 
     Raises:
         PlanError: the plan breaks a rule of its model or world.
         ProfileError: a profile lacks a measurement that the plan needs.
     """
     plan.validate(model.spec, hardware.world_size)
-    setting, replayed = Setting.of(plan, model, hardware), replay(plan, model, hardware)
+    setting, replayed = Setting.of(plan, model, hardware, runtime), replay(plan, model, hardware, runtime)
     stages = [stage_prediction(plan, setting, stage) for stage in replayed.stages]
     return Prediction(
         step_time_s=replayed.step_time_s,

@@ -276,7 +276,10 @@ def _data_parallel_s(
             scatter_s = scatter_s + collective_s(setting, "reduce_scatter", shard, inner, reduced * shard)
             replicate_s = replicate_s + collective_s(setting, "all_reduce", replicas, inner * shard, reduced)
     every_gather_s = np.where(s.zero == 3, gather_s, 0.0)
-    every_scatter_s = np.where(s.zero >= 2, scatter_s, 0.0)
+    # under ZeRO 2 and 3 FSDP2 reduces within the backward, replicas at its last; under ZeRO 1 a stage that sends back
+    # reduces after its message; without ZeRO reductions run beside the backward and hold up nothing
+    within = (s.zero >= 2) & (not setting.reduces_once)
+    every_scatter_s = np.where(within, scatter_s, 0.0)
     once_gather_s = gather_s - every_gather_s
     once_scatter_s = scatter_s - every_scatter_s + replicate_s
     forward = exposed_s(setting, forward_s, every_gather_s)
@@ -284,10 +287,7 @@ def _data_parallel_s(
     backward = exposed_s(setting, backward_s, again_s + every_scatter_s)
     first = exposed_s(setting, forward_s, every_gather_s + once_gather_s) - forward
     last = exposed_s(setting, backward_s, again_s + every_scatter_s + once_scatter_s) - backward
-    # under ZeRO 2 and 3 FSDP2 reduces within the backward, replicas at its last; under ZeRO 1 a stage that sends back
-    # reduces after its message; without ZeRO reductions run beside the backward and hold up nothing
-    within = s.zero >= 2
-    after = np.where(s.zero == 1, once_scatter_s, last)
+    after = np.where((s.zero == 1) | setting.reduces_once, once_scatter_s, last)
     return (
         forward,
         backward,

@@ -23,6 +23,8 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         family=known.family.model_type,
+        task=known.family.task,
+        ends=known.family.ends,
         layers=(
             LayerKind(
                 count=layers,

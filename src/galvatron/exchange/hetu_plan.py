@@ -16,13 +16,12 @@ from galvatron.core.errors import PlanError
 from galvatron.core.model import ModelSpec, Precision
 from galvatron.core.records import Record, dump_json, validate
 from galvatron.plan.axes import divisors
-from galvatron.plan.plan import LayerStrategy, Plan, Schedule
+from galvatron.plan.hetu import SCHEDULES, DataParallel, data_parallel_types, inexpressible
+from galvatron.plan.plan import LayerStrategy, Plan
 from galvatron.plan.rules import beyond_runtime
 
 Flag = Literal[0, 1]
-DataParallel = Literal["ddp", "zero2", "zero3"]
 ZERO: dict[DataParallel, Literal[0, 2, 3]] = {"ddp": 0, "zero2": 2, "zero3": 3}
-SCHEDULES: dict[str, Schedule] = {"gpipe": "gpipe", "pipedream_flush": "1f1b"}
 
 
 class HetuPlan(Record):
@@ -164,10 +163,10 @@ def export_plan(plan: Plan) -> str:
         PlanError: the plan is invalid, or has what that format cannot say.
     """
     plan.validate()
-    problem = _inexpressible(plan)
+    problem = inexpressible(plan)
     if problem:
-        raise PlanError(f"a plan of Hetu-Galvatron cannot say {problem}; search a plan without it")
-    default = "ddp" if _data_parallel_types(plan) & {"ddp"} else "zero2"
+        raise PlanError(f"a plan of Hetu-Galvatron cannot say {problem}; search a plan with --space hetu")
+    default: DataParallel = "ddp" if data_parallel_types(plan) & {"ddp"} else "zero2"
     layers = plan.layers
     file = HetuPlan(
         pp_deg=plan.pp,
@@ -190,39 +189,3 @@ def export_plan(plan: Plan) -> str:
 
 def _joined(numbers: Iterable[int]) -> str:
     return ",".join(map(str, numbers))
-
-
-def _inexpressible(plan: Plan) -> str | None:
-    """The first thing in the plan that the format has no word for."""
-    if plan.schedule not in SCHEDULES.values():
-        return f"schedule={plan.schedule}"
-    if plan.embedding != plan.head:
-        return f"an embedding ({plan.embedding}) and a head ({plan.head}) that differ"
-    for label, strategy in (("embedding", plan.embedding), *((f"layer {i}", s) for i, s in enumerate(plan.layers))):
-        problem = _inexpressible_strategy(strategy)
-        if problem:
-            return f"{problem} of {label}"
-    if len(_data_parallel_types(plan)) > 1:
-        return "plain data parallelism and zero 2 in one plan"
-    return None
-
-
-def _inexpressible_strategy(strategy: LayerStrategy) -> str | None:
-    for name in ("cp", "ep"):
-        if getattr(strategy, name) > 1:
-            return f"{name}={getattr(strategy, name)}"
-    if strategy.tp > 1 and strategy.ulysses > 1:
-        return f"tp={strategy.tp} together with ulysses={strategy.ulysses}"
-    if strategy.zero == 1:
-        return "zero=1"
-    if strategy.zero and strategy.dp_replicate > 1:
-        return f"dp_replicate={strategy.dp_replicate} of what dp_shard={strategy.dp_shard} shards"
-    if strategy.recompute not in ("none", "full"):
-        return f"recompute={strategy.recompute}"
-    return None
-
-
-def _data_parallel_types(plan: Plan) -> set[DataParallel]:
-    """What ``default_dp_type`` would have to be, by the strategies that are not ZeRO 3 and hold something twice."""
-    default = [s for s in plan.strategies() if s.zero != 3 and (s.dp > 1 or s.ulysses > 1)]
-    return {"zero2" if strategy.zero == 2 else "ddp" for strategy in default}

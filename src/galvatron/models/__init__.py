@@ -10,9 +10,12 @@ from .chain import Link, chain_of, experts_in, regions_in
 from .family import family_of
 from .freeze import check_trains, freeze_parameters
 from .initialize import InitialWeights
+from .inputs import blank_inputs, random_inputs
 from .load import load_config, meta_model
 from .lora import Adapter, adapter_of
+from .shapes import Reached, emptied, entering_tokens
 from .spec import build_spec, model_to_train, spec_of
+from .tasks import auto_class, config_of, for_task, task_of
 from .twin import structure_key, twin_config, twin_model
 
 __all__ = [
@@ -21,20 +24,29 @@ __all__ = [
     "Family",
     "InitialWeights",
     "Link",
+    "Reached",
     "Region",
     "adapter_of",
+    "auto_class",
+    "blank_inputs",
     "build_spec",
     "chain_of",
     "check_trains",
+    "config_of",
+    "emptied",
+    "entering_tokens",
     "experts_in",
     "family_of",
+    "for_task",
     "freeze_parameters",
     "load_config",
     "meta_model",
     "model_to_train",
+    "random_inputs",
     "regions_in",
     "spec_of",
     "structure_key",
+    "task_of",
     "twin_config",
     "twin_model",
 ]

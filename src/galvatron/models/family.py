@@ -8,34 +8,39 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.family import Family, known_families
 
 from .recognise import recognise
+from .tasks import task_of
 from .twin import structure_key
 
 _found: dict[str, Family] = {}
+UNUSUAL_DECODERS: dict[str, object] = {
+    "quantization_config": None,
+    "is_causal": True,
+    "add_cross_attention": False,
+    "output_router_logits": False,
+}
+"""What must be so of a causal language model's config."""
 
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of ``config``, found by running a tiny twin unless one of its structure is known.
 
     Raises:
-        ConfigError: it is no chain of layers that galvatron can drive, or no plain causal language model: quantised
-            weights, attention that is not causal, cross attention.
+        ConfigError: it is no chain of layers that galvatron can drive, or no plain model: quantised weights, a causal
+            language model whose attention is not causal or crosses to another's states.
     """
-    for key, usual in (
-        ("quantization_config", None),
-        ("is_causal", True),
-        ("add_cross_attention", False),
-        ("output_router_logits", False),
-    ):
+    usually = UNUSUAL_DECODERS if task_of(config) == "causal_lm" else {"quantization_config": None}
+    for key, usual in usually.items():
         value = getattr(config, key, usual)
         if value != usual:
             raise ConfigError(
-                f"{key} of this {config.model_type} config must be {usual}, got {_short(value)}; only plain causal "
-                "language models can be trained"
+                f"{key} of this {config.model_type} config must be {usual}, got {_short(value)}; only plain models "
+                "can be trained"
             )
     key = structure_key(config)
     if key not in _found:
         known = known_families().get(config.model_type)
-        _found[key] = known.family if known is not None and key in known.proved else recognise(config)
+        is_shipped = known is not None and key in known.proved
+        _found[key] = known.family if known is not None and is_shipped else recognise(config)
     return _found[key]
 
 

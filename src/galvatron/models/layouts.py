@@ -19,12 +19,16 @@ from galvatron.core.family import Blocks, Experts, Region
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a module: its name, its first argument and (first) output."""
+    """One call of a module: its name, its first argument and (first) output.
+
+    ``outputs``: how many it returns in a tuple; 0 for one alone.
+    """
 
     name: str
     module: nn.Module
     argument: Tensor
     output: Tensor
+    outputs: int = 0
 
     @property
     def is_linear(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.numbers import MAX_LAYERS
@@ -21,6 +21,7 @@ from galvatron.core.words import shown
 from galvatron.internals import put_parameter
 
 from .family import family_of
+from .tasks import auto_class
 
 LAYER_COUNTS = frozenset({"num_hidden_layers", "n_layer"})
 MAX_REASON = 200  # characters of a library's message
@@ -70,14 +71,14 @@ def _check_layers(count: object) -> None:
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The causal language model of ``config``: float32 parameters on meta, buffers real (rotary tables).
+    """The model of ``config`` for its task: float32 parameters on meta, buffers real (rotary tables).
 
     ``config`` itself stays as it is: transformers writes dtype and attention into the one it is given.
     """
     _check_layers(config.num_hidden_layers)
     try:
         with _parameters_on_meta(), _EmptyOnMeta():
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+            return auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
     except Exception as error:  # what torch and transformers raise where sizes are none, or contradict each other
         raise ConfigError(
             f"transformers cannot build the {config.model_type} that its config describes ({_reason(error)}); "

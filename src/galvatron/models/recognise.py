@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import Family, Logits, Stack
+from galvatron.core.family import Experts, Family, Logits, Region, Stack
+from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.internals import call_attention
 
+from .ends import around
 from .layouts import Call, experts_of, regions_of
-from .twin import SEQ_LEN, WORDS, twin_config, twin_model
+from .tasks import task_of
+from .twin import run_twin, twin_config, twin_inputs, twin_model
 
 WATCHED, MAX_REASON = "galvatron-watched", 200
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
@@ -56,12 +59,50 @@ def recognise(config: PretrainedConfig) -> Family:
     except Exception as error:  # of any kind: a foreign model is built and run
         lines = str(error).strip().splitlines()
         why = lines[0][:MAX_REASON] if lines else type(error).__name__
-        raise _unlike(config, f"cannot be run as a tiny causal language model ({why})") from None
-    names = {id(module): name for name, module in model.named_modules()}
+        raise _unlike(config, f"cannot be run as a tiny model ({why})") from None
     stack = _stack(model, trace)
-    layers = names[id(stack)]
-    if len({tuple(name for name, _ in layer.named_parameters()) for layer in stack}) != 1:
-        raise _unlike(config, "has layers of several kinds")
+    if not (asks := _asks_for_attention(config)):
+        raise _unlike(config, "computes attention by itself, without asking for a function")
+    found = _described(model, trace, stack)
+    ends = _ends_of_tokens(model, trace, stack) if task_of(config) == "causal_lm" else _whole_ends(model, trace, stack)
+    return Family(model_type=config.model_type, stacks=(found,), asks_for_attention=asks, **ends)
+
+
+def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList) -> Stack:
+    """The stack, with the regions of every kind of layer that it has."""
+    path = next(name for name, module in model.named_modules() if module is stack)
+    regions: list[Region] = []
+    experts: list[Experts | None] = []
+    is_cuttable = True
+    for index in _one_of_each_kind(stack):
+        prefix = f"{path}.{index}."
+        inside = [call for call in trace.calls if call.name.startswith(prefix)]
+        found = regions_of(inside, trace.of(stack[index]).argument, prefix, _head_count(model))
+        regions += [region for region in found if region not in regions]
+        experts.append(experts_of(stack[index], inside, prefix, model.config.hidden_size))
+        is_cuttable &= bool(found)
+    if any(other != experts[0] for other in experts):
+        raise _unlike(model.config, "has layers with experts and layers without")
+    return Stack(
+        path=path,
+        regions=tuple(regions) if is_cuttable and len({region.row for region in regions}) == len(regions) else (),
+        experts=experts[0],
+        outputs=trace.of(stack[0]).outputs,
+        causal=_is_causal(trace, stack),
+    )
+
+
+def _one_of_each_kind(stack: nn.ModuleList) -> list[int]:
+    """The first layer of every set of parameters' names."""
+    kinds: dict[tuple[str, ...], int] = {}
+    for index, layer in enumerate(stack):
+        kinds.setdefault(tuple(name for name, _ in layer.named_parameters()), index)
+    return list(kinds.values())
+
+
+def _ends_of_tokens(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList) -> dict[str, Any]:
+    """Ends that treat every token by itself."""
+    config, names = model.config, {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise _unlike(config, "has no embedding that is a table, or no head that is a linear")
@@ -71,22 +112,39 @@ def recognise(config: PretrainedConfig) -> Family:
     norm = model.get_submodule(after[0])
     if not torch.equal(trace.of(head).argument, trace.of(norm).output):
         raise _unlike(config, f"changes the output of {after[0]} before its head")
-    if not (asks := _asks_for_attention(config)):
-        raise _unlike(config, "computes attention by itself, without asking for a function")
-    inside = [call for call in trace.calls if call.name.startswith(f"{layers}.0.")]
-    regions = regions_of(inside, trace.of(stack[0]).argument, f"{layers}.0.", _head_count(model))
-    experts = experts_of(stack[0], inside, f"{layers}.0.", model.config.hidden_size)
-    return Family(
-        model_type=config.model_type,
-        decoder=layers.rpartition(".")[0],
-        stacks=(Stack(path=layers, regions=regions, experts=experts),),
-        embedding=names[id(embedding)],
-        before=tuple(before),
-        norm=after[0],
-        head=names[id(head)],
-        logits=_logits(model.config, trace.of(head).output, trace.logits),
-        asks_for_attention=asks,
-    )
+    return {
+        "decoder": names[id(stack)].rpartition(".")[0],
+        "embedding": names[id(embedding)],
+        "before": tuple(before),
+        "norm": after[0],
+        "head": names[id(head)],
+        "logits": _logits(config, trace.of(head).output, trace.logits),
+    }
+
+
+def _whole_ends(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList) -> dict[str, Any]:
+    """Ends that may look at all tokens of a sequence: the model's own forward runs them."""
+    task = task_of(model.config)
+    found = around(model, [stack], trace.calls, to_words=task in TOKEN_TASKS)
+    if found.bare:
+        raise _unlike(model.config, f"has parameters that no module around its layers has ({found.bare[0]})")
+    head = None if found.head is None else model.get_submodule(found.head)
+    return {
+        "task": task,
+        "ends": "whole",
+        "embedding": found.embedding,
+        "before": found.before,
+        "after": found.after,
+        "head": found.head,
+        "logits": Logits() if head is None else _logits(model.config, trace.of(head).output, trace.logits),
+    }
+
+
+def _is_causal(trace: _Trace, stack: nn.ModuleList) -> bool:
+    """Whether no token of the stack's output depends on a later token of its input."""
+    entering, leaving = trace.of(stack[0]).argument, trace.of(stack[-1]).output
+    (gradient,) = torch.autograd.grad(leaving[:, 0].square().sum(), entering, retain_graph=True)
+    return not bool(gradient[:, 1:].any())
 
 
 def _unlike(config: PretrainedConfig, why: str) -> ConfigError:
@@ -106,13 +164,12 @@ def _traced(model: PreTrainedModel) -> _Trace:
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
             argument = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-            value = output[0] if isinstance(output, tuple) else output
+            value, outputs = (output[0], len(output)) if isinstance(output, tuple) else (output, 0)
             if isinstance(argument, Tensor) and isinstance(value, Tensor):
-                trace.calls.append(Call(name, module, argument, value))
+                trace.calls.append(Call(name, module, argument, value, outputs))
 
         handles.append(module.register_forward_hook(note, with_kwargs=True))
-    ids = torch.randint(WORDS, (2, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    trace.logits = model(input_ids=ids, use_cache=False).logits
+    trace.logits = run_twin(model, twin_inputs(model.config))
     for handle in handles:
         handle.remove()
     return trace
@@ -186,7 +243,7 @@ def _asks_for_attention(config: PretrainedConfig) -> bool:
         call_attention(own, WATCHED)
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, SEQ_LEN, dtype=torch.long), use_cache=False)
+            run_twin(model, twin_inputs(model.config))
     except Exception:  # an attention of the type's own that knows no other name
         return False
     return bool(asked)

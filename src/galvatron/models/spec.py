@@ -23,7 +23,11 @@ from .family import family_of
 from .freeze import freeze_parameters
 from .load import meta_model
 from .lora import attach_lora, base_linear
+from .shapes import entering_tokens
+from .tasks import config_of
 from .twin import EXPERT_KEYS, KV_KEYS
+
+WINDOWS = ("sliding_window", "local_attention")
 
 
 def build_spec(
@@ -60,7 +64,7 @@ def spec_of(model: PreTrainedModel, name: str | None = None, family: Family | No
         ConfigError: its family has no record, or its sizes contradict each other.
     """
     try:
-        return _described(model, name, family or family_of(model.config))
+        return _described(model, name, family or family_of(config_of(model)))
     except ValidationError as failure:
         raise ConfigError(
             f"the {model.config.model_type} config: {sentence(ModelSpec, failure)}; mend its config.json"
@@ -85,19 +89,49 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
                 num_heads=heads,
                 num_kv_heads=counts["kv_heads"],
                 head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-                drops_attention=any(getattr(config, name, None) for name in BEYOND_RINGS),
+                drops_attention=_is_beyond_rings(config, family),
+                causal=all(stack.causal for stack in family.stacks),
                 cuttable=family.is_cuttable,
                 parameters=parameters,
                 **_expert_counts(config),
             )
             for kind, count, parameters in _kinds(layers, counts)
         ),
-        vocab_size=config.vocab_size,
-        max_seq_len=getattr(config, "max_position_embeddings", None) or MAX_TOKENS,
-        tied_embeddings=bool(config.tie_word_embeddings),
+        task=family.task,
+        ends=family.ends,
+        vocab_size=_outputs(config, family),
+        max_seq_len=_most_tokens(model, family),
+        tied_embeddings=_is_tied(model, family),
         embedding=UnitSpec(parameters=tuple(_embedding_parameters(model, family))),
         head=UnitSpec(parameters=tuple(_head_parameters(model, family))),
     )
+
+
+def _is_beyond_rings(config: PretrainedConfig, family: Family) -> bool:
+    """Whether attention is dropped or capped, or a window looks both ways."""
+    both_ways = not all(stack.causal for stack in family.stacks)
+    windows = both_ways and any(getattr(config, name, None) for name in WINDOWS)
+    return windows or any(getattr(config, name, None) for name in BEYOND_RINGS)
+
+
+def _outputs(config: PretrainedConfig, family: Family) -> int:
+    """Words, or classes."""
+    count: int = config.vocab_size if family.head is not None else config.num_labels or 1
+    return count
+
+
+def _most_tokens(model: PreTrainedModel, family: Family) -> int:
+    """The longest sequence; of images, which are all of one size, the length of all."""
+    if family.task == "image_classification":
+        return entering_tokens(model, family)
+    most: int = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
+    return most
+
+
+def _is_tied(model: PreTrainedModel, family: Family) -> bool:
+    if family.embedding is None or family.head is None:
+        return False
+    return model.get_submodule(family.embedding).weight is model.get_submodule(family.head).weight
 
 
 def _kinds(
@@ -196,16 +230,24 @@ def _expert_cuts(layer: nn.Module, experts: Experts) -> dict[str, Cut]:
 
 
 def _embedding_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
-    yield _vocabulary_cut(f"{family.embedding}.weight", model.get_submodule(family.embedding))
+    """The table of the vocabulary first, if there is one."""
+    table = None if family.embedding is None else model.get_submodule(family.embedding).weight
+    if table is not None:
+        yield _vocabulary_cut(f"{family.embedding}.weight", model.get_submodule(str(family.embedding)))
     for name in family.before:
-        yield from _whole(model, name)
+        yield from (p for p in _whole(model, name) if model.get_parameter(p.name) is not table)
 
 
 def _head_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
-    yield from _whole(model, family.norm)
+    """The projection to the vocabulary last, if there is one."""
+    for name in family.after if family.norm is None else (family.norm,):
+        yield from _whole(model, name)
+    if family.head is None:
+        return
     head = model.get_submodule(family.head)
     if getattr(head, "bias", None) is not None:
-        yield _vocabulary_cut(f"{family.head}.bias", head, "bias")
+        own = next(name for name, value in model.named_parameters() if value is head.bias)  # another may share it
+        yield _vocabulary_cut(own, head, "bias")
     yield _vocabulary_cut(f"{family.head}.weight", head)
 
 

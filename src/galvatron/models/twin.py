@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.internals import call_attention
 
-HEADS, HEAD_DIM, LAYERS, FFN, WORDS, SEQ_LEN = 4, 16, 4, 56, 97, 16
+from .inputs import random_inputs
+from .tasks import auto_class, task_of
+
+HEADS, HEAD_DIM, LAYERS, FFN, WORDS, SEQ_LEN, PATCH, CLASSES = 4, 16, 4, 56, 97, 16, 4, 5
 SIZES: dict[str, int] = {
     "hidden_size": HEADS * HEAD_DIM,
     "num_hidden_layers": LAYERS,
@@ -34,6 +39,8 @@ SIZES: dict[str, int] = {
     "head_dim": HEAD_DIM,
     "word_embed_proj_dim": HEADS * HEAD_DIM,
     "sliding_window": 5,
+    "local_attention": 10,
+    "patch_size": PATCH,
 }
 KV_KEYS = ("num_key_value_heads", "num_kv_heads")
 EXPERT_KEYS = ("num_local_experts", "num_experts")
@@ -58,6 +65,22 @@ HOUSEKEEPING = (
 )
 """Keys of a config that change nothing in a layer."""
 NOISE = 0.2
+CLASSIFICATION = ("text_classification", "image_classification")
+IMAGES = (12, 16)
+"""Sides of images, of 9 and of 16 patches: with one token more or two, one of them makes an even number."""
+
+
+def twin_inputs(twin: PretrainedConfig, rows: int = 2) -> dict[str, Tensor]:
+    """Random inputs of a twin; no ids that are special."""
+    made = random_inputs(twin, task_of(twin), rows, SEQ_LEN, torch.Generator().manual_seed(0))
+    return {name: values.clamp(min=2) if name == "input_ids" else values for name, values in made.items()}
+
+
+def run_twin(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The output that the task's loss takes."""
+    takes = inspect.signature(model.forward).parameters
+    logits: Tensor = model(**inputs, **({"use_cache": False} if "use_cache" in takes else {})).logits
+    return logits
 
 
 def twin_config(config: PretrainedConfig, kv_heads: int = 2) -> PretrainedConfig:
@@ -70,6 +93,12 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2) -> PretrainedConfig
     for name in KV_KEYS:
         if name in given and _is_size(getattr(twin, name, None)):
             setattr(twin, name, kv_heads)
+    if task_of(config) in CLASSIFICATION:
+        twin.num_labels = CLASSES
+    if task_of(config) == "text_classification":
+        twin.pad_token_id = 1  # by which decoders find the last token
+    if "image_size" in given:
+        twin.image_size = IMAGES[0]
     for name in SPECIAL:
         if getattr(twin, name, None) is not None:
             setattr(twin, name, 1)
@@ -90,7 +119,8 @@ def twin_model(twin: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model of ``twin`` in training mode; at initial values a wrong cut hides, so all parameters are random."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(twin), dtype=torch.float32, attn_implementation="eager")
+        build = auto_class(twin).from_config
+        model = build(copy.deepcopy(twin), dtype=torch.float32, attn_implementation="eager")
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=NOISE)
     call_attention(model.config, "eager")
@@ -102,6 +132,8 @@ def structure_key(config: PretrainedConfig) -> str:
     """What tells structures apart: the type and what is no plain number of its twin, lists by their kinds."""
     given = twin_config(config).to_dict()
     kept = {k: _kind(v) for k, v in given.items() if k not in HOUSEKEEPING and not k.startswith("rope")}
+    if (task := task_of(config)) != "causal_lm":
+        kept["task"] = task
     text = json.dumps({k: v for k, v in kept.items() if v is not None}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError, PlanError
 from galvatron.core.model import ModelSpec
-from galvatron.models import Family, InitialWeights, adapter_of, chain_of, family_of, spec_of
+from galvatron.models import Family, InitialWeights, adapter_of, chain_of, config_of, family_of, spec_of
 from galvatron.models.lora import wrapped
 from galvatron.plan import Plan, check_runnable, folds_sequence
 
@@ -26,6 +26,7 @@ from .layers.compile import LayerCompiler, compiles
 from .layers.fp8 import check_fp8, fp8_problem, use_fp8
 from .model import ParallelModel
 from .parts import held_of, local_parameter, parts_of, replicated_of
+from .pipeline.whole import WholeStage
 from .processes.grid import Grid
 from .processes.ranks import together
 from .processes.world import World, init_world
@@ -76,12 +77,13 @@ def parallelize(
     world = world or init_world()
     check_surroundings(world.device, gradients=False)
     check_agreement(model, plan, seed, own_weights=weights is None or adapter is not None)
-    family, spec = family_of(model.config), spec_of(model)
+    config = config_of(model)
+    family, spec = family_of(config), spec_of(model)
     plan.validate(spec, world.world_size)
     check_runnable(plan)
     if fp8:
         _check_fp8(model, plan, family, spec, world)
-    refuse_unproved(model.config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers))
+    refuse_unproved(config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers))
     twins: dict[str, str] = {}  # a tied head that given weights have a copy of
     if weights is not None:
         weights = weights if adapter is None else AdaptedWeights(weights, _own_weights(model, seed))
@@ -100,7 +102,10 @@ def parallelize(
     for stage in stages:
         cut(stage, family, spec, grid, compiler)
     parts = [part for stage in stages for part in parts_of(stage, spec, grid)]
-    chunks = tuple(chunk_of(stage, list(units_of(stage, family, spec, grid)), grid) for stage in stages)
+    chunks = tuple(chunk_of(stage, list(units_of(stage, spec, grid)), grid) for stage in stages)
+    for stage in stages:
+        if isinstance(stage, WholeStage):
+            stage.end_at_head()
     unsharded = [unit for chunk in chunks for unit in chunk.unsharded]
     parameters = [local_parameter(part, held_of(part, unsharded), spec, grid) for part in parts]
     together(lambda: fill(parameters, values, twins))

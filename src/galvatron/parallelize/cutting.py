@@ -6,9 +6,10 @@ Takes a model on meta and this rank's place in the grid; gives stages whose forw
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from galvatron.core.model import ModelSpec
@@ -18,12 +19,13 @@ from galvatron.plan import LayerStrategy, Plan
 from .layers.attention import Context, attend_across
 from .layers.compile import LayerCompiler
 from .layers.documents import OwnPlaces
-from .layers.forward import enter_with_layout
+from .layers.forward import change_layout, enter_with_layout
 from .layers.later import Later, put_off
 from .layers.recompute import recompute_in_backward
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, tap_linears
 from .losses.fused import fuse_loss
 from .pipeline.stage import Stage
+from .pipeline.whole import WholeStage, stage_of
 from .processes.grid import Grid
 
 
@@ -34,7 +36,7 @@ def stages_of(model: PreTrainedModel, family: Family, grid: Grid) -> Iterator[St
     for chunk, skeleton in enumerate(skeletons):
         entry = chunk * plan.pp + grid.stage
         layers = plan.chunk_layers(grid.stage, chunk)
-        stage = Stage(skeleton, family, layers, is_first=entry == 0, is_last=entry == last)
+        stage = stage_of(skeleton, family, layers, is_first=entry == 0, is_last=entry == last)
         stage.later = Later() if plan.schedule == "zero_bubble" else None
         yield stage
 
@@ -66,9 +68,19 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
         _enter(layer, grid, degrees[index], degrees[index + 1])
     if not stage.is_first:
         stage.receive_in(stage.layer(stage.layers.start))
+    elif isinstance(stage, WholeStage):
+        stage.enter_from_whole(grid.axis_group(1, degrees[0]))
     if stage.is_last:
-        _enter(stage.model.get_submodule(family.norm), grid, degrees[-2], degrees[-1])
+        if isinstance(stage, WholeStage):
+            stage.leave_whole(_change(grid, degrees[-2], degrees[-1]), grid.axis_group(1, degrees[-1]))
+        else:
+            _enter(stage.last_modules[0], grid, degrees[-2], degrees[-1])
         _cut_head(stage, family, spec, grid)
+
+
+def _change(grid: Grid, previous: int, degree: int) -> Callable[[Tensor], Tensor]:
+    axes = grid.axis_group(min(previous, degree), max(previous, degree))
+    return partial(change_layout, axes=axes, previous=previous, degree=degree)
 
 
 def _enter(module: nn.Module, grid: Grid, previous: int, degree: int) -> None:
@@ -77,9 +89,10 @@ def _enter(module: nn.Module, grid: Grid, previous: int, degree: int) -> None:
 
 
 def _cut_embedding(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
-    strategy = grid.plan.embedding
+    strategy, whole = grid.plan.embedding, family.ends == "whole"
     tp = grid.axis_group(1, strategy.tp)
-    cut_embedding(stage.model.get_submodule(family.embedding), spec.embedding.parameters[0], tp)
+    if family.embedding is not None:
+        cut_embedding(stage.model.get_submodule(family.embedding), spec.embedding.parameters[0], tp, whole=whole)
     degree, seq_len = strategy.sequence_degree, grid.plan.seq_len
     own = grid.axes.spans(grid.stage_rank, 1, degree, seq_len, folded=grid.folded)
     for positions in stage.position_tables():
@@ -96,7 +109,7 @@ def _place(stage: Stage, grid: Grid) -> dict[LayerStrategy, OwnPlaces]:
     layers = {grid.plan.layers[index] for index in stage.layers}
     seen, rows = {s: grid.spans(s) for s in layers}, {s: grid.rows(s) for s in layers}
     learnt = bool(stage.position_tables())
-    alike = len(set(seen.values())) == 1 and not learnt
+    alike = len(set(seen.values())) == 1 and not learnt and stage.family.ends == "tokens"
     stage.position_spans = next(iter(seen.values())) if alike else whole
     stage.position_rows = grid.rows(grid.plan.embedding) if learnt else max(rows.values(), key=len)
     stage.document_rows = set(rows.values())
@@ -107,12 +120,13 @@ def _place(stage: Stage, grid: Grid) -> dict[LayerStrategy, OwnPlaces]:
 
 
 def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
-    tp, projection = grid.axis_group(1, grid.plan.head.tp), spec.head.parameters[-1]
-    head = stage.model.get_submodule(family.head)
-    shrink(stage.model, tuple(p for p in spec.head.parameters if p.cut is not None), tp)
-    if spec.tied_embeddings and stage.is_first:
-        head.weight = stage.model.get_submodule(family.embedding).weight
+    tp, projection, head = grid.axis_group(1, grid.plan.head.tp), spec.head.parameters[-1], stage.last_modules[-1]
     stage.head_tp = tp
+    if family.head is None:
+        return
+    shrink(stage.model, tuple(stage.placed(p) for p in spec.head.parameters if p.cut is not None), tp)
+    if spec.tied_embeddings and stage.is_first:
+        head.weight = stage.model.get_submodule(str(family.embedding)).weight
     stage.early_gradient.in_every_pass = _adds_up_microbatches(grid.plan)
     fuse_loss(head, projection, tp, stage.early_gradient)
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from galvatron.core.model import ModelSpec
 from galvatron.internals import put_buffer
-from galvatron.models import Family
 from galvatron.plan import LayerStrategy
 from galvatron.plan.schedules import turns_at_once
 
@@ -62,7 +61,7 @@ def _place(later: Later, sharded: tuple[ShardedUnit, ...]) -> tuple[ShardedUnit,
 
 def _shard(stage: Stage, units: list[Unit], grid: Grid) -> tuple[ShardedUnit, ...]:
     """Hand the units that are sharded to FSDP2, then the whole stage if there are any."""
-    head = stage.model.get_submodule(stage.family.head)
+    head = stage.last_modules[-1]
     turns = stage.is_last and turns_at_once(grid.plan.schedule, grid.plan.num_microbatches)
     sharded = tuple(
         ShardedUnit(modules, strategy, turns=turns and head in modules) for modules, strategy in units if strategy.zero
@@ -75,7 +74,7 @@ def _shard(stage: Stage, units: list[Unit], grid: Grid) -> tuple[ShardedUnit, ..
             prefetch(ShardedUnit(*before), ShardedUnit(*after))
     if sharded:
         whole = [p for modules, strategy in units if not strategy.zero for m in modules for p in m.parameters()]
-        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole, sharded[0])
+        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole + stage.elsewhere, sharded[0])
     return sharded
 
 
@@ -84,14 +83,11 @@ def _unsharded(modules: tuple[nn.Module, ...], strategy: LayerStrategy, grid: Gr
     return UnshardedUnit(modules, dtype, reduce_dtype, grid.world.device, grid.replicas(strategy))
 
 
-def units_of(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> Iterator[Unit]:
+def units_of(stage: Stage, spec: ModelSpec, grid: Grid) -> Iterator[Unit]:
     """The modules whose parameters live, and are summed, together; in forward order."""
     plan = grid.plan
-    names = (family.embedding, *family.before) if stage.is_first else ()
-    embedding = tuple(map(stage.model.get_submodule, names))
-    head: tuple[nn.Module, ...] = ()
-    if stage.is_last:
-        head = (stage.model.get_submodule(family.norm), stage.model.get_submodule(family.head))
+    embedding = stage.first_modules if stage.is_first else ()
+    head = stage.last_modules if stage.is_last else ()
     if embedding and head and spec.tied_embeddings:
         embedding, head = embedding + head, ()
     if embedding:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from galvatron.core.errors import ConfigError, UnsupportedError
+from galvatron.core.errors import ConfigError, DataError, UnsupportedError
 from galvatron.core.lora import is_adapters
 from galvatron.core.model import ModelSpec
+from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.internals import local_part, multiply_all_
-from galvatron.models import Adapter
+from galvatron.models import Adapter, blank_inputs
 
 from .checks.batch import BatchCheck
 from .checks.packing import check_packing
@@ -46,6 +47,19 @@ class Replicated:
 
     group: dist.ProcessGroup
     parameters: tuple[LocalParameter, ...]
+
+
+def _given(
+    input_ids: Tensor | None, labels: Tensor | None, others: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """All inputs by name, and the labels."""
+    if labels is None:
+        raise DataError("a batch needs labels; give labels=, int64, where what does not count is -100")
+    return {**({} if input_ids is None else {"input_ids": input_ids}), **others}, labels
+
+
+def _with_positions(inputs: dict[str, Tensor], position_ids: Tensor | None) -> dict[str, Tensor]:
+    return inputs if position_ids is None else {**inputs, "position_ids": position_ids}
 
 
 class ParallelModel:
@@ -84,20 +98,20 @@ class ParallelModel:
         self._unsharded = tuple(unit for chunk in chunks for unit in chunk.unsharded)
         self._local = {p.name: p for p in parameters}
         self._placed = {p.name: (p.tensor.data_ptr(), p.tensor.requires_grad) for p in parameters}
-        shape, vocabulary = (self.plan.global_batch_size, self.plan.seq_len), spec.vocab_size
         self.seed, self.steps, self.compiled, self.adapter = seed, 0, compiled, adapter
         self.loss_scale = LossScale() if self.plan.precision == "fp16" else None
         self._carried = 1.0  # what the gradients that there are were multiplied by
         self._checked_loss: LossFunction | None = None
-        self._train_batches = BatchCheck(shape, vocabulary)
-        self._evaluation_batches = BatchCheck(shape, vocabulary)
+        shape, of_tokens = (self.plan.global_batch_size, self.plan.seq_len), spec.task in TOKEN_TASKS
+        self._train_batches = BatchCheck(shape, spec.vocab_size, of_tokens=of_tokens)
+        self._evaluation_batches = BatchCheck(shape, spec.vocab_size, of_tokens=of_tokens)
         self._rounded = {p.name for p in parameters if any(unit.rounds(p.tensor) for unit in self._unsharded)}
         self._driver = Driver(grid, spec, chunks)
 
     def train_step(
         self,
-        input_ids: Tensor,
-        labels: Tensor,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
         loss_fn: LossFunction | None = None,
@@ -105,12 +119,14 @@ class ParallelModel:
         z_loss: float = 0.0,
         accumulate: bool = False,
         num_tokens: int | None = None,
+        **others: Tensor,
     ) -> Tensor:
         """Forward and backward of one global batch under the plan's schedule.  Collective over the world.
 
         Args:
             input_ids: int64 [global_batch_size, seq_len], the whole batch and equal on all ranks, on any device.
-            labels: the same shape, already shifted; -100 does not count.
+            labels: the same shape, of a causal language model already shifted; -100 does not count.  Where samples
+                have a class each, int64 [global_batch_size].
             position_ids: the same shape, where rows are packed documents: from 0 on in each of them.  A token then sees
                 its own document alone.
             loss_fn: a loss of your own in place of cross entropy: (float32 logits [tokens, vocabulary], int64 labels
@@ -124,6 +140,8 @@ class ParallelModel:
             num_tokens: what the summed token losses are divided by; by default how many labels count here.  Where
                 several calls add up, give all of them the number of all of them: losses and gradients then add up
                 to those of the mean over all their tokens.
+            others: what else the model's forward takes, by name: ``pixel_values``, ``token_type_ids``; the batch is
+                dim 0.
 
         Returns:
             The mean loss over all counted tokens, equal on all ranks: a float32 scalar on the device, which the host
@@ -142,12 +160,13 @@ class ParallelModel:
         self._check_step(loss_fn, position_ids, gradients=True)
         self._check_carried(accumulate)
         terms = terms_of(loss_fn, label_smoothing, z_loss)
+        inputs, labels = _given(input_ids, labels, others)
         weight = self._train_batches.weight(
-            input_ids, labels, position_ids, num_tokens=num_tokens, accumulate=accumulate
+            _with_positions(inputs, position_ids), labels, num_tokens=num_tokens, accumulate=accumulate
         )
         earlier = self._begin(accumulate)
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
-            batch = Batch(input_ids, labels, self._carried * weight, loss_fn, terms, position_ids)
+            batch = Batch(inputs, labels, self._carried * weight, loss_fn, terms, position_ids)
             scaled = self._driver.train(batch)
         self._collect_gradients()
         self._add_gradients(earlier)
@@ -165,9 +184,12 @@ class ParallelModel:
         start = time.perf_counter()
         if not self.compiled:
             return 0.0
-        ids = torch.zeros(self.plan.micro_batch_size, self.plan.seq_len, dtype=torch.int64, device=self.device)
-        positions = torch.arange(self.plan.seq_len).expand(ids.shape) if packed else None
-        zeros, training = Batch(ids, ids, 1.0, position_ids=positions), self.training
+        rows, seq_len, task = self.plan.micro_batch_size, self.plan.seq_len, self.spec.task
+        shape = (rows, seq_len) if task in TOKEN_TASKS else (rows,)
+        labels = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        inputs = blank_inputs(self.config, task, rows, seq_len, self.device)
+        positions = torch.arange(seq_len).expand(rows, seq_len) if packed else None
+        zeros, training = Batch(inputs, labels, 1.0, position_ids=positions), self.training
         with masks_of(self.seed, 0, self.grid.world.rank, self.device):
             self._driver.rehearse(zeros, backward=True)
         self.zero_grad()
@@ -180,21 +202,23 @@ class ParallelModel:
     @torch.no_grad()
     def evaluate(
         self,
-        input_ids: Tensor,
-        labels: Tensor,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
         loss_fn: LossFunction | None = None,
+        **others: Tensor,
     ) -> Tensor:
         """The mean loss of a batch of the plan's shape, without gradients or dropout: a scalar equal on all ranks.
 
         Collective over the world; raises as ``train_step`` does.
         """
         self._check_step(loss_fn, position_ids, gradients=False)
-        weight = self._evaluation_batches.weight(input_ids, labels, position_ids)
+        inputs, labels = _given(input_ids, labels, others)
+        weight = self._evaluation_batches.weight(_with_positions(inputs, position_ids), labels)
         training = self.training
         self.eval()
-        loss = self._driver.evaluate(Batch(input_ids, labels, weight, loss_fn, position_ids=position_ids))
+        loss = self._driver.evaluate(Batch(inputs, labels, weight, loss_fn, position_ids=position_ids))
         self.train(training)
         return loss
 

@@ -38,12 +38,12 @@ def parts_of(stage: Stage, spec: ModelSpec, grid: Grid) -> list[Part]:
         prefix = f"{stage.chain[index].path}."
         named += [(prefix + p.name, prefix + p.name, p, plan.layers[index]) for p in kinds[index].parameters]
     if stage.is_last:
-        *norm, projection = spec.head.parameters
-        named += [(p.name, p.name, p, plan.head) for p in norm]
+        *others, last = spec.head.parameters
+        named += [(p.name, stage.placed(p).name, p, plan.head) for p in others]
         if not spec.tied_embeddings:
-            named.append((projection.name, projection.name, projection, plan.head))
+            named.append((last.name, stage.placed(last).name, last, plan.head))
         elif not stage.is_first:
-            named.append((spec.embedding.parameters[0].name, projection.name, projection, plan.head))
+            named.append((spec.embedding.parameters[0].name, last.name, last, plan.head))
     parts = []
     for name, path, parameter, strategy in named:
         owner, _, attribute = path.rpartition(".")

@@ -20,13 +20,28 @@ from transformers import AutoConfig, PretrainedConfig
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import known_families
 from galvatron.core.model import ModelSpec, ParameterSpec
-from galvatron.models import Family, experts_in, family_of, regions_in, spec_of, structure_key, twin_config, twin_model
+from galvatron.core.tasks import TOKEN_TASKS
+from galvatron.models import (
+    Family,
+    entering_tokens,
+    experts_in,
+    family_of,
+    meta_model,
+    regions_in,
+    spec_of,
+    structure_key,
+    task_of,
+    twin_config,
+    twin_model,
+)
 from galvatron.models.recognise import recognise
+from galvatron.models.twin import CLASSES, IMAGES, WORDS, run_twin, twin_inputs
 
 from .layers.attention import use_attention
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
 from .losses.fused import fuse_loss
 from .pipeline.stage import Stage
+from .pipeline.whole import WholeStage, stage_of
 from .processes.collectives import AxisGroup
 from .processes.lockstep import Lockstep
 from .state.pieces import box, pieces_of
@@ -92,7 +107,7 @@ def is_known(config: PretrainedConfig) -> bool:
 def _proof(config: PretrainedConfig, family: Family) -> Proof:
     whole = tp = None
     for kv_heads in KV_HEADS:
-        twin = twin_config(config, kv_heads)
+        twin = _divisible(twin_config(config, kv_heads), family)
         truth = _Truth.of(twin)
         whole = whole or truth.against(_in_stages, twin, family)
         if not family.is_cuttable:
@@ -100,6 +115,15 @@ def _proof(config: PretrainedConfig, family: Family) -> Proof:
         elif tp is None and _is_allowed(spec_of(twin_model(twin), family=family)):
             tp = truth.against(_between_threads, twin, family)
     return Proof(whole, tp)
+
+
+def _divisible(twin: PretrainedConfig, family: Family) -> PretrainedConfig:
+    """``twin``, with images of which TP divides the tokens, if it sees images."""
+    for side in IMAGES if family.task == "image_classification" else ():
+        twin.image_size = side
+        if entering_tokens(meta_model(twin), family) % TP == 0:
+            break
+    return twin
 
 
 def _is_allowed(spec: ModelSpec) -> bool:
@@ -111,9 +135,11 @@ def _is_allowed(spec: ModelSpec) -> bool:
 Gradients = dict[str, Tensor]
 
 
-def _tokens() -> tuple[Tensor, Tensor]:
-    drawn = torch.randint(90, (ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1))
-    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+def _batch(twin: PretrainedConfig) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of the twin's task, and labels."""
+    of_tokens, generator = task_of(twin) in TOKEN_TASKS, torch.Generator().manual_seed(1)
+    shape, most = ((ROWS, SEQ_LEN), WORDS) if of_tokens else ((ROWS,), CLASSES)
+    return twin_inputs(twin, ROWS), torch.randint(most, shape, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -125,9 +151,9 @@ class _Truth:
 
     @staticmethod
     def of(twin: PretrainedConfig) -> _Truth:
-        model, (ids, labels) = twin_model(twin), _tokens()
-        logits = model(input_ids=ids, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        model, (inputs, labels) = twin_model(twin), _batch(twin)
+        logits = run_twin(model, inputs)
+        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
         loss.backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return _Truth(loss.item(), found)
@@ -158,28 +184,43 @@ def _unit(name: str) -> str:
 def _prepared(twin: PretrainedConfig, family: Family, layers: range, *, ends: tuple[bool, bool]) -> Stage:
     model = twin_model(twin)
     use_attention(model)
-    return Stage(model, family, layers, is_first=ends[0], is_last=ends[1]).train()
+    return stage_of(model, family, layers, is_first=ends[0], is_last=ends[1]).train()
 
 
 def _in_stages(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients]:
     """Two stages, cut between layers, one after the other in one graph."""
-    ids, labels = _tokens()
+    inputs, labels = _batch(twin)
     first = _prepared(twin, family, range(CUT), ends=(True, False))
     last = _prepared(twin, family, range(CUT, twin.num_hidden_layers), ends=(False, True))
     spec, alone = spec_of(twin_model(twin), family=family), AxisGroup(None, (), 0)
     last.receive_in(last.layer(CUT))
-    head = last.model.get_submodule(family.head)
-    fuse_loss(head, spec.head.parameters[-1], alone, last.early_gradient)
-    positions = torch.arange(SEQ_LEN).unsqueeze(0)
-    share = last(first(ids, positions), positions, labels, 1.0)
+    if family.head is not None:
+        fuse_loss(last.last_modules[-1], spec.head.parameters[-1], alone, last.early_gradient)
+    if isinstance(last, WholeStage):
+        last.end_at_head()
+    share = _run(last, inputs, labels, _run(first, inputs))
     share.backward()
     found: Gradients = {}
     for stage in (first, last):
         for name, parameter in stage.model.named_parameters():
             _add(found, name, parameter.grad)
+    for own in spec.head.parameters:  # by the name that the model knows it by
+        if (path := last.placed(own).name) != own.name:
+            found[own.name] = found.pop(path)
     if spec.tied_embeddings:
         _add(found, spec.embedding.parameters[0].name, found.pop(spec.head.parameters[-1].name, None))
     return share.item(), found
+
+
+def _run(
+    stage: Stage, inputs: dict[str, Tensor], labels: Tensor | None = None, received: Tensor | None = None
+) -> Tensor:
+    if isinstance(stage, WholeStage):
+        output: Tensor = stage(received, inputs, labels)
+    else:
+        tokens = inputs["input_ids"] if received is None else received
+        output = stage(tokens, torch.arange(SEQ_LEN).unsqueeze(0), labels)
+    return output
 
 
 def _add(found: Gradients, name: str, gradient: Tensor | None) -> None:
@@ -193,29 +234,29 @@ def _between_threads(twin: PretrainedConfig, family: Family) -> tuple[float, Gra
     values = dict(twin_model(twin).named_parameters())
     ranks, found, loss = Lockstep(TP), Gradients(), 0.0
     stages = [_cut_stage(twin, family, spec, AxisGroup(ranks, (TP,), rank), values) for rank in range(TP)]
-    ids, labels = _tokens()
+    inputs, labels = _batch(twin)
 
     def run(rank: int) -> float:
-        positions = torch.arange(SEQ_LEN).unsqueeze(0)
-        share = stages[rank](ids, positions, labels, 1.0)
+        share = _run(stages[rank], inputs, labels)
         share.backward()
         return share.item()
 
     loss = sum(ranks.run(run))
     for rank, stage in enumerate(stages):
-        for name, parameter in _named(spec, stage):
-            gradient = stage.model.get_parameter(name).grad
+        for name, path, parameter in _named(spec, stage):
+            gradient = stage.model.get_parameter(path).grad
             if gradient is not None:
                 _add(found, name, _spread(parameter, gradient, rank))
     return loss, found
 
 
-def _named(spec: ModelSpec, stage: Stage) -> list[tuple[str, ParameterSpec]]:
-    """Every parameter of the model by its name, a tied one once."""
+def _named(spec: ModelSpec, stage: Stage) -> list[tuple[str, str, ParameterSpec]]:
+    """Every parameter of the model by its name and its path in a stage, a tied one once."""
     head = spec.head.parameters[:-1] if spec.tied_embeddings else spec.head.parameters
-    named = [(p.name, p) for p in (*spec.embedding.parameters, *head)]
+    named = [(p.name, stage.placed(p).name, p) for p in (*spec.embedding.parameters, *head)]
     for index, kind in enumerate(spec.kind_of_layers()):
-        named += [(f"{stage.chain[index].path}.{p.name}", p) for p in kind.parameters]
+        prefix = f"{stage.chain[index].path}."
+        named += [(prefix + p.name, prefix + p.name, p) for p in kind.parameters]
     return named
 
 
@@ -225,8 +266,9 @@ def _cut_stage(
     """One rank's part of a whole twin, with its part of ``values``."""
     stage = _prepared(twin, family, range(spec.num_layers), ends=(True, True))
     model = stage.model
-    embedding, head = model.get_submodule(family.embedding), model.get_submodule(family.head)
-    cut_embedding(embedding, spec.embedding.parameters[0], tp)
+    is_whole = isinstance(stage, WholeStage)
+    if family.embedding is not None:
+        cut_embedding(model.get_submodule(family.embedding), spec.embedding.parameters[0], tp, whole=is_whole)
     for positions in stage.position_tables():
         length = SEQ_LEN // tp.size
         cut_positions(positions, (range(tp.rank * length, (tp.rank + 1) * length),))
@@ -234,14 +276,20 @@ def _cut_stage(
         layer = stage.layer(index)
         stack = stage.chain[index].stack
         cut_layer(layer, regions_in(layer, stack), kind, tp, experts_in(layer, stack))
-    shrink(model, tuple(p for p in spec.head.parameters if p.cut is not None), tp)
-    if spec.tied_embeddings:
-        head.weight = embedding.weight
     stage.head_tp = tp
-    fuse_loss(head, spec.head.parameters[-1], tp, stage.early_gradient)
+    if family.head is not None:
+        head = stage.last_modules[-1]
+        shrink(model, tuple(stage.placed(p) for p in spec.head.parameters if p.cut is not None), tp)
+        if spec.tied_embeddings:
+            head.weight = model.get_submodule(str(family.embedding)).weight
+        fuse_loss(head, spec.head.parameters[-1], tp, stage.early_gradient)
+    if isinstance(stage, WholeStage):
+        stage.enter_from_whole(tp)
+        stage.leave_whole(lambda hidden: hidden, tp)
+        stage.end_at_head()
     with torch.no_grad():
-        for name, parameter in _named(spec, stage):
-            local = model.get_parameter(name)
+        for name, path, parameter in _named(spec, stage):
+            local = model.get_parameter(path)
             for piece in pieces_of(parameter, tp.size, tp.rank, 1, 0):
                 whole = box(values[name], piece.global_offset, piece.size)
                 box(local, piece.local_offset, piece.size).copy_(whole)

@@ -184,6 +184,8 @@ def check_cuts(
 ) -> str | None:
     """Whether tokens, heads, experts and parameters divide by what cuts them."""
     axes = StageAxes(stage_size)
+    if spec is not None and unit in ENDS and spec.ends == "whole" and strategy.ulysses > 1:
+        return f"ulysses={strategy.ulysses} is for layers: the {unit} of {spec.name} sees whole sequences; set it to 1"
     if spec is None or unit in ENDS:
         tokens = seq_len if spec is None or unit == "embedding" else spec.layers[-1].tokens(seq_len)
     else:

@@ -148,7 +148,7 @@ class UnitShape:
 
     def _embedding(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
         stage = Stage(model, family, range(0), is_first=True, is_last=False)
-        owners = [model.get_submodule(name) for name in (family.embedding, *family.before)]
+        owners = [model.get_submodule(name) for name in stage.first_paths]
         cut_embedding(owners[0], self.spec.embedding.parameters[0], tp)
         for positions in stage.position_tables():
             cut_positions(positions, (range(self.seq_len // tp.size),))
@@ -157,11 +157,11 @@ class UnitShape:
     def _head(self, model: PreTrainedModel, family: Family, tp: AxisGroup) -> LocalUnit:
         end = self.spec.num_layers
         stage = Stage(model, family, range(end, end), is_first=False, is_last=True)
-        projection, head = self.spec.head.parameters[-1], model.get_submodule(family.head)
+        projection, head = self.spec.head.parameters[-1], stage.last_modules[-1]
         shrink(model, tuple(p for p in self.spec.head.parameters if p.cut is not None), tp)
         stage.head_tp = tp
         fuse_loss(head, projection, tp, stage.early_gradient)
-        owners = (model.get_submodule(family.norm), head)
+        owners = stage.last_modules
         stage.receive_in(owners[0])
         return LocalUnit(stage, owners, (), position_ids=self._position_ids())
 

@@ -35,6 +35,8 @@ def check_question(model: ModelProfile, hardware: HardwareProfile, batches: Sequ
     problem = model.spec.sequence_problem(model.seq_len) or limits.problem() or _undivided(hardware, batches, limits)
     if problem:
         raise ConfigError(problem)
+    if model.spec.tied_embeddings:
+        limits.of_tied_ends()
     pp = limits.fix.get("pp")
     if isinstance(pp, int) and pp > model.spec.num_layers:
         raise ConfigError(f"pp={pp} must not exceed the model's {model.spec.num_layers} layers; lower pp")
@@ -51,7 +53,8 @@ def check_question(model: ModelProfile, hardware: HardwareProfile, batches: Sequ
 
 
 def _undivided(hardware: HardwareProfile, batches: Sequence[int], limits: Limits) -> str | None:
-    wanted = [(name, "world_size", hardware.world_size) for name in DEGREES]
+    degrees = [name for name in limits.fix if name.rpartition(".")[2] in DEGREES]
+    wanted = [(name, "world_size", hardware.world_size) for name in degrees]
     wanted += [("num_microbatches", "global_batch_size", batch) for batch in batches]
     for name, of_name, of in wanted:
         value = limits.fix.get(name)
@@ -98,6 +101,6 @@ def _has_plans(setting: Setting, limits: Limits, batches: Sequence[int]) -> bool
         if limits.space in FAMILIES:
             if FAMILIES[limits.space].tasks(task) and leanest(space, limits.space, node) is not None:
                 return True
-        elif not space.is_empty:
+        elif space.alternatives:
             return True
     return False

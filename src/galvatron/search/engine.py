@@ -88,6 +88,7 @@ def search(
         model_profile.seq_len if seq_len is None else seq_len,
         model_profile.precision if precision is None else precision,
         grad_reduce_dtype,
+        runtime=limits.runtime,
     )
     limit = hardware_profile.device.memory_bytes if memory_limit_bytes is None else memory_limit_bytes
     job = Job(setting, limits, limit, batches, progress or (lambda line: None), patience)

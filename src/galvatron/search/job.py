@@ -107,7 +107,8 @@ class Job:
 
     def with_prediction(self, plan: Plan) -> Plan:
         """``plan`` with its prediction under this job's profiles and memory limit."""
-        prediction = predict(plan, self.setting.model, self.setting.hardware, self.limit)
+        setting = self.setting
+        prediction = predict(plan, setting.model, setting.hardware, self.limit, setting.runtime)
         return plan.model_copy(update={"prediction": prediction})
 
 

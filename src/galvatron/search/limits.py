@@ -1,7 +1,7 @@
 """What a search may choose from: the space, and what the user pins, forbids or bounds.
 
-Takes words such as ``tp=8`` and ``ulysses``; gives Limits, which say of any value whether it is allowed.  Knows
-nothing of costs.
+Takes words such as ``tp=8``, ``head.tp=2`` and ``ulysses``; gives Limits, which say of any value whether it is
+allowed.  Knows nothing of costs.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, cast, get_args
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.model import RECOMPUTES
+from galvatron.core.model import ENDS, RECOMPUTES, UnitName
 from galvatron.core.words import did_you_mean, plain, shown
+from galvatron.cost.setting import Runtime
+from galvatron.plan import hetu
 from galvatron.plan.plan import SCHEDULES
 from galvatron.plan.rules import RUNTIME_ONLY_ONE, RUNTIME_SCHEDULES
 
 Value = int | str
-SpaceName = Literal["runtime", "all", "dp", "fsdp", "tp", "pp", "3d", "uniform"]
+SpaceName = Literal["runtime", "all", "hetu", "dp", "fsdp", "tp", "pp", "3d", "uniform"]
 SPACES: tuple[SpaceName, ...] = get_args(SpaceName)
 
 NEUTRAL: dict[str, Value] = {
@@ -37,13 +39,20 @@ NEUTRAL: dict[str, Value] = {
 """Every dimension but the schedule, with the value that makes no use of it."""
 
 DIMENSIONS = ("schedule", *NEUTRAL)
+OF_ENDS = ("tp", "ulysses", "dp_shard", "dp_replicate", "zero")
+"""What embedding and head have too; they are not recomputed and have no rings or experts."""
+NAMES = (*DIMENSIONS, *(f"{end}.{name}" for end in ENDS for name in OF_ENDS))
 WORDS: dict[str, tuple[str, ...]] = {"schedule": SCHEDULES, "recompute": RECOMPUTES}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``fix``: the only value of a dimension (of every layer); ``forbid``: dimensions that stay neutral, schedules or
-    levels of recompute that are not used; ``at_most``: the largest value of a dimension."""
+    """``fix``: the only value of a dimension; ``forbid``: dimensions that stay neutral, schedules or levels of
+    recompute that are not used; ``at_most``: the largest value of a dimension.
+
+    What is said of a dimension holds for layers, embedding and head.  What is said of an end by name, such as
+    ``head.tp``, replaces that for this end; of tied ends, which are one tensor, for both (``of_tied_ends``).
+    """
 
     space: SpaceName = "runtime"
     fix: Mapping[str, Value] = field(default_factory=dict)
@@ -70,13 +79,15 @@ class Limits:
     def problem(self) -> str | None:
         """The first limit that contradicts another, as a sentence; None if none does."""
         for name, value in self.fix.items():
-            if not self.is_everything and not self._runs(name, value):
+            if not self._offers(name, value):
                 usual = f"where {name} is {NEUTRAL[name]}" if name in RUNTIME_ONLY_ONE else "which has no such plan"
-                return f"{name}={value} needs --space all: space={self.space} is what can be trained, {usual}"
+                what = "what plans of Hetu-Galvatron can say" if self.runtime == "hetu" else "what can be trained"
+                return f"{name}={value} needs --space all: space={self.space} is {what}, {usual}"
             if isinstance(value, int) and value > self.at_most.get(name, value):
                 return f"{name}={value} is fixed but at most {self.at_most[name]} is allowed; change one of them"
-            if value in self.forbid or (name in self.forbid and value != NEUTRAL.get(name)):
-                word = value if value in self.forbid else name
+            dimension = name.rpartition(".")[2]
+            if value in self.forbid or (dimension in self.forbid and value != NEUTRAL.get(dimension)):
+                word = value if value in self.forbid else dimension
                 return f"{name}={value} is fixed but {word} is forbidden; leave one of them out"
         return None
 
@@ -91,33 +102,71 @@ class Limits:
         if self.space not in ("runtime", "all"):
             yield f"space {self.space}", replace(self, space="runtime")
 
-    def allows(self, dimension: str, value: Value, *, end: bool = False) -> bool:
-        """Whether a layer (or, with ``end``, an embedding or head) may have ``value``; ``fix`` is for layers alone."""
-        if dimension in self.fix and not end and value != self.fix[dimension]:
+    def of_tied_ends(self) -> Limits:
+        """The same for ends that are one tensor: what is said of one is said of both.
+
+        Raises:
+            ConfigError: it contradicts itself.
+        """
+        fix, at_most = dict(self.fix), dict(self.at_most)
+        for name in OF_ENDS:
+            names = [f"{end}.{name}" for end in ENDS]
+            fixed = {n: value for n in names if isinstance(value := self.fix.get(n), int)}
+            bounds = {n: self.at_most[n] for n in names if n in self.at_most}
+            fix |= dict.fromkeys(names if fixed else (), max(fixed.values(), default=0))
+            at_most |= dict.fromkeys(names if bounds else (), min(bounds.values(), default=0))
+            if len(set(fixed.values())) > 1 or any(v > b for v in fixed.values() for b in bounds.values()):
+                said = [f"{n}={v}" for n, v in fixed.items()] + [f"{n} at most {b}" for n, b in bounds.items()]
+                raise ConfigError(
+                    f"{' and '.join(said)} cannot be, for the model's embedding and head are one tensor, cut alike; "
+                    "say it of one of them"
+                )
+        return replace(self, fix=fix, at_most=at_most)
+
+    def allows(self, dimension: str, value: Value, unit: UnitName | None = None) -> bool:
+        """Whether a plan's outside, or ``unit``, may have ``value``."""
+        name, fixed = self._said_of(dimension, unit)
+        if fixed is not None and value != fixed:
             return False
-        if isinstance(value, int) and value > self.at_most.get(dimension, value):
+        if isinstance(value, int) and value > self.at_most.get(name, value):
             return False
         if value in self.forbid or (dimension in self.forbid and value != NEUTRAL.get(dimension)):
             return False
-        return self.is_everything or self._runs(dimension, value)
+        return self._offers(dimension, value)
+
+    def _said_of(self, dimension: str, unit: UnitName | None) -> tuple[str, Value | None]:
+        """The name under which something is said of a unit's dimension, and the value that is fixed."""
+        own = f"{unit}.{dimension}"
+        if unit not in ENDS:
+            return dimension, self.fix.get(dimension)
+        if own in self.fix or own in self.at_most:
+            return own, self.fix.get(own)
+        if dimension not in OF_ENDS:
+            return own, None
+        fixed, rings = self.fix.get(dimension), self.fix.get("cp", 1)
+        if dimension == "ulysses" and isinstance(fixed, int) and isinstance(rings, int):
+            fixed *= rings  # ends cut by Ulysses the tokens that layers cut by rings
+        return dimension, fixed
 
     @property
-    def is_everything(self) -> bool:
-        """Whether plans may use what the runtime cannot run yet."""
-        return self.space == "all"
+    def runtime(self) -> Runtime:
+        """Who is to run the plans."""
+        return "hetu" if self.space == "hetu" else "galvatron"
 
-    @staticmethod
-    def _runs(dimension: str, value: Value) -> bool:
+    def _offers(self, dimension: str, value: Value) -> bool:
+        """Whether the space has such plans."""
+        if self.space == "all":
+            return True
         if dimension == "schedule":
-            return value in RUNTIME_SCHEDULES
+            return value in (hetu.SCHEDULES.values() if self.space == "hetu" else RUNTIME_SCHEDULES)
         return dimension not in RUNTIME_ONLY_ONE or value == 1
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     if not value.strip():
-        raise ConfigError(f"{shown(text)} is no dimension=value; dimensions: {', '.join(DIMENSIONS)}")
-    return _word(name, DIMENSIONS, option), value.strip()
+        raise ConfigError(f"{shown(text)} is no dimension=value; dimensions: {', '.join(NAMES)}")
+    return _word(name, NAMES, option), value.strip()
 
 
 def _word(text: str, known: Iterable[str], option: str) -> str:
@@ -146,8 +195,9 @@ def _bound(text: str) -> tuple[str, int]:
 
 
 def _number(name: str, text: str, option: str) -> int:
-    least, most = (0, 3) if name == "zero" else (1, 2**24)
+    zero = name.rpartition(".")[2] == "zero"
+    least, most = (0, 3) if zero else (1, 2**24)
     if not (re.fullmatch(r"\d{1,8}", text, re.ASCII) and least <= int(text) <= most):
-        span = "0, 1, 2 or 3" if name == "zero" else f"a whole number from 1 to {most:,}"
+        span = "0, 1, 2 or 3" if zero else f"a whole number from 1 to {most:,}"
         raise ConfigError(f"{option} {name}={shown(text)} is no value of {name}; give {span}")
     return int(text)

@@ -28,8 +28,11 @@ MAX_PAIRS = 16  # tied ends tried: those that hold least
 
 def smallest(space: Space) -> Solution | None:
     """The plan of least peak memory; its value is the fullest stage's tensor bytes.  None: the space is empty."""
-    if space.is_empty:
-        return None
+    found = [solution for solution in map(_of_any_options, space.alternatives) if solution is not None]
+    return min(found, key=lambda solution: solution.value, default=None)
+
+
+def _of_any_options(space: Space) -> Solution | None:
     if space.end_pairs is None:
         return _smallest(space)
     pairs = sorted(undominated_pairs(space), key=lambda pair: _pair_bytes(space, pair))[:MAX_PAIRS]

@@ -7,6 +7,7 @@ it was too low and is raised.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,8 +68,9 @@ def parts(space: Space) -> Iterator[tuple[float, Space]]:
     Tied ends have equal strategies: every pair is a part.  Interleaved layers are all in one layout, so that chunks
     meet without redistribution.
     """
-    pairs = [(0.0, space)] if space.end_pairs is None else _pairs(space)
-    for floor, pair in [] if space.is_empty else pairs:
+    found = [[(0.0, part)] if part.end_pairs is None else _pairs(part) for part in space.alternatives]
+    pairs = heapq.merge(*found, key=lambda pair: pair[0])
+    for floor, pair in pairs:
         layouts = range(len(space.layouts)) if space.task.model_chunks > 1 else ()
         for part in [pair.in_layout(layout) for layout in layouts] or [pair]:
             if not part.is_empty:

@@ -20,6 +20,7 @@ from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.cost.unit import UnitTimes, all_unit_times
 from galvatron.plan.axes import StageAxes, divisors
+from galvatron.plan.hetu import inexpressible_strategy
 from galvatron.plan.plan import LayerStrategy, Schedule
 from galvatron.plan.rules import check_cuts, check_schedule
 from galvatron.plan.schedules import InFlight
@@ -147,12 +148,26 @@ class Space:
 
     @cached_property
     def end_pairs(self) -> tuple[tuple[int, int], ...] | None:
-        """For tied embeddings the (embedding, head) options of equal strategies; None when every pair is allowed."""
-        if not self.setting.model.spec.tied_embeddings:
+        """The (embedding, head) options of equal strategies, where ends have to be alike; None when any pair may be."""
+        if not (self.setting.model.spec.tied_embeddings or self.setting.runtime == "hetu"):
             return None
         head = self.options["head"].index
         pairs = ((i, head.get(strategy)) for strategy, i in self.options["embedding"].index.items())
         return tuple((i, j) for i, j in pairs if j is not None)
+
+    @cached_property
+    def alternatives(self) -> tuple[Space, ...]:
+        """Spaces that are this one together, in each of which, ends apart, any options go together.
+
+        Hetu-Galvatron's plans have one kind of data parallelism beside ZeRO 3: none or ZeRO 2.
+        """
+        found = [self]
+        if self.setting.runtime == "hetu":
+            columns = {unit: options.strategies for unit, options in self.options.items()}
+            without_2 = {unit: np.flatnonzero(s.zero != 2) for unit, s in columns.items()}
+            with_2 = {unit: np.flatnonzero((s.zero > 0) | (s.dp * s.ulysses == 1)) for unit, s in columns.items()}
+            found = [self.restricted(without_2), self.restricted(with_2)]
+        return tuple(space for space in found if not space.is_empty)
 
     def with_free_ends(self) -> Space:
         """This space with an embedding and a head that take no time and hold nothing."""
@@ -187,7 +202,8 @@ class SpaceBuilder:
     """
 
     def __init__(self, job: Setting, limits: Limits, memory_limit_bytes: int) -> None:
-        self.job, self.limits = job, limits
+        self.job = job
+        self.limits = limits.of_tied_ends() if job.model.spec.tied_embeddings else limits
         self.usable_bytes = usable_bytes(job, memory_limit_bytes)
         self.rows: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(self._rows)
         num_rows = sum(len(self.rows(job.hardware.world_size, unit)) for unit in job.model.spec.units)
@@ -241,24 +257,28 @@ class SpaceBuilder:
 
         Degrees stack from the inside out, so that each is the ratio of two of the stage's stacked degrees.
         """
-        degrees, end = StageAxes(stage_size).degrees, unit in ENDS
+        degrees = StageAxes(stage_size).degrees
         rows: list[tuple[int, ...]] = []
         for tp in degrees:
-            recomputes = [r for r in self._recomputes(unit, tp) if self.limits.allows("recompute", r, end=end)]
-            if not (recomputes and self._allowed(end, tp=tp)):
+            recomputes = [r for r in self._recomputes(unit, tp) if self.limits.allows("recompute", r, unit)]
+            if not (recomputes and self._allowed(unit, tp=tp)):
                 continue
             for ulysses, cp, ep in self._sequence_degrees(stage_size, unit, tp):
                 inner = tp * ulysses * cp
                 for outer in (degree for degree in degrees if degree % inner == 0):
                     shard, replicate = outer // inner, stage_size // outer
                     for zero in _zeros(ulysses * cp, shard):
-                        if self._allowed(end, dp_shard=shard, dp_replicate=replicate, zero=zero):
+                        if self._allowed(unit, dp_shard=shard, dp_replicate=replicate, zero=zero):
                             fixed = (tp, ulysses, cp, ep, shard, replicate, zero)
                             rows += [(*fixed, RECOMPUTES.index(r)) for r in recomputes]
-        return Strategies.of_rows(rows)
+        strategies = Strategies.of_rows(rows)
+        if self.job.runtime == "hetu":
+            said = [i for i in range(len(rows)) if inexpressible_strategy(strategies[i]) is None]
+            strategies = strategies.take(np.array(said, dtype=np.int64))
+        return strategies
 
-    def _allowed(self, end: bool, **values: int) -> bool:
-        return all(self.limits.allows(name, value, end=end) for name, value in values.items())
+    def _allowed(self, unit: UnitName, **values: int) -> bool:
+        return all(self.limits.allows(name, value, unit) for name, value in values.items())
 
     def _recomputes(self, unit: UnitName, tp: int) -> list[str]:
         """The levels whose activations the profile has, where it has compute times."""
@@ -273,15 +293,15 @@ class SpaceBuilder:
         spec, end, degrees = self.job.model.spec, unit in ENDS, StageAxes(stage_size).degrees
         experts = 0 if end else spec.kind(unit).num_experts
         factors = [degree // tp for degree in degrees if degree % tp == 0]
-        for ulysses in (u for u in factors if self._allowed(end, ulysses=u)):
+        for ulysses in (u for u in factors if self._allowed(unit, ulysses=u)):
             for cp in (f // ulysses for f in factors if f % ulysses == 0):
-                if (end and cp > 1) or not self._allowed(end, cp=cp):
+                if (end and cp > 1) or not self._allowed(unit, cp=cp):
                     continue
                 for ep in (e for e in factors if e == 1 or (experts and experts % e == 0)):
                     inner = tp * ulysses * cp
                     strategy = LayerStrategy(tp=tp, ulysses=ulysses, cp=cp, ep=ep, dp_replicate=stage_size // inner)
                     legal = check_cuts(strategy, unit, spec, stage_size, self.job.seq_len) is None
-                    if legal and self._allowed(end, ep=ep):
+                    if legal and self._allowed(unit, ep=ep):
                         yield ulysses, cp, ep
 
 

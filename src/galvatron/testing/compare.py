@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,8 @@ def compare_on_rank(path: Path, plan: Plan, engine: str | None = None) -> RankFi
         found, seen = _train_step(model, optimizer, step, index, reference.recipe.max_grad_norm)
         deviations += found
         scalars += seen
-    scalars.append(float(model.evaluate(reference.steps[0].input_ids, reference.steps[0].labels)))
+    inputs: dict[str, Any] = dict(reference.steps[0].inputs)
+    scalars.append(float(model.evaluate(labels=reference.steps[0].labels, **inputs)))
     deviations.append(_scalar("final_loss", -1, scalars[-1], reference.final_loss))
     deviations += _final_state(model.local_parameters, optimizer, reference)
     held = (deviation.model_copy(update={"precision": reference.precision}) for deviation in deviations)
@@ -135,7 +137,8 @@ def _train_step(
     model: ParallelModel, optimizer: torch.optim.AdamW, step: Step, index: int, max_grad_norm: float | None
 ) -> tuple[list[Deviation], list[float]]:
     model.zero_grad()
-    loss = float(model.train_step(step.input_ids, step.labels))
+    inputs: dict[str, Any] = dict(step.inputs)
+    loss = float(model.train_step(labels=step.labels, **inputs))
     scale = 1.0 if model.loss_scale is None else model.loss_scale.scale
     deviations = [_scalar("loss", index, loss, step.loss)]
     for parameter in model.local_parameters:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.lora import Lora
-from galvatron.models import freeze_parameters
+from galvatron.models import auto_class, freeze_parameters
 from galvatron.models.lora import attach_lora
 
 WEIGHT_STD = 0.15
@@ -85,6 +85,42 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES: tuple[str, ...] = tuple(_OVERRIDES)
+"""Causal language models."""
+
+_BERT: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "pad_token_id": 1,
+}
+_VIT: dict[str, Any] = {
+    **{key: value for key, value in _BERT.items() if key.startswith(("hidden", "inter", "num_", "attention"))},
+    "image_size": 12,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+_OVERRIDES |= {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "modernbert": {
+        **{key: value for key, value in _BERT.items() if "drop" not in key},
+        "local_attention": 10,
+        "global_attn_every_n_layers": 3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "cls_token_id": 0,
+        "sep_token_id": 0,
+    },
+    "vit": _VIT,
+    "dinov2": {**_VIT, "num_labels": 5},
+}
+ENCODERS: tuple[str, ...] = tuple(_OVERRIDES)[len(FAMILIES) :]
+"""Those whose ends see whole sequences: of words, and of images."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +171,11 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("opt", "opt", freeze=("*k_proj.bias",)),  # whose true gradient is zero without rotary positions
     Variant("cohere-head-norms", "cohere", {"use_qk_norm": True}),
     Variant("gpt_neox-serial", "gpt_neox", {"use_parallel_residual": False}),
+    Variant("bert", "bert", freeze=("*key.bias",)),
+    Variant("roberta", "roberta", freeze=("*key.bias",)),
+    Variant("modernbert", "modernbert"),
+    Variant("vit", "vit", freeze=("*k_proj.bias",)),
+    Variant("dinov2", "dinov2", freeze=("*k_proj.bias", "*mask_token")),
 )
 """GQA and MHA, tied and untied, with and without biases and a padding row, fused and separate projections; frozen
 from below, and here and there (a tied weight, whole layers among others, norms and biases)."""
@@ -158,18 +199,18 @@ SAMPLED: tuple[str, ...] = tuple(variant.name for variant in VARIANTS[11:])
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
-    """A configuration of ``family`` (one of ``FAMILIES``) with Hugging Face's keys in ``overrides`` replaced."""
+    """A configuration of ``family``, one of those above, with Hugging Face's keys in ``overrides`` replaced."""
     return AutoConfig.for_model(family, **{**_OVERRIDES[family], **overrides})
 
 
 def tiny_model(family: str | PretrainedConfig, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """An unmodified Hugging Face causal language model, float32 on the CPU, all weights drawn from ``seed``.
+    """An unmodified Hugging Face model, float32 on the CPU, all weights drawn from ``seed``.
 
     Hugging Face starts biases at zero and norms at one, values under which a lost bias or a doubled norm
     goes unseen; here biases and the offsets of norm weights from one are random too.
     """
     config = tiny_config(family, **overrides) if isinstance(family, str) else copy.deepcopy(family)
-    return draw_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed)
+    return draw_weights(auto_class(config).from_config(config, dtype=torch.float32), seed)
 
 
 @torch.no_grad()

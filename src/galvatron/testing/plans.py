@@ -25,13 +25,14 @@ MAX_MICROBATCHES = 8
 MAX_CHUNKS = 3
 
 
-def random_plans(spec: ModelSpec, world_size: int, count: int, seed: int, seq_len: int = SEQ_LEN) -> list[Plan]:
+def random_plans(spec: ModelSpec, world_size: int, count: int, seed: int, seq_len: int | None = None) -> list[Plan]:
     """``count`` different plans for ``world_size`` devices, the same ones for the same ``seed``.
 
     Pipeline depths (1 to 4, as far as they divide the world) and schedules are dealt in turn, in an order drawn for
     the model and the world, so that few plans cover them all; lengths and number of chunks, microbatches (1 to 8, also
     fewer than stages, but where interleaved) and the strategy of the embedding, each layer and the head are drawn.
     """
+    seq_len = seq_len or usual_length(spec)
     rng = random.Random(f"{seed} {spec.name} {world_size}")
     pipelines = _pipelines(spec, world_size)
     rng.shuffle(pipelines)
@@ -55,14 +56,19 @@ def _pipelines(spec: ModelSpec, world_size: int) -> list[tuple[int, Schedule, in
     return found
 
 
-def pure_plans(spec: ModelSpec, world_size: int, seq_len: int = SEQ_LEN) -> dict[str, Plan]:
+def usual_length(spec: ModelSpec) -> int:
+    """``SEQ_LEN``, or of images what they are to the model."""
+    return spec.max_seq_len if spec.task == "image_classification" else SEQ_LEN
+
+
+def pure_plans(spec: ModelSpec, world_size: int, seq_len: int | None = None) -> dict[str, Plan]:
     """Plans that use one technique for the whole model, by name, as far as ``spec`` and the world allow.
 
     Names: dp, the levels of recompute (with data parallelism), zero1, zero2, zero3, tp, ulysses, ring; hsdp1, hsdp2,
     hsdp3 (replicas of shards) from 4 devices on; every schedule (up to 4 uneven stages, interleaved ones of 2 chunks,
     data parallel within) from 2 on.
     """
-    world = world_size
+    world, seq_len = world_size, seq_len or usual_length(spec)
     zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
     strategies = {
         "dp" if level == "none" else level: LayerStrategy(dp_replicate=world, recompute=level) for level in RECOMPUTES
@@ -89,7 +95,10 @@ def pure_plans(spec: ModelSpec, world_size: int, seq_len: int = SEQ_LEN) -> dict
 def _uniform_plan(
     spec: ModelSpec, strategy: LayerStrategy, world_size: int, seq_len: int, pp: int = 1, schedule: Schedule = "1f1b"
 ) -> Plan:
-    ends = strategy.model_copy(update={"recompute": "none", "ulysses": strategy.ulysses * strategy.cp, "cp": 1})
+    cut = strategy.ulysses * strategy.cp
+    ends = strategy.model_copy(update={"recompute": "none", "ulysses": cut, "cp": 1})
+    if spec.ends == "whole" and cut > 1:
+        ends = LayerStrategy(tp=strategy.tp, dp_replicate=strategy.dp * cut)
     chunks = 2 if schedule == "interleaved" else 1
     entries = pp * chunks
     plan = Plan(

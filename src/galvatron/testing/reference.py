@@ -8,6 +8,7 @@ processes.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import Precision
-from galvatron.models import Adapter, adapter_of
+from galvatron.core.tasks import TOKEN_TASKS
+from galvatron.models import Adapter, adapter_of, auto_class, config_of, random_inputs, task_of
 from galvatron.models.lora import attach
 from galvatron.parallelize.sharding.fsdp import DTYPES
 
@@ -27,6 +29,8 @@ IGNORED = -100
 FP16_SCALE = 2.0**10
 """Of the loss under fp16: with the few tokens of a test, each counts for so much that 2^16 overflows."""
 Tensors = dict[str, torch.Tensor]
+Batch = tuple[Tensors, torch.Tensor]
+"""Inputs by name, and labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +67,12 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step: its batch (int64 ``[global_batch_size, seq_len]``), and the loss, norm and gradients it gave.
+    """One step: its batch (inputs by name, int64 labels), and the loss, norm and gradients it gave.
 
     Gradients are those before clipping, by global parameter name.
     """
 
-    input_ids: torch.Tensor
+    inputs: Tensors
     labels: torch.Tensor
     loss: float
     grad_norm: float
@@ -129,19 +133,19 @@ def train_reference(
     _refuse_dropout(model)
     initial = _snapshot(dict(model.named_parameters()))
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
-    adapter = adapter_of(model)
-    twin = restore(model.config, initial, frozen, adapter)
+    config, adapter = config_of(model), adapter_of(model)
+    twin = restore(config, initial, frozen, adapter)
     parameters = dict(twin.named_parameters())
     trained = {name: parameter for name, parameter in parameters.items() if name not in frozen}
     optimizer = recipe.optimizer(list(trained.values()))
-    batches = make_batches(recipe, model.config.vocab_size, global_batch_size, seq_len)
+    batches = make_batches(recipe, config, global_batch_size, seq_len)
     steps = tuple(_step(twin, optimizer, batch, recipe.max_grad_norm, precision) for batch in batches)
     with torch.no_grad():
-        final_loss = token_loss(twin, *batches[0], precision).item()
+        final_loss = mean_loss(twin, *batches[0], precision).item()
     return Reference(
         recipe=recipe,
         precision=precision,
-        config=model.config,
+        config=config,
         adapter=adapter,
         frozen=frozen,
         initial=initial,
@@ -153,41 +157,51 @@ def train_reference(
     )
 
 
-def make_batches(
-    recipe: Recipe, vocab_size: int, global_batch_size: int, seq_len: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """One (input_ids, labels) a step, drawn from the recipe's seed; labels are shifted, some are ignored.
+def make_batches(recipe: Recipe, config: PretrainedConfig, global_batch_size: int, seq_len: int) -> list[Batch]:
+    """One batch a step, drawn from the recipe's seed; labels of causal language models are shifted, some are ignored.
 
     Every fifth label or so is ignored, and (where there are several) all of the last sequence: ranks and
     microbatches then count different numbers of tokens, down to none, so that any mean of means shows.
     """
-    generator = torch.Generator().manual_seed(recipe.seed)
-    batches = []
+    generator, task = torch.Generator().manual_seed(recipe.seed), task_of(config)
+    batches: list[Batch] = []
     for _ in range(recipe.num_steps):
-        tokens = torch.randint(vocab_size, (global_batch_size, seq_len + 1), generator=generator)
-        labels = tokens[:, 1:].clone()
+        if task == "causal_lm":
+            tokens = torch.randint(config.vocab_size, (global_batch_size, seq_len + 1), generator=generator)
+            inputs, labels = {"input_ids": tokens[:, :-1].contiguous()}, tokens[:, 1:].clone()
+        else:
+            inputs = random_inputs(config, task, global_batch_size, seq_len, generator)
+            of_tokens = task in TOKEN_TASKS
+            shape = (global_batch_size, seq_len) if of_tokens else (global_batch_size,)
+            labels = torch.randint(
+                config.vocab_size if of_tokens else int(config.num_labels or 1), shape, generator=generator
+            )
+        whole = labels.clone()
         labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORED
-        labels[:, 0] = tokens[:, 1]  # at least one counts
+        counts = (slice(None), 0) if labels.dim() > 1 else 0
+        labels[counts] = whole[counts]  # at least one does
         if global_batch_size > 1:
             labels[-1] = IGNORED
-        batches.append((tokens[:, :-1].contiguous(), labels))
+        batches.append((inputs, labels))
     return batches
 
 
-def token_loss(
-    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, precision: Precision = "fp32"
+def mean_loss(
+    model: PreTrainedModel, inputs: Tensors, labels: torch.Tensor, precision: Precision = "fp32"
 ) -> torch.Tensor:
-    """Mean cross entropy of the counted tokens, a float32 scalar; ``precision`` is what the model computes in."""
+    """Mean cross entropy of what counts, a float32 scalar; ``precision`` is what the model computes in."""
     weights = {name: parameter.to(DTYPES[precision]) for name, parameter in model.named_parameters()}
-    logits = functional_call(model, weights, kwargs={"input_ids": input_ids, "use_cache": False}).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    given = {name: v.to(DTYPES[precision]) if v.is_floating_point() else v for name, v in inputs.items()}
+    logits = functional_call(model, weights, kwargs={**given, **options}).logits
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
 def restore(
     config: PretrainedConfig, weights: Tensors, frozen: Collection[str] = (), adapter: Adapter | None = None
 ) -> PreTrainedModel:
     """A float32 Hugging Face model of ``config`` in training mode with copies of ``weights``; ``frozen`` ones stay."""
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    model = auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
     if adapter is not None:
         attach(model, adapter.name, adapter.config)
     with torch.no_grad():
@@ -200,12 +214,12 @@ def restore(
 def _step(
     model: PreTrainedModel,
     optimizer: torch.optim.AdamW,
-    batch: tuple[torch.Tensor, torch.Tensor],
+    batch: Batch,
     max_grad_norm: float | None,
     precision: Precision,
 ) -> Step:
     optimizer.zero_grad()
-    loss = token_loss(model, *batch, precision)
+    loss = mean_loss(model, *batch, precision)
     scale = FP16_SCALE if precision == "fp16" else 1.0
     (loss * scale).backward()
     for parameter in model.parameters():
@@ -215,8 +229,8 @@ def _step(
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
     optimizer.step()
-    input_ids, labels = batch
-    return Step(input_ids=input_ids, labels=labels, loss=loss.item(), grad_norm=grad_norm, gradients=gradients)
+    inputs, labels = batch
+    return Step(inputs=inputs, labels=labels, loss=loss.item(), grad_norm=grad_norm, gradients=gradients)
 
 
 def _snapshot(parameters: dict[str, torch.nn.Parameter]) -> Tensors:

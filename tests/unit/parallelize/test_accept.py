@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from galvatron.core.errors import ConfigError, PlanError
 from galvatron.models import build_spec, meta_model
@@ -46,10 +46,6 @@ OTHERS: dict[str, tuple[Callable[[], object], str]] = {
     "base model": (
         lambda: AutoModel.from_config(tiny_config("llama")),
         "model_type='llama' trains as LlamaForCausalLM, got LlamaModel; load the model with AutoModelForCausalLM",
-    ),
-    "classifier": (
-        lambda: AutoModelForSequenceClassification.from_config(tiny_config("gpt2", pad_token_id=0)),
-        "trains as GPT2LMHeadModel, got GPT2ForSequenceClassification",
     ),
     "module": (lambda: nn.Linear(2, 2), "takes a Hugging Face causal language model, got Linear; load one"),
     "wrapper": (

@@ -22,6 +22,7 @@ from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import Setting, unit_memory, unit_times
 from galvatron.cost.communication import redistribution_s, transfer_s
 from galvatron.cost.memory import shared_bytes
+from galvatron.plan.hetu import inexpressible_strategy
 from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.rules import check_strategy
 from galvatron.plan.schedules import InFlight, in_flight
@@ -33,6 +34,7 @@ class Choice:
 
     values: dict[str, tuple[Any, ...]]
     schedules: tuple[tuple[str, int], ...]
+    runtime: str = "galvatron"
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Costs:
         for strategy in every_strategy(setting.stage_size, unit, self.choice):
             if strategy.tp not in setting.model.tp_degrees():
                 continue
+            if setting.runtime == "hetu" and inexpressible_strategy(strategy):
+                continue
             shape = (setting.stage_size, setting.micro_batch_size, setting.seq_len)
             if check_strategy(strategy, unit, setting.model.spec, *shape) is None:
                 memory = unit_memory(setting, unit, strategy)
@@ -119,9 +123,23 @@ class Costs:
         return found
 
     def allowed(self) -> Any:
-        """Which combinations the rules allow: tied ends alike, one layout under interleaving."""
+        """Which combinations the rules allow: tied ends alike, one layout under interleaving.
+
+        Hetu-Galvatron's ends are alike too, and what it does not shard by ZeRO 3 has one ZeRO stage.
+        """
         mask = np.ones([len(options) for options in self.options], dtype=bool)
-        if self.setting.model.spec.tied_embeddings:
+        if self.setting.runtime == "hetu":
+            strategies = [[o.strategy for o in options] for options in self.options]
+            of_2, of_0 = (
+                [np.array([s.zero == zero and s.dp * s.ulysses > 1 for s in own]) for own in strategies]
+                for zero in (2, 0)
+            )
+            some_2, some_0 = (
+                functools.reduce(np.logical_or, (self._axis(u, own) for u, own in enumerate(having)))
+                for having in (of_2, of_0)
+            )
+            mask &= ~(some_2 & some_0)
+        if self.setting.model.spec.tied_embeddings or self.setting.runtime == "hetu":
             alike = [[a.strategy == b.strategy for b in self.options[-1]] for a in self.options[0]]
             mask &= np.array(alike).reshape(len(alike), *[1] * len(self.kinds), len(alike[0]))
         if self.setting.schedule == "interleaved":
@@ -211,7 +229,7 @@ def every_task(model: ModelProfile, hardware: HardwareProfile, batch: int, choic
             continue
         if (schedule == "interleaved" and m % pp) or (m == 1 and schedule in ("interleaved", "zero_bubble")):
             continue
-        args = (model, hardware, pp, m, batch, model.seq_len, model.precision, "fp32", schedule, chunks)
+        args = (model, hardware, pp, m, batch, model.seq_len, model.precision, "fp32", schedule, chunks, choice.runtime)
         yield Setting(*args)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from galvatron.core.tasks import TOKEN_TASKS
+from galvatron.models import random_inputs, task_of
 from galvatron.testing.models import FAMILIES, VARIANTS, Variant, tiny_config, tiny_model
 
 
@@ -27,8 +29,9 @@ def test_every_variant_runs_with_four_and_eight_heads(name: str) -> None:
     for heads in (4, 8):
         config = Variant.named(name).config(heads)
         assert config.num_attention_heads == heads
-        tokens = torch.arange(8)[None]
-        assert tiny_model(config)(tokens, use_cache=False).logits.shape == (1, 8, config.vocab_size)
+        task, generator = task_of(config), torch.Generator().manual_seed(0)
+        logits = tiny_model(config)(**random_inputs(config, task, 1, 8, generator)).logits
+        assert logits.shape == ((1, 8, config.vocab_size) if task in TOKEN_TASKS else (1, config.num_labels))
 
 
 def test_mistrals_window_is_felt_within_a_test_sequence() -> None:

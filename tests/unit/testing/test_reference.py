@@ -7,18 +7,18 @@ import torch
 
 from galvatron.core.errors import ConfigError
 from galvatron.testing.models import tiny_config, tiny_model
-from galvatron.testing.reference import IGNORED, Recipe, Reference, make_batches, token_loss, train_reference
+from galvatron.testing.reference import IGNORED, Recipe, Reference, make_batches, mean_loss, train_reference
 
 
 def test_the_loss_is_hugging_faces_own() -> None:
     model = tiny_model("llama")
     step = train_reference(model, 4, 16).steps[0]
-    assert token_loss(model, step.input_ids, step.labels).item() == pytest.approx(step.loss, rel=1e-6)
+    assert mean_loss(model, step.inputs, step.labels).item() == pytest.approx(step.loss, rel=1e-6)
     # Hugging Face shifts labels itself: it gets them one place to the right, which loses the last of each sequence
     unshifted = torch.cat([torch.full((4, 1), IGNORED), step.labels[:, :-1]], dim=1)
     without_last = torch.cat([step.labels[:, :-1], torch.full((4, 1), IGNORED)], dim=1)
-    own = model(input_ids=step.input_ids, labels=unshifted, use_cache=False).loss
-    assert own.item() == pytest.approx(token_loss(model, step.input_ids, without_last).item(), rel=1e-6)
+    own = model(**step.inputs, labels=unshifted, use_cache=False).loss
+    assert own.item() == pytest.approx(mean_loss(model, step.inputs, without_last).item(), rel=1e-6)
 
 
 def test_the_model_is_left_alone_and_the_run_repeats() -> None:
@@ -31,12 +31,12 @@ def test_the_model_is_left_alone_and_the_run_repeats() -> None:
 
 
 def test_batches_count_unequal_numbers_of_tokens_down_to_none() -> None:
-    for input_ids, labels in make_batches(Recipe(), 97, 6, 16):
+    for inputs, labels in make_batches(Recipe(), tiny_config("gpt2"), 6, 16):
         counts = (labels != IGNORED).sum(dim=1).tolist()
-        assert input_ids.shape == labels.shape == (6, 16)
+        assert inputs["input_ids"].shape == labels.shape == (6, 16)
         assert counts[-1] == 0
         assert len(set(counts)) > 2
-    assert all((labels != IGNORED).any() for _, labels in make_batches(Recipe(), 97, 1, 16))
+    assert all((labels != IGNORED).any() for _, labels in make_batches(Recipe(), tiny_config("gpt2"), 1, 16))
 
 
 def test_clipping_bounds_the_update_not_the_recorded_gradients() -> None:

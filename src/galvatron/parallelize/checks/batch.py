@@ -7,6 +7,7 @@ now and then, by one reduction of two numbers.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,33 +26,27 @@ AGREEMENT_EVERY = 100
 class BatchCheck:
     """Checks one batch after another against a plan's shape and a vocabulary."""
 
-    def __init__(self, shape: tuple[int, int], vocab_size: int) -> None:
-        """Batches have ``shape`` [global_batch_size, seq_len]."""
-        self.shape, self.vocab_size = shape, vocab_size
+    def __init__(self, shape: tuple[int, int], vocab_size: int, *, of_tokens: bool = True) -> None:
+        """Batches have ``shape`` [global_batch_size, seq_len]; labels are ``of_tokens``, or of whole samples."""
+        self.shape, self.vocab_size, self._of_tokens = shape, vocab_size, of_tokens
         self._num_seen = 0
 
     def weight(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        position_ids: Tensor | None = None,
-        *,
-        num_tokens: int | None = None,
-        accumulate: bool = False,
+        self, inputs: Mapping[str, Tensor], labels: Tensor, *, num_tokens: int | None = None, accumulate: bool = False
     ) -> float:
         """What a counted token's loss is multiplied by, after all checks: 1 / ``num_tokens``, or the mean's if None.
 
         Raises:
             DataError: on all ranks alike where they compare their batches; otherwise where a batch breaks a rule.
         """
-        given = (input_ids, labels) if position_ids is None else (input_ids, labels, position_ids)
-        host = [values.cpu() if isinstance(values, Tensor) else values for values in given]
-        problem = self._problem(*host)
-        counted = 0 if problem else int((host[1] != IGNORED).sum())
+        given = {**inputs, "labels": labels}
+        host = {name: values.cpu() if isinstance(values, Tensor) else values for name, values in given.items()}
+        problem = next(filter(None, (self._problem(name, values) for name, values in host.items())), None)
+        counted = 0 if problem else int((host["labels"] != IGNORED).sum())
         problem = problem or _uncounted(counted, num_tokens)
         if self._num_seen % AGREEMENT_EVERY == 0:
             settings = zlib.crc32(f"{num_tokens} {accumulate} {problem}".encode())
-            found = disagreement({"batch": settings if problem else _digest(settings, *host)})
+            found = disagreement({"batch": settings if problem else _digest(settings, *host.values())})
             if found is not None:
                 raise DataError(
                     "every rank must be given the same global batch and settings, but those of rank "
@@ -63,31 +58,40 @@ class BatchCheck:
         self._num_seen += 1
         return 1.0 / (num_tokens or counted)
 
-    def _problem(self, input_ids: Any, labels: Any, *packed: Any) -> str | None:
-        """The first rule that a batch breaks, as a sentence; None if it breaks none."""
-        names = ("input_ids", "labels", "position_ids")
-        for name, values in zip(names, (input_ids, labels, *packed), strict=False):
-            if not isinstance(values, Tensor):
-                return f"{name} must be an int64 tensor, got {type(values).__name__}; make one with torch.tensor"
-            if values.dtype != torch.int64:
-                return f"{name} must be int64, got {str(values.dtype).removeprefix('torch.')}; convert with .long()"
-            if tuple(values.shape) != self.shape:
-                return (
-                    f"a batch must have the plan's shape {list(self.shape)} on every rank, got {name} of "
-                    f"{list(values.shape)}; give global_batch_size x seq_len tokens, not one rank's share of them"
-                )
-        outside = self._outside("input_ids", input_ids, input_ids, "") or self._outside(
-            "labels", labels, torch.where(labels == IGNORED, 0, labels), f"; mark what does not count by {IGNORED}"
-        )
-        return outside or next(filter(None, map(_out_of_order, packed)), None)
+    def _problem(self, name: str, values: Any) -> str | None:
+        """The rule that an input or the labels break, as a sentence; None if they break none."""
+        if not isinstance(values, Tensor):
+            return f"{name} must be a tensor, got {type(values).__name__}; make one with torch.tensor"
+        if name not in ("input_ids", "labels", "position_ids"):
+            return self._other_problem(name, values)
+        if values.dtype != torch.int64:
+            return f"{name} must be int64, got {str(values.dtype).removeprefix('torch.')}; convert with .long()"
+        shape = self.shape if name != "labels" or self._of_tokens else self.shape[:1]
+        if tuple(values.shape) != shape:
+            return (
+                f"a batch must have the plan's shape {list(shape)} on every rank, got {name} of {list(values.shape)}; "
+                f"give {'global_batch_size x seq_len tokens' if len(shape) > 1 else 'global_batch_size classes'}, not "
+                "one rank's share of them"
+            )
+        if name == "position_ids":
+            return _out_of_order(values)
+        if name == "input_ids":
+            return self._outside(name, values, values, "")
+        known = torch.where(values == IGNORED, 0, values)
+        return self._outside(name, values, known, f"; mark what does not count by {IGNORED}")
+
+    def _other_problem(self, name: str, values: Tensor) -> str | None:
+        if values.dim() and values.shape[0] == self.shape[0]:
+            return None
+        return f"{name} must have {self.shape[0]} rows, the plan's global_batch_size, got {list(values.shape)}"
 
     def _outside(self, name: str, given: Tensor, ids: Tensor, remedy: str) -> str | None:
         lowest, highest = map(int, torch.aminmax(ids))
         if lowest >= 0 and highest < self.vocab_size:
             return None
-        row, position = ((ids < 0) | (ids >= self.vocab_size)).nonzero()[0].tolist()
+        at = ((ids < 0) | (ids >= self.vocab_size)).nonzero()[0].tolist()
         return (
-            f"{name}[{row}, {position}]={int(given[row, position])} is not among the model's {self.vocab_size} ids "
+            f"{name}[{', '.join(map(str, at))}]={int(given[tuple(at)])} is not among the model's {self.vocab_size} ids "
             f"(0 to {self.vocab_size - 1}); use the model's own tokenizer, or a model with as many rows{remedy}"
         )
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.internals import has_tensor_hooks, hooks, is_compiled
-from galvatron.models import adapter_of, check_trains, family_of, meta_model
+from galvatron.models import adapter_of, check_trains, config_of, family_of, meta_model
 from galvatron.models.lora import attach, check_adapters
 
 from ..layers.attention import uses_attention
@@ -33,7 +33,7 @@ def check_model(model: object) -> PreTrainedModel:
     for problem in _modifications(model):
         raise ConfigError(problem)
     check_adapters(model)
-    twin, adapter = meta_model(model.config), adapter_of(model)
+    twin, adapter = meta_model(config_of(model)), adapter_of(model)
     if adapter is not None:
         attach(twin, adapter.name, adapter.config)
     if type(model) is not type(twin):
@@ -55,7 +55,7 @@ def _check_class(model: object) -> None:
         raise ConfigError(f"parallelize takes a Hugging Face causal language model, got {name}; {remedy}")
     if uses_attention(model) or any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ConfigError("this model has been consumed by parallelize or fully_shard; give a new one")
-    family_of(model.config)
+    family_of(config_of(model))
 
 
 def _modifications(model: PreTrainedModel) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The attention function that Hugging Face modules call, through the transformers registry.
 
-Causal, on the local heads of whole sequences, in each document by itself where they are packed (``documents``); a
-sliding window becomes a mask only where it is shorter than the sequence.  The model makes no masks, for it knows of
+Causal or not, on the local heads of whole sequences, in each document by itself where they are packed (``documents``);
+a sliding window becomes a mask only where it is shorter than the sequence.  The model makes no masks, for it knows of
 none that go with this name: with one it would look at the positions in every microbatch, and the host would wait for
 the device each time.  Sequences are not padded.
 What training never asks for (padding, a KV cache, attention sinks) is refused, not ignored.
@@ -32,7 +32,7 @@ from .ulysses import collect_heads, deal_heads
 
 NAME = "galvatron"
 
-IGNORED = ("position_ids", "use_cache", "past_key_values", "output_attentions", "output_hidden_states")
+IGNORED = ("position_ids", "use_cache", "past_key_values", "output_attentions", "output_hidden_states", "deterministic")
 """What modules pass to every attention function and training leaves at its default, or rotary tables have used."""
 
 
@@ -91,20 +91,24 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     documents: Documents | None = None,
+    is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of N query heads over K key/value heads (K divides N); returns ([B, S, N, D], None).
+    """Attention of N query heads over K key/value heads (K divides N); returns ([B, S, N, D], None).
+
+    ``is_causal``: by default what the module says, and causal where it says nothing.
 
     ``documents``: of the whole sequences, however many ranks cut them.
 
     Raises:
-        ConfigError: it is asked for anything but causal attention of whole sequences.
+        ConfigError: it is asked for anything but attention of whole sequences.
     """
     context: Context = getattr(module, _CONTEXT, _WHOLE)
     unknown = [name for name, value in options.items() if name not in IGNORED and value is not None]
-    if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
-        asked = ", ".join(["a mask"] * (attention_mask is not None) + unknown) or "attention that is not causal"
-        raise ConfigError(f"a parallel model attends causally to whole sequences, asked for {asked}; leave it out")
+    if attention_mask is not None or unknown:
+        asked = ", ".join(["a mask"] * (attention_mask is not None) + unknown)
+        raise ConfigError(f"a parallel model attends to whole sequences, asked for {asked}; leave it out")
+    causal: bool = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _check_whole(query_BNSD.shape[2], key_BKSD.shape[2])
     local = query_BNSD.transpose(1, 2), key_BKSD.transpose(1, 2), value_BKSD.transpose(1, 2)
     query, key, value = (heads.transpose(1, 2) for heads in deal_heads(*local, context.ulysses))
@@ -116,14 +120,16 @@ def attention(
         if softcap is not None:
             raise ConfigError(f"a ring (cp={context.ring.size}) caps no scores, asked for {softcap}; set cp to 1")
         starts = None if documents is None else documents.starts
-        out_BNSD = ring_attention(query, key, value, context.ring, scaling, window, causal=True, starts=starts)
+        out_BNSD = ring_attention(query, key, value, context.ring, scaling, window, causal=causal, starts=starts)
         return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
-    if documents is not None and softcap is None and attends_by_bounds(query, documents.bounds, dropout):
+    if documents is not None and causal and softcap is None and attends_by_bounds(query, documents.bounds, dropout):
         assert documents.bounds is not None
         out_BNSD = attend_by_bounds(query, key, value, documents.bounds, scaling, window)
         return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
-    mask = _mask(seq_len, window, documents, query.device)
+    mask = _mask(seq_len, window, documents, query.device, causal=causal)
     if softcap is not None:
+        if not causal:
+            raise ConfigError(f"scores are capped where attention is causal, asked for {softcap} where it is not")
         capped = capped_attention(query, key, value, mask, softcap, scaling, dropout)
         return collect_heads(capped.transpose(1, 2), context.ulysses).contiguous(), None
     out_BNSD = F.scaled_dot_product_attention(
@@ -132,19 +138,23 @@ def attention(
         value,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
+        is_causal=causal and mask is None,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
 
 
-def _mask(seq_len: int, window: int | None, documents: Documents | None, device: torch.device) -> Tensor | None:
-    """[S, S] or [B, 1, S, S] bool: position i sees i - window + 1 ... i of its document; None: all up to itself."""
+def _mask(
+    seq_len: int, window: int | None, documents: Documents | None, device: torch.device, *, causal: bool
+) -> Tensor | None:
+    """[S, S] or [B, 1, S, S] bool: position i sees i - window + 1 ... i of its document, and as many after it if not
+    ``causal``; None: all up to itself, or all."""
     if window is None and documents is None:
         return None
     distance = torch.arange(seq_len, device=device)[:, None] - torch.arange(seq_len, device=device)[None, :]
-    sees = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    window = window or seq_len
+    sees = (distance < window) & (distance >= 0 if causal else distance > -window)
     return sees if documents is None else sees & see_each_other(documents.starts, documents.starts)
 
 

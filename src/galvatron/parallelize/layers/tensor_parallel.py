@@ -31,9 +31,9 @@ from .forward import wrap_forward
 from .later import Tap, product, tapped
 from .wide_norms import wide_norm_forward
 
-HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "split_size")
+HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "split_size", "all_head_size")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads")
-"""Attributes of attention modules, or of their configs, that count heads (GPT-2's ``split_size`` their width)."""
+"""Attributes of attention modules, or of their configs, that count heads (``split_size``, ``all_head_size``: width)."""
 
 
 def cut_layer(
@@ -98,10 +98,11 @@ def tap_linears(layer: nn.Module, regions: tuple[Region, ...], unit: UnitSpec, t
     return tuple(taps)
 
 
-def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> None:
+def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup, *, whole: bool = False) -> None:
     """Cut an embedding along the vocabulary: ids [B, S] → hidden [B, S/tp, H]; the padding row gets no gradient.
 
-    What else its own forward does to the looked-up rows (a scale) it does to this rank's.
+    ``whole``: the ranks end with all of the sequence, [B, S, H].  What else its own forward does to the looked-up rows
+    (a scale) it does to this rank's.
     """
     if tp.size == 1:
         return
@@ -115,7 +116,8 @@ def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup)
     def forward(ids_BS: Tensor) -> Tensor:
         own = (ids_BS >= start) & (ids_BS < stop)
         partial = look_up(torch.where(own, ids_BS - start, 0))
-        return reduce_scatter_sequence(partial * own.unsqueeze(-1), tp)
+        own_tokens = reduce_scatter_sequence(partial * own.unsqueeze(-1), tp)
+        return gather_sequence(own_tokens, tp) if whole else own_tokens
 
     embedding.forward = forward
 

@@ -6,6 +6,7 @@ put them.  Knows nothing of parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,20 +26,23 @@ from ..sharding.fsdp import DTYPES, ShardedUnit, free_gathered, gather_for_step,
 from ..sharding.unsharded import UnshardedUnit
 from .passes import Border, Inbox, Messages, run
 from .stage import Stage
+from .whole import WholeStage
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A global batch, int64 [global_batch_size, seq_len] twice, and what makes a loss of it.
+    """A global batch, and what makes a loss of it.
 
     Attributes:
+        inputs: what the model takes, by name, [global_batch_size, ...] each; ids are int64 [..., seq_len].
+        labels: int64 [global_batch_size, seq_len], or [global_batch_size] where samples have classes.
         weight: what a token's loss counts for.
         loss_fn: in place of cross entropy.
         terms: of cross entropy.
         position_ids: of the same shape, where rows are packed documents; each begins with 0.
     """
 
-    input_ids: Tensor
+    inputs: Mapping[str, Tensor]
     labels: Tensor
     weight: float
     loss_fn: LossFunction | None = None
@@ -65,6 +69,7 @@ class Driver:
     def __init__(self, grid: Grid, spec: ModelSpec, chunks: tuple[Chunk, ...]) -> None:
         """``chunks``: of this rank, in forward order."""
         self.grid, self.plan, self.chunks = grid, grid.plan, chunks
+        self._sees_whole = isinstance(chunks[0].stage, WholeStage)
         self._entries = tuple(_entry(chunk, grid.plan, spec) for chunk in chunks)
         self.borders = tuple(
             _border(chunk.stage, entry, grid.plan, spec) for chunk, entry in zip(chunks, self._entries, strict=True)
@@ -127,18 +132,21 @@ class Driver:
             if not chunk.stage.is_first:
                 gather_for_step(chunk.sharded)
 
-        ids = self._own(batch.input_ids, self.plan.embedding) if self.borders[0].is_first else None
+        inputs = self._own_inputs(batch.inputs)
         labels = self._own(batch.labels, self.plan.head) if self.borders[-1].is_last else None
         packed = [self._packed(batch.position_ids, chunk.stage) for chunk in self.chunks]
 
         def forward(microbatch: int, chunk: int, received: Inbox | None) -> Tensor:
-            tokens = received if received is not None or ids is None else ids[microbatch]
-            assert tokens is not None
             stage, positions, steps = self.chunks[chunk].stage, self._position_ids[chunk], packed[chunk]
             stage.packed.now = None if steps is None else steps.documents[microbatch]
             positions = positions if steps is None else steps.positions[microbatch]
             own_labels = labels[microbatch] if labels is not None and stage.is_last else None
-            output: Tensor = stage(tokens, positions, own_labels, batch.weight, batch.loss_fn, batch.terms)
+            own_inputs = {name: values[microbatch] for name, values in inputs.items()}
+            loss = (own_labels, batch.weight, batch.loss_fn, batch.terms)
+            if isinstance(stage, WholeStage):
+                output: Tensor = stage(received, own_inputs, *loss)
+            else:
+                output = stage(received or own_inputs["input_ids"], positions, *loss)
             return output
 
         messages = Messages(self.grid, self.borders, DTYPES[self.plan.precision])
@@ -177,14 +185,28 @@ class Driver:
             each, stage.position_rows, stage.position_spans, stage.document_rows, self.grid.world.device
         )
 
+    def _own_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's, as ``_own`` gives them: what its first chunk needs, or of ends that see whole sequences all."""
+        if self.borders[0].is_first:
+            return {name: self._own(values, self.plan.embedding) for name, values in inputs.items()}
+        if not self._sees_whole:
+            return {}
+        return {
+            name: self._own(
+                values.new_zeros(()).expand(values.shape) if values.is_floating_point() else values, self.plan.embedding
+            )
+            for name, values in inputs.items()
+        }
+
     def _own(self, values: Tensor, strategy: LayerStrategy) -> Tensor:
-        """This rank's tokens [num_microbatches, micro_batch_size / dp, seq_len / ulysses] of a batch, on its device.
+        """This rank's part [num_microbatches, micro_batch_size / dp, ...] of a batch, on its device; of sequences also
+        seq_len / ulysses, unless the ends see them whole.
 
         All of a step at once, from pinned memory: a copy from other memory makes the host wait for the device.
         """
         chunk = self.grid.axes.batch_chunk(self.grid.stage_rank, strategy.sequence_degree)
         own = values.unflatten(0, (-1, strategy.dp, self.plan.micro_batch_size // strategy.dp))[:, chunk]
-        own, device = of_spans(own, self.grid.spans(strategy)), self.grid.world.device
+        own, device = own if self._sees_whole else of_spans(own, self.grid.spans(strategy)), self.grid.world.device
         if device.type == "cuda" and not own.is_cuda:
             own = own.contiguous().pin_memory()
         return own.to(device, non_blocking=True)

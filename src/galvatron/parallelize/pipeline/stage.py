@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from galvatron.core.model import ParameterSpec
 from galvatron.models import Family, chain_of
 
 from ..layers.documents import Packed
@@ -42,7 +43,10 @@ class NoPositions(nn.Module):
 
 
 class Stage(nn.Module):
-    """A part of ``model`` that one stage owns, from token ids or hidden states to hidden states or loss."""
+    """A part of ``model`` that one stage owns, from token ids or hidden states to hidden states or loss.
+
+    Of a family whose ends see tokens; ``pipeline.whole`` has the others.
+    """
 
     def __init__(self, model: PreTrainedModel, family: Family, layers: range, *, is_first: bool, is_last: bool) -> None:
         """Replace what other stages own by stand-ins, in place."""
@@ -58,20 +62,53 @@ class Stage(nn.Module):
         self.document_rows: set[range] = set()  # that its layers see
         self.packed = Packed()
         self.chain = chain_of(model, family)
-        for index, link in enumerate(self.chain):
-            if index not in layers:
-                model.set_submodule(link.path, PassedLayer())
-        if not is_first:
-            model.set_submodule(family.embedding, PassedLayer())
-            for name in family.before:
-                looks_up = isinstance(model.get_submodule(name), nn.Embedding)
-                model.set_submodule(name, NoPositions() if looks_up else PassedLayer())
-        if not is_last:
-            model.set_submodule(family.norm, PassedLayer())
-            model.set_submodule(family.head, PassedLayer())
         self._output: Tensor | None = None
         self._received: Tensor | Inbox | None = None
-        model.get_submodule(family.norm).register_forward_hook(self._keep_output)
+        self._leave_others()
+
+    def _leave_others(self) -> None:
+        """Put stand-ins in the place of what other stages own."""
+        model, family = self.model, self.family
+        for index, link in enumerate(self.chain):
+            if index not in self.layers:
+                model.set_submodule(link.path, PassedLayer())
+        if not self.is_first:
+            for module, name in zip(self.first_modules, self.first_paths, strict=True):
+                is_position = name != family.embedding and isinstance(module, nn.Embedding)
+                model.set_submodule(name, NoPositions() if is_position else PassedLayer())
+        if not self.is_last:
+            for name in self.last_paths:
+                model.set_submodule(name, PassedLayer())
+        model.get_submodule(str(family.norm)).register_forward_hook(self._keep_output)
+
+    @property
+    def first_paths(self) -> tuple[str, ...]:
+        """Where the modules before the layers are that have the parameters."""
+        return (str(self.family.embedding), *self.family.before)
+
+    @property
+    def last_paths(self) -> tuple[str, ...]:
+        """The same after the layers, the head last."""
+        return (str(self.family.norm), str(self.family.head))
+
+    @property
+    def first_modules(self) -> tuple[nn.Module, ...]:
+        """The modules at ``first_paths``."""
+        return tuple(map(self.model.get_submodule, self.first_paths))
+
+    @property
+    def last_modules(self) -> tuple[nn.Module, ...]:
+        """The modules at ``last_paths``."""
+        return tuple(map(self.model.get_submodule, self.last_paths))
+
+    @property
+    def elsewhere(self) -> list[nn.Parameter]:
+        """What is left of the parameters of other stages: no elements."""
+        return [parameter for parameter in self.parameters() if not parameter.numel()]
+
+    def placed(self, parameter: ParameterSpec) -> ParameterSpec:
+        """``parameter`` of an end by the path where this stage has it, which a tied one has several of."""
+        return parameter
 
     def layer(self, index: int) -> nn.Module:
         """Layer ``index`` of the whole chain."""
@@ -123,7 +160,7 @@ class Stage(nn.Module):
             The hidden chunk for the next stage, or this rank's share of the loss (float32 scalar).
         """
         if self.is_first:
-            hidden = self.model.get_submodule(self.family.embedding)(tokens)
+            hidden = self.first_modules[0](tokens)
         else:
             # what the family's forward sees before the first own module has the same shape and no memory
             self._received, hidden = tokens, tokens.new_zeros(()).expand(tokens.shape)
@@ -133,13 +170,16 @@ class Stage(nn.Module):
         if not self.is_last:
             return hidden
         assert labels is not None
-        head, whole = self.model.get_submodule(self.family.head), gather_sequence(hidden, self.head_tp)
+        head, whole = self.last_modules[-1], gather_sequence(hidden, self.head_tp)
         if loss_fn is not None:
             logits, vocabulary_size = self.logit_terms.logits(head(whole)).flatten(0, 1), self.model.config.vocab_size
             return own_loss_share(loss_fn, logits, labels.flatten(), vocabulary_size, weight, self.head_tp)
-        made = replace(terms, logit_scale=self.logit_terms.logit_scale, soft_cap=self.logit_terms.soft_cap)
-        share: Tensor = head(whole, labels, weight, made)
+        share: Tensor = head(whole, labels, weight, self._terms(terms))
         return share
+
+    def _terms(self, terms: LossTerms) -> LossTerms:
+        """Those of a batch, of logits as the model makes them."""
+        return replace(terms, logit_scale=self.logit_terms.logit_scale, soft_cap=self.logit_terms.soft_cap)
 
     def _keep_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
         # not what the decoder returns: GPT-2 views that in the shape that came in, wrong if layouts differ

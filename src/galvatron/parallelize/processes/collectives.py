@@ -57,6 +57,14 @@ def gather_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
     return x_BS if axes.size == 1 else _GatherSequence.apply(x_BS, axes)
 
 
+def own_part(x_BS: Tensor, axes: AxisGroup) -> Tensor:
+    """[B, S, ...] → [B, S/k, ...]: this rank's part of sequences that every rank has whole.
+
+    A gradient of the whole is then this rank's part of a sum over ranks.
+    """
+    return x_BS if axes.size == 1 else split(x_BS, axes)[axes.rank]
+
+
 def reduce_scatter_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
     """[B, S, ...] partial sums → [B, S/k, ...] their sum, cut; backward all-gathers."""
     return x_BS if axes.size == 1 else _ReduceScatterSequence.apply(x_BS, axes)

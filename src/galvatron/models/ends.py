@@ -1,0 +1,62 @@
+"""What has parameters and runs before and after the layers: two kinds of ends (``core.family.Family.ends``).
+
+Takes a twin and the calls of its forward pass; gives paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .layouts import Call
+
+
+@dataclass(frozen=True)
+class Around:
+    """Paths of the outermost modules with parameters that run before and after the layers.
+
+    ``embedding``: the table of the vocabulary, within ``before``; ``head``: the projection to it, beside ``after``.
+    ``bare``: parameters that no such module has.
+    """
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    embedding: str | None
+    head: str | None
+    bare: tuple[str, ...]
+
+
+def around(model: PreTrainedModel, stacks: Sequence[nn.ModuleList], calls: list[Call], *, to_words: bool) -> Around:
+    """The modules around ``stacks``; ``to_words``: whether the head's output are logits of the vocabulary."""
+    names = {id(module): name for name, module in model.named_modules()}
+    head = model.get_output_embeddings() if to_words else None
+    table = model.get_input_embeddings()
+    layers = [names[id(stack)] + "." for stack in stacks]
+    apart = [*layers, *([names[id(head)] + "."] if isinstance(head, nn.Linear) else [])]
+    first = next(i for i, call in enumerate(calls) if call.module is stacks[0][0])
+    before: dict[str, None] = {}
+    after: dict[str, None] = {}
+    for index, call in enumerate(calls):
+        path = call.name + "."
+        if any(path.startswith(part) or part.startswith(path) for part in apart) or not list(call.module.parameters()):
+            continue
+        (before if index < first else after).setdefault(call.name)
+    outer = [_outermost(list(found)) for found in (before, after)]
+    owned = {id(p) for path in (*outer[0], *outer[1]) for p in model.get_submodule(path).parameters()}
+    owned |= {id(p) for p in head.parameters()} if isinstance(head, nn.Linear) else set()
+    bare = (n for n, p in model.named_parameters() if id(p) not in owned and not n.startswith(tuple(layers)))
+    is_within = isinstance(table, nn.Embedding) and any(f"{names[id(table)]}.".startswith(f"{n}.") for n in outer[0])
+    return Around(
+        before=tuple(outer[0]),
+        after=tuple(outer[1]),
+        embedding=names[id(table)] if is_within else None,
+        head=names[id(head)] if isinstance(head, nn.Linear) else None,
+        bare=tuple(bare),
+    )
+
+
+def _outermost(paths: list[str]) -> list[str]:
+    return [path for path in paths if not any(path.startswith(other + ".") for other in paths)]

@@ -1,0 +1,100 @@
+"""The task of a model, by its architecture: what transformers calls a model with a head.
+
+Takes configs, models and tasks; gives transformers' classes.  A config says its architecture by ``architectures``, as
+saved models do; without it a type trains for what it is known for.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForZeroShotImageClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.tasks import Task
+
+CLASSES: dict[Task, Any] = {
+    "vision_language": AutoModelForImageTextToText,
+    "seq2seq_lm": AutoModelForSeq2SeqLM,
+    "speech_to_text": AutoModelForSpeechSeq2Seq,
+    "masked_lm": AutoModelForMaskedLM,
+    "causal_lm": AutoModelForCausalLM,
+    "contrast": AutoModelForZeroShotImageClassification,
+    "image_classification": AutoModelForImageClassification,
+    "text_classification": AutoModelForSequenceClassification,
+}
+"""transformers' classes; a type trains for the first task that has one for it, if its config names none."""
+
+
+def task_of(config: PretrainedConfig) -> Task:
+    """What the model of ``config`` is trained for.
+
+    Raises:
+        ConfigError: transformers has no model of this type for any task.
+    """
+    named = (getattr(config, "architectures", None) or [None])[0]
+    possible = {task: model for task in CLASSES if (model := _class_for(config, task)) is not None}
+    for task, model in possible.items():
+        if model.__name__ == named:
+            return task
+    usual = [task for task in possible if _suits(config, task)]
+    if not usual:
+        raise ConfigError(
+            f"model_type={config.model_type!r} has no model for any task in transformers ({', '.join(CLASSES)}); "
+            "choose another type"
+        )
+    return usual[0]
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that builds the model of ``config`` for its task."""
+    return CLASSES[task_of(config)]
+
+
+def for_task(config: PretrainedConfig, task: Task) -> PretrainedConfig:
+    """A copy of ``config`` that names its architecture for ``task``.
+
+    Raises:
+        ConfigError: transformers has none.
+    """
+    model = _class_for(config, task)
+    if model is None:
+        having = ", ".join(name for name in CLASSES if _class_for(config, name) is not None)
+        raise ConfigError(f"model_type={config.model_type!r} has no model for task={task}; choose one of {having}")
+    named = copy.deepcopy(config)
+    named.architectures = [model.__name__]
+    return named
+
+
+def config_of(model: PreTrainedModel) -> PretrainedConfig:
+    """A copy of ``model``'s config that names its architecture."""
+    named = copy.deepcopy(model.config)
+    named.architectures = [type(model).__name__]
+    return named
+
+
+def _class_for(config: PretrainedConfig, task: Task) -> type | None:
+    mapping = CLASSES[task]._model_mapping
+    if type(config) not in mapping:
+        return None
+    found: Any = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _suits(config: PretrainedConfig, task: Task) -> bool:
+    """Many types have a head for other tasks than they are known for."""
+    if task == "seq2seq_lm":
+        return bool(config.is_encoder_decoder)
+    return task != "masked_lm" or not (config.is_encoder_decoder or getattr(config, "is_decoder", False))

@@ -1,0 +1,55 @@
+"""Models whose embedding and head look at whole sequences: what is found of them, and that it is right."""
+
+from __future__ import annotations
+
+import pytest
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.tasks import Task
+from galvatron.models import family_of, for_task, meta_model, spec_of, task_of
+from galvatron.parallelize.proof import Proof, prove
+from galvatron.testing.models import ENCODERS, tiny_config
+
+TASKS: dict[str, Task] = {"bert": "masked_lm", "vit": "image_classification", "llama": "causal_lm"}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_stages_and_cuts_of_encoders_are_right(family: str) -> None:
+    config = tiny_config(family)
+    assert family_of(config).ends == "whole"
+    assert prove(config) == Proof()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_any_type_with_a_head_for_it_classifies_texts(family: str) -> None:
+    config = for_task(tiny_config(family), "text_classification")
+    found = family_of(config)
+    assert (found.ends, found.head, found.task) == ("whole", None, "text_classification")
+    assert prove(config) == Proof()
+
+
+@pytest.mark.parametrize(("family", "task"), TASKS.items())
+def test_a_type_trains_for_what_it_is_known_for(family: str, task: Task) -> None:
+    assert task_of(tiny_config(family)) == task
+
+
+def test_a_config_that_names_its_architecture_trains_for_that() -> None:
+    config = tiny_config("bert", architectures=["BertForSequenceClassification"])
+    assert task_of(config) == "text_classification"
+
+
+def test_a_task_that_a_type_has_no_head_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match="has no model for task=masked_lm; choose one of causal_lm, text_class"):
+        for_task(tiny_config("llama"), "masked_lm")
+
+
+def test_images_are_sequences_of_one_length() -> None:
+    spec = spec_of(meta_model(tiny_config("vit")))
+    assert spec.max_seq_len == 10
+    assert "must be 10" in str(spec.sequence_problem(8))
+    assert spec.vocab_size == 5
+
+
+def test_a_tied_bias_has_the_name_that_the_model_knows_it_by() -> None:
+    names = [parameter.name for parameter in spec_of(meta_model(tiny_config("bert"))).head.parameters]
+    assert names[-2:] == ["cls.predictions.bias", "cls.predictions.decoder.weight"]
