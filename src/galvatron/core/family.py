@@ -30,6 +30,7 @@ class Region(Record):
         wide_norms: norms over the whole width of a column, which need the squares of all ranks, with their blocks.
         by_head: modules whose parameters have an entry a head, with their blocks.
         flat: the entries see tokens in one dim, [B x S, H].
+        sides: further arguments of the entries that are gathered likewise: states of another stack.
     """
 
     entries: tuple[str, ...] = Field(min_length=1)
@@ -39,6 +40,7 @@ class Region(Record):
     wide_norms: dict[str, Blocks] = Field(default_factory=dict)
     by_head: dict[str, Blocks] = Field(default_factory=dict)
     flat: StrictBool = False
+    sides: tuple[str, ...] = ()
 
 
 class Experts(Record):
@@ -61,7 +63,8 @@ class Stack(Record):
     ``regions``: in the order of the forward pass; () where tensor parallelism was not proved.  A layer has those whose
     modules it has, and ``experts`` likewise: what an MLP is made of where every token takes a few of many.
     ``outputs``: how many a layer returns in a tuple, hidden states first; 0 for these alone.
-    ``causal``: whether a token attends to those before it alone.
+    ``causal``: whether a token attends to those before it alone.  ``side``: the argument by which layers are given
+    what another stack ends with.  ``biased``: whether the first layer makes a bias of all layers' attention scores.
     """
 
     path: str
@@ -69,6 +72,8 @@ class Stack(Record):
     experts: Experts | None = None
     outputs: Whole = 0
     causal: StrictBool = True
+    side: str | None = None
+    biased: StrictBool = False
 
 
 class Logits(Record):

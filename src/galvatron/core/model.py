@@ -187,13 +187,14 @@ class ModelSpec(Record):
     """A Transformer as the search sees it: embedding, layers by kind in the order of the forward pass, head.
 
     ``task``: what it is trained for; where that gives whole samples classes these are the vocabulary.  ``ends``: see
-    ``core.family.Family``.
+    ``core.family.Family``.  ``stacks``: lists of layers that the model runs one after the other.
     """
 
     name: str
     family: str
     task: Task = "causal_lm"
     ends: Ends = "tokens"
+    stacks: Count = 1
     layers: tuple[LayerKind, ...] = Field(min_length=1)
     vocab_size: Count
     max_seq_len: Tokens

@@ -25,6 +25,7 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
         family=known.family.model_type,
         task=known.family.task,
         ends=known.family.ends,
+        stacks=len(known.family.stacks),
         layers=(
             LayerKind(
                 count=layers,

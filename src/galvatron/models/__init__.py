@@ -6,7 +6,7 @@ the meta device.  What is not known is recognised by running a tiny twin.  Knows
 
 from galvatron.core.family import Experts, Family, Region
 
-from .chain import Link, chain_of, experts_in, regions_in
+from .chain import Link, argument_names, chain_of, experts_in, regions_in
 from .family import family_of
 from .freeze import check_trains, freeze_parameters
 from .initialize import InitialWeights
@@ -27,6 +27,7 @@ __all__ = [
     "Reached",
     "Region",
     "adapter_of",
+    "argument_names",
     "auto_class",
     "blank_inputs",
     "build_spec",

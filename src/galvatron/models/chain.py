@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,10 +14,12 @@ from galvatron.core.family import Experts, Family, Region, Stack
 
 @dataclass(frozen=True)
 class Link:
-    """A layer of the chain: its path in the model, and its stack."""
+    """A layer of the chain: its path in the model, its stack, and whether it is the first or last of that."""
 
     path: str
     stack: Stack
+    is_first: bool
+    is_last: bool
 
 
 def chain_of(model: PreTrainedModel, family: Family) -> tuple[Link, ...]:
@@ -24,7 +28,8 @@ def chain_of(model: PreTrainedModel, family: Family) -> tuple[Link, ...]:
     for stack in family.stacks:
         layers = model.get_submodule(stack.path)
         assert isinstance(layers, nn.ModuleList)
-        links += [Link(f"{stack.path}.{index}", stack) for index in range(len(layers))]
+        last = len(layers) - 1
+        links += [Link(f"{stack.path}.{i}", stack, i == 0, i == last) for i in range(len(layers))]
     return tuple(links)
 
 
@@ -38,3 +43,13 @@ def experts_in(layer: nn.Module, stack: Stack) -> Experts | None:
     """The experts of ``stack``, if ``layer`` has them."""
     has_some = stack.experts is not None and stack.experts.module in {name for name, _ in layer.named_modules()}
     return stack.experts if has_some else None
+
+
+def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of ``module``, by the names that its class gives them."""
+    return {**dict(zip(argument_names(type(module)), args, strict=False)), **kwargs}
+
+
+def argument_names(kind: type[nn.Module]) -> list[str]:
+    """Of the forward of a class of modules, in their order."""
+    return list(inspect.signature(kind.forward).parameters)[1:]

@@ -19,6 +19,7 @@ class Around:
     """Paths of the outermost modules with parameters that run before and after the layers.
 
     ``embedding``: the table of the vocabulary, within ``before``; ``head``: the projection to it, beside ``after``.
+    What runs between stacks is ``before``.
     ``bare``: parameters that no such module has.
     """
 
@@ -36,7 +37,7 @@ def around(model: PreTrainedModel, stacks: Sequence[nn.ModuleList], calls: list[
     table = model.get_input_embeddings()
     layers = [names[id(stack)] + "." for stack in stacks]
     apart = [*layers, *([names[id(head)] + "."] if isinstance(head, nn.Linear) else [])]
-    first = next(i for i, call in enumerate(calls) if call.module is stacks[0][0])
+    first = next(i for i, call in enumerate(calls) if call.module is stacks[-1][0])
     before: dict[str, None] = {}
     after: dict[str, None] = {}
     for index, call in enumerate(calls):
@@ -48,14 +49,19 @@ def around(model: PreTrainedModel, stacks: Sequence[nn.ModuleList], calls: list[
     owned = {id(p) for path in (*outer[0], *outer[1]) for p in model.get_submodule(path).parameters()}
     owned |= {id(p) for p in head.parameters()} if isinstance(head, nn.Linear) else set()
     bare = (n for n, p in model.named_parameters() if id(p) not in owned and not n.startswith(tuple(layers)))
-    is_within = isinstance(table, nn.Embedding) and any(f"{names[id(table)]}.".startswith(f"{n}.") for n in outer[0])
+    tables = (call.name for call in calls if _looks_up(call.module, table))
     return Around(
         before=tuple(outer[0]),
         after=tuple(outer[1]),
-        embedding=names[id(table)] if is_within else None,
+        embedding=next(tables, None),
         head=names[id(head)] if isinstance(head, nn.Linear) else None,
         bare=tuple(bare),
     )
+
+
+def _looks_up(module: nn.Module, table: nn.Module) -> bool:
+    """Whether it is the embedding ``table``, or shares its weight."""
+    return isinstance(module, nn.Embedding) and module.weight is getattr(table, "weight", None)
 
 
 def _outermost(paths: list[str]) -> list[str]:

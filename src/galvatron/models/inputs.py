@@ -17,7 +17,10 @@ def input_shapes(
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": (torch.float32, (rows, config.num_channels, height, width))}
-    return {"input_ids": (torch.int64, (rows, seq_len))}
+    ids = (torch.int64, (rows, seq_len))
+    if task == "seq2seq_lm":
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    return {"input_ids": ids}
 
 
 def blank_inputs(

@@ -8,7 +8,9 @@ row's inputs that its value reaches.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from galvatron.core.family import Blocks, Experts, Region
 class Call:
     """One call of a module: its name, its first argument and (first) output.
 
-    ``outputs``: how many it returns in a tuple; 0 for one alone.
+    ``outputs``: how many it returns in a tuple; 0 for one alone.  ``named``: all its tensors, by argument.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Call:
     argument: Tensor
     output: Tensor
     outputs: int = 0
+    named: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_linear(self) -> bool:
@@ -44,8 +47,13 @@ class _Feeds:
     attends: bool
 
 
-def regions_of(calls: list[Call], entering: Tensor, prefix: str, heads: int) -> tuple[Region, ...]:
-    """The regions of a layer; () where some linear fits no rule."""
+def regions_of(layer: Call, calls: list[Call], prefix: str, heads: int, side: str | None) -> tuple[Region, ...]:
+    """The regions of a layer, of which ``calls`` are within; () where some linear fits no rule.
+
+    ``side``: the argument that holds what another stack ends with.
+    """
+    entering = {layer.argument.grad_fn, *(tensor.grad_fn for tensor in layer.named.values())}
+    other = None if side is None else layer.named.get(side)
     linears = [call for call in calls if call.is_linear]
     feeds = {call.name: _feeds(call.argument, linears, entering) for call in linears}
     rows, columns = [], set()
@@ -58,7 +66,7 @@ def regions_of(calls: list[Call], entering: Tensor, prefix: str, heads: int) -> 
     found = []
     for row in rows:
         own = [call for call in feeds[row.name].linears if call.name in columns]
-        region = _region(row, own, calls, prefix, heads if feeds[row.name].attends else None)
+        region = _region(row, own, calls, prefix, heads if feeds[row.name].attends else None, other)
         if region is None:
             return ()
         found.append(region)
@@ -96,10 +104,12 @@ def _has_rows(module: nn.Module, rows: int) -> bool:
     return isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == rows
 
 
-def _feeds(tensor: Tensor, linears: list[Call], entering: Tensor) -> _Feeds:
+def _feeds(tensor: Tensor, linears: list[Call], entering: Iterable[object]) -> _Feeds:
     """Walk the graph of ``tensor`` back to the outputs of linears."""
     ends = {call.output.grad_fn: call for call in linears}
-    seen, waiting, found, attends = {entering.grad_fn}, [tensor.grad_fn], [], False
+    seen: set[object] = set(entering)
+    waiting: list[Any] = [tensor.grad_fn]
+    found, attends = [], False
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -113,7 +123,9 @@ def _feeds(tensor: Tensor, linears: list[Call], entering: Tensor) -> _Feeds:
     return _Feeds(tuple(call for call in linears if call in found), attends)
 
 
-def _region(row: Call, columns: list[Call], calls: list[Call], prefix: str, heads: int | None) -> Region | None:
+def _region(
+    row: Call, columns: list[Call], calls: list[Call], prefix: str, heads: int | None, side: Tensor | None
+) -> Region | None:
     norms = {call.name: (call, column) for call in calls for column in columns if _is_wide_norm(call, column)}
     reached = {}
     for column in columns:
@@ -136,7 +148,13 @@ def _region(row: Call, columns: list[Call], calls: list[Call], prefix: str, head
         wide_norms={name[strip:]: layouts[column.name][0] for name, (_, column) in norms.items()},
         by_head={call.name[strip:]: layouts[of.name][0] for call in calls for of in _heads_of(call, columns)},
         flat=flat,
+        sides=_sides([call for call in calls if call.name in entries], side),
     )
+
+
+def _sides(entries: list[Call], side: Tensor | None) -> tuple[str, ...]:
+    names = {name: None for call in entries for name, tensor in call.named.items() if tensor is side}
+    return tuple(names)
 
 
 def _heads_of(call: Call, columns: list[Call]) -> list[Call]:
@@ -149,7 +167,7 @@ def _heads_of(call: Call, columns: list[Call]) -> list[Call]:
         or call.argument.shape[-2:] != weight.shape
     ):
         return []
-    return list(_feeds(call.argument, columns, call.argument.new_empty(0)).linears)
+    return list(_feeds(call.argument, columns, ()).linears)
 
 
 def _is_wide_norm(call: Call, column: Call) -> bool:

@@ -20,13 +20,15 @@ from galvatron.core.family import Experts, Family, Logits, Region, Stack
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.internals import call_attention
 
+from .chain import arguments_by_name
 from .ends import around
+from .heads import heads_in
 from .layouts import Call, experts_of, regions_of
 from .tasks import task_of
 from .twin import run_twin, twin_config, twin_inputs, twin_model
 
 WATCHED, MAX_REASON = "galvatron-watched", 200
-ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn")
 
 
 @dataclass
@@ -60,26 +62,30 @@ def recognise(config: PretrainedConfig) -> Family:
         lines = str(error).strip().splitlines()
         why = lines[0][:MAX_REASON] if lines else type(error).__name__
         raise _unlike(config, f"cannot be run as a tiny model ({why})") from None
-    stack = _stack(model, trace)
+    stacks = _stacks(model, trace)
     if not (asks := _asks_for_attention(config)):
         raise _unlike(config, "computes attention by itself, without asking for a function")
-    found = _described(model, trace, stack)
-    ends = _ends_of_tokens(model, trace, stack) if task_of(config) == "causal_lm" else _whole_ends(model, trace, stack)
-    return Family(model_type=config.model_type, stacks=(found,), asks_for_attention=asks, **ends)
+    found = tuple(_described(model, trace, stack, stacks[:nth]) for nth, stack in enumerate(stacks))
+    if len(stacks) == 1 and task_of(config) == "causal_lm":
+        ends = _ends_of_tokens(model, trace, stacks[0])
+    else:
+        ends = _whole_ends(model, trace, stacks)
+    return Family(model_type=config.model_type, stacks=found, asks_for_attention=asks, **ends)
 
 
-def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList) -> Stack:
-    """The stack, with the regions of every kind of layer that it has."""
+def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> Stack:
+    """A stack, with the regions of every kind of layer that it has; ``before``: those that end before it begins."""
     path = next(name for name, module in model.named_modules() if module is stack)
+    side = _side(trace, stack, before)
     regions: list[Region] = []
     experts: list[Experts | None] = []
     is_cuttable = True
     for index in _one_of_each_kind(stack):
         prefix = f"{path}.{index}."
         inside = [call for call in trace.calls if call.name.startswith(prefix)]
-        found = regions_of(inside, trace.of(stack[index]).argument, prefix, _head_count(model))
+        found = regions_of(trace.of(stack[index]), inside, prefix, heads_in(stack[index], model.config)["heads"], side)
         regions += [region for region in found if region not in regions]
-        experts.append(experts_of(stack[index], inside, prefix, model.config.hidden_size))
+        experts.append(experts_of(stack[index], inside, prefix, trace.of(stack[index]).argument.shape[-1]))
         is_cuttable &= bool(found)
     if any(other != experts[0] for other in experts):
         raise _unlike(model.config, "has layers with experts and layers without")
@@ -89,7 +95,33 @@ def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList) -> S
         experts=experts[0],
         outputs=trace.of(stack[0]).outputs,
         causal=_is_causal(trace, stack),
+        side=side,
+        biased=any(hasattr(module, "compute_bias") for module in stack.modules()),
     )
+
+
+def _side(trace: _Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> str | None:
+    """The argument of all layers that carries what an earlier stack ends with."""
+    first, second = trace.of(stack[0]), trace.of(stack[1])
+    parameters = {id(p) for other in before for p in other.parameters()}
+    for name, tensor in first.named.items():
+        if tensor is not first.argument and second.named.get(name) is tensor and _depends_on(tensor, parameters):
+            return name
+    return None
+
+
+def _depends_on(tensor: Tensor, parameters: set[int]) -> bool:
+    """Whether any of the ``parameters`` made ``tensor``."""
+    waiting, seen = [tensor.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in parameters:
+            return True
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def _one_of_each_kind(stack: nn.ModuleList) -> list[int]:
@@ -122,10 +154,10 @@ def _ends_of_tokens(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList)
     }
 
 
-def _whole_ends(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList) -> dict[str, Any]:
+def _whole_ends(model: PreTrainedModel, trace: _Trace, stacks: list[nn.ModuleList]) -> dict[str, Any]:
     """Ends that may look at all tokens of a sequence: the model's own forward runs them."""
     task = task_of(model.config)
-    found = around(model, [stack], trace.calls, to_words=task in TOKEN_TASKS)
+    found = around(model, stacks, trace.calls, to_words=task in TOKEN_TASKS)
     if found.bare:
         raise _unlike(model.config, f"has parameters that no module around its layers has ({found.bare[0]})")
     head = None if found.head is None else model.get_submodule(found.head)
@@ -153,11 +185,6 @@ def _unlike(config: PretrainedConfig, why: str) -> ConfigError:
     )
 
 
-def _head_count(model: PreTrainedModel) -> int:
-    heads: int = model.config.num_attention_heads
-    return heads
-
-
 def _traced(model: PreTrainedModel) -> _Trace:
     trace, handles = _Trace(), []
     for name, module in model.named_modules():
@@ -166,7 +193,8 @@ def _traced(model: PreTrainedModel) -> _Trace:
             argument = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
             value, outputs = (output[0], len(output)) if isinstance(output, tuple) else (output, 0)
             if isinstance(argument, Tensor) and isinstance(value, Tensor):
-                trace.calls.append(Call(name, module, argument, value, outputs))
+                named = {n: v for n, v in arguments_by_name(module, args, kwargs).items() if isinstance(v, Tensor)}
+                trace.calls.append(Call(name, module, argument, value, outputs, named))
 
         handles.append(module.register_forward_hook(note, with_kwargs=True))
     trace.logits = run_twin(model, twin_inputs(model.config))
@@ -175,8 +203,8 @@ def _traced(model: PreTrainedModel) -> _Trace:
     return trace
 
 
-def _stack(model: PreTrainedModel, trace: _Trace) -> nn.ModuleList:
-    """The one list of modules of a class, each of two matrices or more, that hand hidden states on."""
+def _stacks(model: PreTrainedModel, trace: _Trace) -> list[nn.ModuleList]:
+    """The lists of modules of a class, each of two matrices or more, that hand hidden states on; as they are called."""
     called = {id(call.module): call for call in trace.calls}
     found = []
     for module in model.modules():
@@ -186,9 +214,9 @@ def _stack(model: PreTrainedModel, trace: _Trace) -> nn.ModuleList:
         passes_on = all(later.argument is earlier.output for earlier, later in itertools.pairwise(calls))
         if len({type(m) for m in module}) == 1 and passes_on and sum(p.dim() > 1 for p in module[0].parameters()) > 1:
             found.append(module)
-    if len(found) != 1:
-        raise _unlike(model.config, f"has {len(found)} stacks of equal layers, not one")
-    return found[0]
+    if not found:
+        raise _unlike(model.config, "has no stack of equal layers")
+    return sorted(found, key=lambda stack: trace.place(stack[0]))
 
 
 def _around(

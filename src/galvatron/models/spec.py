@@ -21,11 +21,12 @@ from galvatron.core.numbers import MAX_TOKENS
 from .chain import chain_of, experts_in, regions_in
 from .family import family_of
 from .freeze import freeze_parameters
+from .heads import config_in, heads_in
 from .load import meta_model
 from .lora import attach_lora, base_linear
 from .shapes import entering_tokens
 from .tasks import config_of
-from .twin import EXPERT_KEYS, KV_KEYS
+from .twin import EXPERT_KEYS
 
 WINDOWS = ("sliding_window", "local_attention")
 
@@ -74,31 +75,17 @@ def spec_of(model: PreTrainedModel, name: str | None = None, family: Family | No
 def _described(model: PreTrainedModel, name: str | None, family: Family) -> ModelSpec:
     config = model.config
     layers = [(model.get_submodule(link.path), link.stack) for link in chain_of(model, family)]
-    counts = head_counts(config)
-    heads = counts["heads"]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return ModelSpec(
         name=name or f"{config.model_type}-{millions:.3g}M",
         family=config.model_type,
         layers=tuple(
-            LayerKind(
-                name=kind,
-                count=count,
-                hidden_size=config.hidden_size,
-                ffn_size=_ffn_size(*layers[0], config),
-                num_heads=heads,
-                num_kv_heads=counts["kv_heads"],
-                head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-                drops_attention=_is_beyond_rings(config, family),
-                causal=all(stack.causal for stack in family.stacks),
-                cuttable=family.is_cuttable,
-                parameters=parameters,
-                **_expert_counts(config),
-            )
-            for kind, count, parameters in _kinds(layers, counts)
+            _kind(name, count, layer, stack, parameters, config, family)
+            for name, count, layer, stack, parameters in _kinds(layers, config)
         ),
         task=family.task,
         ends=family.ends,
+        stacks=len(family.stacks),
         vocab_size=_outputs(config, family),
         max_seq_len=_most_tokens(model, family),
         tied_embeddings=_is_tied(model, family),
@@ -107,10 +94,9 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
     )
 
 
-def _is_beyond_rings(config: PretrainedConfig, family: Family) -> bool:
+def _is_beyond_rings(config: PretrainedConfig, stack: Stack) -> bool:
     """Whether attention is dropped or capped, or a window looks both ways."""
-    both_ways = not all(stack.causal for stack in family.stacks)
-    windows = both_ways and any(getattr(config, name, None) for name in WINDOWS)
+    windows = not stack.causal and any(getattr(config, name, None) for name in WINDOWS)
     return windows or any(getattr(config, name, None) for name in BEYOND_RINGS)
 
 
@@ -134,21 +120,45 @@ def _is_tied(model: PreTrainedModel, family: Family) -> bool:
     return model.get_submodule(family.embedding).weight is model.get_submodule(family.head).weight
 
 
+def _kind(
+    name: str,
+    count: int,
+    layer: nn.Module,
+    stack: Stack,
+    parameters: tuple[ParameterSpec, ...],
+    config: PretrainedConfig,
+    family: Family,
+) -> LayerKind:
+    own, heads = config_in(layer, config), heads_in(layer, config)
+    return LayerKind(
+        name=name,
+        count=count,
+        hidden_size=own.hidden_size,
+        ffn_size=_ffn_size(layer, stack, own),
+        num_heads=heads["heads"],
+        num_kv_heads=heads["kv_heads"],
+        head_dim=getattr(own, "head_dim", None) or getattr(own, "d_kv", None) or own.hidden_size // heads["heads"],
+        drops_attention=_is_beyond_rings(own, stack) or len(family.stacks) > 1,
+        side_inputs=int(stack.side is not None),
+        regions=2 + int(stack.side is not None),
+        causal=stack.causal,
+        cuttable=bool(stack.regions),
+        parameters=parameters,
+        **_expert_counts(own),
+    )
+
+
 def _kinds(
-    layers: list[tuple[nn.Module, Stack]], counts: dict[Blocks, int]
-) -> Iterator[tuple[str, int, tuple[ParameterSpec, ...]]]:
-    """(name, count, parameters) of every run of layers that train alike."""
+    layers: list[tuple[nn.Module, Stack]], config: PretrainedConfig
+) -> Iterator[tuple[str, int, nn.Module, Stack, tuple[ParameterSpec, ...]]]:
+    """(name, count, first, its stack, parameters) of every run of layers of a stack that train alike."""
     start = 0
-    for parameters, members in itertools.groupby(layer_parameters(*layer, counts) for layer in layers):
+    described = ((stack.path, layer_parameters(layer, stack, heads_in(layer, config))) for layer, stack in layers)
+    for (_, parameters), members in itertools.groupby(described):
         count = len(list(members))
-        yield "layer" if count == len(layers) else f"layers {start}-{start + count - 1}", count, parameters
+        name = "layer" if count == len(layers) else f"layers {start}-{start + count - 1}"
+        yield name, count, *layers[start], parameters
         start += count
-
-
-def head_counts(config: PretrainedConfig) -> dict[Blocks, int]:
-    """How many heads queries have, and keys and values."""
-    heads: int = config.num_attention_heads
-    return {"heads": heads, "kv_heads": next((n for key in KV_KEYS if (n := getattr(config, key, None))), heads)}
 
 
 def _ffn_size(layer: nn.Module, stack: Stack, config: PretrainedConfig) -> int:
@@ -231,32 +241,36 @@ def _expert_cuts(layer: nn.Module, experts: Experts) -> dict[str, Cut]:
 
 def _embedding_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
     """The table of the vocabulary first, if there is one."""
-    table = None if family.embedding is None else model.get_submodule(family.embedding).weight
-    if table is not None:
-        yield _vocabulary_cut(f"{family.embedding}.weight", model.get_submodule(str(family.embedding)))
-    for name in family.before:
-        yield from (p for p in _whole(model, name) if model.get_parameter(p.name) is not table)
+    names, table = _names(model), None
+    if family.embedding is not None:
+        table = model.get_submodule(family.embedding).get_parameter("weight")
+        yield _vocabulary_cut(names[table], table)
+    before = dict.fromkeys(p for name in family.before for p in model.get_submodule(name).parameters())
+    yield from (_whole(names[p], p) for p in before if p is not table)
 
 
 def _head_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
     """The projection to the vocabulary last, if there is one."""
-    for name in family.after if family.norm is None else (family.norm,):
-        yield from _whole(model, name)
+    names = _names(model)
+    after = family.after if family.norm is None else (family.norm,)
+    yield from (_whole(names[p], p) for name in after for p in model.get_submodule(name).parameters())
     if family.head is None:
         return
     head = model.get_submodule(family.head)
     if getattr(head, "bias", None) is not None:
-        own = next(name for name, value in model.named_parameters() if value is head.bias)  # another may share it
-        yield _vocabulary_cut(own, head, "bias")
-    yield _vocabulary_cut(f"{family.head}.weight", head)
+        yield _vocabulary_cut(names[head.get_parameter("bias")], head.get_parameter("bias"))
+    yield _vocabulary_cut(f"{family.head}.weight", head.get_parameter("weight"))
 
 
-def _whole(model: PreTrainedModel, name: str) -> Iterator[ParameterSpec]:
-    for parameter, value in model.get_submodule(name).named_parameters():
-        yield ParameterSpec(name=f"{name}.{parameter}", shape=tuple(value.shape), trainable=value.requires_grad)
+def _names(model: PreTrainedModel) -> dict[nn.Parameter, str]:
+    """What the model calls its parameters: tied ones by the first of their names."""
+    return {parameter: name for name, parameter in model.named_parameters()}
 
 
-def _vocabulary_cut(name: str, module: nn.Module, attribute: str = "weight") -> ParameterSpec:
-    value = module.get_parameter(attribute)
+def _whole(name: str, value: nn.Parameter) -> ParameterSpec:
+    return ParameterSpec(name=name, shape=tuple(value.shape), trainable=value.requires_grad)
+
+
+def _vocabulary_cut(name: str, value: nn.Parameter) -> ParameterSpec:
     cut = Cut(dim=0, segments=(value.shape[0],), uneven="ceil")
     return ParameterSpec(name=name, shape=tuple(value.shape), cut=cut, trainable=value.requires_grad)

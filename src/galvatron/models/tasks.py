@@ -58,6 +58,14 @@ def task_of(config: PretrainedConfig) -> Task:
     return usual[0]
 
 
+def known_task(config: PretrainedConfig) -> Task | None:
+    """As ``task_of``; None where there is none: of a part of a model."""
+    try:
+        return task_of(config)
+    except ConfigError:
+        return None
+
+
 def auto_class(config: PretrainedConfig) -> Any:
     """The class of transformers that builds the model of ``config`` for its task."""
     return CLASSES[task_of(config)]

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from galvatron.internals import call_attention
 
 from .inputs import random_inputs
-from .tasks import auto_class, task_of
+from .tasks import auto_class, known_task, task_of
 
 HEADS, HEAD_DIM, LAYERS, FFN, WORDS, SEQ_LEN, PATCH, CLASSES = 4, 16, 4, 56, 97, 16, 4, 5
 SIZES: dict[str, int] = {
@@ -37,6 +37,19 @@ SIZES: dict[str, int] = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "head_dim": HEAD_DIM,
+    "encoder_ffn_dim": FFN,
+    "decoder_ffn_dim": FFN,
+    "d_ff": FFN,
+    "d_kv": HEAD_DIM,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "num_decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "max_source_positions": SEQ_LEN // 2,
+    "max_target_positions": 4 * SEQ_LEN,
+    "num_mel_bins": 8,
+    "projection_dim": HEADS * HEAD_DIM,
     "word_embed_proj_dim": HEADS * HEAD_DIM,
     "sliding_window": 5,
     "local_attention": 10,
@@ -64,7 +77,7 @@ HOUSEKEEPING = (
     "_name_or_path",
 )
 """Keys of a config that change nothing in a layer."""
-NOISE = 0.2
+NOISE = 0.1
 CLASSIFICATION = ("text_classification", "image_classification")
 IMAGES = (12, 16)
 """Sides of images, of 9 and of 16 patches: with one token more or two, one of them makes an even number."""
@@ -90,12 +103,17 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2) -> PretrainedConfig
     for name, size in SIZES.items():
         if name in given and _is_size(getattr(twin, name, None)):
             setattr(twin, name, size)
+    for name in twin.sub_configs:
+        part = getattr(twin, name, None)
+        if isinstance(part, PretrainedConfig):
+            setattr(twin, name, twin_config(part, kv_heads))
     for name in KV_KEYS:
         if name in given and _is_size(getattr(twin, name, None)):
             setattr(twin, name, kv_heads)
-    if task_of(config) in CLASSIFICATION:
+    task = known_task(config)
+    if task in CLASSIFICATION:
         twin.num_labels = CLASSES
-    if task_of(config) == "text_classification":
+    if task == "text_classification":
         twin.pad_token_id = 1  # by which decoders find the last token
     if "image_size" in given:
         twin.image_size = IMAGES[0]
@@ -107,7 +125,7 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2) -> PretrainedConfig
             setattr(twin, name, 0.0)
         elif value == 1 and not isinstance(value, bool) and ("scal" in name or "multiplier" in name):
             setattr(twin, name, 0.25 + index / 256)  # a factor of one would hide
-        elif isinstance(value, list) and len(value) == config.num_hidden_layers > 1:
+        elif isinstance(value, list) and len(value) == getattr(config, "num_hidden_layers", 0) > 1:
             kinds = list(dict.fromkeys(value))
             setattr(twin, name, [kinds[i % len(kinds)] for i in range(LAYERS)])
         elif isinstance(value, dict) and name.startswith("rope"):

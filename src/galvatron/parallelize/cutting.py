@@ -45,7 +45,10 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
     """Tensor cuts, recompute, compilation, and changes of layout on entry, for every module this stage owns."""
     plan = grid.plan
     degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
-    contexts = {strategy: Context(grid.ulysses(strategy), grid.ring(strategy)) for strategy in set(plan.layers)}
+    contexts = {
+        strategy: Context(grid.ulysses(strategy), grid.ring(strategy), grid.axis_group(1, strategy.tp))
+        for strategy in set(plan.layers)
+    }
     if stage.is_first:
         _cut_embedding(stage, family, spec, grid)
     places = _place(stage, grid)
@@ -65,17 +68,33 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
         if stage.later is not None:
             put_off(layer, tp.size, stage.later)
         places[strategy].enter(layer)
-        _enter(layer, grid, degrees[index], degrees[index + 1])
+        if isinstance(stage, WholeStage):
+            _meet_whole(stage, index, grid)
+        else:
+            _enter(layer, grid, degrees[index], degrees[index + 1])
     if not stage.is_first:
         stage.receive_in(stage.layer(stage.layers.start))
-    elif isinstance(stage, WholeStage):
-        stage.enter_from_whole(grid.axis_group(1, degrees[0]))
     if stage.is_last:
-        if isinstance(stage, WholeStage):
-            stage.leave_whole(_change(grid, degrees[-2], degrees[-1]), grid.axis_group(1, degrees[-1]))
-        else:
+        if not isinstance(stage, WholeStage):
             _enter(stage.last_modules[0], grid, degrees[-2], degrees[-1])
         _cut_head(stage, family, spec, grid)
+
+
+def _meet_whole(stage: WholeStage, index: int, grid: Grid) -> None:
+    """Changes of layout around a layer whose stack begins and ends with whole sequences."""
+    plan, link, layer = grid.plan, stage.chain[index], stage.layer(index)
+    own, before = plan.layers[index].sequence_degree, plan.embedding.sequence_degree
+    _enter(layer, grid, before if link.is_first else plan.layers[index - 1].sequence_degree, own)
+    if link.is_first:
+        stage.enter_from_whole(index, grid.axis_group(1, before))
+    if link.stack.side is not None:
+        stage.side_of(plan.layers[index], grid.axis_group(1, before), _change(grid, before, own)).enter(
+            layer, link.stack.side
+        )
+    if link.is_last:
+        is_end = index == len(stage.chain) - 1
+        after = (plan.head if is_end else plan.embedding).sequence_degree
+        stage.leave_whole(index, _change(grid, own, after), grid.axis_group(1, after))
 
 
 def _change(grid: Grid, previous: int, degree: int) -> Callable[[Tensor], Tensor]:
@@ -91,8 +110,10 @@ def _enter(module: nn.Module, grid: Grid, previous: int, degree: int) -> None:
 def _cut_embedding(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
     strategy, whole = grid.plan.embedding, family.ends == "whole"
     tp = grid.axis_group(1, strategy.tp)
-    if family.embedding is not None:
-        cut_embedding(stage.model.get_submodule(family.embedding), spec.embedding.parameters[0], tp, whole=whole)
+    tables = stage.tables
+    for table in tables:
+        cut_embedding(table, spec.embedding.parameters[0], tp, whole=whole)
+        table.weight = tables[0].weight
     degree, seq_len = strategy.sequence_degree, grid.plan.seq_len
     own = grid.axes.spans(grid.stage_rank, 1, degree, seq_len, folded=grid.folded)
     for positions in stage.position_tables():

@@ -33,7 +33,7 @@ def parts_of(stage: Stage, spec: ModelSpec, grid: Grid) -> list[Part]:
     plan, kinds = grid.plan, spec.kind_of_layers()
     named: list[tuple[str, str, ParameterSpec, LayerStrategy]] = []
     if stage.is_first:
-        named += [(p.name, p.name, p, plan.embedding) for p in spec.embedding.parameters]
+        named += [(p.name, stage.placed(p).name, p, plan.embedding) for p in spec.embedding.parameters]
     for index in stage.layers:
         prefix = f"{stage.chain[index].path}."
         named += [(prefix + p.name, prefix + p.name, p, plan.layers[index]) for p in kinds[index].parameters]

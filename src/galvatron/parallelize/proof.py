@@ -37,7 +37,8 @@ from galvatron.models import (
 from galvatron.models.recognise import recognise
 from galvatron.models.twin import CLASSES, IMAGES, WORDS, run_twin, twin_inputs
 
-from .layers.attention import use_attention
+from .layers.attention import Context, attend_across, use_attention
+from .layers.sides import OwnSide
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
 from .losses.fused import fuse_loss
 from .pipeline.stage import Stage
@@ -109,7 +110,7 @@ def _proof(config: PretrainedConfig, family: Family) -> Proof:
     for kv_heads in KV_HEADS:
         twin = _divisible(twin_config(config, kv_heads), family)
         truth = _Truth.of(twin)
-        whole = whole or truth.against(_in_stages, twin, family)
+        whole = whole or truth.against(_in_stages if len(family.stacks) == 1 else _alone, twin, family)
         if not family.is_cuttable:
             tp = "no rule fits its linears"
         elif tp is None and _is_allowed(spec_of(twin_model(twin), family=family)):
@@ -212,6 +213,17 @@ def _in_stages(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients
     return share.item(), found
 
 
+def _alone(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients]:
+    """All of it on one rank, by the modules that training uses."""
+    spec = spec_of(twin_model(twin), family=family)
+    stage = _cut_stage(twin, family, spec, AxisGroup(None, (), 0), dict(twin_model(twin).named_parameters()))
+    inputs, labels = _batch(twin)
+    share = _run(stage, inputs, labels)
+    share.backward()
+    found = {name: stage.model.get_parameter(path).grad for name, path, _ in _named(spec, stage)}
+    return share.item(), {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
 def _run(
     stage: Stage, inputs: dict[str, Tensor], labels: Tensor | None = None, received: Tensor | None = None
 ) -> Tensor:
@@ -267,8 +279,10 @@ def _cut_stage(
     stage = _prepared(twin, family, range(spec.num_layers), ends=(True, True))
     model = stage.model
     is_whole = isinstance(stage, WholeStage)
-    if family.embedding is not None:
-        cut_embedding(model.get_submodule(family.embedding), spec.embedding.parameters[0], tp, whole=is_whole)
+    tables = stage.tables
+    for table in tables:
+        cut_embedding(table, spec.embedding.parameters[0], tp, whole=is_whole)
+        table.weight = tables[0].weight
     for positions in stage.position_tables():
         length = SEQ_LEN // tp.size
         cut_positions(positions, (range(tp.rank * length, (tp.rank + 1) * length),))
@@ -276,6 +290,7 @@ def _cut_stage(
         layer = stage.layer(index)
         stack = stage.chain[index].stack
         cut_layer(layer, regions_in(layer, stack), kind, tp, experts_in(layer, stack))
+        attend_across(layer, Context(tp=tp))
     stage.head_tp = tp
     if family.head is not None:
         head = stage.last_modules[-1]
@@ -284,9 +299,7 @@ def _cut_stage(
             head.weight = model.get_submodule(str(family.embedding)).weight
         fuse_loss(head, spec.head.parameters[-1], tp, stage.early_gradient)
     if isinstance(stage, WholeStage):
-        stage.enter_from_whole(tp)
-        stage.leave_whole(lambda hidden: hidden, tp)
-        stage.end_at_head()
+        _meet_whole(stage, tp)
     with torch.no_grad():
         for name, path, parameter in _named(spec, stage):
             local = model.get_parameter(path)
@@ -294,6 +307,17 @@ def _cut_stage(
                 whole = box(values[name], piece.global_offset, piece.size)
                 box(local, piece.local_offset, piece.size).copy_(whole)
     return stage
+
+
+def _meet_whole(stage: WholeStage, tp: AxisGroup) -> None:
+    for index, link in enumerate(stage.chain):
+        if link.is_first:
+            stage.enter_from_whole(index, tp)
+        if link.stack.side is not None:
+            OwnSide(tp, lambda hidden: hidden).enter(stage.layer(index), link.stack.side)
+        if link.is_last:
+            stage.leave_whole(index, lambda hidden: hidden, tp)
+    stage.end_at_head()
 
 
 def _spread(parameter: ParameterSpec, gradient: Tensor, rank: int) -> Tensor:

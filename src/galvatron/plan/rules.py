@@ -46,6 +46,11 @@ def check_plan(plan: Plan, spec: ModelSpec | None = None, world_size: int | None
             f"the plan has {len(plan.layers)} layers but model {spec.name} has {spec.num_layers}; search a plan for it"
         )
     _check_units(plan, spec)
+    if spec is not None and spec.stacks > 1 and plan.pp > 1:
+        raise PlanError(
+            f"pp={plan.pp} cuts {spec.name} between its layers, which are {spec.stacks} stacks that see each other's "
+            "states; set pp to 1"
+        )
     if spec is not None and spec.tied_embeddings and plan.embedding != plan.head:
         raise PlanError(
             f"tied embeddings need equal cuts of embedding ({plan.embedding}) and head ({plan.head}); "

@@ -50,7 +50,7 @@ def _pipelines(spec: ModelSpec, world_size: int) -> list[tuple[int, Schedule, in
     found: list[tuple[int, Schedule, int]] = []
     for pp in divisors(world_size):
         most = min(MAX_CHUNKS, spec.num_layers // pp)
-        if pp <= MAX_PP and most:
+        if pp <= (MAX_PP if spec.stacks == 1 else 1) and most:
             names = RUNTIME_SCHEDULES if pp > 1 else RUNTIME_SCHEDULES[:1]
             found += [(pp, name, most) for name in names if name != "interleaved" or most > 1]
     return found

@@ -25,6 +25,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.internals import attend_by_bounds, attends_by_bounds, call_attention, called_attention
 
 from ..processes.collectives import ALONE, AxisGroup
+from .bias import own_heads, whole_bias, with_bias
 from .documents import Documents, see_each_other
 from .ring import ring_attention
 from .softcap import capped_attention
@@ -41,10 +42,14 @@ _CONTEXT = "galvatron_context"
 
 @dataclass(frozen=True)
 class Context:
-    """The ranks that hold other tokens of this rank's sequences, beside tp's, which the layer gathers itself."""
+    """The ranks that hold other tokens of this rank's sequences, beside tp's, which the layer gathers itself.
+
+    ``tp``: those that have other heads.
+    """
 
     ulysses: AxisGroup = ALONE
     ring: AxisGroup = ALONE
+    tp: AxisGroup = ALONE
 
 
 _WHOLE = Context()
@@ -55,6 +60,8 @@ def attend_across(layer: nn.Module, context: Context) -> None:
     for module in layer.modules():
         if isinstance(getattr(module, "config", None), PretrainedConfig):
             setattr(module, _CONTEXT, context)
+        if hasattr(module, "compute_bias"):
+            module.compute_bias = whole_bias(module.compute_bias, context.ulysses.size)  # type: ignore[assignment,arg-type]
 
 
 def use_attention(model: PreTrainedModel) -> None:
@@ -92,6 +99,7 @@ def attention(
     softcap: float | None = None,
     documents: Documents | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of N query heads over K key/value heads (K divides N); returns ([B, S, N, D], None).
@@ -109,7 +117,9 @@ def attention(
         asked = ", ".join(["a mask"] * (attention_mask is not None) + unknown)
         raise ConfigError(f"a parallel model attends to whole sequences, asked for {asked}; leave it out")
     causal: bool = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    _check_whole(query_BNSD.shape[2], key_BKSD.shape[2])
+    if causal:
+        _check_whole(query_BNSD.shape[2], key_BKSD.shape[2])
+    bias = own_heads(position_bias, context.tp, context.ulysses)
     local = query_BNSD.transpose(1, 2), key_BKSD.transpose(1, 2), value_BKSD.transpose(1, 2)
     query, key, value = (heads.transpose(1, 2) for heads in deal_heads(*local, context.ulysses))
     seq_len = query.shape[2] * context.ring.size
@@ -122,11 +132,19 @@ def attention(
         starts = None if documents is None else documents.starts
         out_BNSD = ring_attention(query, key, value, context.ring, scaling, window, causal=causal, starts=starts)
         return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
-    if documents is not None and causal and softcap is None and attends_by_bounds(query, documents.bounds, dropout):
+    if (
+        documents is not None
+        and causal
+        and bias is None
+        and softcap is None
+        and attends_by_bounds(query, documents.bounds, dropout)
+    ):
         assert documents.bounds is not None
         out_BNSD = attend_by_bounds(query, key, value, documents.bounds, scaling, window)
         return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
     mask = _mask(seq_len, window, documents, query.device, causal=causal)
+    if bias is not None:
+        mask = with_bias(bias.to(query.dtype), mask, causal=causal)
     if softcap is not None:
         if not causal:
             raise ConfigError(f"scores are capped where attention is causal, asked for {softcap} where it is not")

@@ -22,6 +22,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.model import ParameterSpec, UnitSpec
 from galvatron.internals import call_attention, called_attention, multiplies_in_float8
 from galvatron.models import Experts, Region
+from galvatron.models.heads import HEAD_COUNTS, KV_HEAD_COUNTS
 from galvatron.models.lora import base_linear
 
 from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence
@@ -31,9 +32,8 @@ from .forward import wrap_forward
 from .later import Tap, product, tapped
 from .wide_norms import wide_norm_forward
 
-HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "split_size", "all_head_size")
-KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads")
-"""Attributes of attention modules, or of their configs, that count heads (``split_size``, ``all_head_size``: width)."""
+WIDTHS = ("split_size", "all_head_size")
+"""Attributes of attention modules that count the elements of all heads."""
 
 
 def cut_layer(
@@ -61,7 +61,7 @@ def cut_layer(
             module = layer.get_submodule(name)
             if region.row_blocks == "heads":
                 _count_own_heads(module, tp)
-            module.forward = _gathered(module.forward, tp, rows if region.flat else None)
+            module.forward = _gathered(module.forward, tp, rows if region.flat else None, region.sides)
         linear = layer.get_submodule(region.row)
         linear.forward = _row_forward(linear, tp, flat=region.flat)
 
@@ -77,10 +77,10 @@ def _count_own_heads(attention: nn.Module, tp: AxisGroup) -> None:
             if called is not None:
                 call_attention(module.config, called)  # type: ignore[arg-type]
             counted.append(module.config)
-        for holder, name in itertools.product(counted, (*HEAD_COUNTS, *KV_HEAD_COUNTS)):
+        for holder, name in itertools.product(counted, (*HEAD_COUNTS, *WIDTHS, *KV_HEAD_COUNTS)):
             value = getattr(holder, name, None)
             if isinstance(value, int):
-                setattr(holder, name, value // tp.size if name in HEAD_COUNTS else max(value // tp.size, 1))
+                setattr(holder, name, max(value // tp.size, 1) if name in KV_HEAD_COUNTS else value // tp.size)
 
 
 def tap_linears(layer: nn.Module, regions: tuple[Region, ...], unit: UnitSpec, tp: AxisGroup) -> tuple[Tap, ...]:
@@ -179,13 +179,16 @@ class _Rows:
         return forward(hidden, *args, **kwargs)
 
 
-def _gathered(forward: Callable[..., Any], tp: AxisGroup, rows: _Rows | None) -> Callable[..., Any]:
-    """``forward`` with its hidden states (first argument, or ``hidden_states``) gathered along the sequence."""
+def _gathered(
+    forward: Callable[..., Any], tp: AxisGroup, rows: _Rows | None, sides: tuple[str, ...]
+) -> Callable[..., Any]:
+    """``forward`` with hidden states (first argument, or ``hidden_states``) and ``sides`` gathered."""
 
     def whole(hidden: Tensor) -> Tensor:
         return gather_sequence(hidden if rows is None else hidden.unflatten(0, (rows.number, -1)), tp)
 
     def gathered(*args: Any, **kwargs: Any) -> Any:
+        kwargs |= {name: whole(kwargs[name]) for name in sides if kwargs.get(name) is not None}
         if args:
             return forward(whole(args[0]), *args[1:], **kwargs)
         return forward(**{**kwargs, "hidden_states": whole(kwargs["hidden_states"])})

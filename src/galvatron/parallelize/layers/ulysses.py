@@ -20,6 +20,10 @@ def deal_heads(
     """→ [B, k·S, N/k, D] and twice [B, k·S, max(K/k, 1), D]: this rank's heads of all the ranks' tokens."""
     if axes.size == 1:
         return query_BSND, key_BSKD, value_BSKD
+    if query_BSND.shape[1] != key_BSKD.shape[1]:  # another stack's
+        query, _, _ = deal_heads(query_BSND, query_BSND, query_BSND, axes)
+        key, value, _ = deal_heads(key_BSKD, value_BSKD, value_BSKD, axes)
+        return query, key, value
     heads = (query_BSND, key_BSKD, value_BSKD)
     dealt = [_dealt(tensor, axes.size) for tensor in heads]
     joined = join(exchange(torch.cat(dealt, dim=-1), axes), axes)

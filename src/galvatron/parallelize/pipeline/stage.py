@@ -106,6 +106,13 @@ class Stage(nn.Module):
         """What is left of the parameters of other stages: no elements."""
         return [parameter for parameter in self.parameters() if not parameter.numel()]
 
+    @property
+    def tables(self) -> list[nn.Embedding]:
+        """The embeddings of the vocabulary that this stage has, which share a weight."""
+        embedding = self.model.get_submodule(str(self.family.embedding))
+        assert isinstance(embedding, nn.Embedding)
+        return [embedding]
+
     def placed(self, parameter: ParameterSpec) -> ParameterSpec:
         """``parameter`` of an end by the path where this stage has it, which a tied one has several of."""
         return parameter

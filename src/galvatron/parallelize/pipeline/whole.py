@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from galvatron.core.model import ParameterSpec
 from galvatron.internals import tree_map_only
 from galvatron.models import Family, Reached, emptied
+from galvatron.plan import LayerStrategy
 
 from ..layers.forward import wrap_forward
+from ..layers.sides import OwnSide
 from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction, own_loss_share
 from ..losses.samples import sample_loss_share
@@ -50,6 +52,7 @@ class WholeStage(Stage):
         owners += self.last_modules if self.is_last else ()
         owned = {id(module) for owner in owners for module in owner.modules()}
         self._paths = self._owned_paths(owned)
+        self._sides: dict[LayerStrategy, OwnSide] = {}
         for module in model.modules():
             if id(module) not in owned:
                 emptied(module)
@@ -66,6 +69,14 @@ class WholeStage(Stage):
         """The same after the layers, the head last."""
         return (*self.family.after, *([self.family.head] if self.family.head else []))
 
+    @property
+    def tables(self) -> list[nn.Embedding]:
+        """The embeddings of the vocabulary that this stage has, which share a weight."""
+        if self.family.embedding is None:
+            return []
+        weight = self.model.get_submodule(self.family.embedding).weight
+        return [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.weight is weight]
+
     def _owned_paths(self, owned: set[int]) -> dict[str, str]:
         """Of parameters that have several names, from the first one to the one within this stage's modules."""
         first: dict[int, str] = {}
@@ -73,7 +84,7 @@ class WholeStage(Stage):
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             usual = first.setdefault(id(parameter), name)
             if name != usual and id(self.model.get_submodule(name.rpartition(".")[0])) in owned:
-                paths[usual] = name
+                paths.setdefault(usual, name)
         return paths
 
     def placed(self, parameter: ParameterSpec) -> ParameterSpec:
@@ -85,15 +96,15 @@ class WholeStage(Stage):
         """None: positions are looked up for whole sequences."""
         return []
 
-    def enter_from_whole(self, sequence: AxisGroup) -> None:
-        """Let the first layer of all begin with this rank's part of whole sequences."""
+    def enter_from_whole(self, index: int, sequence: AxisGroup) -> None:
+        """Let layer ``index``, the first of a stack, begin with this rank's part of whole sequences."""
         wrap_forward(
-            self.layer(0),
+            self.layer(index),
             lambda forward, *args, **kwargs: _call(forward, partial(own_part, axes=sequence), args, kwargs),
         )
 
-    def leave_whole(self, change: Callable[[Tensor], Tensor], sequence: AxisGroup) -> None:
-        """Let the last layer of all end with whole sequences, after a ``change`` of layout to the head's."""
+    def leave_whole(self, index: int, change: Callable[[Tensor], Tensor], sequence: AxisGroup) -> None:
+        """Let layer ``index``, the last of a stack, end with whole sequences, after a ``change`` of layout."""
 
         def whole(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
@@ -101,7 +112,13 @@ class WholeStage(Stage):
             hidden = gather_sequence(change(hidden), sequence)
             return (hidden, *others) if isinstance(output, tuple) else hidden
 
-        wrap_forward(self.layer(self.layers.stop - 1), whole)
+        wrap_forward(self.layer(index), whole)
+
+    def side_of(self, strategy: LayerStrategy, sequence: AxisGroup, change: Callable[[Tensor], Tensor]) -> OwnSide:
+        """What layers of ``strategy`` see of other stacks' states: one for all of them."""
+        if strategy not in self._sides:
+            self._sides[strategy] = OwnSide(sequence, change)
+        return self._sides[strategy]
 
     def end_at_head(self) -> None:
         """End the forward with the loss that the vocabulary's projection gives; after FSDP2 has its hooks there."""

@@ -1,0 +1,26 @@
+"""How many heads a layer's attention has, by what its modules say of themselves."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from galvatron.core.family import Blocks
+
+HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
+KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads")
+
+
+def heads_in(layer: nn.Module, config: PretrainedConfig) -> dict[Blocks, int]:
+    """Heads of queries, and of keys and values, of ``layer`` in a model of ``config``."""
+    own = config_in(layer, config)
+    said = (getattr(module, name, None) for module in layer.modules() for name in HEAD_COUNTS)
+    heads = next((count for count in said if isinstance(count, int)), None) or own.num_attention_heads
+    kv_heads = next((count for name in KV_HEAD_COUNTS if (count := getattr(own, name, None))), heads)
+    return {"heads": heads, "kv_heads": kv_heads}
+
+
+def config_in(layer: nn.Module, config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a part of the model that a layer's modules have; the model's if they have none."""
+    configs = (getattr(module, "config", None) for module in layer.modules())
+    return next((found for found in configs if isinstance(found, PretrainedConfig)), config)
