@@ -65,6 +65,7 @@ class Stack(Record):
     ``outputs``: how many a layer returns in a tuple, hidden states first; 0 for these alone.
     ``causal``: whether a token attends to those before it alone.  ``side``: the argument by which layers are given
     what another stack ends with.  ``biased``: whether the first layer makes a bias of all layers' attention scores.
+    ``recorded``: whether what follows takes states from between its layers, which then all end with whole sequences.
     """
 
     path: str
@@ -74,6 +75,7 @@ class Stack(Record):
     causal: StrictBool = True
     side: str | None = None
     biased: StrictBool = False
+    recorded: StrictBool = False
 
 
 class Logits(Record):

@@ -126,7 +126,8 @@ class UnitSpec(Record):
 class LayerKind(UnitSpec):
     """``count`` equal layers that follow each other; sizes are elements, of one layer.
 
-    ``tokens_divisor``: a sequence of the job has seq_len / this many tokens here (a Swin stage merges patches).
+    ``tokens_divisor``: a sequence of the job has seq_len / this many tokens here (a Swin stage merges patches), or
+    ``fixed_tokens`` whatever its length, if that is not 0 (a vision tower's patches).
     ``side_inputs``: further hidden states of equal size that ride along from layer to layer (a decoder's encoder
     output).  ``regions``: submodules that gather the sequence and scatter it again under tensor parallelism.
     ``attention_span``: tokens that one token attends to at most (a window); None for the whole sequence.
@@ -143,6 +144,7 @@ class LayerKind(UnitSpec):
     num_kv_heads: Count
     head_dim: Count
     tokens_divisor: Count = 1
+    fixed_tokens: Whole = 0
     side_inputs: Whole = 0
     regions: Count = 2
     causal: StrictBool = True
@@ -164,7 +166,7 @@ class LayerKind(UnitSpec):
 
     def tokens(self, seq_len: int) -> int:
         """Tokens of one sequence in these layers."""
-        return seq_len // self.tokens_divisor
+        return self.fixed_tokens or seq_len // self.tokens_divisor
 
     def entering_elements(self, seq_len: int) -> int:
         """Elements of one sequence that enter one of these layers: hidden states, and those that ride along."""

@@ -14,7 +14,7 @@ from galvatron.core.family import Experts, Family, Region, Stack
 
 @dataclass(frozen=True)
 class Link:
-    """A layer of the chain: its path in the model, its stack, and whether it is the first or last of that."""
+    """A layer of the chain: its path in the model, its stack, and whether it begins or ends with whole sequences."""
 
     path: str
     stack: Stack
@@ -29,7 +29,8 @@ def chain_of(model: PreTrainedModel, family: Family) -> tuple[Link, ...]:
         layers = model.get_submodule(stack.path)
         assert isinstance(layers, nn.ModuleList)
         last = len(layers) - 1
-        links += [Link(f"{stack.path}.{i}", stack, i == 0, i == last) for i in range(len(layers))]
+        meets = stack.recorded
+        links += [Link(f"{stack.path}.{i}", stack, meets or i == 0, meets or i == last) for i in range(len(layers))]
     return tuple(links)
 
 

@@ -8,37 +8,73 @@ from transformers import PretrainedConfig
 
 from galvatron.core.tasks import Task
 
+IMAGE_TOKENS = ("image_token_id", "image_token_index")
+"""Keys of configs: the id that stands in a text where an image's tokens go."""
+
 
 def input_shapes(
     config: PretrainedConfig, task: Task, rows: int, seq_len: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtype and shape of every input that a model cannot do without: ids [rows, seq_len], or images."""
-    if task == "image_classification":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": (torch.float32, (rows, config.num_channels, height, width))}
+    """The dtype and shape of every input that a model cannot do without: ids [rows, seq_len], images, sounds."""
     ids = (torch.int64, (rows, seq_len))
+    if task == "image_classification":
+        return {"pixel_values": _images(config, rows)}
     if task == "seq2seq_lm":
         return {"input_ids": ids, "decoder_input_ids": ids}
+    if task == "speech_to_text":
+        frames = (torch.float32, (rows, config.num_mel_bins, 2 * config.max_source_positions))
+        return {"input_features": frames, "decoder_input_ids": ids}
+    if task in ("vision_language", "contrast"):
+        return {"input_ids": ids, "pixel_values": _images(config.vision_config, rows)}
     return {"input_ids": ids}
+
+
+def _images(config: PretrainedConfig, rows: int) -> tuple[torch.dtype, tuple[int, ...]]:
+    """[rows, channels, height, width]."""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.float32, (rows, config.num_channels, height, width)
 
 
 def blank_inputs(
     config: PretrainedConfig, task: Task, rows: int, seq_len: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Zeros of these shapes."""
+    """Zeros of these shapes, with images where texts have them."""
     shapes = input_shapes(config, task, rows, seq_len)
-    return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in shapes.items()}
+    made = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in shapes.items()}
+    return _with_images(made, config, task)
 
 
 def random_inputs(
-    config: PretrainedConfig, task: Task, rows: int, seq_len: int, generator: torch.Generator
+    config: PretrainedConfig, task: Task, rows: int, seq_len: int, generator: torch.Generator, lowest: int = 0
 ) -> dict[str, Tensor]:
-    """Ids of the vocabulary and normal numbers of these shapes."""
+    """Ids of the vocabulary from ``lowest`` on, and normal numbers, of these shapes."""
+    words, image = words_of(config), image_token(config)
 
     def drawn(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         if dtype == torch.int64:
-            return torch.randint(config.vocab_size, shape, generator=generator)
+            ids = torch.randint(lowest, words, shape, generator=generator)
+            return ids if image is None else torch.where(ids == image, lowest, ids)
         return torch.randn(shape, dtype=dtype, generator=generator)
 
-    return {name: drawn(*made) for name, made in input_shapes(config, task, rows, seq_len).items()}
+    made = {name: drawn(*shape) for name, shape in input_shapes(config, task, rows, seq_len).items()}
+    return _with_images(made, config, task)
+
+
+def words_of(config: PretrainedConfig) -> int:
+    """The size of the vocabulary; 0 where there is none."""
+    count: int = getattr(config.get_text_config(), "vocab_size", None) or 0
+    return count
+
+
+def image_token(config: PretrainedConfig) -> int | None:
+    """The id that stands for an image's tokens; None if there is none."""
+    return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def _with_images(inputs: dict[str, Tensor], config: PretrainedConfig, task: Task) -> dict[str, Tensor]:
+    """Put the image of every row at its beginning, as many of its tokens as the model makes of it."""
+    image = image_token(config)
+    if task == "vision_language" and image is not None:
+        inputs["input_ids"][:, : config.image_seq_length] = image
+    return inputs

@@ -75,7 +75,9 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
     ``config`` itself stays as it is: transformers writes dtype and attention into the one it is given.
     """
-    _check_layers(config.num_hidden_layers)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if (count := getattr(part, "num_hidden_layers", None)) is not None:
+            _check_layers(count)
     try:
         with _parameters_on_meta(), _EmptyOnMeta():
             return auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)

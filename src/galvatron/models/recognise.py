@@ -97,6 +97,7 @@ def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList, befo
         causal=_is_causal(trace, stack),
         side=side,
         biased=any(hasattr(module, "compute_bias") for module in stack.modules()),
+        recorded=_is_recorded(trace, stack),
     )
 
 
@@ -108,6 +109,14 @@ def _side(trace: _Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> s
         if tensor is not first.argument and second.named.get(name) is tensor and _depends_on(tensor, parameters):
             return name
     return None
+
+
+def _is_recorded(trace: _Trace, stack: nn.ModuleList) -> bool:
+    """Whether the model's output does not depend on the last layer: it takes states from between layers."""
+    assert trace.logits is not None
+    weights = [p for p in stack[-1].parameters() if p.dim() > 1]
+    found = torch.autograd.grad(trace.logits.square().sum(), weights, retain_graph=True, allow_unused=True)
+    return all(gradient is None for gradient in found)
 
 
 def _depends_on(tensor: Tensor, parameters: set[int]) -> bool:

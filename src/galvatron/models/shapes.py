@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.family import Family
 
 from .chain import chain_of
 from .inputs import blank_inputs
+from .twin import SEQ_LEN, run_twin, twin_config, twin_model
 
 
 class Reached(Exception):
@@ -33,6 +34,28 @@ def entering_tokens(model: PreTrainedModel, family: Family) -> int:
         hidden: Tensor = reached.value
         return hidden.shape[1]
     raise AssertionError(f"{type(model).__name__} runs without its layers")
+
+
+def fixed_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
+    """By path, how many tokens stacks see that see as many whatever the length of texts: patches of images, sounds.
+
+    A twin of few units, but of images as large as the model's, is run.
+    """
+    if len(family.stacks) == 1:
+        return {}
+    found: dict[str, int] = {}
+    twin = twin_config(config, keep_images=True)
+    model, task = twin_model(twin), family.task
+    length = getattr(twin, "image_seq_length", 0) + SEQ_LEN + 1
+    for stack in family.stacks:
+
+        def note(module: nn.Module, args: Any, kwargs: Any, path: str = stack.path) -> None:
+            found[path] = (args[0] if args else kwargs["hidden_states"]).shape[1]
+
+        model.get_submodule(f"{stack.path}.0").register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        run_twin(model, blank_inputs(twin, task, 1, length))
+    return {path: tokens for path, tokens in found.items() if tokens != length}
 
 
 def _stop(hidden: Tensor, *_: Any, **__: Any) -> None:

@@ -22,9 +22,10 @@ from .chain import chain_of, experts_in, regions_in
 from .family import family_of
 from .freeze import freeze_parameters
 from .heads import config_in, heads_in
+from .inputs import words_of
 from .load import meta_model
 from .lora import attach_lora, base_linear
-from .shapes import entering_tokens
+from .shapes import entering_tokens, fixed_tokens
 from .tasks import config_of
 from .twin import EXPERT_KEYS
 
@@ -74,13 +75,14 @@ def spec_of(model: PreTrainedModel, name: str | None = None, family: Family | No
 
 def _described(model: PreTrainedModel, name: str | None, family: Family) -> ModelSpec:
     config = model.config
+    tokens = fixed_tokens(config, family)
     layers = [(model.get_submodule(link.path), link.stack) for link in chain_of(model, family)]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return ModelSpec(
         name=name or f"{config.model_type}-{millions:.3g}M",
         family=config.model_type,
         layers=tuple(
-            _kind(name, count, layer, stack, parameters, config, family)
+            _kind(name, count, layer, stack, parameters, config, family, tokens.get(stack.path, 0))
             for name, count, layer, stack, parameters in _kinds(layers, config)
         ),
         task=family.task,
@@ -102,7 +104,7 @@ def _is_beyond_rings(config: PretrainedConfig, stack: Stack) -> bool:
 
 def _outputs(config: PretrainedConfig, family: Family) -> int:
     """Words, or classes."""
-    count: int = config.vocab_size if family.head is not None else config.num_labels or 1
+    count: int = words_of(config) if family.head is not None else config.num_labels or 1
     return count
 
 
@@ -110,7 +112,7 @@ def _most_tokens(model: PreTrainedModel, family: Family) -> int:
     """The longest sequence; of images, which are all of one size, the length of all."""
     if family.task == "image_classification":
         return entering_tokens(model, family)
-    most: int = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
+    most: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
     return most
 
 
@@ -128,12 +130,14 @@ def _kind(
     parameters: tuple[ParameterSpec, ...],
     config: PretrainedConfig,
     family: Family,
+    fixed_tokens: int,
 ) -> LayerKind:
     own, heads = config_in(layer, config), heads_in(layer, config)
     return LayerKind(
         name=name,
         count=count,
-        hidden_size=own.hidden_size,
+        hidden_size=next(weight_sizes(m)[0] for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))),
+        fixed_tokens=fixed_tokens,
         ffn_size=_ffn_size(layer, stack, own),
         num_heads=heads["heads"],
         num_kv_heads=heads["kv_heads"],

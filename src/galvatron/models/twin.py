@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.internals import call_attention
 
-from .inputs import random_inputs
+from .inputs import IMAGE_TOKENS, random_inputs
 from .tasks import auto_class, known_task, task_of
 
 HEADS, HEAD_DIM, LAYERS, FFN, WORDS, SEQ_LEN, PATCH, CLASSES = 4, 16, 4, 56, 97, 16, 4, 5
@@ -55,6 +55,7 @@ SIZES: dict[str, int] = {
     "local_attention": 10,
     "patch_size": PATCH,
 }
+IMAGE_SIZES = ("patch_size", "max_source_positions", "num_mel_bins")
 KV_KEYS = ("num_key_value_heads", "num_kv_heads")
 EXPERT_KEYS = ("num_local_experts", "num_experts")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -85,8 +86,7 @@ IMAGES = (12, 16)
 
 def twin_inputs(twin: PretrainedConfig, rows: int = 2) -> dict[str, Tensor]:
     """Random inputs of a twin; no ids that are special."""
-    made = random_inputs(twin, task_of(twin), rows, SEQ_LEN, torch.Generator().manual_seed(0))
-    return {name: values.clamp(min=2) if name == "input_ids" else values for name, values in made.items()}
+    return random_inputs(twin, task_of(twin), rows, SEQ_LEN, torch.Generator().manual_seed(0), lowest=2)
 
 
 def run_twin(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -96,17 +96,23 @@ def run_twin(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return logits
 
 
-def twin_config(config: PretrainedConfig, kv_heads: int = 2) -> PretrainedConfig:
-    """The same structure in other sizes, without dropout; ``kv_heads``: heads of keys and values, if they count."""
+def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: bool = False) -> PretrainedConfig:
+    """The same structure in other sizes, without dropout.
+
+    ``kv_heads``: heads of keys and values, if they count; ``keep_images``: leave images and sounds at
+    their size.
+    """
     twin = copy.deepcopy(config)
     given = {**twin.attribute_map, **{key: key for key in twin.to_dict()}}
     for name, size in SIZES.items():
+        if keep_images and name in IMAGE_SIZES:
+            continue
         if name in given and _is_size(getattr(twin, name, None)):
             setattr(twin, name, size)
     for name in twin.sub_configs:
         part = getattr(twin, name, None)
         if isinstance(part, PretrainedConfig):
-            setattr(twin, name, twin_config(part, kv_heads))
+            setattr(twin, name, twin_config(part, kv_heads, keep_images=keep_images))
     for name in KV_KEYS:
         if name in given and _is_size(getattr(twin, name, None)):
             setattr(twin, name, kv_heads)
@@ -115,8 +121,13 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2) -> PretrainedConfig
         twin.num_labels = CLASSES
     if task == "text_classification":
         twin.pad_token_id = 1  # by which decoders find the last token
-    if "image_size" in given:
+    if "image_size" in given and not keep_images:
         twin.image_size = IMAGES[0]
+    if "image_seq_length" in given and not keep_images:
+        twin.image_seq_length = (IMAGES[0] // PATCH) ** 2
+    for name in IMAGE_TOKENS:
+        if isinstance(getattr(twin, name, None), int):
+            setattr(twin, name, WORDS - 1)
     for name in SPECIAL:
         if getattr(twin, name, None) is not None:
             setattr(twin, name, 1)

@@ -191,6 +191,11 @@ def check_cuts(
     axes = StageAxes(stage_size)
     if spec is not None and unit in ENDS and spec.ends == "whole" and strategy.ulysses > 1:
         return f"ulysses={strategy.ulysses} is for layers: the {unit} of {spec.name} sees whole sequences; set it to 1"
+    if spec is not None and unit in ENDS and spec.ends == "whole":
+        for kind in spec.layers:
+            if kind.tokens(seq_len) % strategy.tp:
+                tokens = kind.tokens(seq_len)
+                return f"tp={strategy.tp} of the {unit} must divide the {tokens} tokens of {kind.name}; set it to 1"
     if spec is None or unit in ENDS:
         tokens = seq_len if spec is None or unit == "embedding" else spec.layers[-1].tokens(seq_len)
     else:

@@ -147,6 +147,12 @@ _OVERRIDES |= {
         "forced_eos_token_id": None,
         "decoder_start_token_id": 2,
     },
+    "llava": {
+        "text_config": {"model_type": "llama", **_LLAMA, "num_hidden_layers": 2},
+        "vision_config": {"model_type": "clip_vision_model", **_VIT, "num_hidden_layers": 3, "attention_dropout": 0.0},
+        "image_token_id": 96,
+        "image_seq_length": 9,
+    },
     "vit": _VIT,
     "dinov2": {**_VIT, "num_labels": 5},
 }
@@ -208,6 +214,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("t5", "t5"),
     Variant("t5-untied-gated", "t5", {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
     Variant("bart", "bart", freeze=("*k_proj.bias",)),
+    Variant("llava", "llava", freeze=("*vision*k_proj.bias", "*encoder.layers.2.*", "*post_layernorm*")),
+    Variant("llava-tower-frozen", "llava", freeze=("*vision_tower*",)),
     Variant("vit", "vit", freeze=("*k_proj.bias",)),
     Variant("dinov2", "dinov2", freeze=("*k_proj.bias", "*mask_token")),
 )

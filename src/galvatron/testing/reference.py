@@ -22,6 +22,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.model import Precision
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.models import Adapter, adapter_of, auto_class, config_of, random_inputs, task_of
+from galvatron.models.inputs import words_of
 from galvatron.models.lora import attach
 from galvatron.parallelize.sharding.fsdp import DTYPES
 
@@ -174,7 +175,7 @@ def make_batches(recipe: Recipe, config: PretrainedConfig, global_batch_size: in
             of_tokens = task in TOKEN_TASKS
             shape = (global_batch_size, seq_len) if of_tokens else (global_batch_size,)
             labels = torch.randint(
-                config.vocab_size if of_tokens else int(config.num_labels or 1), shape, generator=generator
+                words_of(config) if of_tokens else int(config.num_labels or 1), shape, generator=generator
             )
         whole = labels.clone()
         labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORED

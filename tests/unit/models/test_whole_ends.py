@@ -20,6 +20,29 @@ def test_stages_and_cuts_of_encoders_are_right(family: str) -> None:
     assert prove(config) == Proof()
 
 
+def test_a_decoder_sees_what_the_encoder_ends_with() -> None:
+    family = family_of(tiny_config("t5"))
+    encoder, decoder = family.stacks
+    assert (encoder.causal, encoder.side, decoder.causal, decoder.side) == (False, None, True, "encoder_hidden_states")
+    assert [region.sides for region in decoder.regions] == [(), ("key_value_states",), ()]
+    assert (encoder.biased, encoder.outputs) == (True, 3)
+
+
+def test_a_language_model_sees_images_by_states_between_layers_of_a_tower() -> None:
+    spec, family = spec_of(meta_model(tiny_config("llava"))), family_of(tiny_config("llava"))
+    assert [(stack.recorded, stack.causal) for stack in family.stacks] == [(True, False), (False, True)]
+    assert [(kind.fixed_tokens, kind.hidden_size) for kind in spec.layers] == [(10, 32), (0, 32)]
+    assert spec.layers[0].tokens(100) == 10
+
+
+def test_a_weight_under_many_names_counts_once() -> None:
+    spec = spec_of(meta_model(tiny_config("bart")))
+    names = [parameter.name for parameter in (*spec.embedding.parameters, *spec.head.parameters)]
+    assert names[0] == "model.shared.weight"
+    assert len(names) == len(set(names))
+    assert spec.num_parameters == sum(p.numel() for p in meta_model(tiny_config("bart")).parameters())
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_any_type_with_a_head_for_it_classifies_texts(family: str) -> None:
     config = for_task(tiny_config(family), "text_classification")

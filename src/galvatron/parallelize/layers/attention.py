@@ -78,6 +78,8 @@ def use_attention(model: PreTrainedModel) -> None:
             if id(config) not in own:
                 own[id(config)] = copy.deepcopy(config)
                 call_attention(own[id(config)], NAME)
+                if getattr(config, "use_cache", False):
+                    own[id(config)].use_cache = False  # which a repeated forward would fill twice
             module.config = own[id(config)]  # type: ignore[assignment]
 
 
