@@ -54,6 +54,7 @@ __all__ = [
     "clear_cublas_workspaces",
     "default_store",
     "end_backward",
+    "exchange_rows",
     "float8_product",
     "forget_forwards",
     "gathered_buffers",
@@ -64,6 +65,7 @@ __all__ = [
     "keep_graphs",
     "leave_out_advice",
     "local_part",
+    "materialise_shards",
     "multiplies_in_float8",
     "multiply_all_",
     "needless_names",
@@ -115,6 +117,11 @@ def all_to_all(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Entry g of [k, ...] from every rank g, to whom went entry g, by an operation that changes nothing in place."""
     ones = [1] * group.size()
     return _functional.wait_tensor(_functional.all_to_all_single(tensor, ones, ones, group.group_name))
+
+
+def exchange_rows(tensor: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """[sum(received), ...] from every rank in turn, to whom went its number of rows of [sum(sent), ...]."""
+    return _functional.wait_tensor(_functional.all_to_all_single(tensor, received, sent, group.group_name))
 
 
 def group_named(name: str) -> dist.ProcessGroup:
@@ -333,6 +340,11 @@ def put_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
 def put_buffer(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
     """Replace a buffer; whether it is saved with the module stays as it is."""
     module._buffers[name] = value
+
+
+def materialise_shards(module: nn.Module, device: torch.device) -> None:
+    """Give memory on ``device`` to what FSDP2 holds of ``module``'s parameters, and to nothing else."""
+    module._apply(lambda held: torch.empty_like(held, device=device) if isinstance(held, DTensor) else held)
 
 
 def hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:

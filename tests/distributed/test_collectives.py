@@ -18,7 +18,7 @@ from galvatron.parallelize.processes.collectives import (
     reduce_scatter_sequence,
     sequence_to_batch,
 )
-from galvatron.parallelize.processes.rows import gather_rows, reduce_scatter_rows
+from galvatron.parallelize.processes.rows import Traffic, gather_rows, reduce_scatter_rows, send_rows
 from galvatron.plan.axes import StageAxes
 from galvatron.testing.pool import Pool
 
@@ -86,6 +86,31 @@ def check_adjoint(world_size: int, folded: bool) -> list[float]:
         dist.all_reduce(products)
         gaps.append(float(products[0] - products[1]))
     return gaps
+
+
+def check_rows_sent() -> tuple[float, bool]:
+    """<A x, y> - <x, Aᵀ y> of rows that go to other ranks, unevenly; and whether they came home."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    table = [[(a * b + a) % 3 for b in range(world_size)] for a in range(world_size)]  # rank 0 sends nothing
+    traffic = Traffic(tuple(table[rank]), tuple(row[rank] for row in table))
+    group = AxisGroup(dist.group.WORLD, (world_size,), rank)
+    torch.manual_seed(rank)
+    x, z = torch.randn(sum(traffic.sent), 5, requires_grad=True), torch.randn(sum(traffic.sent), 2).bfloat16()
+    image, halves = send_rows((x, z), traffic, group)
+    y = torch.randn_like(image)
+    image.backward(y)
+    assert x.grad is not None
+    products = torch.stack([(image * y).sum(), (x * x.grad).sum()]).detach()
+    dist.all_reduce(products)
+    home = send_rows((image, halves), traffic.back, group)
+    return float(products[0] - products[1]), torch.equal(home[0], x) and torch.equal(home[1], z)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rows_of_any_number_go_where_they_are_sent_and_back(pool: Pool, world_size: int) -> None:
+    for gap, came_home in pool.run(check_rows_sent, world_size=world_size):
+        assert gap == pytest.approx(0.0, abs=1e-4)
+        assert came_home
 
 
 @pytest.mark.parametrize("folded", [False, True])

@@ -14,6 +14,7 @@ import torch
 from tests.unit.profiles import make_hardware, make_model
 
 from galvatron.core.hardware import Link
+from galvatron.core.model import ModelSpec, Recompute
 from galvatron.cost.setting import Setting
 from galvatron.cost.stages import messages_s, stages_of
 from galvatron.cost.unit import unit_times
@@ -47,9 +48,10 @@ def plan_for(
     )  # fmt: skip
 
 
-def messages(plan: Plan, family: str = "llama") -> list[Message]:
+def messages(plan: Plan, family: str = "llama", overrides: dict[str, int] | None = None) -> list[Message]:
     """Of a second step: FSDP2 prepares itself in the first."""
-    model = parallelize(tiny_model(family, num_hidden_layers=len(plan.layers)), plan, world=init_world("cpu"))
+    whole = tiny_model(family, num_hidden_layers=len(plan.layers), **(overrides or {}))
+    model = parallelize(whole, plan, world=init_world("cpu"))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.spec.vocab_size, (plan.global_batch_size, SEQ_LEN + 1), generator=generator)
     model.train_step(tokens[:, :-1], tokens[:, 1:])
@@ -105,22 +107,39 @@ def test_tensor_parallel_ranks_gather_and_scatter_twice_a_layer(pool: Pool) -> N
         assert counted(found) == expected
 
 
-def test_experts_gather_tokens_and_where_they_go(pool: Pool) -> None:
-    """Two layers of two experts a token; both ranks hold five norms and two routers."""
-    around, routes = 1 + 2 * 2, 4 * ROWS * SEQ_LEN * 2 * 2
-    expected = LOSS + Counter(
-        {
-            ("all-gather", HIDDEN): 2 * around,
-            ("reduce-scatter", HIDDEN): 2 * around,
-            ("all-gather", routes): 2,
-            ("reduce-scatter", routes): 2,
-            ("all-reduce", 4 * ROWS * SEQ_LEN): 1,
-            ("all-reduce", 3 * 4 * ROWS * SEQ_LEN): 1,
-            ("all-reduce", 4 * (5 * H + 2 * 4 * H)): 1,
-        }
-    )
-    for found in pool.run(messages, plan_for(TP2), "mixtral", world_size=2):
-        assert counted(found) == expected
+EVERY = {"num_local_experts": 4, "num_experts_per_tok": 4}
+"""Every token goes to all experts, so that what travels does not depend on values."""
+
+
+@pytest.mark.parametrize(
+    "strategy", [TP2, LayerStrategy(ep=2, dp_replicate=2), LayerStrategy(tp=2, ep=2, dp_replicate=2)], ids=str
+)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_experts_are_sent_what_they_are_costed_at(pool: Pool, strategy: LayerStrategy, recompute: Recompute) -> None:
+    """Tokens once to each of ep ranks with their routes, gathered there over tp, and sums back; and the adjoint."""
+    ranks, layers, tp, ep = strategy.num_devices, 2, strategy.tp, strategy.ep
+    again = int(recompute == "full")
+    plan = plan_for(strategy.model_copy(update={"recompute": recompute}), ends=strategy.model_copy(update={"ep": 1}))
+    hidden = HIDDEN // strategy.dp * ep  # of the rows that a tensor-parallel group receives
+    routes = hidden // H * 2 * EVERY["num_experts_per_tok"]
+    expected: Counter[Message] = Counter()
+    if ep > 1:
+        expected["all-to-all", (hidden + routes) // tp] += layers * (2 + again)
+        expected["all-to-all", hidden // tp] += layers * 2
+        expected["all-gather", 8 * ranks * ep] += layers * (1 + again)
+    if tp > 1:
+        for kind in ("all-gather", "reduce-scatter"):
+            expected[kind, routes] += layers * (1 + (again and kind == "all-gather"))
+            expected[kind, hidden] += layers * (2 + (again and kind == "all-gather"))
+    for found in pool.run(messages, plan, "mixtral", EVERY, world_size=ranks):
+        there, of_attention = counted(found), HIDDEN // strategy.dp
+        told_apart = {message: n for message, n in expected.items() if message[1] != of_attention}
+        assert {message: there[message] for message in told_apart} == told_apart
+        assert {m for m in there if m[0] == "all-to-all"} == {m for m in expected if m[0] == "all-to-all"}
+    costed = costed_bytes(strategy, build_spec(tiny_config("mixtral", num_hidden_layers=2, **EVERY)), "experts")
+    kinds = {"all-to-all": "all_to_all", "all-gather": "all_gather", "reduce-scatter": "reduce_scatter"}
+    for kind, op in kinds.items():
+        assert costed[op] == {size for name, size in expected if name == kind}
 
 
 @pytest.mark.parametrize(("schedule", "m", "of_head"), [("1f1b", 1, 1), ("1f1b", 3, 3), ("gpipe", 3, 6)])
@@ -162,21 +181,19 @@ def test_attention_across_ranks_sends_what_it_is_costed_at(pool: Pool, ulysses: 
     assert costed["p2p"] == ({passed} if cp > 1 else set())
 
 
-def costed_bytes(strategy: LayerStrategy) -> dict[str, set[int]]:
-    """Of the messages around a layer's attention, as the cost model has them."""
-    sent: dict[str, set[int]] = {"all_to_all": set(), "p2p": set()}
+def costed_bytes(strategy: LayerStrategy, spec: ModelSpec | None = None, around: str = "unit") -> dict[str, set[int]]:
+    """Of the messages around a layer's attention, or its experts, as the cost model has them."""
+    sent: dict[str, set[int]] = {op: set() for op in ("all_to_all", "p2p", "all_gather", "reduce_scatter")}
 
     def log(setting: Setting, op: str, size: Any, stride: Any, num_bytes: Any) -> Any:
         if op in sent and np.all(size > 1):
             sent[op] |= set(num_bytes.astype(int).tolist())
         return num_bytes
 
-    spec = build_spec(CONFIG)
-    setting = Setting(
-        make_model(spec, SEQ_LEN, (1,)), make_hardware(strategy.num_devices), 1, 1, ROWS, SEQ_LEN, "fp32", "fp32"
-    )
+    model, hardware = make_model(spec or build_spec(CONFIG), SEQ_LEN, (1, 2)), make_hardware(strategy.num_devices)
+    setting = Setting(model, hardware, 1, 1, ROWS, SEQ_LEN, "fp32", "fp32")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("galvatron.cost.unit.collective_s", log)
+        patched.setattr(f"galvatron.cost.{around}.collective_s", log)
         unit_times(setting, "layer", strategy)
     return sent
 

@@ -106,7 +106,7 @@ def search(
         typer.Option(
             "--space",
             metavar="runtime|all|hetu|dp|fsdp|tp|pp|3d|uniform",
-            help="runtime: what can be trained; all: also expert parallelism; hetu: what Hetu-Galvatron can be told; "
+            help="runtime, or all: what can be trained; hetu: what Hetu-Galvatron can be told; "
             "or one of the simple plans.",
         ),
     ] = "runtime",

@@ -107,6 +107,16 @@ class ParameterSpec(Record):
         return (*shape[: self.cut.dim], size, *shape[self.cut.dim + 1 :])
 
 
+def shard_dim(shape: tuple[int, ...], num_shards: int) -> int:
+    """The dim of a tensor that ZeRO shards: 0, as FSDP2 does; where experts do not divide, one of theirs that does.
+
+    FSDP2 shards no other dim than 0 unevenly.
+    """
+    if len(shape) != 3 or shape[0] % num_shards == 0:
+        return 0
+    return next((dim for dim in (1, 2) if shape[dim] % num_shards == 0), 0)
+
+
 class UnitSpec(Record):
     """The parameters of one unit, in the order the runtime shards them."""
 

@@ -38,7 +38,7 @@ from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.schedules import InFlight
 
 from .setting import Setting
-from .sizes import ShardSize, dealt_kv_heads, shard_sizes, trained_sizes
+from .sizes import ShardSize, dealt_kv_heads, expert_ranks, shard_sizes, trained_sizes
 from .strategies import NONE, Floats, Ints, Strategies
 
 MASTER_BYTES = DTYPE_BYTES["fp32"]  # parameters, reduced gradients and both AdamW states are float32
@@ -231,7 +231,7 @@ def _exchange_bytes(setting: Setting, unit: UnitName, s: Strategies, batch: Floa
     ulysses = (s.ulysses > 1) * token_bytes * kind.head_dim * (heads + 2 * exchanged)
     wide = MASTER_BYTES / setting.compute_bytes
     ring = (s.cp > 1) * token_bytes * kind.head_dim * ((1 + wide) * heads + (4 + 8 * wide) * exchanged)
-    experts = (s.ep > 1) * token_bytes * kind.experts_per_token * kind.hidden_size
+    experts = (s.ep > 1) * token_bytes * expert_ranks(kind, s) * kind.hidden_size
     widest: Floats = np.maximum(np.maximum(ulysses, ring), experts)
     return widest
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from galvatron.core.model import LayerKind, ParameterSpec
+from galvatron.core.model import LayerKind, ParameterSpec, shard_dim
 
 from .strategies import Floats, Ints, Strategies
 
@@ -33,7 +33,7 @@ class ShardSize:
 def shard_sizes(parameters: Iterable[ParameterSpec], strategies: Strategies) -> tuple[ShardSize, ShardSize]:
     """Sums over ``parameters`` of what rank 0, the fullest, holds of each: of all but experts, and of experts.
 
-    FSDP2 shards by rows of dim 0; experts, whose dim 0 is short, are taken as sharded by all their elements.
+    FSDP2 shards by rows of a dim (``core.model.shard_dim``).
     """
     listed = list(parameters)
     dense = _sizes([p for p in listed if not p.experts], strategies.tp, np.ones_like(strategies.ep), strategies.shard)
@@ -47,6 +47,17 @@ def dealt_kv_heads(kind: LayerKind, strategies: Strategies) -> Floats:
     return np.maximum(own, strategies.ulysses)
 
 
+def expert_ranks(kind: LayerKind, strategies: Strategies) -> Floats:
+    """How many of the ranks that experts are dealt to a token goes to, on average, if all experts are equally likely.
+
+    A rank is left out where none of the token's experts is among its own: drawn without putting back.
+    """
+    chosen, elsewhere = np.arange(kind.experts_per_token), kind.num_experts - kind.num_experts // strategies.ep
+    left_out = np.maximum(elsewhere[:, None] - chosen, 0) / (kind.num_experts - chosen)
+    ranks: Floats = strategies.ep * (1 - left_out.prod(axis=1))
+    return ranks
+
+
 def trained_sizes(parameters: Iterable[ParameterSpec], strategies: Strategies) -> tuple[ShardSize, ShardSize]:
     """The same of what is trainable alone: what has gradients and optimizer states."""
     return shard_sizes((p for p in parameters if p.trainable), strategies)
@@ -58,11 +69,18 @@ def _sizes(parameters: list[ParameterSpec], tp: Ints, ep: Ints, shard: Ints) -> 
         rows = np.flatnonzero((tp == t) & (ep == e))
         for parameter in parameters:
             shape = parameter.local_shape(t, ep=e)
-            length, rest = (math.prod(shape), 1) if parameter.experts else (shape[0], math.prod(shape[1:]))
-            part = -(-length // shard[rows]) * rest
+            elements = math.prod(shape)
+            parts, places = np.unique(shard[rows], return_inverse=True)
+            part = np.array([_sharded(shape, n) for n in parts.tolist()])[places]
             held[rows] += part
-            whole[rows] += length * rest
-            largest[rows] = np.maximum(largest[rows], length * rest)
+            whole[rows] += elements
+            largest[rows] = np.maximum(largest[rows], elements)
             if parameter.cut is None or parameter.cut.is_whole(t):
                 uncut[rows] += part
     return ShardSize(held, whole, largest, uncut)
+
+
+def _sharded(shape: tuple[int, ...], num_shards: int) -> int:
+    """Elements of the first shard, the largest."""
+    length = shape[shard_dim(shape, num_shards)]
+    return -(-length // num_shards) * (math.prod(shape) // length)

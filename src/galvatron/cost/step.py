@@ -218,7 +218,7 @@ def _stage_parts(plan: Plan, setting: Setting, replayed: Replay, index: int) -> 
         "tensor_parallel": microbatches("tensor_parallel_forward_s", "tensor_parallel_backward_s")
         + _replicated_s(setting, stage),
         "context_parallel": microbatches("context_parallel_forward_s", "context_parallel_backward_s"),
-        "expert_parallel": 2 * microbatches("expert_parallel_s"),
+        "expert_parallel": microbatches("expert_parallel_forward_s", "expert_parallel_backward_s"),
         "data_parallel": microbatches("data_parallel_forward_s", "data_parallel_backward_s")
         + sum(_total(stage, name) for name in ("first_s", "last_s", "delayed_s", "tied_s")),
         "recompute": microbatches("recompute_s"),

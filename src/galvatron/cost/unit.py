@@ -16,13 +16,13 @@ from galvatron.plan.plan import LayerStrategy
 
 from .communication import collective_s, exposed_s, tied_reduction_s
 from .compute import interpolate
+from .experts import expert_messages
 from .memory import MASTER_BYTES
 from .setting import Setting
 from .sizes import ShardSize, dealt_kv_heads, shard_sizes, trained_sizes
-from .strategies import FULL, MLP, NONE, Floats, Strategies
+from .strategies import FULL, NONE, Floats, Strategies
 
 VOCABULARY_REDUCTIONS = (1, 2)  # floats a token in each: the maximum; the sum of exponentials with the target's logit
-ROUTE_BYTES = 8  # of an expert's number and its weight, for every expert that a token is sent to
 WEIGHT_SHARE = 0.5  # of a backward's compute: a linear's gradients of input and of weight are matmuls of equal FLOPs
 
 
@@ -45,7 +45,8 @@ class UnitTimes:
     tensor_parallel_backward_s: Floats
     context_parallel_forward_s: Floats
     context_parallel_backward_s: Floats
-    expert_parallel_s: Floats
+    expert_parallel_forward_s: Floats
+    expert_parallel_backward_s: Floats
     data_parallel_forward_s: Floats
     data_parallel_backward_s: Floats
     first_s: Floats
@@ -60,13 +61,13 @@ class UnitTimes:
     @property
     def forward_s(self) -> Floats:
         """One microbatch's forward."""
-        exposed = self.tensor_parallel_forward_s + self.context_parallel_forward_s + self.expert_parallel_s
+        exposed = self.tensor_parallel_forward_s + self.context_parallel_forward_s + self.expert_parallel_forward_s
         return self.compute_forward_s + exposed + self.data_parallel_forward_s
 
     @property
     def backward_s(self) -> Floats:
         """One microbatch's backward, recompute and weight gradients included."""
-        exposed = self.tensor_parallel_backward_s + self.context_parallel_backward_s + self.expert_parallel_s
+        exposed = self.tensor_parallel_backward_s + self.context_parallel_backward_s + self.expert_parallel_backward_s
         return self.compute_backward_s + self.recompute_s + exposed + self.data_parallel_backward_s
 
     def work_s(self, setting: Setting) -> Floats:
@@ -113,12 +114,17 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     tp_forward_s, tp_backward_s = _tensor_parallel_s(setting, unit, s, batch, gather_s, scatter_s)
     exchange_s, ring_s, ring_back_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
     context_forward_s, context_backward_s = exchange_s + ring_s, exchange_s + ring_back_s
-    expert_s = _expert_parallel_s(setting, unit, s, batch)
-    regions = 0 if unit in ENDS else setting.model.spec.kind(unit).regions
+    experts = expert_messages(setting, unit, s, batch)
+    tp_forward_s = tp_forward_s + experts.gather_s + experts.scatter_s
+    tp_backward_s = tp_backward_s + experts.gather_back_s + experts.scatter_back_s
+    expert_forward_s = experts.counts_s + experts.dispatch_s + experts.combine_s
+    expert_backward_s = experts.combine_s + experts.dispatch_s
+    regions = _plain_regions(setting, unit)
     # what runs again asks again for what it takes in; sums are kept by all levels but the last, which needs all but
     # the layer's own
-    repeated_s = (s.recompute > NONE) * (regions * gather_s + exchange_s) + (s.recompute >= MLP) * expert_s
-    repeated_s = repeated_s + (s.recompute == FULL) * ((regions - 1) * scatter_s + ring_s)
+    repeated_s = (s.recompute > NONE) * (regions * gather_s + exchange_s + experts.gather_s)
+    repeated_s = repeated_s + (s.recompute > NONE) * (experts.counts_s + experts.dispatch_s)
+    repeated_s = repeated_s + (s.recompute == FULL) * ((_regions(setting, unit) - 1) * scatter_s + ring_s)
     reached = setting.model.spec.is_reached(unit)
     again_s, repeated_s, tp_backward_s, context_backward_s = (
         reached * seconds for seconds in (again_s, repeated_s, tp_backward_s, context_backward_s)
@@ -136,7 +142,8 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
         tensor_parallel_backward_s=tp_backward_s,
         context_parallel_forward_s=context_forward_s,
         context_parallel_backward_s=context_backward_s,
-        expert_parallel_s=expert_s,
+        expert_parallel_forward_s=expert_forward_s,
+        expert_parallel_backward_s=expert_backward_s,
         data_parallel_forward_s=shard[0],
         data_parallel_backward_s=shard[1],
         first_s=shard[2],
@@ -191,16 +198,10 @@ def _tensor_parallel_s(
 ) -> tuple[Floats, Floats]:
     """Forward and backward collectives of one microbatch: Megatron sequence parallelism (Korthikanti et al. 2022).
 
-    Every gather of the sequence is a reduce-scatter in backward and the other way round.
+    Every gather of the sequence is a reduce-scatter in backward and the other way round.  Without those of experts.
     """
     if unit not in ENDS:
-        kind = setting.model.spec.kind(unit)
-        both_s = kind.regions * (gather_s + scatter_s)
-        if kind.num_experts:
-            routes = batch * setting.tokens(unit) * kind.experts_per_token * ROUTE_BYTES
-            gather_routes_s = collective_s(setting, "all_gather", s.tp, 1, routes)
-            scatter_routes_s = collective_s(setting, "reduce_scatter", s.tp, 1, routes)
-            return both_s + gather_routes_s, both_s + scatter_routes_s
+        both_s = _plain_regions(setting, unit) * (gather_s + scatter_s)
         return both_s, both_s
     if unit == "embedding":
         return scatter_s, gather_s
@@ -241,13 +242,13 @@ def _attention_share(kind: LayerKind, seq_len: int) -> float:
     return attention / (attention + 2.0 * kind.active_parameters)
 
 
-def _expert_parallel_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> Floats:
-    """One direction's all-to-alls of one microbatch: every token to its experts and back, loads taken as even."""
-    if unit in ENDS or not (s.ep > 1).any():
-        return np.zeros(len(s))
-    kind = setting.model.spec.kind(unit)
-    sent = batch * setting.tokens(unit) * kind.experts_per_token * kind.hidden_size * setting.compute_bytes
-    return 2 * collective_s(setting, "all_to_all", s.ep, s.tp, sent)
+def _regions(setting: Setting, unit: UnitName) -> int:
+    return 0 if unit in ENDS else setting.model.spec.kind(unit).regions
+
+
+def _plain_regions(setting: Setting, unit: UnitName) -> int:
+    """Without the one that is experts."""
+    return _regions(setting, unit) - bool(unit not in ENDS and setting.model.spec.kind(unit).num_experts)
 
 
 def _data_parallel_s(

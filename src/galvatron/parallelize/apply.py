@@ -111,7 +111,7 @@ def parallelize(
     together(lambda: fill(parameters, values, twins))
     for stage in stages:
         stage.train()
-    shards = {part.name: getattr(part.module, part.attribute) for part in parts if part.strategy.zero}
+    shards = {part.name: getattr(part.module, part.attribute) for part in parts if part.layout.zero}
     return ParallelModel(
         grid,
         spec,

@@ -59,7 +59,7 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
         regions, experts = regions_in(layer, stack), experts_in(layer, stack)
         if stage.later is not None:
             stage.later.taps[layer] = tap_linears(layer, regions, kinds[index], tp)
-        cut_layer(layer, regions, kinds[index], tp, experts)
+        cut_layer(layer, regions, kinds[index], tp, experts, grid.experts(strategy))
         attend_across(layer, contexts[strategy])
         if spec.trains_before(index + 1):  # nothing is kept of other layers, and compilers fail on such a checkpoint
             recompute_in_backward(layer, regions, tp, strategy.recompute, has_experts=experts is not None)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import nn
 
 from galvatron.core.model import ModelSpec
-from galvatron.internals import put_buffer
+from galvatron.internals import materialise_shards, put_buffer
+from galvatron.models import experts_in
 from galvatron.plan import LayerStrategy
 from galvatron.plan.schedules import turns_at_once
 
@@ -22,7 +24,8 @@ from .sharding.fsdp import (
     DTYPES,
     ShardedUnit,
     mixed_precision,
-    prefetch,
+    prefetch_in_backward,
+    prefetch_in_forward,
     reduce_now,
     shard_root,
     shard_unit,
@@ -30,15 +33,36 @@ from .sharding.fsdp import (
 )
 from .sharding.unsharded import UnshardedUnit, gradient_slot
 
-Unit = tuple[tuple[nn.Module, ...], LayerStrategy]
-"""Modules whose parameters live, and are summed, together."""
+
+@dataclass(frozen=True)
+class Unit:
+    """Modules whose parameters live, and are summed, together.
+
+    Attributes:
+        inner: the unit of some module within these, if it lives apart: experts that are dealt out.
+    """
+
+    modules: tuple[nn.Module, ...]
+    strategy: LayerStrategy
+    inner: Unit | None = None
+
+    @property
+    def apart(self) -> tuple[nn.Module, ...]:
+        """The modules within that live apart."""
+        return () if self.inner is None else self.inner.modules
+
+    @property
+    def both(self) -> tuple[Unit, ...]:
+        """This and the inner one, which begins after it in forward and in backward."""
+        return (self,) if self.inner is None else (self, self.inner)
 
 
 def chunk_of(stage: Stage, units: list[Unit], grid: Grid) -> Chunk:
     """``stage`` with memory for what this rank holds of its parameters."""
     sharded = _shard(stage, units, grid)
     _materialise(stage, sharded, grid.world.device)
-    unsharded = tuple(_unsharded(modules, strategy, grid) for modules, strategy in units if not strategy.zero)
+    every = [unit for outer in units for unit in outer.both]
+    unsharded = tuple(_unsharded(unit, grid) for unit in every if not unit.strategy.zero)
     return Chunk(stage, sharded, unsharded, () if stage.later is None else _place(stage.later, sharded))
 
 
@@ -63,24 +87,41 @@ def _shard(stage: Stage, units: list[Unit], grid: Grid) -> tuple[ShardedUnit, ..
     """Hand the units that are sharded to FSDP2, then the whole stage if there are any."""
     head = stage.last_modules[-1]
     turns = stage.is_last and turns_at_once(grid.plan.schedule, grid.plan.num_microbatches)
-    sharded = tuple(
-        ShardedUnit(modules, strategy, turns=turns and head in modules) for modules, strategy in units if strategy.zero
-    )
+
+    def sharded_of(unit: Unit) -> ShardedUnit:
+        return ShardedUnit(unit.modules, unit.strategy, turns=turns and head in unit.modules)
+
     policy = mixed_precision(grid.plan.precision, grid.plan.grad_reduce_dtype)
-    for unit in sharded:
-        shard_unit(unit, grid.mesh(unit.strategy), policy)
-    for before, after in itertools.pairwise(units):
-        if before[1].zero == after[1].zero == 3:
-            prefetch(ShardedUnit(*before), ShardedUnit(*after))
+    every = [unit for outer in units for unit in outer.both]
+    whole = {p for unit in every if not unit.strategy.zero for module in unit.modules for p in module.parameters()}
+    inner = [unit.inner for unit in units if unit.inner is not None and unit.inner.strategy.zero]
+    for unit in inner:  # first: FSDP2 goes from the inside out.  What comes in is of the dtypes that the layer gives it
+        shard_unit(sharded_of(unit), grid.mesh(unit.strategy), replace(policy, cast_forward_inputs=False))
+    for unit in units:
+        if unit.strategy.zero:
+            shard_unit(sharded_of(unit), grid.mesh(unit.strategy), policy, ignored=whole.intersection(_inside(unit)))
+    forward, backward = (
+        [unit for outer in order for unit in outer.both if unit is outer or unit.strategy.zero]
+        for order in (units, units[::-1])
+    )
+    for order, prefetch in ((forward, prefetch_in_forward), (backward, prefetch_in_backward)):
+        for before, after in itertools.pairwise(order):
+            if before.strategy.zero == after.strategy.zero == 3:
+                prefetch(sharded_of(before), sharded_of(after))
+    sharded = [sharded_of(unit) for unit in backward if unit.strategy.zero]
     if sharded:
-        whole = [p for modules, strategy in units if not strategy.zero for m in modules for p in m.parameters()]
-        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole + stage.elsewhere, sharded[0])
-    return sharded
+        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole.union(stage.elsewhere), sharded[-1])
+    return tuple(sharded_of(unit) for unit in forward if unit.strategy.zero)
 
 
-def _unsharded(modules: tuple[nn.Module, ...], strategy: LayerStrategy, grid: Grid) -> UnshardedUnit:
+def _inside(unit: Unit) -> set[nn.Parameter]:
+    return {parameter for module in unit.apart for parameter in module.parameters()}
+
+
+def _unsharded(unit: Unit, grid: Grid) -> UnshardedUnit:
     dtype, reduce_dtype = DTYPES[grid.plan.precision], DTYPES[grid.plan.grad_reduce_dtype]
-    return UnshardedUnit(modules, dtype, reduce_dtype, grid.world.device, grid.replicas(strategy))
+    replicas = grid.replicas(unit.strategy)
+    return UnshardedUnit(unit.modules, dtype, reduce_dtype, grid.world.device, replicas, apart=unit.apart)
 
 
 def units_of(stage: Stage, spec: ModelSpec, grid: Grid) -> Iterator[Unit]:
@@ -91,11 +132,14 @@ def units_of(stage: Stage, spec: ModelSpec, grid: Grid) -> Iterator[Unit]:
     if embedding and head and spec.tied_embeddings:
         embedding, head = embedding + head, ()
     if embedding:
-        yield embedding, plan.embedding
+        yield Unit(embedding, plan.embedding)
     for index in stage.layers:
-        yield (stage.layer(index),), plan.layers[index]
+        layer, strategy = stage.layer(index), plan.layers[index]
+        experts = experts_in(layer, stage.chain[index].stack) if strategy.ep > 1 else None
+        inner = None if experts is None else Unit((layer.get_submodule(experts.module),), strategy.of_experts)
+        yield Unit((layer,), strategy, inner)
     if head:
-        yield head, plan.head
+        yield Unit(head, plan.head)
 
 
 def _materialise(stage: Stage, sharded: tuple[ShardedUnit, ...], device: torch.device) -> None:
@@ -103,6 +147,6 @@ def _materialise(stage: Stage, sharded: tuple[ShardedUnit, ...], device: torch.d
     buffers = [(module, name, b) for module in stage.modules() for name, b in module.named_buffers(recurse=False)]
     for unit in sharded:
         for module in unit.modules:
-            module.to_empty(device=device)
+            materialise_shards(module, device)
     for module, name, buffer in buffers:
         put_buffer(module, name, buffer.to(device))

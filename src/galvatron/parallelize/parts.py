@@ -27,6 +27,11 @@ class Part:
     attribute: str
     strategy: LayerStrategy
 
+    @property
+    def layout(self) -> LayerStrategy:
+        """Which ranks hold others of it, and how ZeRO shards it."""
+        return self.strategy.of_experts if self.spec.experts else self.strategy
+
 
 def parts_of(stage: Stage, spec: ModelSpec, grid: Grid) -> list[Part]:
     """Every parameter this stage owns, once; a tied head on the embedding's stage is the embedding."""
@@ -61,16 +66,17 @@ def held_of(part: Part, unsharded: list[UnshardedUnit]) -> nn.Parameter:
 
 def local_parameter(part: Part, held: nn.Parameter, spec: ModelSpec, grid: Grid) -> LocalParameter:
     """``part`` with what this rank holds of it, and on how many ranks that is."""
-    strategy, tp_rank = part.strategy, grid.stage_rank % part.strategy.tp
+    strategy, layout, tp_rank = part.strategy, part.layout, grid.stage_rank % part.strategy.tp
     whole = part.spec.cut is None or part.spec.cut.is_whole(strategy.tp)
-    twice, copies = _is_tied_copy(part, spec, grid), strategy.num_devices // (strategy.tp * strategy.shard_degree)
+    twice, copies = _is_tied_copy(part, spec, grid), layout.num_devices // (layout.tp * layout.shard_degree)
+    dealt = (strategy.ep, grid.expert_rank(strategy)) if part.spec.experts else (1, 0)
     return LocalParameter(
         name=part.name,
         tensor=held,
         global_shape=part.spec.shape,
-        pieces=pieces_of(part.spec, strategy.tp, tp_rank, strategy.shard_degree, grid.shard_rank(strategy)),
+        pieces=pieces_of(part.spec, strategy.tp, tp_rank, layout.shard_degree, grid.shard_rank(layout), *dealt),
         replicas=copies * (strategy.tp if whole else 1) * (2 if twice else 1),
-        is_primary=grid.replica_rank(strategy) == 0 and not (whole and tp_rank) and not (twice and grid.stage),
+        is_primary=grid.replica_rank(layout) == 0 and not (whole and tp_rank) and not (twice and grid.stage),
     )
 
 

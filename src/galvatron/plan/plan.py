@@ -93,6 +93,16 @@ class LayerStrategy(Record):
         """Over how many ranks ZeRO shards what is equal on them."""
         return self.ulysses * self.cp * self.dp_shard if self.zero else 1
 
+    @property
+    def of_experts(self) -> LayerStrategy:
+        """How parameters of experts lie: ep's ranks hold different ones, and ZeRO shards over what is left of its own.
+
+        As a strategy whose tp is tp x ep: of what tells its ranks apart, not of what cuts a matrix.
+        """
+        inner, shard = self.tp * self.ep, max(self.shard_degree // self.ep, 1)
+        replicas = self.num_devices // (inner * shard)
+        return LayerStrategy(tp=inner, dp_shard=shard, dp_replicate=replicas, zero=self.zero if shard > 1 else 0)
+
     def __str__(self) -> str:
         degrees = ("tp", "ulysses", "cp", "ep", "dp_shard", "dp_replicate")
         parts = [f"{name} {getattr(self, name)}" for name in degrees if getattr(self, name) > 1]

@@ -15,7 +15,6 @@ from .plan import LayerStrategy, Plan, Schedule
 RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 PLANNED_ALONE = ("bert", "deepseek_v3", "swin", "t5", "vit")
 """Families that can be planned for and not trained."""
-RUNTIME_ONLY_ONE = ("ep",)
 MAX_LISTED = 8
 
 
@@ -103,10 +102,6 @@ def beyond_runtime(plan: Plan, spec: ModelSpec | None = None) -> Iterator[str]:
         yield f"family {spec.family}"
     if plan.schedule not in RUNTIME_SCHEDULES:
         yield f"schedule {plan.schedule}"
-    for name in RUNTIME_ONLY_ONE:
-        degrees = {getattr(strategy, name) for strategy in plan.strategies()} - {1}
-        if degrees:
-            yield f"{name}={listed(sorted(degrees))}"
 
 
 def check_schedule(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: int) -> str | None:
@@ -247,6 +242,8 @@ def _expert_problem(strategy: LayerStrategy, kind: LayerKind, axes: StageAxes) -
         return None
     if not kind.num_experts:
         return f"ep={strategy.ep} needs experts, which {kind.name} has not; set ep to 1"
+    if any(parameter.experts and parameter.cut is None for parameter in kind.parameters):
+        return f"ep={strategy.ep} needs experts of a known kind, which those of {kind.name} are not; set ep to 1"
     if kind.num_experts % strategy.ep:
         return (
             f"ep={strategy.ep} must divide the {kind.num_experts} experts of {kind.name}; "

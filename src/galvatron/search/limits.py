@@ -17,7 +17,7 @@ from galvatron.core.words import did_you_mean, plain, shown
 from galvatron.cost.setting import Runtime
 from galvatron.plan import hetu
 from galvatron.plan.plan import SCHEDULES
-from galvatron.plan.rules import RUNTIME_ONLY_ONE, RUNTIME_SCHEDULES
+from galvatron.plan.rules import RUNTIME_SCHEDULES
 
 Value = int | str
 SpaceName = Literal["runtime", "all", "hetu", "dp", "fsdp", "tp", "pp", "3d", "uniform"]
@@ -80,9 +80,8 @@ class Limits:
         """The first limit that contradicts another, as a sentence; None if none does."""
         for name, value in self.fix.items():
             if not self._offers(name, value):
-                usual = f"where {name} is {NEUTRAL[name]}" if name in RUNTIME_ONLY_ONE else "which has no such plan"
                 what = "what plans of Hetu-Galvatron can say" if self.runtime == "hetu" else "what can be trained"
-                return f"{name}={value} needs --space all: space={self.space} is {what}, {usual}"
+                return f"{name}={value} needs --space all: space={self.space} is {what}"
             if isinstance(value, int) and value > self.at_most.get(name, value):
                 return f"{name}={value} is fixed but at most {self.at_most[name]} is allowed; change one of them"
             dimension = name.rpartition(".")[2]
@@ -155,11 +154,9 @@ class Limits:
 
     def _offers(self, dimension: str, value: Value) -> bool:
         """Whether the space has such plans."""
-        if self.space == "all":
+        if self.space == "all" or dimension != "schedule":
             return True
-        if dimension == "schedule":
-            return value in (hetu.SCHEDULES.values() if self.space == "hetu" else RUNTIME_SCHEDULES)
-        return dimension not in RUNTIME_ONLY_ONE or value == 1
+        return value in (hetu.SCHEDULES.values() if self.space == "hetu" else RUNTIME_SCHEDULES)
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -64,9 +64,9 @@ def usual_length(spec: ModelSpec) -> int:
 def pure_plans(spec: ModelSpec, world_size: int, seq_len: int | None = None) -> dict[str, Plan]:
     """Plans that use one technique for the whole model, by name, as far as ``spec`` and the world allow.
 
-    Names: dp, the levels of recompute (with data parallelism), zero1, zero2, zero3, tp, ulysses, ring; hsdp1, hsdp2,
-    hsdp3 (replicas of shards) from 4 devices on; every schedule (up to 4 uneven stages, interleaved ones of 2 chunks,
-    data parallel within) from 2 on.
+    Names: dp, the levels of recompute (with data parallelism), zero1, zero2, zero3, tp, ulysses, ring, experts (dealt
+    out); hsdp1, hsdp2, hsdp3 (replicas of shards) from 4 devices on; every schedule (up to 4 uneven stages, interleaved
+    ones of 2 chunks, data parallel within) from 2 on.
     """
     world, seq_len = world_size, seq_len or usual_length(spec)
     zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
@@ -77,6 +77,7 @@ def pure_plans(spec: ModelSpec, world_size: int, seq_len: int | None = None) -> 
         strategies |= {f"zero{zero}": LayerStrategy(dp_shard=world, zero=zero) for zero in zeros}
         strategies |= {axis: LayerStrategy.model_validate({axis: world}) for axis in ("tp", "ulysses")}
         strategies["ring"] = LayerStrategy(cp=world)
+        strategies["experts"] = LayerStrategy(ep=world, dp_replicate=world)
     if world % 4 == 0:
         half = world // 2
         strategies |= {f"hsdp{zero}": LayerStrategy(dp_shard=half, dp_replicate=2, zero=zero) for zero in zeros}
@@ -96,7 +97,7 @@ def _uniform_plan(
     spec: ModelSpec, strategy: LayerStrategy, world_size: int, seq_len: int, pp: int = 1, schedule: Schedule = "1f1b"
 ) -> Plan:
     cut = strategy.ulysses * strategy.cp
-    ends = strategy.model_copy(update={"recompute": "none", "ulysses": cut, "cp": 1})
+    ends = strategy.model_copy(update={"recompute": "none", "ulysses": cut, "cp": 1, "ep": 1})
     if spec.ends == "whole" and cut > 1:
         ends = LayerStrategy(tp=strategy.tp, dp_replicate=strategy.dp * cut)
     chunks = 2 if schedule == "interleaved" else 1
@@ -152,10 +153,10 @@ def _strategies(unit: UnitName, spec: ModelSpec, stage_size: int, seq_len: int) 
     zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
     found = []
     for tp, recompute in itertools.product(divisors(stage_size), RECOMPUTES):
-        for ulysses, cp in itertools.product(divisors(stage_size // tp), repeat=2):
+        for ulysses, cp, ep in itertools.product(divisors(stage_size // tp), repeat=3):
             if stage_size % (tp * ulysses * cp):
                 continue
-            inner = {"tp": tp, "ulysses": ulysses, "cp": cp, "recompute": recompute}
+            inner = {"tp": tp, "ulysses": ulysses, "cp": cp, "ep": ep, "recompute": recompute}
             dp = stage_size // (tp * ulysses * cp)
             found.append(LayerStrategy.model_validate({**inner, "dp_replicate": dp}))
             found += [

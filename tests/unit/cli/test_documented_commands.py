@@ -18,7 +18,7 @@ from galvatron.cli import app, main
 
 SHOWN = commands()
 DECIDING = [command for command in SHOWN if re.match(r"galvatron (search|plan|import) ", command)]
-LONG = ("llama3.1-405b", "--what-if", "--space all")  # seconds of search: with the slow tests
+LONG = ("llama3.1-405b", "mixtral-8x7b", "--what-if", "--space all")  # seconds of search: with the slow tests
 
 
 def test_all_of_them_are_found() -> None:

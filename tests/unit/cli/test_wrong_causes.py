@@ -32,7 +32,6 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--memory", "24"], "a memory size needs its unit, got '24'; write 24GiB or 24MiB"),
         (["--memory", "90G"], "90G is more than the 79.2 GiB that NVIDIA A100-SXM4-80GB has"),
-        (["--fix", "ep=2"], "ep=2 needs --space all: space=runtime is what can be trained, where"),
         (["--fix", "zero=4"], "--fix zero='4' is no value of zero; give 0, 1, 2 or 3"),
         (["--max", "tp=0"], "--max tp='0' is no value of tp; give a whole number from 1 to"),
         (["--fix", "tp=4", "--max", "tp=2"], "tp=4 is fixed but at most 2 is allowed; change one"),

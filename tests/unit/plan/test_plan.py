@@ -10,6 +10,7 @@ import pytest
 from galvatron.core.errors import PlanError
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.plan import LayerStrategy, Plan, check_runnable
+from galvatron.plan.rules import check_cuts
 from galvatron.plan.schedules import Action, actions, in_flight
 
 ZERO3 = LayerStrategy(tp=2, dp_shard=2, zero=3)
@@ -38,6 +39,13 @@ SPEC = ModelSpec(
         parameters=(ParameterSpec(name="e", shape=(15, 8), cut=Cut(dim=0, segments=(15,), uneven="ceil")),)
     ),
     head=UnitSpec(parameters=(ParameterSpec(name="h", shape=(15, 8), cut=Cut(dim=0, segments=(15,), uneven="ceil")),)),
+)
+
+EXPERTS = ParameterSpec(name="up", shape=(4, 24, 8), cut=Cut(dim=1, segments=(24,)), experts=True)
+MOE = SPEC.model_copy(
+    update={
+        "layers": (SPEC.layer.model_copy(update={"num_experts": 4, "experts_per_token": 2, "parameters": (EXPERTS,)}),)
+    }
 )
 
 
@@ -91,12 +99,27 @@ def test_every_rule_is_named_with_values_and_a_remedy(changes: dict[str, Any], m
         make(**changes).validate(SPEC)
 
 
-def test_what_the_runtime_cannot_run_is_valid_but_refused_there() -> None:
-    plan = make(layers=(LayerStrategy(ep=4, dp_replicate=4),) * 4)
-    plan.validate()
-    with pytest.raises(PlanError, match="the runtime cannot run ep=4 yet"):
-        check_runnable(plan)
-    check_runnable(make())
+def test_where_parameters_of_experts_lie() -> None:
+    """ep takes axes next to tp's from those that shard, then from those that replicate."""
+    strategy = LayerStrategy(tp=2, ulysses=2, dp_shard=2, dp_replicate=4, zero=3, recompute="full")
+    dealt = {ep: strategy.model_copy(update={"ep": ep}).of_experts for ep in (1, 2, 4, 8)}
+    assert dealt[1] == LayerStrategy(tp=2, dp_shard=4, dp_replicate=4, zero=3)
+    assert dealt[2] == LayerStrategy(tp=4, dp_shard=2, dp_replicate=4, zero=3)
+    assert dealt[4] == LayerStrategy(tp=8, dp_replicate=4)  # nothing is left to shard over
+    assert dealt[8] == LayerStrategy(tp=16, dp_replicate=2)
+
+
+def test_all_that_rules_allow_runs() -> None:
+    check_runnable(make(layers=(LayerStrategy(ep=4, dp_replicate=4),) * 4))
+
+
+def test_experts_that_nobody_knows_to_call_are_not_dealt_out() -> None:
+    parameters = tuple(p.model_copy(update={"cut": None}) for p in MOE.layer.parameters)
+    unknown = MOE.model_copy(update={"layers": (MOE.layer.model_copy(update={"parameters": parameters}),)})
+    strategy = LayerStrategy(ep=2, dp_replicate=2)
+    assert check_cuts(strategy, "layer", MOE, 2, MOE.max_seq_len) is None
+    problem = check_cuts(strategy, "layer", unknown, 2, MOE.max_seq_len)
+    assert problem == "ep=2 needs experts of a known kind, which those of layer are not; set ep to 1"
 
 
 def test_a_plan_for_another_world_is_refused() -> None:

@@ -26,8 +26,9 @@ from galvatron.models.heads import HEAD_COUNTS, KV_HEAD_COUNTS
 from galvatron.models.lora import base_linear
 
 from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence
+from ..processes.rows import ExpertGroups
 from .adapters import linears_of, run_adapters
-from .experts import share_experts
+from .experts import HERE, share_experts
 from .forward import wrap_forward
 from .later import Tap, product, tapped
 from .wide_norms import wide_norm_forward
@@ -37,16 +38,21 @@ WIDTHS = ("split_size", "all_head_size")
 
 
 def cut_layer(
-    layer: nn.Module, regions: tuple[Region, ...], unit: UnitSpec, tp: AxisGroup, experts: Experts | None = None
+    layer: nn.Module,
+    regions: tuple[Region, ...],
+    unit: UnitSpec,
+    tp: AxisGroup,
+    experts: Experts | None = None,
+    dealt: ExpertGroups = HERE,
 ) -> None:
-    """Cut ``layer`` (parameters on any device; their values are not kept) for one rank of ``tp``."""
+    """Cut ``layer`` (parameters on any device; their values are not kept) for one rank of ``tp``, and of ``dealt``."""
     run_adapters(layer)
-    if tp.size == 1:
+    if tp.size == dealt.ep.size == 1:
         return
-    shrink(layer, unit.parameters, tp)
+    shrink(layer, unit.parameters, tp, dealt.ep.size)
     if experts is not None:
-        share_experts(layer.get_submodule(experts.module), tp)
-    for region in regions:
+        share_experts(layer.get_submodule(experts.module), tp, dealt)
+    for region in regions if tp.size > 1 else ():
         for name in region.columns:
             for path, linear in linears_of(layer, name):
                 if _weight(unit, path).cut is not None:  # the adapter's A takes whole inputs
@@ -133,12 +139,12 @@ def cut_positions(embedding: nn.Module, spans: tuple[range, ...]) -> None:
     wrap_forward(embedding, own)
 
 
-def shrink(module: nn.Module, parameters: tuple[ParameterSpec, ...], tp: AxisGroup) -> None:
+def shrink(module: nn.Module, parameters: tuple[ParameterSpec, ...], tp: AxisGroup, ep: int = 1) -> None:
     """Replace every cut parameter of ``module`` by an uninitialised one of this rank's shape."""
     for parameter in parameters:
         owner, _, name = parameter.name.rpartition(".")
         target = module.get_submodule(owner)
-        setattr(target, name, _shrunk(getattr(target, name), parameter, tp))
+        setattr(target, name, _shrunk(getattr(target, name), parameter, tp, ep))
 
 
 def vocabulary_range(parameter: ParameterSpec, tp: AxisGroup) -> tuple[int, int]:
@@ -157,8 +163,8 @@ def _check_replaceable(module: nn.Module, *classes: type[nn.Module]) -> None:
         )
 
 
-def _shrunk(value: Any, parameter: ParameterSpec, tp: AxisGroup) -> nn.Parameter:
-    shape = parameter.local_shape(tp.size, tp.rank)
+def _shrunk(value: Any, parameter: ParameterSpec, tp: AxisGroup, ep: int = 1) -> nn.Parameter:
+    shape = parameter.local_shape(tp.size, tp.rank, ep)
     if shape == tuple(value.shape):
         return value
     return nn.Parameter(value.detach().new_empty(shape), requires_grad=value.requires_grad)

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from galvatron.plan import LayerStrategy, Plan
 
-from .collectives import AxisGroup
+from .collectives import ALONE, AxisGroup
+from .rows import ExpertGroups
 from .world import World
 
 
@@ -42,10 +43,12 @@ class Grid:
         for strategy in sorted(set(plan.strategies()), key=str):
             self.ulysses(strategy)
             self.ring(strategy)
-            if strategy.zero:
-                self.mesh(strategy)
-            else:
-                self.replicas(strategy)
+            self.experts(strategy)
+            for layout in (strategy, strategy.of_experts):
+                if layout.zero:
+                    self.mesh(layout)
+                else:
+                    self.replicas(layout)
         column, ends = self.column, (self.column[0], self.column[-1])
         is_end = plan.pp > 1 and world.rank in ends
         self.before, self.after = self._neighbours(column, "")
@@ -97,6 +100,12 @@ class Grid:
         inner = strategy.tp * strategy.ulysses
         return self.axis_group(inner, strategy.sequence_degree, inner, "ring")
 
+    def experts(self, strategy: LayerStrategy) -> ExpertGroups:
+        """Whom a layer's tokens go to, if experts are dealt out: ranks with this one's part of every expert's width."""
+        inner = strategy.tp * strategy.ep
+        both = self.axis_group(1, inner, purpose="routes") if strategy.ep > 1 else ALONE
+        return ExpertGroups(self.axis_group(strategy.tp, inner, purpose="experts"), both)
+
     def spans(self, strategy: LayerStrategy) -> tuple[range, ...]:
         """The positions, ascending, that a unit sees on this rank: its own and those that tp gathers."""
         degree, seq_len = strategy.sequence_degree, self.plan.seq_len
@@ -136,6 +145,10 @@ class Grid:
         """This rank's index among those that hold the same shard under a strategy."""
         return self.stage_rank // (strategy.tp * strategy.shard_degree)
 
+    def expert_rank(self, strategy: LayerStrategy) -> int:
+        """This rank's index among those that experts are dealt to."""
+        return self.stage_rank // strategy.tp % strategy.ep
+
     def _make_mesh(self, inner: int, middle: int, outer: int) -> DeviceMesh:
         device_type = self.world.device.type
         shard = self.world.group(self._ranks(inner, middle))
@@ -159,8 +172,9 @@ def _group_shapes(plan: Plan) -> set[tuple[int, int]]:
     for strategy in plan.strategies():
         degree = strategy.sequence_degree
         shapes |= {(1, strategy.tp), (min(previous, degree), max(previous, degree))}
-        if strategy.zero:
-            sharded = degree * strategy.dp_shard
-            shapes |= {(strategy.tp, sharded), (sharded, strategy.num_devices)}
+        for layout in (strategy, strategy.of_experts):
+            if layout.zero:
+                sharded = layout.sequence_degree * layout.dp_shard
+                shapes |= {(layout.tp, sharded), (sharded, layout.num_devices)}
         previous = degree
     return shapes

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from galvatron import internals
-from galvatron.core.model import Precision, ReduceDtype
+from galvatron.core.model import Precision, ReduceDtype, shard_dim
 from galvatron.plan import LayerStrategy
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,11 +49,21 @@ def mixed_precision(precision: Precision, grad_reduce_dtype: ReduceDtype) -> Mix
     return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
 
 
-def shard_unit(unit: ShardedUnit, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Hand the parameters of ``unit`` to FSDP2 on ``mesh``."""
+def shard_unit(
+    unit: ShardedUnit, mesh: DeviceMesh, policy: MixedPrecisionPolicy, ignored: Collection[nn.Parameter] = ()
+) -> None:
+    """Hand the parameters of ``unit`` to FSDP2 on ``mesh``, but for ``ignored`` and what it has already."""
     modules = unit.modules[0] if len(unit.modules) == 1 else list(unit.modules)
     frees = unit.strategy.zero == 3 and not unit.turns
-    fully_shard(modules, mesh=mesh, reshard_after_forward=frees, mp_policy=policy)
+    num_shards = mesh.size(-1)
+    fully_shard(
+        modules,
+        mesh=mesh,
+        reshard_after_forward=frees,
+        mp_policy=policy,
+        shard_placement_fn=lambda parameter: Shard(shard_dim(tuple(parameter.shape), num_shards)),
+        ignored_params=set(ignored),
+    )
     face = _face(unit)
     if all(isinstance(module, nn.Embedding) for module in unit.modules):
         face.set_unshard_in_backward(False)  # which needs no value of theirs
@@ -61,21 +72,25 @@ def shard_unit(unit: ShardedUnit, mesh: DeviceMesh, policy: MixedPrecisionPolicy
     face.set_gradient_divide_factor(1.0)
 
 
-def shard_root(root: nn.Module, mesh: DeviceMesh, unsharded: Iterable[nn.Parameter], first: ShardedUnit) -> None:
+def shard_root(root: nn.Module, mesh: DeviceMesh, unsharded: Iterable[nn.Parameter], last: ShardedUnit) -> None:
     """Let ``root`` speak for the units within it; it has no parameters of its own beside ``unsharded``.
 
-    The ``first`` unit's backward ends a microbatch's: without the root, which has nothing to gather, FSDP2 would gather
+    The ``last`` unit's backward ends a microbatch's: without the root, which has nothing to gather, FSDP2 would gather
     the unit that went forward before it, which is the last one of the microbatch before.
     """
     fully_shard(root, mesh=mesh, reshard_after_forward=False, ignored_params=set(unsharded))
     assert isinstance(root, FSDPModule)
-    _face(first).set_modules_to_backward_prefetch([root])
+    _face(last).set_modules_to_backward_prefetch([root])
 
 
-def prefetch(before: ShardedUnit, after: ShardedUnit) -> None:
-    """Let two units that follow each other in forward gather each other while they compute, forward and backward."""
+def prefetch_in_forward(before: ShardedUnit, after: ShardedUnit) -> None:
+    """Let a unit gather the one that begins after it in the forward pass, while it computes."""
     _face(before).set_modules_to_forward_prefetch([_face(after)])
-    _face(after).set_modules_to_backward_prefetch([_face(before)])
+
+
+def prefetch_in_backward(before: ShardedUnit, after: ShardedUnit) -> None:
+    """The same in the backward pass."""
+    _face(before).set_modules_to_backward_prefetch([_face(after)])
 
 
 def gather_for_step(units: Iterable[ShardedUnit]) -> None:

@@ -81,9 +81,13 @@ class UnshardedUnit:
         reduce_dtype: torch.dtype,
         device: torch.device,
         replicas: dist.ProcessGroup | None,
+        apart: Iterable[nn.Module] = (),
     ) -> None:
-        """Give the parameters of ``modules`` (on meta) memory on ``device``; their values are still to be filled in."""
-        places = _places(modules)
+        """Give the parameters of ``modules`` (on meta) memory on ``device``; their values are still to be filled in.
+
+        But for those of the modules ``apart`` within them.
+        """
+        places = _places(modules, apart)
         # frozen ones last; then by the power of two that divides their size, so that all start where kernels like it
         order = sorted(places, key=lambda p: (not p.requires_grad, -(p.numel() & -p.numel())))
         trained = sum(p.numel() for p in order if p.requires_grad)
@@ -191,10 +195,13 @@ def _take(slot: GradientSlot, parameter: Tensor) -> None:
     slot.arrived(from_autograd=True)
 
 
-def _places(modules: Iterable[nn.Module]) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+def _places(
+    modules: Iterable[nn.Module], apart: Iterable[nn.Module]
+) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
     """Every parameter with the attributes that hold it: several where it is tied."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in dict.fromkeys(inner for outer in modules for inner in outer.modules()):
+    left_out = {inner for outer in apart for inner in outer.modules()}
+    for module in dict.fromkeys(inner for outer in modules for inner in outer.modules() if inner not in left_out):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             places.setdefault(parameter, []).append((module, name))
     return places

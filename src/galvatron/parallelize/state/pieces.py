@@ -1,8 +1,8 @@
 """Which boxes of which global tensor this rank holds.
 
 A parameter is cut twice: by tensor parallelism (a run of blocks from every segment, along the cut's dim)
-and by FSDP2 (a chunk of dim 0 of what is left).  The result is a few boxes; loading, checkpoints, export
-and the parity check all speak of these boxes and need no knowledge of strategies.
+and by FSDP2 (a chunk of what is left, mostly of dim 0); experts are dealt out before.  The result is a few boxes;
+loading, checkpoints, export and the parity check all speak of these boxes and need no knowledge of strategies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from galvatron.core.model import ParameterSpec
+from galvatron.core.model import ParameterSpec, shard_dim
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,30 @@ class LocalParameter:
 
 
 def shard_rows(num_rows: int, num_shards: int, shard: int) -> tuple[int, int]:
-    """The (start, stop) rows of dim 0 that FSDP2 gives to ``shard``: torch.chunk's, some of them empty."""
+    """The (start, stop) rows of a dim that FSDP2 gives to ``shard``: torch.chunk's, some of them empty."""
     chunk = math.ceil(num_rows / num_shards)
     return min(shard * chunk, num_rows), min((shard + 1) * chunk, num_rows)
 
 
-def pieces_of(parameter: ParameterSpec, tp: int, tp_rank: int, num_shards: int, shard: int) -> tuple[Piece, ...]:
-    """The boxes that tensor-parallel rank ``tp_rank`` and FSDP2 shard ``shard`` hold of ``parameter``."""
-    local_shape = parameter.local_shape(tp, tp_rank)
-    rows = shard_rows(local_shape[0], num_shards, shard)
-    return tuple(piece for box in _tp_boxes(parameter, tp, tp_rank) if (piece := _clip_rows(box, *rows)) is not None)
+def pieces_of(
+    parameter: ParameterSpec, tp: int, tp_rank: int, num_shards: int, shard: int, ep: int = 1, ep_rank: int = 0
+) -> tuple[Piece, ...]:
+    """The boxes that tensor-parallel rank ``tp_rank`` and FSDP2 shard ``shard`` hold of ``parameter``.
+
+    Of experts those that are dealt to ``ep_rank`` of ``ep``.
+    """
+    local_shape = parameter.local_shape(tp, tp_rank, ep)
+    boxes = list(_tp_boxes(parameter, tp, tp_rank))
+    if parameter.experts:
+        boxes = [_dealt(box, ep_rank * local_shape[0], local_shape[0]) for box in boxes]
+    dim = shard_dim(local_shape, num_shards)
+    rows = shard_rows(local_shape[dim], num_shards, shard)
+    return tuple(piece for box in boxes if (piece := _clip(box, dim, *rows)) is not None)
+
+
+def _dealt(piece: Piece, first: int, count: int) -> Piece:
+    """Of a box of all experts, ``count`` from the ``first`` on."""
+    return Piece(piece.local_offset, _at(piece.global_offset, 0, first), _at(piece.size, 0, count))
 
 
 def _tp_boxes(parameter: ParameterSpec, tp: int, tp_rank: int) -> Iterator[Piece]:
@@ -75,16 +89,16 @@ def _tp_boxes(parameter: ParameterSpec, tp: int, tp_rank: int) -> Iterator[Piece
         position += stop - start
 
 
-def _clip_rows(piece: Piece, start: int, stop: int) -> Piece | None:
-    """The part of ``piece`` within local rows ``start`` ... ``stop``, whose local offsets count from ``start``."""
-    low = max(piece.local_offset[0], start)
-    high = min(piece.local_offset[0] + piece.size[0], stop)
+def _clip(piece: Piece, dim: int, start: int, stop: int) -> Piece | None:
+    """The part of ``piece`` within ``start`` ... ``stop`` of the local ``dim``, whose offsets count from ``start``."""
+    low = max(piece.local_offset[dim], start)
+    high = min(piece.local_offset[dim] + piece.size[dim], stop)
     if low >= high or 0 in piece.size:
         return None
     return Piece(
-        _at(piece.local_offset, 0, low - start),
-        _at(piece.global_offset, 0, piece.global_offset[0] + low - piece.local_offset[0]),
-        _at(piece.size, 0, high - low),
+        _at(piece.local_offset, dim, low - start),
+        _at(piece.global_offset, dim, piece.global_offset[dim] + low - piece.local_offset[dim]),
+        _at(piece.size, dim, high - low),
     )
 
 

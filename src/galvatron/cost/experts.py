@@ -1,0 +1,58 @@
+"""Seconds of the messages around a layer's experts: tokens to ranks that hold some of theirs, and sums back.
+
+Takes a Setting, a unit and strategies; loads are taken as even.  Knows nothing of what experts compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from galvatron.core.model import ENDS, UnitName
+
+from .communication import collective_s
+from .setting import Setting
+from .sizes import expert_ranks
+from .strategies import Floats, Strategies
+
+COUNT_BYTES = 8  # of how many tokens a rank sends another
+ROUTE_BYTES = 8  # of an expert's number and its weight, for every expert that a token is sent to
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMessages:
+    """Seconds of a layer's messages around experts, for one microbatch.
+
+    Over tp: tokens and their routes gathered, sums scattered, and the adjoint of both (``_back_s``).  Over ep: how many
+    go where, all-to-alls there with routes, and back.
+    """
+
+    gather_s: Floats
+    scatter_s: Floats
+    gather_back_s: Floats
+    scatter_back_s: Floats
+    counts_s: Floats
+    dispatch_s: Floats
+    combine_s: Floats
+
+
+def expert_messages(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> ExpertMessages:
+    """Every token goes once to each rank that has some of its experts; loads are taken as even."""
+    if unit in ENDS or not setting.model.spec.kind(unit).num_experts:
+        return ExpertMessages(*(np.zeros(len(s)) for _ in fields(ExpertMessages)))
+    kind = setting.model.spec.kind(unit)
+    rows = batch * setting.tokens(unit) * expert_ranks(kind, s)  # of all tensor-parallel ranks
+    hidden, routes = rows * kind.hidden_size * setting.compute_bytes, rows * kind.experts_per_token * ROUTE_BYTES
+    gather_s, gather_routes_s = (collective_s(setting, "all_gather", s.tp, 1, n) for n in (hidden, routes))
+    scatter_s, scatter_routes_s = (collective_s(setting, "reduce_scatter", s.tp, 1, n) for n in (hidden, routes))
+    both = np.where(s.ep > 1, s.tp * s.ep, 1)
+    return ExpertMessages(
+        gather_s=gather_s + gather_routes_s,
+        scatter_s=scatter_s,
+        gather_back_s=scatter_s + scatter_routes_s,
+        scatter_back_s=gather_s,
+        counts_s=collective_s(setting, "all_gather", both, 1, COUNT_BYTES * both * s.ep),
+        dispatch_s=collective_s(setting, "all_to_all", s.ep, s.tp, (hidden + routes) / s.tp),
+        combine_s=collective_s(setting, "all_to_all", s.ep, s.tp, hidden / s.tp),
+    )

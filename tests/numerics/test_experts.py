@@ -1,0 +1,102 @@
+"""Experts cut by tensor parallelism and dealt out over any axes, against one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from galvatron.plan import LayerStrategy, Plan
+from galvatron.plan.plan import Schedule
+from galvatron.testing.models import tiny_model
+from galvatron.testing.parity import parity
+from galvatron.testing.plans import pure_plans, random_plans
+from galvatron.testing.pool import Pool
+from galvatron.testing.sweep import Sweep, variant_spec
+
+
+def plan_for(
+    layers: list[LayerStrategy],
+    world_size: int,
+    stages: tuple[int, ...] = (4,),
+    microbatches: int = 2,
+    schedule: Schedule = "1f1b",
+    chunks: int = 1,
+) -> Plan:
+    stage_size = world_size * chunks // len(stages)
+    ends = LayerStrategy(dp_replicate=stage_size)
+    return Plan(
+        model="x", world_size=world_size, layers_per_stage=stages, embedding=ends, head=ends, layers=tuple(layers),
+        num_microbatches=microbatches, global_batch_size=2 * stage_size * microbatches, seq_len=16, schedule=schedule,
+        model_chunks=chunks,
+    )  # fmt: skip
+
+
+DEALT = LayerStrategy(ep=2, dp_replicate=2)
+ZERO1, ZERO2, ZERO3 = (LayerStrategy.model_validate({"ep": 2, "dp_shard": 2, "zero": zero}) for zero in (1, 2, 3))
+AGAIN = ZERO3.model_copy(update={"recompute": "full"})
+SELECTIVE = DEALT.model_copy(update={"recompute": "selective"})
+PLANS: dict[str, tuple[str, Plan]] = {
+    "two ranks": ("mixtral", plan_for([DEALT, AGAIN, SELECTIVE, ZERO2], 2)),
+    "with tp, and what is left to shard over": (
+        "qwen3_moe",
+        plan_for(
+            [
+                LayerStrategy(tp=2, ep=2, dp_replicate=2, recompute="linears"),
+                LayerStrategy(ep=4, dp_shard=4, zero=3),
+                LayerStrategy(ep=2, dp_shard=4, zero=3, recompute="full"),
+                LayerStrategy(ep=2, dp_shard=2, dp_replicate=2, zero=2),
+            ],
+            4,
+        ),
+    ),
+    "over axes of the sequence": (
+        "mixtral",
+        plan_for(
+            [
+                LayerStrategy(ep=2, ulysses=2, dp_shard=2, zero=3),
+                LayerStrategy(ep=2, cp=2, dp_replicate=2),
+                LayerStrategy(ep=4, ulysses=2, cp=2, zero=1),
+                LayerStrategy(dp_shard=4, zero=3),
+            ],
+            4,
+        ),
+    ),
+    "1f1b": ("qwen3_moe", plan_for([ZERO3, DEALT, LayerStrategy(dp_shard=2, zero=1), ZERO2], 4, (1, 3), 3)),
+    "interleaved": ("mixtral", plan_for([ZERO3, DEALT, ZERO1, AGAIN], 4, (1, 1, 1, 1), 2, "interleaved", 2)),
+    "zero bubble": ("mixtral", plan_for([AGAIN, DEALT, ZERO1, ZERO2], 4, (2, 2), 3, "zero_bubble")),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_experts_dealt_out(sweep: Sweep, name: str) -> None:
+    family, plan = PLANS[name]
+    report = sweep.parity(family, plan)
+    assert report.ok, report.explain()
+
+
+@pytest.mark.parametrize("strategy", [DEALT, ZERO3, LayerStrategy(tp=2)], ids=str)
+def test_experts_that_nobody_asks(pool: Pool, strategy: LayerStrategy) -> None:
+    """One of two experts takes every token, of which both are on one rank; the others have a gradient of zeros."""
+    model = tiny_model("qwen3_moe", num_experts_per_tok=1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            weight = layer.mlp.gate.weight
+            weight.copy_(torch.stack([weight[0], -weight[0], *torch.zeros(2, weight.shape[1])]))
+    plan = plan_for([strategy] * 4, 2)
+    if strategy.tp > 1:
+        plan = Plan.model_validate({**plan.model_dump(), "embedding": strategy, "head": strategy})
+    report = parity(model, plan, pool=pool)
+    assert report.ok, report.explain()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
+def test_many_plans_with_experts_dealt_out(sweep: Sweep, variant: str, world_size: int) -> None:
+    spec = variant_spec(variant, world_size)
+    mixed = [p for p in random_plans(spec, world_size, 60, seed=7) if any(s.ep > 1 for s in p.layers)]
+    assert len(mixed) >= 20
+    pure = [plan for name, plan in pure_plans(spec, world_size).items() if name == "experts"]
+    reports = [sweep.parity(variant, plan) for plan in [*pure, *mixed[:30]]]
+    assert all(report.ok for report in reports), "\n".join(r.explain() for r in reports if not r.ok)
