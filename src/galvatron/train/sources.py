@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -20,6 +21,9 @@ from galvatron.core.job import DataSection
 PYTHON_DOCS = "python-docs"
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 LISTED = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}, or .gz of these"
+
+_UNREADABLE = (OSError, EOFError, zlib.error)
+"""What files, and packed ones, raise."""
 
 Found = tuple[str, dict[str, Any] | str]
 """Where a record stands, and the record; a text where it should be one and is not: what is wrong with it."""
@@ -43,7 +47,7 @@ def records_of(path: Path) -> Iterator[Found]:
     """The records of a file that is no plain text, in order, by line or row.  Raises DataError if it cannot be read."""
     try:
         yield from _READERS[kind_of(path)](path)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, ValueError) as error:
+    except (*_UNREADABLE, csv.Error, ValueError) as error:
         reason = str(error).split("\n", 1)[0]
         raise DataError(f"{path} cannot be read as {kind_of(path)[1:]}: {reason}; mend or remove it") from None
 
@@ -55,7 +59,7 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     try:
         with unpack(path, "rt", encoding="utf-8-sig", newline=newline) as file:  # a byte order mark is no text
             yield file
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (*_UNREADABLE, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}; mend or remove it") from None
 
 
