@@ -22,7 +22,7 @@ from galvatron.cli.lock import locked
 from galvatron.models import load_config
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.plan import Prediction, StagePrediction
-from galvatron.train import read_metrics
+from galvatron.train import ByteTokenizer, read_metrics
 
 CONFIG = {
     "model_type": "llama",
@@ -392,3 +392,71 @@ def test_a_run_that_would_not_go_on_is_refused_before_anything_is_done(
     said = "num_steps was 4 and is 8: the learning rate of step 5 is 0.005 in place of 0"
     assert capfd.readouterr().out.count(said) == 1
     assert list(losses("runs/job")) == list(range(1, 9))
+
+
+CHAT = """[data]
+source = "chat.jsonl"
+records = "conversations"
+chat_template = "chat.jinja"
+"""
+
+
+def test_answers_are_learnt_from_conversations_and_validated_on_others(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    lines = [json.dumps({"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]})] * 40
+    (folder / "chat.jsonl").write_text("\n".join(lines))
+    (folder / "other.jsonl").write_text("\n".join(lines[:3]))
+    (folder / "chat.toml").write_text(JOB.replace('[data]\nsource = "text.txt"\n', CHAT))
+    run = ("train", "chat.toml", "--plan", "mixed.json", "--run-dir", "chat", "--validation", "other.jsonl")
+    assert galvatron(*run) == 0
+    assert "validation loss" in capfd.readouterr().out
+    rows = read_metrics(folder / "chat" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "validation_loss" in row] == [4]
+    assert not any("eval_loss" in row for row in rows)
+
+    (folder / "other.jsonl").write_text('{"messages": [{"role": "user", "content": "ab"}]}\n')
+    assert galvatron("data", "prepare", "chat.toml", "--validation", "other.jsonl") == 2
+    assert "other.jsonl:1 has no message of the role 'assistant'" in " ".join(capfd.readouterr().err.split())
+
+
+ENCODERS = {
+    "masked": (
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 300, "max_position_embeddings": 64},
+        'source = "text.txt"\ntokenizer = "words"',
+        16,
+    ),
+    "images": (
+        {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 16, "patch_size": 8,
+         "id2label": {"0": "a", "1": "b"}},
+        'source = "images"\nprocessor = "words"\neval_fraction = 0.2',
+        5,
+    ),
+}  # fmt: skip
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_what_a_model_is_trained_for_decides_its_samples(folder: Path, galvatron: Verb, name: str) -> None:
+    from PIL import Image
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    config, data, seq_len = ENCODERS[name]
+    tokenizer = ByteTokenizer().for_transformers()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.save_pretrained(folder / "words")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "words")
+    for number in range(20):
+        path = folder / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (250 * (number % 2), 0, 99)).save(path)
+    (folder / "config.json").write_text(json.dumps({**SMALL, **config}))
+    job = JOB.replace('source = "text.txt"', data).replace("seq_len = 16", f"seq_len = {seq_len}")
+    (folder / "encoder.toml").write_text(job)
+    plan = PIPELINE.model_copy(update={"seq_len": seq_len, "layers_per_stage": (2,), "world_size": 1})
+    plan.save(folder / "one.json")
+    assert galvatron("train", "encoder.toml", "--plan", "one.json", "--nproc", "1") == 0
+    rows = read_metrics(folder / "runs/encoder/metrics.jsonl")
+    assert all(row["loss"] > 0 for row in rows if "loss" in row)
+    assert any("eval_loss" in row for row in rows)

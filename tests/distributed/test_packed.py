@@ -22,8 +22,11 @@ from galvatron.train.data import IGNORED_LABEL
 
 LENGTHS = ((16,), (5, 11), (1, 1, 6, 8), (9, 7), (15, 1), (2, 13, 1), (8, 8), (4, 4, 4, 4))
 """Of the documents in each row of a batch: inside, at and across the cuts of a sequence, and of one token."""
-FAMILIES = {"llama": 6, "mistral": 2, "gpt2": 2, "gemma2": 2}
+FAMILIES = {"llama": 4, "mistral": 2, "gpt2": 2, "gemma2": 2}
 """And how many mixes of each the default run takes: rotary and learnt positions, windows, capped scores."""
+PURE = ("tp", "ulysses", "ring", "zero3", "full", "1f1b", "interleaved", "zero_bubble")
+AT_ONCE = 3
+"""Plans in a call of the pool, each of which may take as long as it likes on a busy machine."""
 
 
 def packed_batch(rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,9 +68,10 @@ def deviations(plans: list[tuple[str, Plan]]) -> list[tuple[str, str, list[float
 
 
 def check(pool: Pool, plans: list[tuple[str, Plan]], world_size: int) -> None:
-    for found in pool.run(deviations, plans, world_size=world_size):
-        for family, plan, errors in found:
-            assert errors == pytest.approx([0.0] * 3, abs=1e-5), f"{family}: {plan}"
+    for first in range(0, len(plans), AT_ONCE):
+        for found in pool.run(deviations, plans[first : first + AT_ONCE], world_size=world_size):
+            for family, plan, errors in found:
+                assert errors == pytest.approx([0.0] * 3, abs=1e-5), f"{family}: {plan}"
 
 
 def plans_of(family: str, world_size: int, count: int) -> list[tuple[str, Plan]]:
@@ -78,7 +82,8 @@ def plans_of(family: str, world_size: int, count: int) -> list[tuple[str, Plan]]
 
 
 def test_documents_of_a_row_are_as_if_alone(pool: Pool) -> None:
-    pure = [("llama", plan) for plan in pure_plans(spec_of(tiny_model("llama")), 4).values()]
+    every = pure_plans(spec_of(tiny_model("llama")), 4)
+    pure = [("llama", every[name]) for name in PURE]
     mixes = [pair for family, count in FAMILIES.items() for pair in plans_of(family, 4, count)]
     check(pool, [*pure, *mixes], 4)
 

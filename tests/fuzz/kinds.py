@@ -29,7 +29,8 @@ from galvatron.report.diff import diff_plans
 from galvatron.search import Limits, search
 from galvatron.train import TrainState, prepare_tokens
 from galvatron.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from galvatron.train.data import Dataset, _map_tokens
+from galvatron.train.data import Dataset
+from galvatron.train.load import _map_tokens
 from galvatron.train.optimizer import build_optimizer
 from galvatron.train.rows import StreamRows
 from unit.profiles import make_hardware, make_model, make_spec

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from galvatron.core.job import DataSection, Job
+from galvatron.core.tasks import Task
 from galvatron.core.units import counted
 
 from .console import console, error_console, say
@@ -41,25 +42,27 @@ def prepare(job: JobFile, run_dir: RunDir = None, validation: Validation = None)
 
     What was cut off goes on with the same command.  Needs one process and no GPU.
     """
+    from galvatron.models import load_config, task_of
+
     loaded, run = Job.load(job).validated_on(validation), RunDirectory.of_job(job, run_dir)
     with processes(1, "cpu") as ranks, ranks.locked(run.path):
-        paths = prepare_data(loaded, run)
+        paths = prepare_data(loaded, run, task_of(load_config(loaded.model.path)))
     for path in paths:
         say(f"{path} is ready")
 
 
-def prepare_data(job: Job, run: RunDirectory) -> list[Path]:
-    """The tokens of ``job``, and those of its validation source, made unless they are there; one process only."""
-    return [_prepare(data, job, run) for data in (job.data, job.data.of_validation) if data is not None]
+def prepare_data(job: Job, run: RunDirectory, task: Task) -> list[Path]:
+    """What ``job`` and its validation read, checked, and tokenised unless it is already; one process only."""
+    return [_prepare(data, job, run, task) for data in (job.data, job.data.of_validation) if data is not None]
 
 
-def _prepare(data: DataSection, job: Job, run: RunDirectory) -> Path:
-    from galvatron.train import prepare_tokens
+def _prepare(data: DataSection, job: Job, run: RunDirectory, task: Task) -> Path:
+    from galvatron.train import prepare_source
     from galvatron.train.text import Skipped
 
     skipped = Skipped()
     with _progress(data.source) as progress:
-        path = prepare_tokens(data, run.path, seq_len=job.train.seq_len, progress=progress, skipped=skipped)
+        path = prepare_source(data, job.train, run.path, task=task, progress=progress, skipped=skipped)
     if skipped.count:
         say(f"{counted(skipped.count, 'bad record')} of {data.source} left out, the first: {skipped.first}")
     return path

@@ -17,6 +17,7 @@ import typer
 from galvatron.core.errors import ConfigError, DataError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job
+from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.core.units import format_seconds
 from galvatron.plan import Plan, check_plan_for_job
 
@@ -107,6 +108,11 @@ def check_model(job: Job) -> tuple[Any, ModelSpec]:
 
     config = load_config(job.model.path)
     spec = build_spec(config, freeze=job.model.freeze, lora=job.model.lora)
+    if spec.task == "image_classification" and job.train.seq_len != spec.max_seq_len:
+        raise ConfigError(
+            f"train.seq_len={job.train.seq_len} must be the {spec.max_seq_len} tokens that the model makes of an image"
+            "; set it"
+        )
     if job.train.seq_len > spec.max_seq_len:
         raise ConfigError(
             f"train.seq_len={job.train.seq_len} must not exceed the model's {spec.max_seq_len} positions; lower it"
@@ -182,13 +188,15 @@ def check_inputs(
             check_names(given, meta_model(config), {})
         for warning in left_out:
             say(f"warning: {warning.message}")
-    ranks.on_main(lambda: prepare_data(job, run))
-    dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path))
+    ranks.on_main(lambda: prepare_data(job, run, spec.task))
+    dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path, task=spec.task))
     vocab_size = max(given.vocab_size for given in (dataset, dataset.validation) if given is not None)
     if vocab_size > spec.vocab_size:
         raise DataError(
             f"tokenizer {job.data.tokenizer} has {vocab_size} tokens but the model's vocabulary only "
             f"{spec.vocab_size}; use the model's own tokenizer or a larger vocab_size"
+            if spec.task in TOKEN_TASKS
+            else f"{job.data.source} has {vocab_size} classes but the model only {spec.vocab_size}; set its num_labels"
         )
     if checkpoint is not None:
         now = Lineage.of_run(job.train, config, dataset, job)
@@ -220,15 +228,15 @@ def _what_is_kept(run: RunDirectory) -> str:
 def _train(world: World, leg: Leg) -> TrainResult:
     """One rank's part."""
     from galvatron import train
-    from galvatron.models import load_config, model_to_train
+    from galvatron.models import load_config, model_to_train, task_of
     from galvatron.parallelize import parallelize
 
     from .progress import ConsoleReporter
 
     section = leg.job.train
     peak_memory = train.PeakMemory(world.device)
-    dataset = train.load_dataset(leg.job.data, section, leg.run.path)
     config = load_config(leg.job.model.path)
+    dataset = train.load_dataset(leg.job.data, section, leg.run.path, task=task_of(config))
     weights = _weights(leg.job.model.path, config) if leg.job.model.weights and leg.resume is None else None
     described = leg.job.model
     whole = model_to_train(config, described.freeze, described.lora, _directory(described.path))

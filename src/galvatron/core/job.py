@@ -62,6 +62,8 @@ class DataSection(Record):
     of which completions alone are learnt.  ``chat_template`` is a Jinja file in place of the tokenizer's own template.
     ``separate_documents``: whether texts in one row of tokens are apart; others always are.
     ``tokenizer`` is a local directory, a hub name or ``bytes`` (256 byte tokens and an end-of-text token).
+    Of images, ``label_field`` has the class and ``image_field`` a path or bytes, where records hold them; ``processor``
+    is the directory or hub name of an image processor, and ``augment`` crops and turns images that are trained on.
     ``skip_bad_records``: a record that is not what it should be is counted and left out, not refused.
     ``validation`` is a source of its own, never trained on; of a dataset its ``validation_split``.  ``eval_fraction``
     of ``source`` is held out, by default 0.02, nothing where there is a ``validation``.
@@ -75,6 +77,10 @@ class DataSection(Record):
     messages_field: str = "messages"
     prompt_field: str = "prompt"
     completion_field: str = "completion"
+    image_field: str = "image"
+    label_field: str = "label"
+    processor: Place | None = None
+    augment: StrictBool = True
     chat_template: Place | None = None
     separate_documents: StrictBool = False
     split: str = "train"
@@ -270,7 +276,7 @@ class Job(Record):
         return self.model_copy(update={"data": self.data.model_copy(update={"validation": source})})
 
 
-_PLACES_OF_DATA = ("source", "validation", "tokenizer", "chat_template")
+_PLACES_OF_DATA = ("source", "validation", "tokenizer", "chat_template", "processor")
 
 
 def _relative(text: str, base: Path) -> str:

@@ -5,10 +5,11 @@ plans are found, and prints nothing.
 """
 
 from .checkpoint import TrainState, all_checkpoints, find_checkpoint, load_checkpoint, read_state, save_checkpoint
-from .data import Dataset, load_dataset
+from .data import Dataset
 from .export import checkpoint_to_hf
 from .interface import Reporter
 from .lineage import Lineage, check_goes_on, notable_changes
+from .load import load_dataset, prepare_source
 from .memory import PeakMemory
 from .metrics import StepMetrics, read_metrics
 from .optimizer import build_optimizer, lr_at
@@ -40,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "lr_at",
     "notable_changes",
+    "prepare_source",
     "prepare_tokens",
     "read_metrics",
     "read_state",

@@ -1,27 +1,23 @@
 """Samples to training batches, in an order that only the seed decides.
 
-Takes samples by number and a TrainSection; knows nothing of models, plans or how many ranks there are.
+Takes samples by number; knows nothing of models, plans or how many ranks there are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from galvatron.core.errors import DataError
-from galvatron.core.job import DataSection, TrainSection
-from galvatron.parallelize.processes.ranks import on_rank_zero, together
 
-from .rows import IGNORED_LABEL, DocumentRows, StreamRows
-from .tokens import Progress, TokenInfo, prepare_tokens
+from .rows import IGNORED_LABEL
 
-__all__ = ["IGNORED_LABEL", "Batch", "Dataset", "Draw", "Samples", "load_dataset"]
+__all__ = ["IGNORED_LABEL", "Batch", "Dataset", "Draw", "Samples"]
 
 Batch = dict[str, torch.Tensor]
 """Tensors by name, equal on all ranks, a sample along dim 0 of each."""
@@ -138,54 +134,3 @@ class Dataset:
             generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch])))
             self._order = (epoch, generator.permutation(len(self.train_rows)))
         return int(self.train_rows[self._order[1][place]])
-
-
-def load_dataset(data: DataSection, train: TrainSection, run_dir: Path, *, progress: Progress | None = None) -> Dataset:
-    """The dataset of a run.  A collective call: rank 0 tokenises once into ``run_dir/data``, all ranks map the file.
-
-    Args:
-        data, train: the job's sections.
-        run_dir: on a disk that all nodes share.
-        progress: called on rank 0 with the number of tokens so far.
-
-    Raises:
-        DataError: a source is missing, unreadable, empty or too short.
-    """
-    own = data.of_validation
-    validation = None if own is None else _load(own, train, run_dir, 1.0, progress)
-    return _load(data, train, run_dir, data.held_out, progress, validation)
-
-
-def _load(
-    data: DataSection,
-    train: TrainSection,
-    run_dir: Path,
-    eval_fraction: float,
-    progress: Progress | None,
-    validation: Dataset | None = None,
-) -> Dataset:
-    path = on_rank_zero(lambda: prepare_tokens(data, run_dir, seq_len=train.seq_len, progress=progress))
-    info = together(lambda: TokenInfo.load(path.with_suffix(".json")))
-    tokens = together(lambda: _map_tokens(path, info.num_tokens))
-    rows: Callable[[np.ndarray, int], Samples] = DocumentRows if data.is_apart else StreamRows
-    return Dataset(
-        rows(tokens, train.seq_len),
-        global_batch_size=train.global_batch_size,
-        seed=train.seed,
-        eval_fraction=eval_fraction,
-        vocab_size=info.vocab_size,
-        fingerprint=info.sha256,
-        validation=validation,
-    )
-
-
-def _map_tokens(path: Path, num_tokens: int) -> np.ndarray:
-    try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}; put the run directory on a disk that all nodes share, or delete the file"
-        ) from None
-    if tokens.shape != (num_tokens,):
-        raise DataError(f"{path} must hold {num_tokens} tokens but has shape {tokens.shape}; delete it")
-    return np.asarray(tokens)

@@ -25,7 +25,10 @@ from .optimizer import lr_at
 
 RUN_FILE = "run.json"
 _SAMPLES = ("seed", "global_batch_size", "seq_len")
-_SAID = ("split", "records", "text_field", "messages_field", "prompt_field", "completion_field", "separate_documents")
+_SAID = (
+    *("split", "records", "text_field", "messages_field", "prompt_field", "completion_field", "separate_documents"),
+    *("image_field", "label_field", "augment"),
+)
 _RATE = ("lr", "min_lr", "lr_schedule", "warmup_steps", "decay_steps", "num_steps")
 # what a run keeps, shows and endures, not what it is
 _UNHEARD = ("eval_every", "save_every", "keep_checkpoints", "max_skipped_steps", "tensorboard")

@@ -11,7 +11,8 @@ from train_fakes import section
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
 from galvatron.train import text as text_module
-from galvatron.train.data import IGNORED_LABEL, Dataset, load_dataset
+from galvatron.train.data import IGNORED_LABEL, Dataset
+from galvatron.train.load import load_dataset
 from galvatron.train.rows import StreamRows
 from galvatron.train.tokenizer import ByteTokenizer, load_tokenizer
 from galvatron.train.tokens import prepare_tokens

@@ -17,7 +17,7 @@ from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
 from galvatron.train.data import IGNORED_LABEL, Dataset, Samples
 from galvatron.train.tasks import (
-    TASKS,
+    INPUTS,
     Augmentation,
     LabelledImages,
     LabelledTexts,
@@ -82,7 +82,7 @@ def samples_of(name: str, tokenizer: Any, processor: Any, folder: Path) -> Sampl
     pictures = find_pictures(folder)
     if name == "masked_lm":
         return MaskedRows(tokens, 32, tokenizer)
-    if name == "span_corruption":
+    if name == "seq2seq_lm":
         return SpanRows(tokens, 32, tokenizer)
     if name == "text_classification":
         return LabelledTexts(["w1 w2 w3", "w4"] * 6, ["good", "bad"] * 6, 8, tokenizer)
@@ -92,7 +92,7 @@ def samples_of(name: str, tokenizer: Any, processor: Any, folder: Path) -> Sampl
     return TitledImages(titled, processor, tokenizer, 8, Augmentation())
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "causal_lm"])
+@pytest.mark.parametrize("name", [name for name in INPUTS if name != "causal_lm"])
 def test_batches_are_what_the_record_says_and_depend_on_seed_and_index_alone(
     name: str, tokenizer: Any, processor: Any, folder: Path
 ) -> None:
@@ -102,8 +102,8 @@ def test_batches_are_what_the_record_says_and_depend_on_seed_and_index_alone(
     again = Dataset(samples, global_batch_size=2, seed=7, eval_fraction=0.2)
     for step, batch in batches.items():
         halves = [again.batch(2 * step), again.batch(2 * step + 1)]
-        assert list(batch) == [given.name for given in TASKS[name].inputs]
-        for given in TASKS[name].inputs:
+        assert list(batch) == [given.name for given in INPUTS[name].inputs]
+        for given in INPUTS[name].inputs:
             assert batch[given.name].dtype == given.dtype
             assert batch[given.name].dim() == len(given.shape)
             assert len(batch[given.name]) == 4
@@ -141,7 +141,13 @@ def test_spans_give_back_the_text_they_were_cut_from(tokenizer: Any) -> None:
     data = Dataset(rows, global_batch_size=len(rows))
     batch = data.batch(0)
     assert batch["input_ids"].shape == (len(rows), 64)
-    assert batch["labels"].shape == (len(rows), rows.target_len)
+    assert batch["labels"].shape == batch["decoder_input_ids"].shape == (len(rows), rows.target_len)
+    assert torch.equal(batch["decoder_input_ids"][:, 1:], batch["labels"][:, :-1])
+    assert (batch["decoder_input_ids"][:, 0] == tokenizer.pad_token_id).all()
+    wide = Dataset(SpanRows(tokens, 64, tokenizer, target_len=64), global_batch_size=len(rows)).batch(0)
+    assert torch.equal(wide["labels"][:, : rows.target_len], batch["labels"])
+    assert (wide["labels"][:, rows.target_len :] == IGNORED_LABEL).all()
+    assert (wide["decoder_input_ids"] >= 0).all()
     sentinels = range(6, 6 + SENTINELS)
     found = set()
     for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):

@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from galvatron.core.tasks import Task
+
 from .classes import LabelledTexts
 from .images import Augmentation, LabelledImages, TitledImages
 from .masked import MaskedRows
@@ -18,7 +20,7 @@ from .pictures import Picture, check_pictures, find_pictures
 from .spans import SpanRows
 
 __all__ = [
-    "TASKS",
+    "INPUTS",
     "Augmentation",
     "Input",
     "LabelledImages",
@@ -26,7 +28,7 @@ __all__ = [
     "MaskedRows",
     "Picture",
     "SpanRows",
-    "Task",
+    "TaskInputs",
     "TitledImages",
     "check_pictures",
     "find_pictures",
@@ -49,10 +51,10 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """A kind of training, by the inputs of its batches; those after ``optional`` are there for some sources alone."""
+class TaskInputs:
+    """The inputs of a task's batches; those of ``optional`` are there for some sources alone."""
 
-    name: str
+    task: Task
     inputs: tuple[Input, ...]
     optional: tuple[Input, ...] = ()
 
@@ -68,15 +70,17 @@ _TEXT = (
     Input("attention_mask", torch.int64, ("batch", "sequence"), "batch"),
 )
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("causal_lm", (_tokens("input_ids"), _tokens("labels")), (_tokens("position_ids"),)),
-        Task("masked_lm", (_tokens("input_ids"), _tokens("labels"))),
-        Task("span_corruption", (_tokens("input_ids"), _tokens("labels", "target"))),
-        Task("text_classification", (*_TEXT, _CLASS)),
-        Task("image_classification", (_PIXELS, _CLASS)),
-        Task("image_text", (_PIXELS, *_TEXT)),
+INPUTS: dict[Task, TaskInputs] = {
+    given.task: given
+    for given in (
+        TaskInputs("causal_lm", (_tokens("input_ids"), _tokens("labels")), (_tokens("position_ids"),)),
+        TaskInputs("masked_lm", (_tokens("input_ids"), _tokens("labels"))),
+        TaskInputs(
+            "seq2seq_lm", (_tokens("input_ids"), _tokens("decoder_input_ids", "target"), _tokens("labels", "target"))
+        ),
+        TaskInputs("text_classification", (*_TEXT, _CLASS)),
+        TaskInputs("image_classification", (_PIXELS, _CLASS)),
+        TaskInputs("contrast", (_PIXELS, *_TEXT)),
     )
 }
-"""By name.  Labels of -100 do not count; those of ``causal_lm`` are shifted by one already."""
+"""By task.  Labels of -100 do not count; those of ``causal_lm`` are shifted by one already."""

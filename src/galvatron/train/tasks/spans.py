@@ -1,7 +1,7 @@
 """Span corruption: runs of tokens are cut out, each leaves a sentinel, and they are to be told one after the other.
 
 As T5 (Raffel et al. 2020, 3.1.4): 15% of the tokens in spans of 3 on average, drawn as its ``random_spans_noise_mask``
-does, so that the lengths of inputs and targets are the same for all rows and nothing is padded.
+does, so that the lengths of inputs and targets are the same for all rows, and inputs are not padded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from galvatron.core.errors import DataError
+
+from ..rows import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from ..data import Draw
@@ -31,6 +33,8 @@ def lengths_of(raw: int, noise: float = NOISE, mean_span: float = MEAN_SPAN) -> 
 class SpanRows:
     """Row i is the most tokens of ``tokens`` [num_tokens] whose corrupted inputs, with an end, are ``seq_len``.
 
+    Targets are filled up to ``target_len``.
+
     Raises:
         DataError: the ``tokenizer`` (of ``transformers``) has no end of sequence or too few sentinels (``<extra_id_0>``
             and so on), or ``seq_len`` is too short.
@@ -38,13 +42,16 @@ class SpanRows:
 
     labelled = True
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, tokenizer: Any) -> None:
+    def __init__(self, tokens: np.ndarray, seq_len: int, tokenizer: Any, target_len: int | None = None) -> None:
         if seq_len < 4 or tokenizer.eos_token_id is None:
             raise DataError(f"span corruption needs an end-of-sequence token and seq_len={seq_len} of 4 or more")
         self.raw = max(raw for raw in range(2, 2 * seq_len) if lengths_of(raw)[2] <= seq_len)
         self.tokens, self.seq_len, self._end = tokens, seq_len, int(tokenizer.eos_token_id)
         self._cut, self._spans, _ = lengths_of(self.raw)
-        self.target_len = self._cut + self._spans + 1
+        self._start = tokenizer.pad_token_id or 0  # what T5's decoder begins with
+        self.target_len = target_len or self._cut + self._spans + 1
+        if self.target_len < self._cut + self._spans + 1:
+            raise DataError(f"targets have {self._cut + self._spans + 1} tokens, more than {target_len}; raise it")
         names = [f"<extra_id_{number}>" for number in range(self._spans)]
         known = tokenizer.get_vocab()
         if missing := [name for name in names if name not in known]:
@@ -62,10 +69,17 @@ class SpanRows:
         return f"about {rows * self.raw} tokens but the source has {len(self.tokens)}"
 
     def gather(self, rows: Sequence[int], draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """``input_ids`` int64 [rows, seq_len] and ``labels`` int64 [rows, target_len]."""
+        """``input_ids`` int64 [rows, seq_len]; ``decoder_input_ids`` and ``labels`` int64 [rows, target_len].
+
+        A decoder is given what it should have said before; after the end nothing counts.
+        """
         made = [self._sample(row, draw) for row, draw in zip(rows, draws, strict=True)]
-        ids, labels = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
-        return {"input_ids": ids, "labels": labels}
+        ids, targets = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
+        labels = torch.full((len(rows), self.target_len), IGNORED_LABEL)
+        labels[:, : targets.shape[1]] = targets
+        before = labels.roll(1, dims=1).masked_fill(labels.roll(1, dims=1) == IGNORED_LABEL, self._start)
+        before[:, 0] = self._start
+        return {"input_ids": ids, "decoder_input_ids": before, "labels": labels}
 
     def _sample(self, row: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
         content = self.tokens[row * self.raw : (row + 1) * self.raw].astype(np.int64)

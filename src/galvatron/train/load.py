@@ -1,0 +1,187 @@
+"""The dataset of a run: what its model is trained for decides what a sample is.
+
+Takes a job's sections and a run directory; gives a Dataset, equal on all ranks.  Rank 0 looks at everything first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from galvatron.core.errors import DataError
+from galvatron.core.job import DataSection, TrainSection
+from galvatron.core.tasks import Task
+from galvatron.parallelize.processes.ranks import on_rank_zero, together
+
+from .data import Dataset, Samples
+from .rows import DocumentRows, StreamRows
+from .tasks import Augmentation, LabelledImages, MaskedRows, SpanRows, check_pictures, find_pictures
+from .tasks.classes import Class
+from .tasks.pictures import Fields
+from .text import Skipped
+from .tokenizer import load_tokenizer
+from .tokens import Progress, TokenInfo, prepare_tokens
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Samples; below which number their ids or classes are; what tells them apart; their classes, if they have some."""
+
+    samples: Samples
+    vocab_size: int
+    fingerprint: str
+    classes: dict[Class, int] | None = None
+
+
+def load_dataset(
+    data: DataSection,
+    train: TrainSection,
+    run_dir: Path,
+    *,
+    task: Task = "causal_lm",
+    progress: Progress | None = None,
+) -> Dataset:
+    """The dataset of a run.  A collective call: rank 0 tokenises once into ``run_dir/data``, all ranks map the file.
+
+    Args:
+        data, train: the job's sections.
+        run_dir: on a disk that all nodes share.
+        task: what the model is trained for.
+        progress: called on rank 0 with the number of tokens so far.
+
+    Raises:
+        DataError: a source is missing, unreadable, empty, too short, or not what ``task`` takes.
+    """
+    loaded = _load(data, train, run_dir, task, progress, None)
+    validation = None
+    if (own := data.of_validation) is not None:
+        validation = _dataset(_load(own, train, run_dir, task, progress, loaded.classes), train, 1.0, None)
+    return _dataset(loaded, train, data.held_out, validation)
+
+
+def prepare_source(
+    data: DataSection,
+    train: TrainSection,
+    run_dir: Path,
+    *,
+    task: Task = "causal_lm",
+    progress: Progress | None = None,
+    skipped: Skipped | None = None,
+) -> Path:
+    """Find what is wrong with ``data.source``, and tokenise it if it is text; one process only.  The file to read."""
+    if task == "image_classification":
+        check_pictures(find_pictures(Path(data.source), _fields(data)))
+        return Path(data.source)
+    _check_task(data, task)
+    return prepare_tokens(data, run_dir, seq_len=train.seq_len, progress=progress, skipped=skipped)
+
+
+def _dataset(loaded: Loaded, train: TrainSection, eval_fraction: float, validation: Dataset | None) -> Dataset:
+    return Dataset(
+        loaded.samples,
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+        eval_fraction=eval_fraction,
+        vocab_size=loaded.vocab_size,
+        fingerprint=loaded.fingerprint,
+        validation=validation,
+    )
+
+
+def _load(
+    data: DataSection,
+    train: TrainSection,
+    run_dir: Path,
+    task: Task,
+    progress: Progress | None,
+    classes: dict[Class, int] | None,
+) -> Loaded:
+    if task == "image_classification":
+        return together(lambda: _images(data, classes))
+    _check_task(data, task)
+    path = on_rank_zero(lambda: prepare_tokens(data, run_dir, seq_len=train.seq_len, progress=progress))
+    info = together(lambda: TokenInfo.load(path.with_suffix(".json")))
+    tokens = together(lambda: _map_tokens(path, info.num_tokens))
+    samples = together(lambda: _OF_TOKENS[task](data, tokens, train.seq_len))
+    return Loaded(samples, info.vocab_size, info.sha256)
+
+
+def _rows(data: DataSection, tokens: np.ndarray, seq_len: int) -> Samples:
+    return DocumentRows(tokens, seq_len) if data.is_apart else StreamRows(tokens, seq_len)
+
+
+def _masked(data: DataSection, tokens: np.ndarray, seq_len: int) -> Samples:
+    return MaskedRows(tokens, seq_len, _tokenizer(data))
+
+
+def _spans(data: DataSection, tokens: np.ndarray, seq_len: int) -> Samples:
+    return SpanRows(tokens, seq_len, _tokenizer(data), target_len=seq_len)
+
+
+_OF_TOKENS: dict[Task, Callable[[DataSection, np.ndarray, int], Samples]] = {
+    "causal_lm": _rows,
+    "masked_lm": _masked,
+    "seq2seq_lm": _spans,
+}
+
+
+def _check_task(data: DataSection, task: Task) -> None:
+    if task not in _OF_TOKENS:
+        raise DataError(
+            f"a job makes samples for {', '.join(_OF_TOKENS)} and image_classification, not for {task}; train it in a "
+            "loop of your own (galvatron.train.tasks makes samples)"
+        )
+    if data.is_apart and task != "causal_lm":
+        raise DataError(
+            f"records={data.records} and separate_documents are for causal_lm, not for {task}; leave them out"
+        )
+
+
+def _tokenizer(data: DataSection) -> Any:
+    return load_tokenizer(data.tokenizer).for_transformers()
+
+
+def _fields(data: DataSection) -> Fields:
+    return Fields(image=data.image_field, label=data.label_field)
+
+
+def _images(data: DataSection, classes: dict[Class, int] | None) -> Loaded:
+    pictures = find_pictures(Path(data.source), _fields(data))
+    samples = LabelledImages(pictures, _processor(data), Augmentation() if data.augment else None, classes)
+    parts = [
+        (Path(picture.where).name, samples.classes[picture.label or 0])
+        for picture in pictures
+        if picture.label is not None
+    ]
+    return Loaded(samples, len(samples.classes), hashlib.sha256(repr(parts).encode()).hexdigest(), samples.classes)
+
+
+def _processor(data: DataSection) -> Any:
+    from transformers import AutoImageProcessor
+
+    if data.processor is None:
+        raise DataError("images need an image processor; set data.processor to the model's directory or hub name")
+    try:
+        return AutoImageProcessor.from_pretrained(data.processor)
+    except Exception as error:  # the library raises many kinds; each means that there is no such processor
+        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        raise DataError(
+            f"data.processor={data.processor!r} is no image processor that loads ({reason}); give one"
+        ) from None
+
+
+def _map_tokens(path: Path, num_tokens: int) -> np.ndarray:
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}; put the run directory on a disk that all nodes share, or delete the file"
+        ) from None
+    if tokens.shape != (num_tokens,):
+        raise DataError(f"{path} must hold {num_tokens} tokens but has shape {tokens.shape}; delete it")
+    return np.asarray(tokens)
