@@ -48,7 +48,8 @@ def register(app: typer.Typer) -> None:
             "galvatron search --model mixtral-8x7b --cluster h100:4x8 --link inter=25GB/s --seq-len 4096"
             " --global-batch-size 256 --space all --fix pp=4 --max tp=8 --what-if",
             "galvatron search --model llama2-7b --cluster a100:1x8 --seq-len 4096 --global-batch-size 64 --json",
-            "galvatron search --model llama3.1-70b --cluster a100:1x8 --seq-len 4096 --global-batch-size 8 --lora r=16",
+            "galvatron search --model llama3.1-8b --cluster rtx4090:1x2 --seq-len 4096 --global-batch-size 8"
+            " --lora r=16",
             "galvatron search --model deepseek-v3 --cluster h100:128x8 --seq-len 4096 --global-batch-size 1024"
             " --space all --time-limit 30s --gap 1%",
         )

@@ -60,6 +60,10 @@ class Lora(Record):
             given[name] = _value(name, value)
         return validate(cls, given, f"--lora {text}", ConfigError)
 
+    def __str__(self) -> str:
+        """As ``parse`` takes it."""
+        return ",".join(f"{name}={_text(value)}" for name, value in self.model_dump().items())
+
     def targets(self, family: Family) -> tuple[str, ...]:
         """The linears of a layer that get adapters, by path, in the order of the forward pass; raises ConfigError."""
         linears = list(dict.fromkeys(path for region in _regions(family) for path in (*region.columns, region.row)))
@@ -87,6 +91,12 @@ def _value(name: str, text: str) -> Any:
     if re.fullmatch(r"\d{1,9}", text, re.ASCII):
         return int(text)
     return float(text) if re.fullmatch(r"\d{0,9}\.\d{1,9}", text, re.ASCII) else text
+
+
+def _text(value: Any) -> str:
+    return (
+        "+".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
 def _regions(family: Family) -> Iterator[Region]:

@@ -129,7 +129,9 @@ def attach(model: PreTrainedModel, name: str, config: Mapping[str, Any]) -> None
     """Give ``model`` an adapter as an ``adapter_config.json`` describes it."""
     from peft import LoraConfig
 
-    model.add_adapter(LoraConfig(**{**copy.deepcopy(dict(config)), "inference_mode": False}), name)
+    described = LoraConfig(**{**copy.deepcopy(dict(config)), "inference_mode": False})
+    model.add_adapter(described, name)
+    described.base_model_name_or_path = config["base_model_name_or_path"]  # transformers puts in its own
 
 
 def adapter_of(model: PreTrainedModel) -> Adapter | None:

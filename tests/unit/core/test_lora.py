@@ -22,6 +22,7 @@ def test_settings_are_those_of_peft() -> None:
     asked = Lora.parse(text)
     assert asked == Lora(r=16, lora_alpha=32, target_modules=("q_proj", "v_proj"), lora_dropout=0.05, use_rslora=True)
     assert Lora.parse("r=4") == Lora(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0)
+    assert Lora.parse(str(asked)) == asked
     assert Job.model_validate(JOB).adapted(text).model.lora == asked
 
 

@@ -9,13 +9,15 @@ from galvatron.core.errors import UnsupportedError
 
 _PLACED = "the plan says what runs where and in which precision; change the plan, or the model before parallelize"
 _ONE_PROCESS = "save_pretrained(directory), then load it with AutoModelForCausalLM.from_pretrained in one process"
+_ADAPTERS = "save_pretrained(directory) merges an adapter, and writes it alone with adapter_only=True"
 INSTEAD_OF_COPYING = "each process holds a part of it; take state_dict(), or copy the Hugging Face model before"
 INSTEAD_OF_FORWARD = "train_step gives loss and gradients, evaluate a loss; both take a loss_fn on the logits"
 _REMEDIES = {
     **dict.fromkeys(("to", "cuda", "cpu", "half", "bfloat16", "float", "double", "type", "to_empty"), _PLACED),
     **dict.fromkeys(("resize_token_embeddings", "requires_grad_", "tie_weights", "compile"), _PLACED),
     **dict.fromkeys(("gradient_checkpointing_enable", "gradient_checkpointing_disable"), _PLACED),
-    **dict.fromkeys(("generate", "push_to_hub", "merge_and_unload"), _ONE_PROCESS),
+    **dict.fromkeys(("generate", "push_to_hub"), _ONE_PROCESS),
+    **dict.fromkeys(("merge_and_unload", "merge_adapter", "print_trainable_parameters"), _ADAPTERS),
     **dict.fromkeys(("forward", "backward"), INSTEAD_OF_FORWARD),
 }
 
