@@ -100,6 +100,7 @@ class Family(Record):
             sequences it holds the embedding too.
         norm: of ends that see tokens, what runs between the layers and the head.
         after: of ends that see whole sequences, what has parameters and runs after the layers, but the head.
+        bare: parameters after the layers that no module but one around the layers has, by name.
         head: the projection to the vocabulary; None where the model's own output is what the loss takes.
         stacks: in the order of the forward pass.
         asks_for_attention: whether layers call the attention they are told to; if not they take masks as tensors.
@@ -114,6 +115,7 @@ class Family(Record):
     before: tuple[str, ...] = ()
     norm: str | None = None
     after: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
     head: str | None
     logits: Logits = Logits()
     asks_for_attention: StrictBool = True

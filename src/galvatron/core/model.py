@@ -16,7 +16,7 @@ from pydantic import Field, StrictBool, model_validator
 from .errors import ConfigError
 from .numbers import Count, Layers, Tokens, Whole
 from .records import Record
-from .tasks import Ends, Task
+from .tasks import TOKEN_TASKS, Ends, Task
 
 UnitName = str
 """``embedding``, ``head`` or the name of a kind of layer (``layer`` where all are equal)."""
@@ -74,14 +74,14 @@ class Cut(Record):
 
 
 class ParameterSpec(Record):
-    """One parameter of a unit: its name within the model's unit, full shape and tensor-parallel cut.
+    """One parameter of a unit: its name within the model's unit, full shape ([] of a number) and tensor-parallel cut.
 
     ``experts``: dim 0 counts experts, which expert parallelism deals out; every expert is cut by tp alike.
     ``trainable``: whether it has a gradient and optimizer states; a frozen one is held and gathered alone.
     """
 
     name: str
-    shape: tuple[Count, ...] = Field(min_length=1, max_length=8)
+    shape: tuple[Count, ...] = Field(max_length=8)
     cut: Cut | None = None
     experts: StrictBool = False
     trainable: StrictBool = True
@@ -235,6 +235,11 @@ class ModelSpec(Record):
             whole = max(seq_len // merged, 1) * merged
             return f"seq_len={seq_len} must be a multiple of {merged}, as {self.name} merges tokens; choose {whole}"
         return None
+
+    @property
+    def ends_alike(self) -> bool:
+        """Whether embedding and head need equal cuts: they share a weight, or the head looks at inputs and samples."""
+        return self.tied_embeddings or self.task not in TOKEN_TASKS
 
     @property
     def units(self) -> tuple[UnitName, ...]:

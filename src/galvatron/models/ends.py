@@ -34,7 +34,7 @@ def around(model: PreTrainedModel, stacks: Sequence[nn.ModuleList], calls: list[
     """The modules around ``stacks``; ``to_words``: whether the head's output are logits of the vocabulary."""
     names = {id(module): name for name, module in model.named_modules()}
     head = model.get_output_embeddings() if to_words else None
-    table = model.get_input_embeddings()
+    table = _table(model)
     layers = [names[id(stack)] + "." for stack in stacks]
     apart = [*layers, *([names[id(head)] + "."] if isinstance(head, nn.Linear) else [])]
     first = next(i for i, call in enumerate(calls) if call.module is stacks[-1][0])
@@ -59,9 +59,16 @@ def around(model: PreTrainedModel, stacks: Sequence[nn.ModuleList], calls: list[
     )
 
 
-def _looks_up(module: nn.Module, table: nn.Module) -> bool:
+def _looks_up(module: nn.Module, table: nn.Module | None) -> bool:
     """Whether it is the embedding ``table``, or shares its weight."""
     return isinstance(module, nn.Embedding) and module.weight is getattr(table, "weight", None)
+
+
+def _table(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # of models that see two kinds of inputs
+        return None
 
 
 def _outermost(paths: list[str]) -> list[str]:

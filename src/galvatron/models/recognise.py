@@ -167,7 +167,7 @@ def _whole_ends(model: PreTrainedModel, trace: _Trace, stacks: list[nn.ModuleLis
     """Ends that may look at all tokens of a sequence: the model's own forward runs them."""
     task = task_of(model.config)
     found = around(model, stacks, trace.calls, to_words=task in TOKEN_TASKS)
-    if found.bare:
+    if found.bare and task != "contrast":
         raise _unlike(model.config, f"has parameters that no module around its layers has ({found.bare[0]})")
     head = None if found.head is None else model.get_submodule(found.head)
     return {
@@ -176,6 +176,7 @@ def _whole_ends(model: PreTrainedModel, trace: _Trace, stacks: list[nn.ModuleLis
         "embedding": found.embedding,
         "before": found.before,
         "after": found.after,
+        "bare": found.bare,
         "head": found.head,
         "logits": Logits() if head is None else _logits(model.config, trace.of(head).output, trace.logits),
     }

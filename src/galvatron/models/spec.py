@@ -258,6 +258,7 @@ def _head_parameters(model: PreTrainedModel, family: Family) -> Iterator[Paramet
     names = _names(model)
     after = family.after if family.norm is None else (family.norm,)
     yield from (_whole(names[p], p) for name in after for p in model.get_submodule(name).parameters())
+    yield from (_whole(name, model.get_parameter(name)) for name in family.bare)
     if family.head is None:
         return
     head = model.get_submodule(family.head)

@@ -50,6 +50,7 @@ SIZES: dict[str, int] = {
     "max_target_positions": 4 * SEQ_LEN,
     "num_mel_bins": 8,
     "projection_dim": HEADS * HEAD_DIM,
+    "projection_size": HEADS * HEAD_DIM,
     "word_embed_proj_dim": HEADS * HEAD_DIM,
     "sliding_window": 5,
     "local_attention": 10,
@@ -84,6 +85,17 @@ IMAGES = (12, 16)
 """Sides of images, of 9 and of 16 patches: with one token more or two, one of them makes an even number."""
 
 
+def with_images(twin: PretrainedConfig, side: int) -> PretrainedConfig:
+    """``twin`` with images of another size, if it sees some."""
+    changed = copy.deepcopy(twin)
+    for part in (changed, *(getattr(changed, name, None) for name in changed.sub_configs)):
+        if getattr(part, "image_size", None) is not None:
+            part.image_size = side  # type: ignore[union-attr]
+    if getattr(changed, "image_seq_length", None) is not None:
+        changed.image_seq_length = (side // PATCH) ** 2
+    return changed
+
+
 def twin_inputs(twin: PretrainedConfig, rows: int = 2) -> dict[str, Tensor]:
     """Random inputs of a twin; no ids that are special."""
     return random_inputs(twin, task_of(twin), rows, SEQ_LEN, torch.Generator().manual_seed(0), lowest=2)
@@ -92,7 +104,8 @@ def twin_inputs(twin: PretrainedConfig, rows: int = 2) -> dict[str, Tensor]:
 def run_twin(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """The output that the task's loss takes."""
     takes = inspect.signature(model.forward).parameters
-    logits: Tensor = model(**inputs, **({"use_cache": False} if "use_cache" in takes else {})).logits
+    outputs = model(**inputs, **({"use_cache": False} if "use_cache" in takes else {}))
+    logits: Tensor = outputs.logits_per_text if "logits_per_text" in outputs else outputs.logits
     return logits
 
 

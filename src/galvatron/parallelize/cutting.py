@@ -143,6 +143,8 @@ def _place(stage: Stage, grid: Grid) -> dict[LayerStrategy, OwnPlaces]:
 def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None:
     tp, projection, head = grid.axis_group(1, grid.plan.head.tp), spec.head.parameters[-1], stage.last_modules[-1]
     stage.head_tp = tp
+    if isinstance(stage, WholeStage):
+        stage.pairs = grid.axis_group(grid.plan.head.tp, grid.plan.stage_size)
     if family.head is None:
         return
     shrink(stage.model, tuple(stage.placed(p) for p in spec.head.parameters if p.cut is not None), tp)

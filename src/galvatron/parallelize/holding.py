@@ -19,6 +19,7 @@ from galvatron.plan.schedules import turns_at_once
 from .layers.later import Later, Place
 from .pipeline.driver import Chunk
 from .pipeline.stage import Stage
+from .pipeline.whole import WholeStage
 from .processes.grid import Grid
 from .sharding.fsdp import (
     DTYPES,
@@ -63,6 +64,8 @@ def chunk_of(stage: Stage, units: list[Unit], grid: Grid) -> Chunk:
     _materialise(stage, sharded, grid.world.device)
     every = [unit for outer in units for unit in outer.both]
     unsharded = tuple(_unsharded(unit, grid) for unit in every if not unit.strategy.zero)
+    if isinstance(stage, WholeStage):
+        stage.bare.place()
     return Chunk(stage, sharded, unsharded, () if stage.later is None else _place(stage.later, sharded))
 
 
@@ -140,6 +143,8 @@ def units_of(stage: Stage, spec: ModelSpec, grid: Grid) -> Iterator[Unit]:
         yield Unit((layer,), strategy, inner)
     if head:
         yield Unit(head, plan.head)
+    if isinstance(stage, WholeStage) and list(stage.bare.parameters()):
+        yield Unit((stage.bare,), plan.head.replicated)
 
 
 def _materialise(stage: Stage, sharded: tuple[ShardedUnit, ...], device: torch.device) -> None:

@@ -21,6 +21,7 @@ from galvatron.core.model import ModelSpec
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.internals import local_part, multiply_all_
 from galvatron.models import Adapter, blank_inputs
+from galvatron.models.inputs import words_of
 
 from .checks.batch import BatchCheck
 from .checks.packing import check_packing
@@ -47,15 +48,6 @@ class Replicated:
 
     group: dist.ProcessGroup
     parameters: tuple[LocalParameter, ...]
-
-
-def _given(
-    input_ids: Tensor | None, labels: Tensor | None, others: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """All inputs by name, and the labels."""
-    if labels is None:
-        raise DataError("a batch needs labels; give labels=, int64, where what does not count is -100")
-    return {**({} if input_ids is None else {"input_ids": input_ids}), **others}, labels
 
 
 def _with_positions(inputs: dict[str, Tensor], position_ids: Tensor | None) -> dict[str, Tensor]:
@@ -102,9 +94,11 @@ class ParallelModel:
         self.loss_scale = LossScale() if self.plan.precision == "fp16" else None
         self._carried = 1.0  # what the gradients that there are were multiplied by
         self._checked_loss: LossFunction | None = None
-        shape, of_tokens = (self.plan.global_batch_size, self.plan.seq_len), spec.task in TOKEN_TASKS
-        self._train_batches = BatchCheck(shape, spec.vocab_size, of_tokens=of_tokens)
-        self._evaluation_batches = BatchCheck(shape, spec.vocab_size, of_tokens=of_tokens)
+        shape = (self.plan.global_batch_size, self.plan.seq_len)
+        classes = None if spec.task in TOKEN_TASKS else spec.vocab_size
+        words = spec.vocab_size if classes is None else words_of(config)
+        self._train_batches = BatchCheck(shape, words, num_classes=classes)
+        self._evaluation_batches = BatchCheck(shape, words, num_classes=classes)
         self._rounded = {p.name for p in parameters if any(unit.rounds(p.tensor) for unit in self._unsharded)}
         self._driver = Driver(grid, spec, chunks)
 
@@ -160,7 +154,7 @@ class ParallelModel:
         self._check_step(loss_fn, position_ids, gradients=True)
         self._check_carried(accumulate)
         terms = terms_of(loss_fn, label_smoothing, z_loss)
-        inputs, labels = _given(input_ids, labels, others)
+        inputs, labels = self._given(input_ids, labels, others)
         weight = self._train_batches.weight(
             _with_positions(inputs, position_ids), labels, num_tokens=num_tokens, accumulate=accumulate
         )
@@ -214,7 +208,7 @@ class ParallelModel:
         Collective over the world; raises as ``train_step`` does.
         """
         self._check_step(loss_fn, position_ids, gradients=False)
-        inputs, labels = _given(input_ids, labels, others)
+        inputs, labels = self._given(input_ids, labels, others)
         weight = self._evaluation_batches.weight(_with_positions(inputs, position_ids), labels)
         training = self.training
         self.eval()
@@ -375,6 +369,16 @@ class ParallelModel:
                 parameter.tensor.grad = local_part(gradient)
         for replicated in self._replicated:
             sum_over(replicated.group, [p.tensor.grad for p in replicated.parameters if p.tensor.grad is not None])
+
+    def _given(
+        self, input_ids: Tensor | None, labels: Tensor | None, others: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """All inputs by name, and the labels, which a contrast has none of."""
+        if labels is None and self.spec.task == "contrast":
+            labels = torch.zeros(self.plan.global_batch_size, dtype=torch.int64)
+        if labels is None:
+            raise DataError("a batch needs labels; give labels=, int64, where what does not count is -100")
+        return {**({} if input_ids is None else {"input_ids": input_ids}), **others}, labels
 
     def _check_carried(self, accumulate: bool) -> None:
         if not accumulate and self._carried != 1.0:

@@ -44,9 +44,12 @@ def parts_of(stage: Stage, spec: ModelSpec, grid: Grid) -> list[Part]:
         named += [(prefix + p.name, prefix + p.name, p, plan.layers[index]) for p in kinds[index].parameters]
     if stage.is_last:
         *others, last = spec.head.parameters
-        named += [(p.name, stage.placed(p).name, p, plan.head) for p in others]
+        bare = set(stage.family.bare)
+        for p in others:
+            named.append((p.name, stage.placed(p).name, p, plan.head.replicated if p.name in bare else plan.head))
         if not spec.tied_embeddings:
-            named.append((last.name, stage.placed(last).name, last, plan.head))
+            strategy = plan.head.replicated if last.name in bare else plan.head
+            named.append((last.name, stage.placed(last).name, last, strategy))
         elif not stage.is_first:
             named.append((spec.embedding.parameters[0].name, last.name, last, plan.head))
     parts = []

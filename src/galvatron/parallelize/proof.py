@@ -35,7 +35,8 @@ from galvatron.models import (
     twin_model,
 )
 from galvatron.models.recognise import recognise
-from galvatron.models.twin import CLASSES, IMAGES, WORDS, run_twin, twin_inputs
+from galvatron.models.shapes import fixed_tokens
+from galvatron.models.twin import CLASSES, IMAGES, WORDS, run_twin, twin_inputs, with_images
 
 from .layers.attention import Context, attend_across, use_attention
 from .layers.sides import OwnSide
@@ -120,10 +121,14 @@ def _proof(config: PretrainedConfig, family: Family) -> Proof:
 
 def _divisible(twin: PretrainedConfig, family: Family) -> PretrainedConfig:
     """``twin``, with images of which TP divides the tokens, if it sees images."""
-    for side in IMAGES if family.task == "image_classification" else ():
-        twin.image_size = side
-        if entering_tokens(meta_model(twin), family) % TP == 0:
-            break
+    for side in IMAGES:
+        changed = with_images(twin, side)
+        if family.task == "image_classification":
+            tokens = [entering_tokens(meta_model(changed), family)]
+        else:
+            tokens = list(fixed_tokens(changed, family).values())
+        if all(count % TP == 0 for count in tokens):
+            return changed
     return twin
 
 
@@ -153,8 +158,11 @@ class _Truth:
     @staticmethod
     def of(twin: PretrainedConfig) -> _Truth:
         model, (inputs, labels) = twin_model(twin), _batch(twin)
-        logits = run_twin(model, inputs)
-        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+        if task_of(twin) == "contrast":
+            loss = ROWS * model(**inputs, return_loss=True).loss
+        else:
+            logits = run_twin(model, inputs)
+            loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
         loss.backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return _Truth(loss.item(), found)

@@ -94,6 +94,11 @@ class LayerStrategy(Record):
         return self.ulysses * self.cp * self.dp_shard if self.zero else 1
 
     @property
+    def replicated(self) -> LayerStrategy:
+        """The same tensor parallelism with nothing sharded."""
+        return LayerStrategy(tp=self.tp, dp_replicate=self.num_devices // self.tp)
+
+    @property
     def of_experts(self) -> LayerStrategy:
         """How parameters of experts lie: ep's ranks hold different ones, and ZeRO shards over what is left of its own.
 

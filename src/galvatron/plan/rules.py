@@ -45,14 +45,20 @@ def check_plan(plan: Plan, spec: ModelSpec | None = None, world_size: int | None
             f"the plan has {len(plan.layers)} layers but model {spec.name} has {spec.num_layers}; search a plan for it"
         )
     _check_units(plan, spec)
+    if spec is not None and spec.task == "contrast" and plan.num_microbatches > 1:
+        raise PlanError(
+            f"num_microbatches={plan.num_microbatches} would contrast the pairs of a microbatch alone, not of the "
+            "batch; set it to 1"
+        )
     if spec is not None and spec.stacks > 1 and plan.pp > 1:
         raise PlanError(
             f"pp={plan.pp} cuts {spec.name} between its layers, which are {spec.stacks} stacks that see each other's "
             "states; set pp to 1"
         )
-    if spec is not None and spec.tied_embeddings and plan.embedding != plan.head:
+    if spec is not None and spec.ends_alike and plan.embedding != plan.head:
+        why = "tied embeddings need" if spec.tied_embeddings else f"the head of {spec.task} sees inputs and needs"
         raise PlanError(
-            f"tied embeddings need equal cuts of embedding ({plan.embedding}) and head ({plan.head}); "
+            f"{why} equal cuts of embedding ({plan.embedding}) and head ({plan.head}); "
             "give both the same tp, dp_shard, dp_replicate and zero"
         )
     problem = None if spec is None else spec.sequence_problem(plan.seq_len)

@@ -35,7 +35,7 @@ def check_question(model: ModelProfile, hardware: HardwareProfile, batches: Sequ
     problem = model.spec.sequence_problem(model.seq_len) or limits.problem() or _undivided(hardware, batches, limits)
     if problem:
         raise ConfigError(problem)
-    if model.spec.tied_embeddings:
+    if model.spec.ends_alike:
         limits.of_tied_ends()
     pp = limits.fix.get("pp")
     if isinstance(pp, int) and pp > model.spec.num_layers:

@@ -149,7 +149,7 @@ class Space:
     @cached_property
     def end_pairs(self) -> tuple[tuple[int, int], ...] | None:
         """The (embedding, head) options of equal strategies, where ends have to be alike; None when any pair may be."""
-        if not (self.setting.model.spec.tied_embeddings or self.setting.runtime == "hetu"):
+        if not (self.setting.model.spec.ends_alike or self.setting.runtime == "hetu"):
             return None
         head = self.options["head"].index
         pairs = ((i, head.get(strategy)) for strategy, i in self.options["embedding"].index.items())
@@ -203,7 +203,7 @@ class SpaceBuilder:
 
     def __init__(self, job: Setting, limits: Limits, memory_limit_bytes: int) -> None:
         self.job = job
-        self.limits = limits.of_tied_ends() if job.model.spec.tied_embeddings else limits
+        self.limits = limits.of_tied_ends() if job.model.spec.ends_alike else limits
         self.usable_bytes = usable_bytes(job, memory_limit_bytes)
         self.rows: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(self._rows)
         num_rows = sum(len(self.rows(job.hardware.world_size, unit)) for unit in job.model.spec.units)

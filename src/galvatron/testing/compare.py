@@ -208,7 +208,7 @@ def _holding(parameter: LocalParameter) -> Holding:
         boxes=tuple((tuple(piece.global_offset), tuple(piece.size)) for piece in parameter.pieces),
         replicas=parameter.replicas,
         is_primary=parameter.is_primary,
-        checksum=zlib.crc32(parameter.tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()),
+        checksum=zlib.crc32(parameter.tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()),
     )
 
 

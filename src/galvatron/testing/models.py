@@ -153,6 +153,15 @@ _OVERRIDES |= {
         "image_token_id": 96,
         "image_seq_length": 9,
     },
+    "clip": {
+        "text_config": {**_BERT, "num_hidden_layers": 2, "eos_token_id": 2, "bos_token_id": 0, "projection_dim": 24},
+        "vision_config": {**_VIT, "num_hidden_layers": 3, "projection_dim": 24},
+        "projection_dim": 24,
+    },
+    "siglip": {
+        "text_config": {**_BERT, "num_hidden_layers": 2, "projection_size": 32, "bos_token_id": 0, "eos_token_id": 0},
+        "vision_config": {**_VIT, "num_hidden_layers": 2},
+    },
     "vit": _VIT,
     "dinov2": {**_VIT, "num_labels": 5},
 }
@@ -216,6 +225,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("bart", "bart", freeze=("*k_proj.bias",)),
     Variant("llava", "llava", freeze=("*vision*k_proj.bias", "*encoder.layers.2.*", "*post_layernorm*")),
     Variant("llava-tower-frozen", "llava", freeze=("*vision_tower*",)),
+    Variant("clip", "clip", freeze=("*k_proj.bias",)),
+    Variant("siglip", "siglip", freeze=("*k_proj.bias",)),
     Variant("vit", "vit", freeze=("*k_proj.bias",)),
     Variant("dinov2", "dinov2", freeze=("*k_proj.bias", "*mask_token")),
 )
@@ -262,5 +273,6 @@ def draw_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * WEIGHT_STD
         is_norm_weight = parameter.dim() == 1 and name.endswith("weight")
-        parameter.copy_(noise + 1 if is_norm_weight else noise)
+        is_scale = parameter.dim() == 0  # of a contrast: as if all pairs were alike, gradients would cancel
+        parameter.copy_(noise + 1 if is_norm_weight else noise + 2 if is_scale else noise)
     return model

@@ -108,7 +108,7 @@ def _uniform_plan(
         layers_per_stage=(spec.num_layers - entries + 1, *(1,) * (entries - 1)),
         schedule=schedule,
         model_chunks=chunks,
-        num_microbatches=2 * pp,
+        num_microbatches=1 if spec.task == "contrast" else 2 * pp,
         global_batch_size=2 * world_size,
         seq_len=seq_len,
         embedding=ends,
@@ -126,11 +126,14 @@ def _random_plan(
     choices = {unit: _strategies(unit, spec, stage_size, seq_len) for unit in spec.units}
     cuts = sorted(rng.sample(range(1, spec.num_layers), pp * chunks - 1))
     embedding = rng.choice(choices["embedding"])
-    head = embedding if spec.tied_embeddings else rng.choice(choices["head"])
+    head = embedding if spec.ends_alike else rng.choice(choices["head"])
     layers = tuple(rng.choice(choices[kind.name]) for kind in spec.kind_of_layers())
     rounds = pp if schedule == "interleaved" else 1
-    num_microbatches = rounds * rng.randint(1, MAX_MICROBATCHES // rounds)
+    most = 1 if spec.task == "contrast" else MAX_MICROBATCHES // rounds
+    num_microbatches = rounds * rng.randint(1, most)
     micro_batch_size = math.lcm(*(strategy.dp for strategy in (embedding, *layers, head))) * rng.randint(1, 2)
+    if spec.task == "contrast":
+        micro_batch_size *= 4  # of two pairs gradients all but cancel
     plan = Plan(
         model=spec.name,
         world_size=world_size,

@@ -178,6 +178,9 @@ def make_batches(recipe: Recipe, config: PretrainedConfig, global_batch_size: in
                 words_of(config) if of_tokens else int(config.num_labels or 1), shape, generator=generator
             )
         whole = labels.clone()
+        if task == "contrast":
+            batches.append((inputs, torch.zeros_like(labels)))
+            continue
         labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORED
         counts = (slice(None), 0) if labels.dim() > 1 else 0
         labels[counts] = whole[counts]  # at least one does
@@ -194,6 +197,9 @@ def mean_loss(
     weights = {name: parameter.to(DTYPES[precision]) for name, parameter in model.named_parameters()}
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     given = {name: v.to(DTYPES[precision]) if v.is_floating_point() else v for name, v in inputs.items()}
+    if task_of(config_of(model)) == "contrast":
+        own: torch.Tensor = functional_call(model, weights, kwargs={**given, "return_loss": True}).loss
+        return own
     logits = functional_call(model, weights, kwargs={**given, **options}).logits
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 

@@ -43,6 +43,14 @@ def test_a_weight_under_many_names_counts_once() -> None:
     assert spec.num_parameters == sum(p.numel() for p in meta_model(tiny_config("bart")).parameters())
 
 
+def test_what_only_the_model_itself_has_is_a_parameter_of_the_head() -> None:
+    spec, family = spec_of(meta_model(tiny_config("clip"))), family_of(tiny_config("clip"))
+    assert (family.task, family.bare) == ("contrast", ("logit_scale",))
+    assert [(p.name, p.shape) for p in spec.head.parameters][-1] == ("logit_scale", ())
+    assert spec.ends_alike
+    assert not spec_of(meta_model(tiny_config("llama"))).ends_alike
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_any_type_with_a_head_for_it_classifies_texts(family: str) -> None:
     config = for_task(tiny_config(family), "text_classification")

@@ -23,12 +23,16 @@ AGREEMENT_EVERY = 100
 64 x 2,048 tokens take 1.0 ms to check and 1.0 ms more to compare, beside one reduction of 16 bytes.]"""
 
 
+WORDS = "use the model's own tokenizer, or a model with as many rows"
+
+
 class BatchCheck:
     """Checks one batch after another against a plan's shape and a vocabulary."""
 
-    def __init__(self, shape: tuple[int, int], vocab_size: int, *, of_tokens: bool = True) -> None:
-        """Batches have ``shape`` [global_batch_size, seq_len]; labels are ``of_tokens``, or of whole samples."""
-        self.shape, self.vocab_size, self._of_tokens = shape, vocab_size, of_tokens
+    def __init__(self, shape: tuple[int, int], vocab_size: int, *, num_classes: int | None = None) -> None:
+        """Batches have ``shape`` [global_batch_size, seq_len]; labels are of tokens, or ``num_classes`` of samples."""
+        self.shape, self.vocab_size, self._of_tokens = shape, vocab_size, num_classes is None
+        self._num_labels = vocab_size if num_classes is None else num_classes
         self._num_seen = 0
 
     def weight(
@@ -76,24 +80,27 @@ class BatchCheck:
         if name == "position_ids":
             return _out_of_order(values)
         if name == "input_ids":
-            return self._outside(name, values, values, "")
+            return _outside(name, values, values, self.vocab_size, "ids", WORDS)
         known = torch.where(values == IGNORED, 0, values)
-        return self._outside(name, values, known, f"; mark what does not count by {IGNORED}")
+        what, remedy = ("ids", WORDS) if self._of_tokens else ("classes", "give a model with as many")
+        marked = f"{remedy}; mark what does not count by {IGNORED}"
+        return _outside(name, values, known, self._num_labels, what, marked)
 
     def _other_problem(self, name: str, values: Tensor) -> str | None:
         if values.dim() and values.shape[0] == self.shape[0]:
             return None
         return f"{name} must have {self.shape[0]} rows, the plan's global_batch_size, got {list(values.shape)}"
 
-    def _outside(self, name: str, given: Tensor, ids: Tensor, remedy: str) -> str | None:
-        lowest, highest = map(int, torch.aminmax(ids))
-        if lowest >= 0 and highest < self.vocab_size:
-            return None
-        at = ((ids < 0) | (ids >= self.vocab_size)).nonzero()[0].tolist()
-        return (
-            f"{name}[{', '.join(map(str, at))}]={int(given[tuple(at)])} is not among the model's {self.vocab_size} ids "
-            f"(0 to {self.vocab_size - 1}); use the model's own tokenizer, or a model with as many rows{remedy}"
-        )
+
+def _outside(name: str, given: Tensor, ids: Tensor, count: int, what: str, remedy: str) -> str | None:
+    lowest, highest = map(int, torch.aminmax(ids))
+    if lowest >= 0 and highest < count:
+        return None
+    at = ((ids < 0) | (ids >= count)).nonzero()[0].tolist()
+    return (
+        f"{name}[{', '.join(map(str, at))}]={int(given[tuple(at)])} is not among the model's {count} {what} "
+        f"(0 to {count - 1}); {remedy}"
+    )
 
 
 def _out_of_order(position_ids: Tensor) -> str | None:

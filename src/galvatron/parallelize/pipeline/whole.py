@@ -25,10 +25,11 @@ from galvatron.plan import LayerStrategy
 
 from ..layers.forward import wrap_forward
 from ..layers.sides import OwnSide
+from ..losses.contrast import contrast_share
 from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction, own_loss_share
 from ..losses.samples import sample_loss_share
-from ..processes.collectives import AxisGroup, gather_sequence, own_part
+from ..processes.collectives import ALONE, AxisGroup, gather_sequence, own_part
 from .passes import Inbox
 from .stage import Stage
 
@@ -37,6 +38,9 @@ class WholeStage(Stage):
     """A part of a model, from its inputs or hidden states to hidden states or loss."""
 
     _labels: tuple[Tensor, float, LossTerms, LossFunction | None]
+    bare: Bare
+    pairs: AxisGroup = ALONE
+    """The ranks that have the batch's other pairs, where it is contrasted."""
 
     def _leave_others(self) -> None:
         model = self.model
@@ -53,9 +57,11 @@ class WholeStage(Stage):
         owned = {id(module) for owner in owners for module in owner.modules()}
         self._paths = self._owned_paths(owned)
         self._sides: dict[LayerStrategy, OwnSide] = {}
+        object.__setattr__(self, "bare", Bare(self.model, self.family.bare if self.is_last else ()))
         for module in model.modules():
             if id(module) not in owned:
                 emptied(module)
+        self.bare.place()
         takes = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
 
@@ -159,6 +165,10 @@ class WholeStage(Stage):
             value: Tensor = reached.value
             return value
         assert labels is not None
+        if self.family.task == "contrast":
+            bias = getattr(self.model, "logit_bias", None)
+            share = contrast_share(outputs, self.model.logit_scale, bias, weight, self.pairs)  # type: ignore[arg-type]
+            return share / self.head_tp.size
         return sample_loss_share(outputs.logits, labels, weight, terms, loss_fn, self.head_tp)
 
     def _loss_of_tokens(self, head: Callable[..., Tensor], hidden: Tensor) -> Tensor:
@@ -173,6 +183,21 @@ def stage_of(model: PreTrainedModel, family: Family, layers: range, *, is_first:
     """The stage of ``layers``, of either kind of ends."""
     kind = Stage if family.ends == "tokens" else WholeStage
     return kind(model, family, layers, is_first=is_first, is_last=is_last)
+
+
+class Bare(nn.Module):
+    """Parameters that only a module around the layers has (CLIP's temperature): a unit of their own."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self._owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        for owner, name in self._owners:
+            self.register_parameter(name, getattr(owner, name))
+
+    def place(self) -> None:
+        """Let the modules around the layers see what this holds."""
+        for owner, name in self._owners:
+            setattr(owner, name, getattr(self, name))
 
 
 class _Zeros:

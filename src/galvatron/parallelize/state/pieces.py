@@ -62,6 +62,8 @@ def pieces_of(
 
     Of experts those that are dealt to ``ep_rank`` of ``ep``.
     """
+    if not parameter.shape:  # a number
+        return (Piece((), (), ()),)
     local_shape = parameter.local_shape(tp, tp_rank, ep)
     boxes = list(_tp_boxes(parameter, tp, tp_rank))
     if parameter.experts:
