@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 STARTERS = ("galvatron", "torchrun", "srun", "make", "pip")
 SMALLER = (
+    (r"models survey (?!\w)", "models survey opt "),
     (r"(--nproc|--nproc-per-node|--ntasks-per-node) \d+", r"\1 2"),
     (r"--nnodes 2", "--nnodes 1"),
     (r"HOST:29500", "localhost:0"),

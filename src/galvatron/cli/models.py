@@ -19,11 +19,14 @@ from galvatron.core.files import write_output
 
 from .console import say
 from .options import examples
+from .survey import survey
 
 HEADINGS = ("type", "attention", "MLP", "between embedding and layers", "proved with transformers")
 DASHES = ("---",) * len(HEADINGS)
 
 app = typer.Typer(name="models", help="List known models, and check others.", no_args_is_help=True)
+
+app.command("survey", epilog=examples("galvatron models survey --out types.md"))(survey)
 
 
 @app.command("list", epilog=examples("galvatron models list", "galvatron models list --markdown"))

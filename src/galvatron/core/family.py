@@ -103,7 +103,8 @@ class Family(Record):
         bare: parameters after the layers that no module but one around the layers has, by name.
         head: the projection to the vocabulary; None where the model's own output is what the loss takes.
         stacks: in the order of the forward pass.
-        asks_for_attention: whether layers call the attention they are told to; if not they take masks as tensors.
+        asks_for_attention: whether tokens see each other through the attention alone that layers are told to call; if
+            not, ends see whole sequences, and layers take masks as tensors.
     """
 
     model_type: str

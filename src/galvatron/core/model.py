@@ -143,7 +143,8 @@ class LayerKind(UnitSpec):
     ``attention_span``: tokens that one token attends to at most (a window); None for the whole sequence.
     ``drops_attention``: whether dropout falls on what attention weighs, its scores are capped, or a window looks both
     ways: no ring can do these.
-    ``cuttable``: whether it is known how tensor parallelism cuts them.
+    ``asks_for_attention``: whether tokens see each other through an attention that is given to layers alone; layers
+    with their own need whole sequences.  ``cuttable``: whether it is known how tensor parallelism cuts them.
     """
 
     name: UnitName = "layer"
@@ -160,6 +161,7 @@ class LayerKind(UnitSpec):
     causal: StrictBool = True
     attention_span: Count | None = None
     drops_attention: StrictBool = False
+    asks_for_attention: StrictBool = True
     cuttable: StrictBool = True
     num_experts: Whole = 0
     experts_per_token: Whole = 0

@@ -29,6 +29,7 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
         layers=(
             LayerKind(
                 count=layers,
+                asks_for_attention=known.family.asks_for_attention,
                 cuttable=known.family.is_cuttable,
                 drops_attention=any(map(reader.rate, BEYOND_RINGS)),
                 parameters=reader.unit(known.layer),

@@ -15,7 +15,7 @@ from .load import load_config, meta_model
 from .lora import Adapter, adapter_of
 from .shapes import Reached, emptied, entering_tokens
 from .spec import build_spec, model_to_train, spec_of
-from .tasks import auto_class, config_of, for_task, task_of
+from .tasks import auto_class, config_of, for_task, task_of, types_of_tasks
 from .twin import structure_key, twin_config, twin_model
 
 __all__ = [
@@ -50,4 +50,5 @@ __all__ = [
     "task_of",
     "twin_config",
     "twin_model",
+    "types_of_tasks",
 ]

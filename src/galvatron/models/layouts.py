@@ -48,7 +48,7 @@ class _Feeds:
 
 
 def regions_of(layer: Call, calls: list[Call], prefix: str, heads: int, side: str | None) -> tuple[Region, ...]:
-    """The regions of a layer, of which ``calls`` are within; () where some linear fits no rule.
+    """The regions of a layer, of which ``calls`` are within; () where some row fits no rule.
 
     ``side``: the argument that holds what another stack ends with.
     """
@@ -56,13 +56,7 @@ def regions_of(layer: Call, calls: list[Call], prefix: str, heads: int, side: st
     other = None if side is None else layer.named.get(side)
     linears = [call for call in calls if call.is_linear]
     feeds = {call.name: _feeds(call.argument, linears, entering) for call in linears}
-    rows, columns = [], set()
-    for call in linears:
-        made_from = feeds[call.name]
-        if made_from.attends or any(other.name in columns for other in made_from.linears):
-            rows.append(call)
-        else:
-            columns.add(call.name)
+    rows, columns = _rows_and_columns(linears, feeds)
     found = []
     for row in rows:
         own = [call for call in feeds[row.name].linears if call.name in columns]
@@ -70,8 +64,24 @@ def regions_of(layer: Call, calls: list[Call], prefix: str, heads: int, side: st
         if region is None:
             return ()
         found.append(region)
-    used = {prefix + name for region in found for name in (*region.columns, region.row)}
-    return tuple(found) if used == {call.name for call in linears} else ()
+    return tuple(found)
+
+
+def _rows_and_columns(linears: list[Call], feeds: dict[str, _Feeds]) -> tuple[list[Call], set[str]]:
+    """What can be cut; the others stay whole: what a column of attention is made from (latent states), and what feeds
+    no row (gates, routers)."""
+    attending = [call for call in linears if feeds[call.name].attends]
+    sources = {call.name for row in attending for call in feeds[row.name].linears}
+    latent = {call.name for name in sources for call in feeds[name].linears if not feeds[name].attends}
+    rows: list[Call] = []
+    columns: set[str] = set()
+    for call in linears:
+        made_from = feeds[call.name]
+        if made_from.attends or any(other.name in columns - sources for other in made_from.linears):
+            rows.append(call)
+        elif call.name not in latent:
+            columns.add(call.name)
+    return rows, columns
 
 
 def experts_of(layer: nn.Module, calls: list[Call], prefix: str, hidden: int) -> Experts | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from galvatron.core.words import shown
 from galvatron.internals import put_parameter
 
 from .family import family_of
-from .tasks import auto_class
+from .tasks import auto_class, for_task, task_of
 
 LAYER_COUNTS = frozenset({"num_hidden_layers", "n_layer"})
 MAX_REASON = 200  # characters of a library's message
@@ -80,7 +79,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             _check_layers(count)
     try:
         with _parameters_on_meta(), _EmptyOnMeta():
-            return auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
+            return auto_class(config).from_config(for_task(config, task_of(config)), dtype=torch.float32)
     except Exception as error:  # what torch and transformers raise where sizes are none, or contradict each other
         raise ConfigError(
             f"transformers cannot build the {config.model_type} that its config describes ({_reason(error)}); "

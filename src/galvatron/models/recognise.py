@@ -59,17 +59,26 @@ def recognise(config: PretrainedConfig) -> Family:
         model = twin_model(twin)
         trace = _traced(model)
     except Exception as error:  # of any kind: a foreign model is built and run
-        lines = str(error).strip().splitlines()
-        why = lines[0][:MAX_REASON] if lines else type(error).__name__
-        raise _unlike(config, f"cannot be run as a tiny model ({why})") from None
+        raise _unlike(config, f"cannot be run as a tiny model ({_reason(error)})") from None
+    try:
+        return _family(config, model, trace)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what chains of layers have
+        raise _unlike(config, f"is described in no way that is known ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:MAX_REASON] if lines else type(error).__name__
+
+
+def _family(config: PretrainedConfig, model: PreTrainedModel, trace: _Trace) -> Family:
     stacks = _stacks(model, trace)
-    if not (asks := _asks_for_attention(config)):
-        raise _unlike(config, "computes attention by itself, without asking for a function")
     found = tuple(_described(model, trace, stack, stacks[:nth]) for nth, stack in enumerate(stacks))
-    if len(stacks) == 1 and task_of(config) == "causal_lm":
+    asks = _asks_for_attention(config, found)
+    ends = None
+    if asks and len(stacks) == 1 and task_of(config) == "causal_lm":
         ends = _ends_of_tokens(model, trace, stacks[0])
-    else:
-        ends = _whole_ends(model, trace, stacks)
+    ends = ends or _whole_ends(model, trace, stacks)
     return Family(model_type=config.model_type, stacks=found, asks_for_attention=asks, **ends)
 
 
@@ -87,12 +96,12 @@ def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList, befo
         regions += [region for region in found if region not in regions]
         experts.append(experts_of(stack[index], inside, prefix, trace.of(stack[index]).argument.shape[-1]))
         is_cuttable &= bool(found)
-    if any(other != experts[0] for other in experts):
-        raise _unlike(model.config, "has layers with experts and layers without")
+    kinds = [kind for nth, kind in enumerate(experts) if kind is not None and kind not in experts[:nth]]
+    is_cuttable &= len({region.row for region in regions}) == len(regions) and len(kinds) <= 1
     return Stack(
         path=path,
-        regions=tuple(regions) if is_cuttable and len({region.row for region in regions}) == len(regions) else (),
-        experts=experts[0],
+        regions=tuple(regions) if is_cuttable else (),
+        experts=kinds[0] if len(kinds) == 1 else None,
         outputs=trace.of(stack[0]).outputs,
         causal=_is_causal(trace, stack),
         side=side,
@@ -141,25 +150,25 @@ def _one_of_each_kind(stack: nn.ModuleList) -> list[int]:
     return list(kinds.values())
 
 
-def _ends_of_tokens(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList) -> dict[str, Any]:
-    """Ends that treat every token by itself."""
-    config, names = model.config, {id(module): name for name, module in model.named_modules()}
+def _ends_of_tokens(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList) -> dict[str, Any] | None:
+    """Ends that treat every token by itself: one table, one norm and one linear; None where there is more."""
+    names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise _unlike(config, "has no embedding that is a table, or no head that is a linear")
-    before, after = _around(model, stack, trace, names)
-    if len(after) != 1:
-        raise _unlike(config, f"has {', '.join(after) or 'nothing'} between its layers and its head, not one norm")
-    norm = model.get_submodule(after[0])
-    if not torch.equal(trace.of(head).argument, trace.of(norm).output):
-        raise _unlike(config, f"changes the output of {after[0]} before its head")
+        return None
+    before, after = _around(model, stack, trace, names) or ([], [])
+    if len(after) != 1 or not torch.equal(trace.of(head).argument, trace.of(model.get_submodule(after[0])).output):
+        return None
+    logits = _logits(model.config, trace.of(head).output, trace.logits)
+    if logits is None:
+        return None
     return {
         "decoder": names[id(stack)].rpartition(".")[0],
         "embedding": names[id(embedding)],
         "before": tuple(before),
         "norm": after[0],
         "head": names[id(head)],
-        "logits": _logits(config, trace.of(head).output, trace.logits),
+        "logits": logits,
     }
 
 
@@ -169,7 +178,11 @@ def _whole_ends(model: PreTrainedModel, trace: _Trace, stacks: list[nn.ModuleLis
     found = around(model, stacks, trace.calls, to_words=task in TOKEN_TASKS)
     if found.bare and task != "contrast":
         raise _unlike(model.config, f"has parameters that no module around its layers has ({found.bare[0]})")
-    head = None if found.head is None else model.get_submodule(found.head)
+    logits: Logits | None = Logits()
+    if found.head is not None:
+        logits = _logits(model.config, trace.of(model.get_submodule(found.head)).output, trace.logits)
+    if logits is None:
+        raise _unlike(model.config, "changes the output of its head by no number of its config")
     return {
         "task": task,
         "ends": "whole",
@@ -178,7 +191,7 @@ def _whole_ends(model: PreTrainedModel, trace: _Trace, stacks: list[nn.ModuleLis
         "after": found.after,
         "bare": found.bare,
         "head": found.head,
-        "logits": Logits() if head is None else _logits(model.config, trace.of(head).output, trace.logits),
+        "logits": logits,
     }
 
 
@@ -202,7 +215,8 @@ def _traced(model: PreTrainedModel) -> _Trace:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
             argument = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
             value, outputs = (output[0], len(output)) if isinstance(output, tuple) else (output, 0)
-            if isinstance(argument, Tensor) and isinstance(value, Tensor):
+            if isinstance(value, Tensor):
+                argument = argument if isinstance(argument, Tensor) else value  # some are told of a shape alone
                 named = {n: v for n, v in arguments_by_name(module, args, kwargs).items() if isinstance(v, Tensor)}
                 trace.calls.append(Call(name, module, argument, value, outputs, named))
 
@@ -231,8 +245,11 @@ def _stacks(model: PreTrainedModel, trace: _Trace) -> list[nn.ModuleList]:
 
 def _around(
     model: PreTrainedModel, stack: nn.ModuleList, trace: _Trace, names: dict[int, str]
-) -> tuple[list[str], list[str]]:
-    """Modules with parameters of their own that run before and after the layers, beside embedding and head."""
+) -> tuple[list[str], list[str]] | None:
+    """Modules with parameters of their own that run before and after the layers, beside embedding and head.
+
+    None where a parameter is of none of these.
+    """
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     first, last = trace.place(stack[0]), trace.place(stack[-1])
     within = {id(module) for module in stack.modules()}
@@ -243,13 +260,11 @@ def _around(
             continue
         (before if index < first else after if index > last else before).append(call.name)
     unused = {n.rpartition(".")[0] for n, p in model.named_parameters()} - {call.name for call in trace.calls}
-    if outside := sorted(name for name in unused if not name.startswith(names[id(stack)])):
-        raise _unlike(model.config, f"has parameters that nothing calls ({outside[0]})")
-    return before, after
+    return None if any(not name.startswith(names[id(stack)]) for name in unused) else (before, after)
 
 
-def _logits(config: PretrainedConfig, z: Tensor, logits: Tensor | None) -> Logits:
-    """By which keys of the config the head's output ``z`` becomes the logits."""
+def _logits(config: PretrainedConfig, z: Tensor, logits: Tensor | None) -> Logits | None:
+    """By which keys of the config the head's output ``z`` becomes the logits; None if by none."""
     assert logits is not None
     if torch.equal(z, logits):
         return Logits()
@@ -260,18 +275,24 @@ def _logits(config: PretrainedConfig, z: Tensor, logits: Tensor | None) -> Logit
             (Logits(divide_by=name), z / value),
             (Logits(soft_cap=name), torch.tanh(z / value) * value),
         ):
-            if torch.allclose(made, logits, rtol=1e-6, atol=1e-7):
+            if made.shape == logits.shape and torch.allclose(made, logits, rtol=1e-6, atol=1e-7):
                 return rule
-    raise _unlike(config, "changes the output of its head by no number of its config")
+    return None
 
 
-def _asks_for_attention(config: PretrainedConfig) -> bool:
-    """Whether layers call the attention that their config names; some have their own alone."""
+def _asks_for_attention(config: PretrainedConfig, stacks: tuple[Stack, ...]) -> bool:
+    """Whether tokens see each other only through the attention that the config names.
+
+    With one that shows each token its own value alone, what leaves a stack depends on nothing else of what enters it.
+    """
     asked: list[nn.Module] = []
 
-    def watch(module: nn.Module, query_BNSD: Tensor, *_: Any, **__: Any) -> Any:
+    def watch(module: nn.Module, query_BNSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, *_: Any, **__: Any) -> Any:
         asked.append(module)
-        return query_BNSD.transpose(1, 2).contiguous(), None
+        own = value_BKSD.repeat_interleave(query_BNSD.shape[1] // value_BKSD.shape[1], dim=1)
+        if own.shape[2] != query_BNSD.shape[2]:  # of another stack's states
+            own = own.mean(dim=2, keepdim=True).expand(-1, -1, query_BNSD.shape[2], -1)
+        return own.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(WATCHED, watch)
     model = twin_model(twin_config(config))
@@ -280,8 +301,16 @@ def _asks_for_attention(config: PretrainedConfig) -> bool:
     }.values():
         call_attention(own, WATCHED)
     try:
-        with torch.no_grad():
-            run_twin(model, twin_inputs(model.config))
+        trace = _traced(model)
     except Exception:  # an attention of the type's own that knows no other name
         return False
-    return bool(asked)
+    return bool(asked) and not any(_mixes(trace, model.get_submodule(stack.path)) for stack in stacks)
+
+
+def _mixes(trace: _Trace, stack: nn.Module) -> bool:
+    """Whether a token in the middle depends on others."""
+    layers = list(stack.children())
+    entering, leaving = trace.of(layers[0]).argument, trace.of(layers[-1]).output
+    middle = leaving.shape[1] // 2
+    (gradient,) = torch.autograd.grad(leaving[:, middle].square().sum(), entering, retain_graph=True)
+    return bool(gradient[:, :middle].any()) or bool(gradient[:, middle + 1 :].any())

@@ -27,7 +27,7 @@ from .load import meta_model
 from .lora import attach_lora, base_linear
 from .shapes import entering_tokens, fixed_tokens
 from .tasks import config_of
-from .twin import EXPERT_KEYS
+from .twin import EXPERT_KEYS, TAKEN_KEYS
 
 WINDOWS = ("sliding_window", "local_attention")
 
@@ -146,9 +146,10 @@ def _kind(
         side_inputs=int(stack.side is not None),
         regions=2 + int(stack.side is not None),
         causal=stack.causal,
+        asks_for_attention=family.asks_for_attention,
         cuttable=bool(stack.regions),
         parameters=parameters,
-        **_expert_counts(own),
+        **(_expert_counts(own) if any(p.experts for p in parameters) else {}),
     )
 
 
@@ -174,7 +175,8 @@ def _ffn_size(layer: nn.Module, stack: Stack, config: PretrainedConfig) -> int:
 
 def _expert_counts(config: PretrainedConfig) -> dict[str, int]:
     count = next((n for key in EXPERT_KEYS if (n := getattr(config, key, None))), 0)
-    return {"num_experts": count, "experts_per_token": config.num_experts_per_tok} if count else {}
+    taken = next((n for key in TAKEN_KEYS if (n := getattr(config, key, None))), 1)
+    return {"num_experts": count, "experts_per_token": taken} if count else {}
 
 
 def _are_experts(name: str, value: nn.Parameter) -> bool:

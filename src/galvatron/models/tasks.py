@@ -66,6 +66,11 @@ def known_task(config: PretrainedConfig) -> Task | None:
         return None
 
 
+def types_of_tasks() -> list[str]:
+    """Every type of model that transformers has a class for one of these tasks."""
+    return sorted({name for model in CLASSES.values() for name in model._model_mapping._model_mapping})
+
+
 def auto_class(config: PretrainedConfig) -> Any:
     """The class of transformers that builds the model of ``config`` for its task."""
     return CLASSES[task_of(config)]

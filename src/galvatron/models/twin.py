@@ -19,9 +19,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from galvatron.internals import call_attention
 
 from .inputs import IMAGE_TOKENS, random_inputs
-from .tasks import auto_class, known_task, task_of
+from .tasks import auto_class, for_task, known_task, task_of
 
-HEADS, HEAD_DIM, LAYERS, FFN, WORDS, SEQ_LEN, PATCH, CLASSES = 4, 16, 4, 56, 97, 16, 4, 5
+HEADS, HEAD_DIM, LAYERS, FFN, WORDS, SEQ_LEN, PATCH, CLASSES, SPAN = 4, 16, 4, 56, 97, 16, 4, 5, 5
 SIZES: dict[str, int] = {
     "hidden_size": HEADS * HEAD_DIM,
     "num_hidden_layers": LAYERS,
@@ -52,13 +52,36 @@ SIZES: dict[str, int] = {
     "projection_dim": HEADS * HEAD_DIM,
     "projection_size": HEADS * HEAD_DIM,
     "word_embed_proj_dim": HEADS * HEAD_DIM,
-    "sliding_window": 5,
-    "local_attention": 10,
+    "dim_ff": FFN,
+    "dff": FFN,
+    "d_inner": FFN,
+    "feed_forward_size": FFN,
+    "shared_intermediate_size": FFN,
+    "dense_intermediate_size": FFN,
+    "intermediate_size_mlp": FFN,
+    "shared_expert_intermediate_size": 40,
+    "moe_shared_expert_intermediate_size": 40,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 40,
+    "qk_nope_head_dim": HEAD_DIM // 2,
+    "qk_rope_head_dim": HEAD_DIM,
+    "qk_head_dim": HEAD_DIM // 2 + HEAD_DIM,
+    "v_head_dim": HEAD_DIM,
+    "n_ctx": 4 * SEQ_LEN,
+    "rotary_dim": HEAD_DIM // 2,
+    "local_attention": 2 * SPAN,
     "patch_size": PATCH,
 }
 IMAGE_SIZES = ("patch_size", "max_source_positions", "num_mel_bins")
+MOST = {"n_group": 2, "topk_group": 1}
+"""Sizes that may be smaller: groups of experts."""
+SPANS = ("window", "chunk", "topk", "block_size")
+"""In keys of what limits whom a token sees: a twin's sequences are longer, or it would not show."""
 KV_KEYS = ("num_key_value_heads", "num_kv_heads")
-EXPERT_KEYS = ("num_local_experts", "num_experts")
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TAKEN_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 HOUSEKEEPING = (
     *SPECIAL,
@@ -122,13 +145,16 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
             continue
         if name in given and _is_size(getattr(twin, name, None)):
             setattr(twin, name, size)
+    for name, size in MOST.items():
+        if name in given and _is_size(value := getattr(twin, name, None)):
+            setattr(twin, name, min(int(value or 0), size))
     for name in twin.sub_configs:
         part = getattr(twin, name, None)
         if isinstance(part, PretrainedConfig):
             setattr(twin, name, twin_config(part, kv_heads, keep_images=keep_images))
     for name in KV_KEYS:
         if name in given and _is_size(getattr(twin, name, None)):
-            setattr(twin, name, kv_heads)
+            setattr(twin, name, HEADS if "kv_lora_rank" in given else kv_heads)  # latent ones are as many as queries
     task = known_task(config)
     if task in CLASSIFICATION:
         twin.num_labels = CLASSES
@@ -149,9 +175,10 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
             setattr(twin, name, 0.0)
         elif value == 1 and not isinstance(value, bool) and ("scal" in name or "multiplier" in name):
             setattr(twin, name, 0.25 + index / 256)  # a factor of one would hide
+        elif _is_size(value) and value > SEQ_LEN and any(part in name for part in SPANS):
+            setattr(twin, name, SPAN)
         elif isinstance(value, list) and len(value) == getattr(config, "num_hidden_layers", 0) > 1:
-            kinds = list(dict.fromkeys(value))
-            setattr(twin, name, [kinds[i % len(kinds)] for i in range(LAYERS)])
+            setattr(twin, name, _kinds_of(value))
         elif isinstance(value, dict) and name.startswith("rope"):
             setattr(twin, name, _plain_rope(getattr(twin, name)))
     return twin
@@ -162,7 +189,7 @@ def twin_model(twin: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         build = auto_class(twin).from_config
-        model = build(copy.deepcopy(twin), dtype=torch.float32, attn_implementation="eager")
+        model = build(for_task(twin, task_of(twin)), dtype=torch.float32, attn_implementation="eager")
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=NOISE)
     call_attention(model.config, "eager")
@@ -190,6 +217,12 @@ def _kind(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): _kind(v) for k, v in value.items()}
     return str(value)
+
+
+def _kinds_of(values: list[Any]) -> list[Any]:
+    """Each of the ``values`` of layers, one after the other."""
+    kinds = [value for index, value in enumerate(values) if value not in values[:index]]
+    return [kinds[index % len(kinds)] for index in range(LAYERS)]
 
 
 def _is_size(value: object) -> bool:

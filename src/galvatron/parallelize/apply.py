@@ -91,7 +91,7 @@ def parallelize(
         twins = check_names(weights, model, tied)
     values = weights or _own_weights(model, seed)
     grid = Grid(plan, world, tied=spec.tied_embeddings, folded=folds_sequence(plan, spec))
-    use_attention(model)
+    use_attention(model, family)
     _to_meta(model)
     if fp8:
         for link in chain_of(model, family):

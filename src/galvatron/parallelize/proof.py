@@ -8,6 +8,7 @@ outputs by a thousandth, and trains on.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ from .state.pieces import box, pieces_of
 TOLERANCE = 1e-4
 """Of a unit's largest gradient; what is right differs by 1e-6 of it, the smallest wrong found by 1e-2."""
 KV_HEADS = (2, 1)
-ROWS, SEQ_LEN, TP, CUT = 2, 16, 2, 2
+ROWS, SEQ_LEN, TP = 2, 16, 2
 _proofs: dict[str, Proof] = {}
 
 
@@ -72,7 +73,11 @@ def prove(config: PretrainedConfig) -> Proof:
     """Run the twins of ``config``, once a structure and process; takes a second or two."""
     key = structure_key(config)
     if key not in _proofs:
-        _proofs[key] = _proof(config, family_of(config))
+        family = family_of(config)
+        try:
+            _proofs[key] = _proof(config, family)
+        except Exception as failure:  # of any kind: foreign models are built and described
+            _proofs[key] = Proof(whole=f"it fails with {_said(failure)}")
     return _proofs[key]
 
 
@@ -107,16 +112,22 @@ def is_known(config: PretrainedConfig) -> bool:
 
 
 def _proof(config: PretrainedConfig, family: Family) -> Proof:
-    whole = tp = None
-    for kv_heads in KV_HEADS:
-        twin = _divisible(twin_config(config, kv_heads), family)
+    whole, tp, compared = None, None if family.is_cuttable else "no rule fits its linears", False
+    twins = {_text(twin): twin for kv_heads in KV_HEADS for twin in [twin_config(config, kv_heads)]}
+    for twin in (_divisible(twin, family) for twin in twins.values()):
         truth = _Truth.of(twin)
-        whole = whole or truth.against(_in_stages if len(family.stacks) == 1 else _alone, twin, family)
-        if not family.is_cuttable:
-            tp = "no rule fits its linears"
-        elif tp is None and _is_allowed(spec_of(twin_model(twin), family=family)):
-            tp = truth.against(_between_threads, twin, family)
+        run = _in_stages if len(family.stacks) == 1 else _alone
+        whole = whole or truth.problem() or truth.against(run, twin, family)
+        if tp is None and whole is None and _is_allowed(spec_of(twin_model(twin), family=family)):
+            tp, compared = truth.against(_between_threads, twin, family), True
+    if tp is None and not compared:
+        tp = "its cuts divide by no number"
     return Proof(whole, tp)
+
+
+def _text(config: PretrainedConfig) -> str:
+    text: str = config.to_json_string(use_diff=False)
+    return text
 
 
 def _divisible(twin: PretrainedConfig, family: Family) -> PretrainedConfig:
@@ -134,7 +145,7 @@ def _divisible(twin: PretrainedConfig, family: Family) -> PretrainedConfig:
 
 def _is_allowed(spec: ModelSpec) -> bool:
     """Whether the rules let a plan cut layers between TP ranks."""
-    cuts = [parameter.cut for parameter in spec.layers[0].parameters if parameter.cut is not None]
+    cuts = [parameter.cut for kind in spec.layers for parameter in kind.parameters if parameter.cut is not None]
     return not any(cut.uneven == "refuse" and cut.blocks % TP for cut in cuts)
 
 
@@ -167,13 +178,18 @@ class _Truth:
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return _Truth(loss.item(), found)
 
+    def problem(self) -> str | None:
+        """Why nothing can be compared with it, as a sentence."""
+        if not (math.isfinite(self.loss) and all(bool(g.isfinite().all()) for g in self.gradients.values())):
+            return "its loss or gradients are not finite"
+        return None if any(bool(g.any()) for g in self.gradients.values()) else "it has no gradients"
+
     def against(self, run: object, twin: PretrainedConfig, family: Family) -> str | None:
         """What differs in another way to run the twin, as a sentence."""
         try:
             loss, gradients = run(twin, family)  # type: ignore[operator]
         except Exception as failure:  # of any kind: a foreign model runs there
-            lines = str(failure).strip().splitlines()
-            return f"it fails with {type(failure).__name__} ({lines[0][:200] if lines else 'no message'})"
+            return f"it fails with {_said(failure)}"
         if abs(loss - self.loss) > TOLERANCE * abs(self.loss):
             return f"the loss is {loss:.6g}, not {self.loss:.6g}"
         for name, wanted in self.gradients.items():
@@ -181,7 +197,14 @@ class _Truth:
             error = float((gradients[name] - wanted).abs().max()) if name in gradients else float("inf")
             if not error <= TOLERANCE * scale:
                 return f"the gradient of {name} is off by {error / max(scale, 1e-30):.2g} of its unit's largest"
+        if more := sorted(name for name in gradients.keys() - self.gradients.keys() if bool(gradients[name].any())):
+            return f"{more[0]} has a gradient, which it has not in the whole twin"
         return None
+
+
+def _said(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__} ({lines[0][:200] if lines else 'no message'})"
 
 
 def _unit(name: str) -> str:
@@ -192,25 +215,30 @@ def _unit(name: str) -> str:
 
 def _prepared(twin: PretrainedConfig, family: Family, layers: range, *, ends: tuple[bool, bool]) -> Stage:
     model = twin_model(twin)
-    use_attention(model)
+    use_attention(model, family)
     return stage_of(model, family, layers, is_first=ends[0], is_last=ends[1]).train()
 
 
 def _in_stages(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients]:
-    """Two stages, cut between layers, one after the other in one graph."""
+    """As many stages as layers, one after the other in one graph: every cut between layers."""
     inputs, labels = _batch(twin)
-    first = _prepared(twin, family, range(CUT), ends=(True, False))
-    last = _prepared(twin, family, range(CUT, twin.num_hidden_layers), ends=(False, True))
     spec, alone = spec_of(twin_model(twin), family=family), AxisGroup(None, (), 0)
-    last.receive_in(last.layer(CUT))
+    ends = spec.num_layers - 1
+    stages = [_prepared(twin, family, range(i, i + 1), ends=(i == 0, i == ends)) for i in range(spec.num_layers)]
+    for index, stage in enumerate(stages[1:], 1):
+        stage.receive_in(stage.layer(index))
+    last = stages[-1]
     if family.head is not None:
         fuse_loss(last.last_modules[-1], spec.head.parameters[-1], alone, last.early_gradient)
     if isinstance(last, WholeStage):
         last.end_at_head()
-    share = _run(last, inputs, labels, _run(first, inputs))
+    hidden = None
+    for stage in stages[:-1]:
+        hidden = _run(stage, inputs, received=hidden)
+    share = _run(last, inputs, labels, hidden)
     share.backward()
     found: Gradients = {}
-    for stage in (first, last):
+    for stage in stages:
         for name, parameter in stage.model.named_parameters():
             _add(found, name, parameter.grad)
     for own in spec.head.parameters:  # by the name that the model knows it by

@@ -218,6 +218,9 @@ def _attention_problem(strategy: LayerStrategy, kind: LayerKind, tokens: int, ax
     """
     if strategy.tp > 1 and not kind.cuttable:
         return f"tp={strategy.tp} needs layers that can be cut, which {kind.name} cannot surely; set tp to 1"
+    if strategy.ulysses * strategy.cp > 1 and not kind.asks_for_attention:
+        name, degree = ("ulysses", strategy.ulysses) if strategy.ulysses > 1 else ("cp", strategy.cp)
+        return f"{name}={degree} needs layers whose attention can be replaced, which {kind.name} has not; set it to 1"
     heads = strategy.tp * strategy.ulysses
     if strategy.ulysses > 1 and kind.num_heads % heads:
         return (

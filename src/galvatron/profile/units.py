@@ -108,7 +108,7 @@ class UnitShape:
         ``backend``: of the compiler, where layers are compiled; by default what training uses.
         """
         model, family = model_to_train(self.config, lora=self.lora), family_of(self.config)
-        use_attention(model)
+        use_attention(model, family)
         self._freeze(model, family)
         # first in the world means tp rank 0, which holds the most of what does not divide
         tp = AxisGroup(None, prime_factors(self.tp)[::-1], 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from galvatron.core.errors import ConfigError
@@ -62,10 +63,20 @@ def test_lost_soft_caps_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         proof.refuse_unproved(tiny_config("gemma2"), uses_tp=False)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "why"),
-    [("bloom", "computes attention by itself"), ("mamba", "cannot be run|stacks|asking")],
-)
-def test_what_is_no_such_chain_is_refused_in_words(model_type: str, why: str) -> None:
-    with pytest.raises(ConfigError, match=why):
-        family_of(AutoConfig.for_model(model_type))
+def test_what_cannot_be_compared_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_is_allowed", lambda spec: False)
+    assert _planted(family_of(tiny_config("llama")), monkeypatch).tp == "its cuts divide by no number"
+    nothing = proof._Truth(1.0, {})
+    assert nothing.problem() == "it has no gradients"
+    assert proof._Truth(float("nan"), {}).problem() == "its loss or gradients are not finite"
+
+
+def test_a_gradient_that_the_whole_has_not_is_named() -> None:
+    one = torch.ones(1)
+    found = proof._Truth(1.0, {"a": one}).against(lambda *_: (1.0, {"a": one, "b": one}), None, None)  # type: ignore[arg-type]
+    assert found == "b has a gradient, which it has not in the whole twin"
+
+
+def test_what_is_no_such_chain_is_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match="no way that is known"):
+        family_of(AutoConfig.for_model("mamba"))

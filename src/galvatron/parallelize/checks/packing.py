@@ -37,7 +37,9 @@ def check_packing(config: PretrainedConfig) -> None:
 def _problem(config: PretrainedConfig) -> str | None:
     twin = twin_config(config)
     model, family, packed, whole = twin_model(twin), family_of(config), Packed(), range(1)
-    use_attention(model)
+    if not family.asks_for_attention:
+        return "they attend by themselves"
+    use_attention(model, family)
     for stack in family.stacks:
         for layer in model.get_submodule(stack.path).children():
             OwnPlaces(whole, whole, None, packed).enter(layer)

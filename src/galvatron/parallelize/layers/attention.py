@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.family import Family
 from galvatron.internals import attend_by_bounds, attends_by_bounds, call_attention, called_attention
 
 from ..processes.collectives import ALONE, AxisGroup
@@ -64,8 +65,10 @@ def attend_across(layer: nn.Module, context: Context) -> None:
             module.compute_bias = whole_bias(module.compute_bias, context.ulysses.size)  # type: ignore[assignment,arg-type]
 
 
-def use_attention(model: PreTrainedModel) -> None:
+def use_attention(model: PreTrainedModel, family: Family) -> None:
     """Make every attention module of ``model`` call ``attention`` (registered once under ``NAME``).
+
+    Layers whose tokens see each other in another way too keep the type's own attention, and masks that the model makes.
 
     The modules get a config of their own: ``model.config`` is the user's, and other models may be made from it.
     """
@@ -77,7 +80,7 @@ def use_attention(model: PreTrainedModel) -> None:
         if module is not model and isinstance(config, PretrainedConfig):
             if id(config) not in own:
                 own[id(config)] = copy.deepcopy(config)
-                call_attention(own[id(config)], NAME)
+                call_attention(own[id(config)], NAME if family.asks_for_attention else "eager")
                 if getattr(config, "use_cache", False):
                     own[id(config)].use_cache = False  # which a repeated forward would fill twice
             module.config = own[id(config)]  # type: ignore[assignment]
