@@ -33,6 +33,8 @@ TP4 = LayerStrategy(tp=4)
 ZERO3 = LayerStrategy(dp_shard=4, zero=3, recompute="full")
 HSDP = LayerStrategy(dp_shard=2, dp_replicate=2, zero=1)
 PAIR_TP, PAIR_ZERO3, PAIR_DP = LayerStrategy(tp=2), LayerStrategy(dp_shard=2, zero=3), LayerStrategy(dp_replicate=2)
+EXPERTS, FOUR_EXPERTS = LayerStrategy(tp=2, ep=2, dp_replicate=2), LayerStrategy(ep=2, dp_shard=4, zero=3)
+PAIR_EXPERTS = LayerStrategy(ep=2, dp_shard=2, zero=2)
 ONE = LayerStrategy()
 
 
@@ -52,6 +54,10 @@ PLANS = {
         4, (1, 1, 1, 1), PAIR_TP, PAIR_ZERO3, PAIR_TP, PAIR_DP, PAIR_ZERO3, m=2, schedule="interleaved", model_chunks=2
     ),
     "pair": _plan(2, (4,), PAIR_ZERO3, PAIR_TP, PAIR_DP, PAIR_ZERO3, PAIR_TP),
+    "experts": _plan(4, (4,), HSDP, EXPERTS, FOUR_EXPERTS, ZERO3, EXPERTS),
+    "experts elsewhere": _plan(
+        4, (1, 3), PAIR_DP, LayerStrategy(ep=2, dp_replicate=2), PAIR_EXPERTS, PAIR_TP, PAIR_EXPERTS, m=2
+    ),
     "one": _plan(1, (4,), ONE, ONE, ONE, ONE, ONE, m=2),
 }
 
@@ -116,12 +122,13 @@ def test_the_same_plan_resumes_bit_for_bit_over_20_steps(pool: Pool, tmp_path: P
         ("llama", "pipeline", "pair"),
         ("qwen2", "pair", "mixed"),
         ("gpt2", "mixed", "one"),
+        ("qwen3_moe", "experts", "experts elsewhere"),
     ],
 )
 def test_another_plan_or_world_resumes_within_tolerance(
     pool: Pool, tmp_path: Path, family: str, first: str, second: str
 ) -> None:
-    tied = family != "llama"
+    tied = family not in ("llama", "qwen3_moe")
     _train(pool, first, tmp_path / "straight", family=family, tied=tied)
     _train(pool, first, tmp_path / "cut", family=family, tied=tied, stop_after=3)
     _train(pool, second, tmp_path / "other", family=family, tied=tied, resume=tmp_path / "cut")
@@ -135,7 +142,12 @@ def test_another_plan_or_world_resumes_within_tolerance(
 
 @pytest.mark.parametrize(
     ("family", "tied", "plan"),
-    [("llama", True, "interleaved"), ("llama", False, "pipeline"), ("gpt2", True, "pipeline")],
+    [
+        ("llama", True, "interleaved"),
+        ("llama", False, "pipeline"),
+        ("gpt2", True, "pipeline"),
+        ("mixtral", False, "experts"),
+    ],
 )
 def test_exports_load_with_from_pretrained_and_give_equal_logits(
     pool: Pool, tmp_path: Path, family: str, tied: bool, plan: str
