@@ -89,6 +89,33 @@ def test_experts_that_nobody_asks(pool: Pool, strategy: LayerStrategy) -> None:
     assert report.ok, report.explain()
 
 
+BALANCED: dict[str, Plan] = {
+    "two ranks, recomputed": plan_for([DEALT, AGAIN, SELECTIVE, ZERO2], 2),
+    "tp and rings": plan_for(
+        [
+            LayerStrategy(tp=2, dp_replicate=2),
+            LayerStrategy(cp=2, dp_replicate=2),
+            LayerStrategy(tp=2, ep=2, dp_shard=2, zero=3),
+            LayerStrategy(ulysses=2, dp_replicate=2),
+        ],
+        4,
+        microbatches=1,
+    ),
+    "1f1b": plan_for([ZERO3, DEALT, LayerStrategy(dp_shard=2, zero=1), ZERO2], 4, (1, 3), 3),
+    "interleaved": plan_for([DEALT, DEALT, ZERO1, AGAIN], 4, (1, 1, 1, 1), 2, "interleaved", 2),
+    "zero bubble": plan_for([AGAIN, DEALT, ZERO1, ZERO2], 4, (2, 2), 3, "zero_bubble"),
+}
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_the_auxiliary_loss_of_routers(pool: Pool, name: str) -> None:
+    """A product of sums over layers, stages and ranks, of every microbatch."""
+    family = "qwen3_moe" if name == "1f1b" else "mixtral"
+    model = tiny_model(family, output_router_logits=True, router_aux_loss_coef=0.5)
+    report = parity(model, BALANCED[name], pool=pool)
+    assert report.ok, report.explain()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("world_size", [2, 4, 8])

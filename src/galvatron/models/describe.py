@@ -31,6 +31,7 @@ HEAD_DIM = "hidden_size/num_attention_heads"
 NOT_STRUCTURAL = (
     "use_cache",
     "output_attentions",
+    "output_router_logits",
     "output_hidden_states",
     "return_dict",
     "is_encoder_decoder",

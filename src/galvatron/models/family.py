@@ -16,7 +16,6 @@ UNUSUAL_DECODERS: dict[str, object] = {
     "quantization_config": None,
     "is_causal": True,
     "add_cross_attention": False,
-    "output_router_logits": False,
 }
 """What must be so of a causal language model's config."""
 
@@ -41,7 +40,13 @@ def family_of(config: PretrainedConfig) -> Family:
         known = known_families().get(config.model_type)
         is_shipped = known is not None and key in known.proved
         _found[key] = known.family if known is not None and is_shipped else recognise(config)
-    return _found[key]
+    family = _found[key]
+    if getattr(config, "output_router_logits", False) and all(stack.experts is None for stack in family.stacks):
+        raise ConfigError(
+            f"output_router_logits of this {config.model_type} config must be False, got True; where its routers are "
+            "is not known"
+        )
+    return family
 
 
 def _short(value: object) -> str:

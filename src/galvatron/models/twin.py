@@ -93,6 +93,7 @@ HOUSEKEEPING = (
     "id2label",
     "label2id",
     "output_attentions",
+    "output_router_logits",
     "output_hidden_states",
     "return_dict",
     "problem_type",
@@ -139,6 +140,8 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
     their size.
     """
     twin = copy.deepcopy(config)
+    if hasattr(twin, "output_router_logits"):
+        twin.output_router_logits = False
     given = {**twin.attribute_map, **{key: key for key in twin.to_dict()}}
     for name, size in SIZES.items():
         if keep_images and name in IMAGE_SIZES:

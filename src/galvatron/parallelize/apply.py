@@ -19,7 +19,7 @@ from galvatron.plan import Plan, check_runnable, folds_sequence
 from .checks.agreement import check_agreement
 from .checks.model import check_model
 from .checks.surroundings import check_surroundings
-from .cutting import cut, stages_of
+from .cutting import balance_of, cut, stages_of
 from .holding import chunk_of, units_of
 from .layers.attention import use_attention
 from .layers.compile import LayerCompiler, compiles
@@ -123,6 +123,7 @@ def parallelize(
         seed,
         adapter,
         compiled=compiled,
+        balance=balance_of(model.config, spec, grid, stages),
     )
 
 

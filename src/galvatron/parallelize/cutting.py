@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.model import ModelSpec
 from galvatron.models import Family, experts_in, regions_in
@@ -23,6 +24,7 @@ from .layers.forward import change_layout, enter_with_layout
 from .layers.later import Later, put_off
 from .layers.recompute import recompute_in_backward
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, tap_linears
+from .losses.balance import Balance
 from .losses.fused import fuse_loss
 from .pipeline.stage import Stage
 from .pipeline.whole import WholeStage, stage_of
@@ -158,3 +160,30 @@ def _adds_up_microbatches(plan: Plan) -> bool:
     """Whether FSDP2 adds the head's gradients up in another place or dtype than a backward brings them in."""
     zero = plan.head.zero
     return (zero >= 2 and plan.head.dp_replicate > 1) or (zero == 1 and plan.precision != plan.grad_reduce_dtype)
+
+
+def balance_of(config: PretrainedConfig, spec: ModelSpec, grid: Grid, stages: tuple[Stage, ...]) -> Balance | None:
+    """What the routers of ``stages`` note from now on, if the model's loss asks for it (``output_router_logits``)."""
+    if not getattr(config, "output_router_logits", False):
+        return None
+    layers = [kind for kind in spec.kind_of_layers() if kind.num_experts]
+    plan = grid.plan
+    balance = Balance(
+        coefficient=config.router_aux_loss_coef / plan.num_microbatches,
+        num_experts=layers[0].num_experts,
+        rows=len(layers) * plan.micro_batch_size * plan.seq_len,
+        top_k=layers[0].experts_per_token,
+        device=grid.world.device,
+        stage=grid.group(1, plan.stage_size) if plan.stage_size > 1 else None,
+    )
+    for stage in stages:
+        for module in stage.model.modules():
+            own: Any = getattr(module, "config", None)
+            if module is not stage.model and hasattr(own, "output_router_logits"):
+                own.output_router_logits = False  # a copy of the user's; nobody reads the logits
+        for index in stage.layers:
+            layer = stage.layer(index)
+            experts = experts_in(layer, stage.chain[index].stack)
+            if experts is not None:
+                balance.watch(layer.get_submodule(experts.router))
+    return balance

@@ -28,6 +28,7 @@ from .checks.packing import check_packing
 from .checks.refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .checks.surroundings import check_surroundings
 from .layers.randomness import masks_of
+from .losses.balance import Balance
 from .losses.own import LossFunction, check_loss, terms_of
 from .losses.scale import LossScale
 from .pipeline.driver import Batch, Chunk, Driver
@@ -81,6 +82,7 @@ class ParallelModel:
         adapter: Adapter | None = None,
         *,
         compiled: bool = False,
+        balance: Balance | None = None,
     ) -> None:
         """Made by ``parallelize``; ``shards`` maps names to the FSDP2 parameters behind some of ``parameters``."""
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
@@ -100,7 +102,7 @@ class ParallelModel:
         self._train_batches = BatchCheck(shape, words, num_classes=classes)
         self._evaluation_batches = BatchCheck(shape, words, num_classes=classes)
         self._rounded = {p.name for p in parameters if any(unit.rounds(p.tensor) for unit in self._unsharded)}
-        self._driver = Driver(grid, spec, chunks)
+        self._driver = Driver(grid, spec, chunks, balance)
 
     def train_step(
         self,
@@ -138,7 +140,8 @@ class ParallelModel:
                 dim 0.
 
         Returns:
-            The mean loss over all counted tokens, equal on all ranks: a float32 scalar on the device, which the host
+            The mean loss over all counted tokens (and the routers' auxiliary loss, where the model's config has
+            ``output_router_logits``), equal on all ranks: a float32 scalar on the device, which the host
             waits for only when it reads it (``float(loss)``).  The ``grad`` of every one of ``parameters()`` is then
             this rank's part of that loss's gradient; under fp16 times ``loss_scale.scale``, until ``clip_grad_norm_``
             takes that out.  The memory of gradients is used again: the next call overwrites
@@ -160,7 +163,7 @@ class ParallelModel:
         )
         earlier = self._begin(accumulate)
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
-            batch = Batch(inputs, labels, self._carried * weight, loss_fn, terms, position_ids)
+            batch = Batch(inputs, labels, self._carried * weight, loss_fn, terms, position_ids, self._carried)
             scaled = self._driver.train(batch)
         self._collect_gradients()
         self._add_gradients(earlier)

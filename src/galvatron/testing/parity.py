@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -99,6 +100,7 @@ def parity(
     inner = wrapped(model)
     assert isinstance(inner, PreTrainedModel)
     _check_reduction(plan)
+    recipe = replace(recipe or Recipe(), num_microbatches=plan.num_microbatches)
     reference = train_reference(inner, plan.global_batch_size, plan.seq_len, recipe, plan.precision)
     with tempfile.TemporaryDirectory(prefix="galvatron-parity-") as folder:
         path = Path(folder) / "reference.pt"

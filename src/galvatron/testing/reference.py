@@ -47,6 +47,8 @@ class Recipe:
 
     ``lr`` keeps lr·δ/eps under the tolerance, yet three steps move every tensor by 2e-3 of its size or more:
     200 times the tolerance of parameters, so that a step with a wrong sum or decay cannot hide.
+
+    ``num_microbatches`` counts where routers have an auxiliary loss, which is the mean over them.
     """
 
     num_steps: int = 3
@@ -55,6 +57,7 @@ class Recipe:
     eps: float = 1e-4
     weight_decay: float = 0.1
     max_grad_norm: float | None = None
+    num_microbatches: int = 1
     seed: int = 0
 
     def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
@@ -140,9 +143,9 @@ def train_reference(
     trained = {name: parameter for name, parameter in parameters.items() if name not in frozen}
     optimizer = recipe.optimizer(list(trained.values()))
     batches = make_batches(recipe, config, global_batch_size, seq_len)
-    steps = tuple(_step(twin, optimizer, batch, recipe.max_grad_norm, precision) for batch in batches)
+    steps = tuple(_step(twin, optimizer, batch, recipe, precision) for batch in batches)
     with torch.no_grad():
-        final_loss = mean_loss(twin, *batches[0], precision).item()
+        final_loss = mean_loss(twin, *batches[0], precision, recipe.num_microbatches).item()
     return Reference(
         recipe=recipe,
         precision=precision,
@@ -191,9 +194,16 @@ def make_batches(recipe: Recipe, config: PretrainedConfig, global_batch_size: in
 
 
 def mean_loss(
-    model: PreTrainedModel, inputs: Tensors, labels: torch.Tensor, precision: Precision = "fp32"
+    model: PreTrainedModel,
+    inputs: Tensors,
+    labels: torch.Tensor,
+    precision: Precision = "fp32",
+    num_microbatches: int = 1,
 ) -> torch.Tensor:
-    """Mean cross entropy of what counts, a float32 scalar; ``precision`` is what the model computes in."""
+    """Mean cross entropy of what counts, a float32 scalar; ``precision`` is what the model computes in.
+
+    With the model's own auxiliary loss of routers, if its config asks for it: the mean over microbatches.
+    """
     weights = {name: parameter.to(DTYPES[precision]) for name, parameter in model.named_parameters()}
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     given = {name: v.to(DTYPES[precision]) if v.is_floating_point() else v for name, v in inputs.items()}
@@ -201,7 +211,14 @@ def mean_loss(
         own: torch.Tensor = functional_call(model, weights, kwargs={**given, "return_loss": True}).loss
         return own
     logits = functional_call(model, weights, kwargs={**given, **options}).logits
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    if not getattr(model.config, "output_router_logits", False):
+        return loss
+    parts = zip(*(values.chunk(num_microbatches) for values in given.values()), strict=True)
+    each = [
+        functional_call(model, weights, kwargs={**dict(zip(given, part, strict=True)), **options}) for part in parts
+    ]
+    return loss + model.config.router_aux_loss_coef * torch.stack([output.aux_loss for output in each]).mean()
 
 
 def restore(
@@ -222,18 +239,18 @@ def _step(
     model: PreTrainedModel,
     optimizer: torch.optim.AdamW,
     batch: Batch,
-    max_grad_norm: float | None,
+    recipe: Recipe,
     precision: Precision,
 ) -> Step:
     optimizer.zero_grad()
-    loss = mean_loss(model, *batch, precision)
+    loss = mean_loss(model, *batch, precision, recipe.num_microbatches)
     scale = FP16_SCALE if precision == "fp16" else 1.0
     (loss * scale).backward()
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad /= scale
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    limit = float("inf") if recipe.max_grad_norm is None else recipe.max_grad_norm
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
     optimizer.step()
     inputs, labels = batch

@@ -82,7 +82,7 @@ def notes_of(rank: int, order: list[Action], pp: int, chunks: int, monkeypatch: 
         return (weight if inbox is None else weight * inbox.open()).sum().view(1)
 
     messages = Messages(grid, borders, torch.float32)
-    run(order, forward, messages, lambda chunk, is_last: None, lambda chunk, is_last: None)
+    run(order, forward, messages, lambda microbatch, chunk, is_last: None, lambda chunk, is_last: None)
     messages.finish()
     return notes
 

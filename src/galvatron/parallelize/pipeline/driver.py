@@ -18,6 +18,7 @@ from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.schedules import Action, actions, forwards
 
 from ..layers.documents import PackedSteps
+from ..losses.balance import Balance
 from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction
 from ..processes.collectives import of_spans
@@ -40,6 +41,7 @@ class Batch:
         loss_fn: in place of cross entropy.
         terms: of cross entropy.
         position_ids: of the same shape, where rows are packed documents; each begins with 0.
+        scale: what all losses are multiplied by.
     """
 
     inputs: Mapping[str, Tensor]
@@ -48,6 +50,7 @@ class Batch:
     loss_fn: LossFunction | None = None
     terms: LossTerms = PLAIN
     position_ids: Tensor | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ class Chunk:
 class Driver:
     """Runs batches through one stage of a plan; every method is collective and gives the loss of all ranks."""
 
-    def __init__(self, grid: Grid, spec: ModelSpec, chunks: tuple[Chunk, ...]) -> None:
-        """``chunks``: of this rank, in forward order."""
+    def __init__(self, grid: Grid, spec: ModelSpec, chunks: tuple[Chunk, ...], balance: Balance | None = None) -> None:
+        """``chunks``: of this rank, in forward order; ``balance``: what their routers note."""
+        self._balance = balance
         self.grid, self.plan, self.chunks = grid, grid.plan, chunks
         self._sees_whole = isinstance(chunks[0].stage, WholeStage)
         self._entries = tuple(_entry(chunk, grid.plan, spec) for chunk in chunks)
@@ -132,6 +136,10 @@ class Driver:
             if not chunk.stage.is_first:
                 gather_for_step(chunk.sharded)
 
+        if self._balance is not None:
+            self._balance.begin(batch.scale)
+        counting = self._balance if torch.is_grad_enabled() else None
+        messages = Messages(self.grid, self.borders, DTYPES[self.plan.precision], counting)
         inputs = self._own_inputs(batch.inputs)
         labels = self._own(batch.labels, self.plan.head) if self.borders[-1].is_last else None
         packed = [self._packed(batch.position_ids, chunk.stage) for chunk in self.chunks]
@@ -143,13 +151,17 @@ class Driver:
             own_labels = labels[microbatch] if labels is not None and stage.is_last else None
             own_inputs = {name: values[microbatch] for name, values in inputs.items()}
             loss = (own_labels, batch.weight, batch.loss_fn, batch.terms)
+            spread = None if self._balance is None else self._balance.forward(microbatch)
+            if spread is not None and messages.arrived is not None:
+                spread.carried, messages.arrived = messages.arrived, None
             if isinstance(stage, WholeStage):
                 output: Tensor = stage(received, own_inputs, *loss)
             else:
                 output = stage(received or own_inputs["input_ids"], positions, *loss)
+            if counting is not None and spread is not None and stage.is_last:
+                counting.close(spread)
             return output
 
-        messages = Messages(self.grid, self.borders, DTYPES[self.plan.precision])
         losses = run(order, forward, messages, self._before_backward, self._weight_pass)
         if order[-1].kind != "forward":
             for chunk, reduces_last in zip(self.chunks, self._reduces_last, strict=True):
@@ -160,9 +172,11 @@ class Driver:
         for loss in losses:
             total += loss
         dist.all_reduce(total)
-        return total
+        return total if self._balance is None else total + self._balance.loss()
 
-    def _before_backward(self, index: int, is_last: bool) -> None:
+    def _before_backward(self, microbatch: int, index: int, is_last: bool) -> None:
+        if self._balance is not None:
+            self._balance.backward(microbatch)
         chunk, later = self.chunks[index], self.chunks[index].stage.later
         prepare_backward(
             chunk.stage, chunk.sharded, is_last=is_last, reduces_last=self._reduces_last[index], later=chunk.later

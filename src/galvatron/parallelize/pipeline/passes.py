@@ -20,6 +20,7 @@ from torch import Tensor
 
 from galvatron.plan.schedules import Action
 
+from ..losses.balance import Balance
 from ..processes.grid import Grid, Neighbour
 
 
@@ -90,12 +91,19 @@ class Messages:
     """Messages of one step: hidden states forward, their gradients backward.
 
     What was sent is held until it has surely left: a chunk's output until its gradient arrives (it is needed so
-    long anyway), a gradient until the next one is sent.
+    long anyway), a gradient until the next one is sent.  Counts of routers (``losses.balance``) follow each.
+
+    Attributes:
+        balance: whose counts travel; None where no backward follows.
+        arrived: the counts that came with the last hidden states.
     """
 
     grid: Grid
     borders: tuple[Border, ...]
     dtype: torch.dtype
+    balance: Balance | None = None
+    arrived: Tensor | None = None
+    _counts: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
     _outputs: dict[tuple[int, int], tuple[dist.Work, Tensor]] = field(default_factory=dict)
     _gradients: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
 
@@ -103,11 +111,16 @@ class Messages:
         """The hidden states that come into ``chunk`` next."""
         before, border = self._before, self.borders[chunk]
         hidden = self._receive(border.in_shape, before.rank, before.forward)
+        if self.balance is not None:
+            self.arrived = self._receive_counts(self.balance, before.rank, before.forward)
         return Inbox(hidden, partial(self._send_gradient, border) if border.trains_before else None)
 
     def receive_gradient(self, microbatch: int, chunk: int, like: Tensor) -> Tensor:
         """The gradient of the output ``like`` of ``chunk``."""
         gradient = self._receive(tuple(like.shape), self._after.rank, self._after.backward)
+        if self.balance is not None:
+            total = self._receive_counts(self.balance, self._after.rank, self._after.backward)
+            self.balance.backward(microbatch).total = total
         self.let_go_of_hidden(microbatch, chunk)
         return gradient
 
@@ -121,19 +134,26 @@ class Messages:
         if not torch.is_grad_enabled() and self._outputs:
             self.let_go_of_hidden(*next(iter(self._outputs)))
         self._outputs[microbatch, chunk] = self._send(hidden.detach(), self._after.rank, self._after.forward)
+        if self.balance is not None:
+            self._counts.append(self._send(self.balance.now.carried, self._after.rank, self._after.forward))
 
     def _send_gradient(self, border: Border, gradient: Tensor) -> None:
         """Send the gradient of a chunk's input back; called from within the backward."""
         if self._gradients:
             self._gradients.popleft()[0].wait()
         self._gradients.append(self._send(gradient, self._before.rank, self._before.backward))
+        if self.balance is not None:
+            total = self.balance.now.total
+            assert total is not None
+            self._counts.append(self._send(total, self._before.rank, self._before.backward))
         if border.after_gradient is not None:
             border.after_gradient()
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
-        for work, _ in (*self._outputs.values(), *self._gradients):
+        for work, _ in (*self._outputs.values(), *self._gradients, *self._counts):
             work.wait()
+        self._counts.clear()
         self._outputs.clear()
         self._gradients.clear()
 
@@ -147,8 +167,13 @@ class Messages:
         assert self.grid.after is not None
         return self.grid.after
 
-    def _receive(self, shape: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> Tensor:
-        buffer = torch.empty(shape, dtype=self.dtype, device=self.grid.world.device)
+    def _receive_counts(self, balance: Balance, rank: int, group: dist.ProcessGroup) -> Tensor:
+        return self._receive((balance.num_experts,), rank, group, torch.float32)
+
+    def _receive(
+        self, shape: tuple[int, ...], rank: int, group: dist.ProcessGroup, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        buffer = torch.empty(shape, dtype=dtype or self.dtype, device=self.grid.world.device)
         dist.recv(buffer, src=rank, group=group)
         return buffer
 
@@ -166,7 +191,7 @@ def run(
     actions: list[Action],
     forward: Forward,
     messages: Messages,
-    before_backward: Callable[[int, bool], None],
+    before_backward: Callable[[int, int, bool], None],
     weight_pass: Callable[[int, bool], None],
 ) -> list[Tensor]:
     """Run ``actions``; returns the last chunk's losses by microbatch (detached), [] on other ranks.
@@ -177,7 +202,8 @@ def run(
         actions: the passes of this rank in order (plan.schedules).
         forward: (microbatch, chunk, what was received or None) → the chunk's output: hidden states or loss.
         messages: this step's.
-        before_backward: called with the chunk and whether it is its last backward of the step, before each.
+        before_backward: called with the microbatch, the chunk and whether it is its last backward of the step, before
+            each.
         weight_pass: called with the chunk and whether it is its last weight pass of the step, for each.
     """
     alive: dict[tuple[int, int], Tensor] = {}
@@ -203,7 +229,7 @@ def run(
             if not border.trains_until:  # nothing here or before has a gradient, and none comes
                 messages.let_go_of_hidden(microbatch, chunk)
                 continue
-            before_backward(chunk, left[kind, chunk] == 0)
+            before_backward(microbatch, chunk, left[kind, chunk] == 0)
             gradient = None if border.is_last else messages.receive_gradient(microbatch, chunk, output)
             torch.autograd.backward(output, gradient)
             del output, gradient  # or they would live on through the next forward
