@@ -2,10 +2,10 @@
 
     python benchmarks/parity_sweep.py --plans 40 --worlds 2 4 8 --out parity.json
 
-Random plans are dealt the modes in turn: fp32, fp16 and bf16 against one process in the same precision, and compiled
-layers in fp32 against one that compiles nothing.  Writes JSON: for every variant, world and mode the number of plans
-that hold, the worst error of each kind, and each plan that fails with what was found.  Ends with exit code 1 if any
-fails.
+Random plans are dealt the modes in turn: fp32, fp16 and bf16 against one process in the same precision (models without
+jumps, see ``Variant.config``), and compiled layers in fp32 against one that compiles nothing.  Writes JSON: for every
+variant, world and mode the number of plans that hold, the worst error of each kind, and each plan that fails with what
+was found.  Ends with exit code 1 if any fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from galvatron.testing import Pool, Recipe, WorkerError
 from galvatron.testing.compare import KINDS, TOLERANCES
 from galvatron.testing.models import VARIANTS
 from galvatron.testing.plans import pure_plans, random_plans
-from galvatron.testing.sweep import Sweep, variant_spec
+from galvatron.testing.sweep import Sweep, seq_len_for, variant_spec
 
 CLIPPED = Recipe(max_grad_norm=0.1)
 COMPILED = "compiled"
@@ -44,7 +44,7 @@ Case = tuple[str, str, Plan, Recipe]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plans", type=int, default=40, help="random plans per variant and world")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 6, 8])
     parser.add_argument("--variants", nargs="+", default=[variant.name for variant in VARIANTS])
     parser.add_argument(
         "--modes", nargs="+", default=["fp32"], choices=[*get_args(Precision), COMPILED], help="may repeat a mode"
@@ -74,10 +74,11 @@ def cases(
 ) -> Iterator[Case]:
     """All plans of one variant and world, random ones from the ``first`` on; every fourth of these clips gradients."""
     spec = variant_spec(variant, world_size)
+    seq_len = seq_len_for(world_size)
     if not options.no_pure:
-        for name, plan in pure_plans(spec, world_size).items():
+        for name, plan in pure_plans(spec, world_size, seq_len).items():
             yield name, "fp32", plan, Recipe()
-    plans = random_plans(spec, world_size, first + options.plans, options.seed)
+    plans = random_plans(spec, world_size, first + options.plans, options.seed, seq_len)
     for index, plan in list(enumerate(plans))[first:]:
         yield f"random {index}", next(modes), plan, CLIPPED if index % 4 == 3 else Recipe()
 

@@ -15,13 +15,19 @@ from galvatron.plan import Plan
 
 from .models import Variant
 from .parity import ParityReport, parity_with
+from .plans import SEQ_LEN
 from .pool import Pool
 from .reference import Recipe, train_reference
 
 
 def heads_for(world_size: int) -> int:
-    """Attention heads of the tiny models in a world: 4, or 8 where a tp degree needs them."""
-    return 8 if world_size % 8 == 0 else 4
+    """Attention heads of the tiny models in a world: 4, or 6 or 8 where a tp degree needs them."""
+    return 6 if world_size % 3 == 0 else 8 if world_size % 8 == 0 else 4
+
+
+def seq_len_for(world_size: int) -> int:
+    """Tokens of a sequence that every degree of a world can cut."""
+    return 24 if world_size % 3 == 0 else SEQ_LEN
 
 
 @cache
@@ -41,7 +47,7 @@ class Sweep:
     def parity(
         self, variant: str, plan: Plan, recipe: Recipe | None = None, *, engine: str | None = None
     ) -> ParityReport:
-        """``testing.parity`` of the variant of that name; raises WorkerError where a rank fails."""
+        """``testing.parity`` of the variant of that name (in halves the smooth one); WorkerError where a rank fails."""
         return parity_with(self._reference(variant, plan, recipe or Recipe()), plan, self.pool, engine=engine)
 
     def _reference(self, variant: str, plan: Plan, recipe: Recipe) -> Path:
@@ -50,6 +56,6 @@ class Sweep:
         name = f"{variant}-{heads}-{plan.global_batch_size}x{plan.seq_len}-{clip}-{recipe.seed}"
         path = self.folder / f"{name}-{plan.precision}.pt"
         if not path.exists():
-            model = Variant.named(variant).model(heads, recipe.seed)
+            model = Variant.named(variant).model(heads, recipe.seed, smooth=plan.precision != "fp32")
             train_reference(model, plan.global_batch_size, plan.seq_len, recipe, plan.precision).save(path)
         return path
