@@ -154,6 +154,14 @@ class Setting:
         holds_head = unit == "head" or self.shares_tied_weight
         return holds_head and not turns_at_once(self.schedule, self.num_microbatches)
 
+    def arriving_last(self, unit: UnitName) -> tuple[ParameterSpec, ...]:
+        """Parameters of ``unit`` whose gradients come whole with the last backward, not with every one.
+
+        The projection's where all forwards, which make it, come before; tied, the embedding's part comes with each.
+        """
+        turns = turns_at_once(self.schedule, self.num_microbatches)
+        return () if turns or unit != "head" or self.shares_tied_weight else self.parameters(unit)[-1:]
+
     def combined_s(self, total_s: Seconds, largest_s: Seconds) -> Seconds:
         """A step from Σ w and max w of its stages' microbatches: max(s·(φ·Σ w + (m - φ)·max w), m·Σ w / pp).
 

@@ -168,3 +168,15 @@ def messages_s(stages: tuple[Stage, ...], stage: int) -> Iterator[float]:
             yield entries[entry].transfer_s
         if entry < len(entries) - 1:
             yield entries[entry + 1].transfer_s
+
+
+def replicated_s(setting: Setting, stage: Stage) -> float:
+    """One all-reduce for each tp degree under which ranks hold a trained parameter whole: all bytes, one latency."""
+    degrees = {
+        strategy.tp
+        for unit, strategy in stage.units
+        for p in setting.parameters(unit)
+        if strategy.tp > 1 and p.trainable and (p.cut is None or p.cut.is_whole(strategy.tp))
+    }
+    latencies = sum(setting.link("all_reduce", tp, 1).latency_s for tp in degrees)
+    return latencies + sum(float(unit.replicated_s) for unit in stage.times)

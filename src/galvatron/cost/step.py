@@ -17,7 +17,7 @@ from .memory import runtime_bytes
 from .pipeline import Event, Pipeline, timeline
 from .setting import Runtime, Setting
 from .sharing import shared_timeline
-from .stages import Chunk, Stage, messages_s, stages_of
+from .stages import Chunk, Stage, messages_s, replicated_s, stages_of
 
 MAX_EVENTS = 20_000
 """A longer step is replayed in part: once every stage is in its steady state each round of microbatches takes the
@@ -52,7 +52,7 @@ def replay(plan: Plan, model: ModelProfile, hardware: HardwareProfile, runtime: 
     pipeline = _pipeline(plan, stages)
     events, ends = _ends(pipeline, setting)
     ends = [
-        end + _total(stage, "reductions_s" if index else "last_s") + _replicated_s(setting, stage)
+        end + _total(stage, "reductions_s" if index else "last_s") + replicated_s(setting, stage)
         for index, (end, stage) in enumerate(zip(ends, stages, strict=True))
     ]
     tied_s = max(float(stages[0].times[0].tied_s), float(stages[-1].times[-1].tied_s))
@@ -108,13 +108,6 @@ def _events(pipeline: Pipeline, setting: Setting) -> tuple[Event, ...]:
     if pipeline.pp > 1 and fraction < 1:
         return shared_timeline(pipeline, fraction)
     return timeline(pipeline, receiving_blocks=not setting.overlaps)
-
-
-def _replicated_s(setting: Setting, stage: Stage) -> float:
-    """One all-reduce for each tp degree of the stage: every unit's bytes, one latency."""
-    degrees = {strategy.tp for _, strategy in stage.units} - {1}
-    latencies = sum(setting.link("all_reduce", tp, 1).latency_s for tp in degrees)
-    return latencies + _total(stage, "replicated_s")
 
 
 def _optimizer_s(stage: Stage) -> float:
@@ -216,7 +209,7 @@ def _stage_parts(plan: Plan, setting: Setting, replayed: Replay, index: int) -> 
     return {
         "compute": microbatches("compute_forward_s", "compute_backward_s"),
         "tensor_parallel": microbatches("tensor_parallel_forward_s", "tensor_parallel_backward_s")
-        + _replicated_s(setting, stage),
+        + replicated_s(setting, stage),
         "context_parallel": microbatches("context_parallel_forward_s", "context_parallel_backward_s"),
         "expert_parallel": microbatches("expert_parallel_forward_s", "expert_parallel_backward_s"),
         "data_parallel": microbatches("data_parallel_forward_s", "data_parallel_backward_s")

@@ -14,15 +14,17 @@ from galvatron.core.model import ENDS, RECOMPUTES, LayerKind, UnitName
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import LayerStrategy
 
-from .communication import collective_s, exposed_s, tied_reduction_s
+from .communication import collective_s, exposed_s
 from .compute import interpolate
+from .data_parallel import data_parallel_s, replicated_bytes_s, tied_s
 from .experts import expert_messages
 from .memory import MASTER_BYTES
 from .setting import Setting
-from .sizes import ShardSize, dealt_kv_heads, shard_sizes, trained_sizes
+from .sizes import dealt_kv_heads, shard_sizes, trained_sizes
 from .strategies import FULL, NONE, Floats, Strategies
 
-VOCABULARY_REDUCTIONS = (1, 2)  # floats a token in each: the maximum; the sum of exponentials with the target's logit
+VOCABULARY_REDUCTIONS = (1, 3)
+"""Floats a token in each: the maximum; the sums of exponentials, of the target's logit and of all (for smoothing)."""
 WEIGHT_SHARE = 0.5  # of a backward's compute: a linear's gradients of input and of weight are matmuls of equal FLOPs
 
 
@@ -131,8 +133,7 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     )
     parameters = setting.parameters(unit)
     held, trained = shard_sizes(parameters, s), trained_sizes(parameters, s)
-    twice = reached and setting.gathers_twice(unit)
-    shard = _data_parallel_s(setting, s, held, trained, forward_s, backward_s + again_s, twice=twice)
+    shard = data_parallel_s(setting, unit, s, held, trained, forward_s, backward_s + again_s)
     return UnitTimes(
         compute_forward_s=forward_s,
         compute_backward_s=backward_s,
@@ -151,8 +152,8 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
         last_s=shard[4],
         reductions_s=shard[5],
         delayed_s=shard[6],
-        replicated_s=_replicated_s(setting, s, *trained),
-        tied_s=_tied_s(setting, unit, s),
+        replicated_s=replicated_bytes_s(setting, s, *trained),
+        tied_s=tied_s(setting, unit, s),
         optimizer_s=(trained[0].held + trained[1].held).astype(np.float64) * setting.model.optimizer_s_per_parameter,
     )
 
@@ -249,69 +250,3 @@ def _regions(setting: Setting, unit: UnitName) -> int:
 def _plain_regions(setting: Setting, unit: UnitName) -> int:
     """Without the one that is experts."""
     return _regions(setting, unit) - bool(unit not in ENDS and setting.model.spec.kind(unit).num_experts)
-
-
-def _data_parallel_s(
-    setting: Setting,
-    s: Strategies,
-    held: tuple[ShardSize, ShardSize],
-    trained: tuple[ShardSize, ShardSize],
-    forward_s: Floats,
-    backward_s: Floats,
-    *,
-    twice: bool,
-) -> tuple[Floats, ...]:
-    """Exposed (forward, backward) per microbatch, then what ``UnitTimes`` has once a step, from ``first_s`` on.
-
-    All that is ``held`` (dense, experts) is gathered, and under ZeRO 3 again for the backward if ``twice``; what is
-    ``trained`` of it is reduced.
-    """
-    gather_s = scatter_s = replicate_s = np.zeros(len(s))
-    groups = ((s.shard, s.replicas, s.tp), (s.expert_shard, s.expert_replicas, s.tp * s.ep))
-    for size, of_trained, (shard, replicas, inner) in zip(held, trained, groups, strict=True):
-        if size.held.any():
-            padded = size.held * shard * setting.compute_bytes
-            gather_s = gather_s + collective_s(setting, "all_gather", shard, inner, padded)
-        if of_trained.held.any():
-            reduced = of_trained.held * setting.reduce_bytes
-            scatter_s = scatter_s + collective_s(setting, "reduce_scatter", shard, inner, reduced * shard)
-            replicate_s = replicate_s + collective_s(setting, "all_reduce", replicas, inner * shard, reduced)
-    every_gather_s = np.where(s.zero == 3, gather_s, 0.0)
-    # under ZeRO 2 and 3 FSDP2 reduces within the backward, replicas at its last; under ZeRO 1 a stage that sends back
-    # reduces after its message; without ZeRO reductions run beside the backward and hold up nothing
-    within = (s.zero >= 2) & (not setting.reduces_once)
-    every_scatter_s = np.where(within, scatter_s, 0.0)
-    once_gather_s = gather_s - every_gather_s
-    once_scatter_s = scatter_s - every_scatter_s + replicate_s
-    forward = exposed_s(setting, forward_s, every_gather_s)
-    again_s = twice * every_gather_s
-    backward = exposed_s(setting, backward_s, again_s + every_scatter_s)
-    first = exposed_s(setting, forward_s, every_gather_s + once_gather_s) - forward
-    last = exposed_s(setting, backward_s, again_s + every_scatter_s + once_scatter_s) - backward
-    after = np.where((s.zero == 1) | setting.reduces_once, once_scatter_s, last)
-    return (
-        forward,
-        backward,
-        first,
-        once_gather_s,
-        np.where(within, 0.0, last),
-        np.where(within, 0.0, after),
-        np.where(within, last, 0.0),
-    )
-
-
-def _replicated_s(setting: Setting, s: Strategies, dense: ShardSize, experts: ShardSize) -> Floats:
-    """The unit's part of the one all-reduce a step that sums uncut gradients over tp: its bytes, not its latency.
-
-    The latency comes once for all units of a stage; ``step`` adds it.
-    """
-    _, seconds_per_byte = setting.links("all_reduce", s.tp, np.ones_like(s.tp))
-    return (dense.uncut + experts.uncut) * MASTER_BYTES * seconds_per_byte
-
-
-def _tied_s(setting: Setting, unit: UnitName, s: Strategies) -> Floats:
-    if not setting.copies_tied_weight or unit not in ENDS:
-        return np.zeros(len(s))
-    spec = setting.model.spec
-    tied = [p for p in setting.parameters(unit) if p.shape == (spec.vocab_size, spec.hidden_size) and p.trainable]
-    return tied_reduction_s(setting, shard_sizes(tied, s)[0].held * MASTER_BYTES) if tied else np.zeros(len(s))
