@@ -21,7 +21,8 @@ from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.pool import PRELOAD
 from galvatron.train.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from galvatron.train.lineage import Lineage
-from galvatron.train.optimizer import MOMENTS, build_optimizer
+from galvatron.train.offload import MOMENTS
+from galvatron.train.optimizer import build_optimizer
 
 SHAPE = (512, 512)
 SECTION = TrainSection(global_batch_size=1, seq_len=8, num_steps=10)

@@ -34,6 +34,7 @@ from galvatron.testing.memory import settled_bytes
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool
 from galvatron.train.memory import PeakMemory
+from galvatron.train.offload import host_tensors
 from galvatron.train.optimizer import build_optimizer
 
 SEQ_LEN, BATCH = 32, 8
@@ -62,7 +63,8 @@ def plan(layers: Iterable[LayerStrategy], ends: LayerStrategy, **changes: object
     return Plan.model_validate({**fields, **changes})
 
 
-FULL = {"recompute": "full"}
+FULL, HOST = {"recompute": "full"}, {"offload": "optimizer"}
+DP4_HOST = DP4.model_copy(update=HOST)
 BETWEEN = ("selective", "mlp", "linears", "mlp")
 FROZEN: dict[str, tuple[str, ...]] = {
     "frozen from below": ("model.embed_tokens.*", "model.layers.[01].*"),
@@ -125,6 +127,10 @@ PLANS: dict[str, tuple[str, Plan]] = {
             schedule="zero_bubble",
             num_microbatches=8,
         ),
+    ),
+    "moments in host memory": (
+        "qwen2",
+        plan([*(s.model_copy(update=HOST) for s in (ZERO3, DP4, MIXED2)), TP4], DP4_HOST),
     ),
     "frozen from below": ("llama", plan([ZERO3, ZERO2, ZERO1, TP4], MIXED2)),
     "a frozen first stage": ("llama", plan([S(dp_replicate=2), TP2] * 2, TP2, layers_per_stage=(2, 2))),
@@ -197,7 +203,9 @@ def measure(family: str, plan: Plan, freeze: tuple[str, ...]) -> Bytes:
     gc.collect()  # what a cycle of the first step still holds is not the second step's
     activations = activations_at_first_backward(model, tokens)
     optimizer.step()
-    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    hosted = set(map(id, host_tensors(optimizer)))
+    states = [(name, value) for state in optimizer.state.values() for name, value in state.items()]
+    moments = [value for name, value in states if name != "step" and id(value) not in hosted]
     tensors = [parameter.tensor for parameter in model.local_parameters]
     return Bytes(
         storage_bytes(tensors), storage_bytes(t.grad for t in tensors if t.grad is not None), storage_bytes(moments),
@@ -238,8 +246,8 @@ def held_at_first_backward(plan: Plan, stage: Stage, index: int) -> int:
 def test_predicted_bytes_are_those_allocated(pool: Pool, name: str) -> None:
     (family, plan), freeze = PLANS[name], FROZEN.get(name, ())
     profile = profile_of(family, len(plan.layers), plan.precision, freeze)
-    prediction = predict(plan, profile, make_hardware(4))
-    stages = replay(plan, profile, make_hardware(4)).stages
+    prediction = predict(plan, profile, make_hardware(4, host_bytes_per_s=4e9))
+    stages = replay(plan, profile, make_hardware(4, host_bytes_per_s=4e9)).stages
     held = [held_at_first_backward(plan, stage, index) for index, stage in enumerate(stages)]
     measured = pool.run(measure, family, plan, freeze, world_size=4)
     for stage, predicted in enumerate(prediction.stages):

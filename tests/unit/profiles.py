@@ -170,6 +170,7 @@ def make_hardware(
     bytes_per_s: float = 2e9,
     slowdown: float = 1.1,
     seed: int | None = None,
+    host_bytes_per_s: float | None = None,
 ) -> HardwareProfile:
     """Links slower with the size and the stride of their groups; ``seed`` shakes them."""
     shake = random.Random(seed)
@@ -199,6 +200,7 @@ def make_hardware(
                     "type": device,
                     "memory_bytes": memory_bytes,
                     "matmul_flops_per_s": {"fp32": 1e10},
+                    "host_bytes_per_s": host_bytes_per_s,
                 }
             ),
             "world_size": world_size,

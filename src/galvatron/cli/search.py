@@ -107,8 +107,8 @@ def search(
         typer.Option(
             "--space",
             metavar="runtime|all|hetu|dp|fsdp|tp|pp|3d|uniform",
-            help="runtime, or all: what can be trained; hetu: what Hetu-Galvatron can be told; "
-            "or one of the simple plans.",
+            help="runtime: what can be trained; all: also moments in host memory; hetu: what Hetu-Galvatron can be "
+            "told; or one of the simple plans.",
         ),
     ] = "runtime",
     fix: Annotated[

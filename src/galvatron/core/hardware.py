@@ -32,6 +32,8 @@ class Device(Record):
     ``full_speed_fraction`` is which part of the ranks can compute at full speed at once: 1 where each has a device
     of its own, 0.5 where four processes share two cores.  All rates and times are measured with all ranks busy.
     ``communicator_bytes``: what a group of ranks beside the world takes of a CUDA device once it has communicated.
+    ``host_bytes_per_s``: at which host memory sends bytes to every device and takes as many back, beside each other
+    where copies have an engine of their own; None where nobody measured it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Device(Record):
     matmul_flops_per_s: dict[Precision, Rate]
     full_speed_fraction: float = Field(default=1.0, strict=True, gt=0, le=1)
     communicator_bytes: Bytes | None = None
+    host_bytes_per_s: Rate | None = None
 
 
 class Link(Record):

@@ -33,6 +33,10 @@ RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 ``selective``: all but linears and attention; ``mlp``: linears of the MLP too; ``linears``: all but attention.
 """
 
+Offload = Literal["none", "optimizer"]
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
+"""What of a unit is in host memory between updates: nothing, or AdamW's moments."""
+
 
 class Cut(Record):
     """How tensor parallelism slices a parameter: along ``dim``, in segments one after the other, by equal blocks.

@@ -3,6 +3,9 @@
 Takes a Setting, a unit and strategies; gives exact parameter, gradient and optimizer bytes, and an interval for
 what passes.  Knows nothing of stages: ``step`` and ``search`` add units up.
 
+Moments that are offloaded are nowhere on the device but in the slices that pass through it at the update
+(``plan.offload``), when activations are gone: they count as one more thing that comes and goes.
+
 Where nothing is sharded (ZeRO 0, ``parallelize/sharding/unsharded.py``), 8 bytes a parameter before AdamW's 8, 10 in
 a half precision:
 
@@ -34,6 +37,7 @@ from numpy.typing import NDArray
 
 from galvatron.core.model import ENDS, RECOMPUTES, ParameterSpec, UnitName
 from galvatron.core.units import DTYPE_BYTES
+from galvatron.plan.offload import slot_bytes
 from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.schedules import InFlight
 
@@ -113,14 +117,16 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
     # the projection's gradient goes where it belongs as it is made
     arriving = np.maximum(trained_dense.largest, trained_experts.largest) * setting.compute_bytes
     arriving = _label_bytes(setting, s) if unit == "head" else arriving
+    offloads = s.offload > 0
+    transient = np.maximum(np.where(is_whole, arriving + workspace, transient), offloads * slot_bytes(trained))
     return UnitMemory(
         parameter_bytes=held * MASTER_BYTES,
         gradient_bytes=gradient,
-        optimizer_bytes=ADAMW_STATES * trained * MASTER_BYTES,
+        optimizer_bytes=np.where(offloads, 0, ADAMW_STATES * trained * MASTER_BYTES),
         unsharded_bytes=np.where(is_whole, copies, unsharded),
         activation_bytes=activations,
         waiting_bytes=_waiting_bytes(setting, unit, s),
-        transient_bytes=np.where(is_whole, arriving + workspace, transient),
+        transient_bytes=transient,
     )
 
 

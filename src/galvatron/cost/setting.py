@@ -184,6 +184,17 @@ class Setting:
         return transfer_s * (self.pp / self.slots if hidden else self.whole_fill)
 
     @property
+    def host_bytes_per_s(self) -> float:
+        """Rate of copies from host memory and back; raises ProfileError where it was not measured."""
+        rate = self.hardware.device.host_bytes_per_s
+        if rate is None:
+            raise ProfileError(
+                "the hardware profile has no rate of copies to host memory (host_bytes_per_s), which "
+                "offload=optimizer needs; profile the hardware anew"
+            )
+        return rate
+
+    @property
     def overlaps(self) -> bool:
         """Whether FSDP2's communication runs beside compute: it has streams of its own on CUDA alone."""
         return self.hardware.device.type == "cuda"

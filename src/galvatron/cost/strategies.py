@@ -13,17 +13,18 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from galvatron.core.model import RECOMPUTES
+from galvatron.core.model import OFFLOADS, RECOMPUTES
 from galvatron.plan.plan import LayerStrategy
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+DEGREES = ("tp", "ulysses", "cp", "ep", "dp_shard", "dp_replicate", "zero")
 NONE, SELECTIVE, MLP, LINEARS, FULL = range(len(RECOMPUTES))
 
 
 @dataclass(frozen=True)
 class Strategies:
-    """One strategy a row: the fields of LayerStrategy, ``recompute`` as an index into ``RECOMPUTES``."""
+    """One strategy a row: the fields of LayerStrategy, ``recompute`` and ``offload`` as indices of their words."""
 
     tp: Ints
     ulysses: Ints
@@ -33,12 +34,13 @@ class Strategies:
     dp_replicate: Ints
     zero: Ints
     recompute: Ints
+    offload: Ints
 
     @classmethod
     def of(cls, strategies: Iterable[LayerStrategy]) -> Self:
         """The columns of some records."""
         rows = [
-            (s.tp, s.ulysses, s.cp, s.ep, s.dp_shard, s.dp_replicate, s.zero, RECOMPUTES.index(s.recompute))
+            (*(getattr(s, name) for name in DEGREES), RECOMPUTES.index(s.recompute), OFFLOADS.index(s.offload))
             for s in strategies
         ]
         return cls.of_rows(rows)
@@ -55,7 +57,8 @@ class Strategies:
     def __getitem__(self, row: int) -> LayerStrategy:
         """One row as a record."""
         degrees = {field.name: int(getattr(self, field.name)[row]) for field in fields(self)}
-        return LayerStrategy.model_validate({**degrees, "recompute": RECOMPUTES[degrees["recompute"]]})
+        words = {"recompute": RECOMPUTES[degrees["recompute"]], "offload": OFFLOADS[degrees["offload"]]}
+        return LayerStrategy.model_validate({**degrees, **words})
 
     def rows(self) -> list[tuple[int, ...]]:
         """Every row as a tuple of its fields."""

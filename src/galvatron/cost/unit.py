@@ -12,6 +12,7 @@ import numpy as np
 
 from galvatron.core.model import ENDS, RECOMPUTES, LayerKind, UnitName
 from galvatron.core.units import DTYPE_BYTES
+from galvatron.plan.offload import MOMENT_BYTES
 from galvatron.plan.plan import LayerStrategy
 
 from .communication import collective_s, exposed_s
@@ -21,7 +22,7 @@ from .experts import expert_messages
 from .memory import MASTER_BYTES
 from .setting import Setting
 from .sizes import dealt_kv_heads, shard_sizes, trained_sizes
-from .strategies import FULL, NONE, Floats, Strategies
+from .strategies import FULL, NONE, Floats, Ints, Strategies
 
 VOCABULARY_REDUCTIONS = (1, 3)
 """Floats a token in each: the maximum; the sums of exponentials, of the target's logit and of all (for smoothing)."""
@@ -154,8 +155,18 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
         delayed_s=shard[6],
         replicated_s=replicated_bytes_s(setting, s, *trained),
         tied_s=tied_s(setting, unit, s),
-        optimizer_s=(trained[0].held + trained[1].held).astype(np.float64) * setting.model.optimizer_s_per_parameter,
+        optimizer_s=_optimizer_s(setting, s, trained[0].held + trained[1].held),
     )
+
+
+def _optimizer_s(setting: Setting, s: Strategies, elements: Ints) -> Floats:
+    """AdamW's update; where moments are offloaded they come and go slice by slice, beside it on CUDA."""
+    update_s = elements.astype(np.float64) * setting.model.optimizer_s_per_parameter
+    if not s.offload.any():
+        return update_s
+    copies_s = elements * MOMENT_BYTES / setting.host_bytes_per_s
+    offloaded_s = np.maximum(update_s, copies_s) if setting.overlaps else update_s + copies_s
+    return np.where(s.offload > 0, offloaded_s, update_s)
 
 
 def _compute_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> tuple[Floats, Floats, Floats]:

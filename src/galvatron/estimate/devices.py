@@ -31,7 +31,7 @@ class Preset(Record):
     """One product in the server it usually comes in; ``product`` is the name that its driver gives.
 
     ``memory_bytes``: what PyTorch finds there, as a measured profile has it: less than the data sheet says.
-    ``exponentials_per_s``: of the units for special functions.
+    ``exponentials_per_s``: of the units for special functions.  ``host_bytes_per_s``: see ``core.hardware.Device``.
 
     ``intra_*``: between the devices of a node; ``intra_peer_bytes_per_s`` is what one device can send to one other,
     less than all it can send where every pair has a link of its own.  ``inter_*``: each device's share of the
@@ -48,6 +48,7 @@ class Preset(Record):
     matmul_efficiency: Constant
     memory_efficiency: Constant
     exponentials_per_s: Constant
+    host_bytes_per_s: Constant
     devices_per_node: Constant
     intra_kind: str
     intra_bytes_per_s: Constant
@@ -80,6 +81,7 @@ class Preset(Record):
             type="cuda",
             memory_bytes=int(self.memory_bytes.value),
             matmul_flops_per_s={precision: self.matmul_flops_per_s(precision) for precision in get_args(Precision)},
+            host_bytes_per_s=self.host_bytes_per_s.value,
         )
 
 

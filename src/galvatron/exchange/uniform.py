@@ -28,6 +28,8 @@ def one_strategy(plan: Plan, system: str, ignoring_recompute: bool = False) -> L
     def seen(strategy: LayerStrategy) -> LayerStrategy:
         return strategy.model_copy(update={"recompute": "none"}) if ignoring_recompute else strategy
 
+    if any(strategy.offload != "none" for strategy in plan.strategies()):
+        raise refuse(system, "offload=optimizer as it is meant here (moments alone, updated on the device)")
     strategies = runs(tuple(seen(strategy) for strategy in plan.layers))
     if len(strategies) > 1:
         listed = " and ".join(f"{_layers(first, last)} ({strategy})" for first, last, strategy in strategies)

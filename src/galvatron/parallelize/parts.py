@@ -19,9 +19,10 @@ from .state.pieces import LocalParameter, pieces_of
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter of this stage: its global name, spec, owner and strategy."""
+    """A parameter of this stage: its global name, spec, unit, owner and strategy."""
 
     name: str
+    unit: str
     spec: ParameterSpec
     module: nn.Module
     attribute: str
@@ -36,26 +37,27 @@ class Part:
 def parts_of(stage: Stage, spec: ModelSpec, grid: Grid) -> list[Part]:
     """Every parameter this stage owns, once; a tied head on the embedding's stage is the embedding."""
     plan, kinds = grid.plan, spec.kind_of_layers()
-    named: list[tuple[str, str, ParameterSpec, LayerStrategy]] = []
+    named: list[tuple[str, str, str, ParameterSpec, LayerStrategy]] = []
     if stage.is_first:
-        named += [(p.name, stage.placed(p).name, p, plan.embedding) for p in spec.embedding.parameters]
+        named += [(p.name, "embedding", stage.placed(p).name, p, plan.embedding) for p in spec.embedding.parameters]
     for index in stage.layers:
-        prefix = f"{stage.chain[index].path}."
-        named += [(prefix + p.name, prefix + p.name, p, plan.layers[index]) for p in kinds[index].parameters]
+        layer, strategy = stage.chain[index].path, plan.layers[index]
+        named += [(f"{layer}.{p.name}", layer, f"{layer}.{p.name}", p, strategy) for p in kinds[index].parameters]
     if stage.is_last:
         *others, last = spec.head.parameters
         bare = set(stage.family.bare)
         for p in others:
-            named.append((p.name, stage.placed(p).name, p, plan.head.replicated if p.name in bare else plan.head))
+            strategy = plan.head.replicated if p.name in bare else plan.head
+            named.append((p.name, "head", stage.placed(p).name, p, strategy))
         if not spec.tied_embeddings:
             strategy = plan.head.replicated if last.name in bare else plan.head
-            named.append((last.name, stage.placed(last).name, last, strategy))
+            named.append((last.name, "head", stage.placed(last).name, last, strategy))
         elif not stage.is_first:
-            named.append((spec.embedding.parameters[0].name, last.name, last, plan.head))
+            named.append((spec.embedding.parameters[0].name, "head", last.name, last, plan.head))
     parts = []
-    for name, path, parameter, strategy in named:
+    for name, unit, path, parameter, strategy in named:
         owner, _, attribute = path.rpartition(".")
-        parts.append(Part(name, parameter, stage.model.get_submodule(owner), attribute, strategy))
+        parts.append(Part(name, unit, parameter, stage.model.get_submodule(owner), attribute, strategy))
     return parts
 
 
@@ -80,6 +82,7 @@ def local_parameter(part: Part, held: nn.Parameter, spec: ModelSpec, grid: Grid)
         pieces=pieces_of(part.spec, strategy.tp, tp_rank, layout.shard_degree, grid.shard_rank(layout), *dealt),
         replicas=copies * (strategy.tp if whole else 1) * (2 if twice else 1),
         is_primary=grid.replica_rank(layout) == 0 and not (whole and tp_rank) and not (twice and grid.stage),
+        travels_with=part.unit if strategy.offload == "optimizer" else None,
     )
 
 

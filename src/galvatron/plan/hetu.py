@@ -41,6 +41,8 @@ def inexpressible_strategy(strategy: LayerStrategy) -> str | None:
         return f"dp_replicate={strategy.dp_replicate} of what dp_shard={strategy.dp_shard} shards"
     if strategy.recompute not in ("none", "full"):
         return f"recompute={strategy.recompute}"
+    if strategy.offload != "none":
+        return f"offload={strategy.offload}"
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, StrictBool, field_serializer, field_validator, model_validator
 
 from galvatron.core.errors import GalvatronError, PlanError
-from galvatron.core.model import ModelSpec, Precision, Recompute, ReduceDtype
+from galvatron.core.model import ModelSpec, Offload, Precision, Recompute, ReduceDtype
 from galvatron.core.numbers import (
     MAX_LAYERS,
     Bytes,
@@ -52,7 +52,8 @@ class LayerStrategy(Record):
 
     tp has Megatron sequence parallelism; ``zero`` says what is sharded over the axes of ulysses, cp and ``dp_shard``:
     optimizer (1), + gradients (2), + parameters (3), or nothing (0, with ``dp_shard`` 1).  ``ep`` deals experts to
-    the axes next to tp's, whatever their other role.  Hashable, canonical: equal meaning is equal value.
+    the axes next to tp's, whatever their other role.  ``offload`` keeps AdamW's moments in host memory.  Hashable,
+    canonical: equal meaning is equal value.
     """
 
     tp: Devices = 1
@@ -63,6 +64,7 @@ class LayerStrategy(Record):
     dp_replicate: Devices = 1
     zero: Literal[0, 1, 2, 3] = 0
     recompute: Recompute = "none"
+    offload: Offload = "none"
 
     @model_validator(mode="after")
     def _zero_matches_shard(self) -> Self:
@@ -96,7 +98,7 @@ class LayerStrategy(Record):
     @property
     def replicated(self) -> LayerStrategy:
         """The same tensor parallelism with nothing sharded."""
-        return LayerStrategy(tp=self.tp, dp_replicate=self.num_devices // self.tp)
+        return LayerStrategy(tp=self.tp, dp_replicate=self.num_devices // self.tp, offload=self.offload)
 
     @property
     def of_experts(self) -> LayerStrategy:
@@ -115,6 +117,8 @@ class LayerStrategy(Record):
             parts.append(f"zero {self.zero}")
         if self.recompute != "none":
             parts.append(f"recompute {self.recompute}")
+        if self.offload != "none":
+            parts.append(f"offload {self.offload}")
         return ", ".join(parts) or "one device"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from .timing import Budget, agree, seconds_of, slowest_median
 
 MATMUL_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
 REPEATS = 5
+HOST_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # 16 and 128 MiB each way
 SHARING_SIZE, SHARING_ITERATIONS = 384, 20  # some 30 ms of one core: longer than the scheduler's time slices
 
 
@@ -39,6 +41,7 @@ def measure_device(world: World, *, budget_s: float) -> Device:
         type="cuda" if world.device.type == "cuda" else "cpu",
         memory_bytes=int(-negative_memory),
         matmul_flops_per_s={precision: rate for precision, rate in rates.items() if rate > 0},
+        host_bytes_per_s=host_bytes_per_s(world.device),
     )
 
 
@@ -55,6 +58,22 @@ def matmul_flops_per_s(precision: Precision, world: World, budget_s: float) -> f
         best = max(best, 2 * size**3 / slowest_median(multiply, world.device, REPEATS))
         budget_s -= once_s * (REPEATS + 2)
     return best
+
+
+def host_bytes_per_s(device: torch.device) -> float:
+    """Collective: the rate at which the slowest of all ranks takes bytes from host memory and sends as many back."""
+    elements = HOST_ELEMENTS[device.type]
+    mine = torch.zeros(2, elements, pin_memory=device.type == "cuda")
+    there = torch.zeros(2, elements, device=device)
+    streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else [None, None]
+
+    def both_ways() -> None:
+        for stream, (to, of) in zip(streams, ((there[0], mine[0]), (mine[1], there[1])), strict=True):
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                to.copy_(of, non_blocking=True)
+
+    both_ways()
+    return 4 * elements / slowest_median(both_ways, device, REPEATS)
 
 
 def full_speed_fraction(world: World) -> float:

@@ -35,7 +35,7 @@ class Family:
 
 
 def _plain(s: Strategies) -> NDArray[np.bool_]:
-    plain: NDArray[np.bool_] = (s.ulysses == 1) & (s.cp == 1) & (s.ep == 1)
+    plain: NDArray[np.bool_] = (s.ulysses == 1) & (s.cp == 1) & (s.ep == 1) & (s.offload == 0)
     return plain
 
 
@@ -53,7 +53,7 @@ FAMILIES: dict[str, Family] = {
         True,
     ),
     "tp": Family("tensor parallel alone", lambda t: t.pp == 1, lambda s, _: _filled(s, s.tp), True),
-    "pp": Family("pipeline alone", lambda t: t.schedule == "1f1b", lambda s, _: s.sequence_degree * s.dp == 1, True),
+    "pp": Family("pipeline alone", lambda t: t.schedule == "1f1b", lambda s, _: _plain(s) & (s.tp * s.dp == 1), True),
     "3d": Family(
         "tensor, pipeline and data parallelism, one strategy (3D)",
         lambda t: t.schedule in ("1f1b", "interleaved"),
@@ -125,7 +125,7 @@ def _same_rows(space: Space, lead: UnitName, kinds: list[UnitName]) -> Ints:
 
 def _ends_like(space: Space, lead: UnitName, option: int) -> dict[UnitName, Ints] | None:
     (row,) = space.options[lead].strategies.take(np.array([option])).rows()
-    alike = [space.options[end].index.get((*row[:3], 1, *row[4:7], 0)) for end in ENDS]
+    alike = [space.options[end].index.get((*row[:3], 1, *row[4:7], 0, *row[8:])) for end in ENDS]
     return None if None in alike else {end: np.array([at]) for end, at in zip(ENDS, alike, strict=True)}
 
 

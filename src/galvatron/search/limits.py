@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, cast, get_args
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.model import ENDS, RECOMPUTES, UnitName
+from galvatron.core.model import ENDS, OFFLOADS, RECOMPUTES, UnitName
 from galvatron.core.words import did_you_mean, plain, shown
 from galvatron.cost.setting import Runtime
 from galvatron.plan import hetu
@@ -35,14 +35,18 @@ NEUTRAL: dict[str, Value] = {
     "dp_replicate": 1,
     "zero": 0,
     "recompute": "none",
+    "offload": "none",
 }
 """Every dimension but the schedule, with the value that makes no use of it."""
+
+ASKED_FOR = ("offload",)
+"""What the runtime can do, but is chosen only under ``--space all`` or where it is fixed."""
 
 DIMENSIONS = ("schedule", *NEUTRAL)
 OF_ENDS = ("tp", "ulysses", "dp_shard", "dp_replicate", "zero")
 """What embedding and head have too; they are not recomputed and have no rings or experts."""
 NAMES = (*DIMENSIONS, *(f"{end}.{name}" for end in ENDS for name in OF_ENDS))
-WORDS: dict[str, tuple[str, ...]] = {"schedule": SCHEDULES, "recompute": RECOMPUTES}
+WORDS: dict[str, tuple[str, ...]] = {"schedule": SCHEDULES, "recompute": RECOMPUTES, "offload": OFFLOADS}
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Limits:
     def _said_of(self, dimension: str, unit: UnitName | None) -> tuple[str, Value | None]:
         """The name under which something is said of a unit's dimension, and the value that is fixed."""
         own = f"{unit}.{dimension}"
-        if unit not in ENDS:
+        if unit not in ENDS or dimension in ASKED_FOR:
             return dimension, self.fix.get(dimension)
         if own in self.fix or own in self.at_most:
             return own, self.fix.get(own)
@@ -154,8 +158,10 @@ class Limits:
 
     def _offers(self, dimension: str, value: Value) -> bool:
         """Whether the space has such plans."""
-        if self.space == "all" or dimension != "schedule":
+        if self.space == "all" or dimension not in ("schedule", *ASKED_FOR):
             return True
+        if dimension in ASKED_FOR:
+            return value == NEUTRAL[dimension] or (self.space != "hetu" and value == self.fix.get(dimension))
         return value in (hetu.SCHEDULES.values() if self.space == "hetu" else RUNTIME_SCHEDULES)
 
 

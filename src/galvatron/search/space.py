@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from galvatron.core.model import ENDS, RECOMPUTES, UnitName
+from galvatron.core.model import ENDS, OFFLOADS, RECOMPUTES, UnitName
 from galvatron.cost.communication import redistribution_s
 from galvatron.cost.memory import UnitMemory, all_unit_memory, bytes_in_flight, usable_bytes
 from galvatron.cost.setting import Setting
@@ -257,7 +257,7 @@ class SpaceBuilder:
 
         Degrees stack from the inside out, so that each is the ratio of two of the stage's stacked degrees.
         """
-        degrees = StageAxes(stage_size).degrees
+        degrees, offloads = StageAxes(stage_size).degrees, self._offloads(unit)
         rows: list[tuple[int, ...]] = []
         for tp in degrees:
             recomputes = [r for r in self._recomputes(unit, tp) if self.limits.allows("recompute", r, unit)]
@@ -270,7 +270,7 @@ class SpaceBuilder:
                     for zero in _zeros(ulysses * cp, shard):
                         if self._allowed(unit, dp_shard=shard, dp_replicate=replicate, zero=zero):
                             fixed = (tp, ulysses, cp, ep, shard, replicate, zero)
-                            rows += [(*fixed, RECOMPUTES.index(r)) for r in recomputes]
+                            rows += [(*fixed, RECOMPUTES.index(r), o) for r in recomputes for o in offloads]
         strategies = Strategies.of_rows(rows)
         if self.job.runtime == "hetu":
             said = [i for i in range(len(rows)) if inexpressible_strategy(strategies[i]) is None]
@@ -279,6 +279,18 @@ class SpaceBuilder:
 
     def _allowed(self, unit: UnitName, **values: int) -> bool:
         return all(self.limits.allows(name, value, unit) for name, value in values.items())
+
+    def _offloads(self, unit: UnitName) -> list[int]:
+        """Indices of ``OFFLOADS``; of moments alone where there are any.
+
+        Raises:
+            ProfileError: moments shall be offloaded, and nobody measured copies.
+        """
+        if not any(p.trainable for p in self.job.model.spec.unit(unit).parameters):
+            return [0]
+        known = OFFLOADS if self.job.hardware.device.host_bytes_per_s is not None else OFFLOADS[:1]
+        allowed = [OFFLOADS.index(o) for o in known if self.limits.allows("offload", o, unit)]
+        return allowed or [OFFLOADS.index("optimizer")]
 
     def _recomputes(self, unit: UnitName, tp: int) -> list[str]:
         """The levels whose activations the profile has, where it has compute times."""

@@ -92,8 +92,9 @@ def compare_on_rank(path: Path, plan: Plan, engine: str | None = None) -> RankFi
         model = parallelize(reference.model(), plan, world=init_world("cpu"), compile=engine is not None)
     if model.loss_scale is not None:
         model.loss_scale = LossScale(scale=FP16_SCALE)
-    tensors = [parameter.tensor for parameter in model.local_parameters]
-    optimizer = reference.recipe.optimizer([tensor for tensor in tensors if tensor.requires_grad])
+    trained = {p.tensor: p.travels_with for p in model.local_parameters if p.tensor.requires_grad}
+    hosted = {tensor: unit for tensor, unit in trained.items() if unit is not None}
+    optimizer = reference.recipe.optimizer(list(trained), hosted)
     deviations: list[Deviation] = []
     scalars: list[float] = []
     for index, step in enumerate(reference.steps):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from galvatron.models import Adapter, adapter_of, auto_class, config_of, random_
 from galvatron.models.inputs import words_of
 from galvatron.models.lora import attach
 from galvatron.parallelize.sharding.fsdp import DTYPES
+from galvatron.train.offload import OffloadedAdamW
 
 IGNORED = -100
 FP16_SCALE = 2.0**10
@@ -60,13 +62,19 @@ class Recipe:
     num_microbatches: int = 1
     seed: int = 0
 
-    def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
+    def optimizer(
+        self, parameters: list[torch.nn.Parameter], hosted: Mapping[torch.nn.Parameter, str] | None = None
+    ) -> torch.optim.AdamW:
         """AdamW over ``parameters``, all of them decayed: the rule is elementwise, so any cut must obey it.
 
-        There may be none: all that a rank holds may be frozen.
+        There may be none: all that a rank holds may be frozen.  ``hosted``: those with moments in host memory.
         """
-        groups = [{"params": parameters}]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+        options["weight_decay"] = self.weight_decay
+        if hosted:
+            return OffloadedAdamW(groups, hosted, fused=True, **options)
+        return torch.optim.AdamW(groups, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,8 @@ from .boxes import BoxLoadPlanner, BoxSavePlanner, Held, held
 from .index import INDEX_FILE, CheckpointIndex
 from .interface import TrainableModel
 from .lineage import Lineage
-from .optimizer import MOMENTS, set_update_count
+from .offload import MOMENTS, host_tensors
+from .optimizer import set_update_count
 from .storage import PieceReader, PieceWriter
 
 STATE_FILE, PLAN_FILE, CONFIG_FILE, POINTER = "state.json", "plan.json", "config.json", "latest"
@@ -171,6 +172,8 @@ def _latest(root: Path) -> Path:
 
 
 def _held_state(model: TrainableModel, optimizer: torch.optim.Optimizer, *, primary_only: bool) -> dict[str, Held]:
+    if any(tensor.is_pinned() for tensor in host_tensors(optimizer)):
+        torch.cuda.synchronize()  # the last update's may still be on their way
     tensors: dict[str, Held] = {}
     for part in model.local_parameters:
         if primary_only and not part.is_primary:

@@ -25,7 +25,7 @@ from galvatron.parallelize.state.safetensors_file import Entry
 
 from .checkpoint import CONFIG_FILE, OPTIMIZER_PREFIX, is_weight
 from .index import INDEX_FILE, CheckpointIndex, read_tensor
-from .optimizer import MOMENTS
+from .offload import MOMENTS
 
 
 def checkpoint_to_hf(

@@ -10,6 +10,7 @@ import torch
 from galvatron.profile.storages import StorageLog, storage_bytes
 
 from .interface import TrainableModel
+from .offload import host_tensors
 
 
 class PeakMemory:
@@ -17,8 +18,8 @@ class PeakMemory:
 
     CUDA: the caching allocator's peak since then (``torch.cuda.max_memory_allocated``).  CPU, which has no such
     counter: every storage of the first step is followed from birth to death, and the parameters and optimizer
-    states that were there before are added.  Libraries, pages the allocator keeps and communication buffers of
-    gloo do not count.
+    states that were there before are added, but for moments in host memory, as if a device had one of its own.
+    Libraries, pages the allocator keeps and communication buffers of gloo do not count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,11 +36,13 @@ class PeakMemory:
         if self._device.type == "cuda" or self._counted is not None:
             yield
             return
-        states = [value for state in optimizer.state.values() for value in state.values()]
+        elsewhere = list(host_tensors(optimizer))
+        hosted = set(map(id, elsewhere))
+        states = [value for state in optimizer.state.values() for value in state.values() if id(value) not in hosted]
         lasting = [*(part.tensor for part in model.local_parameters), *states]
         with StorageLog(resized=model.gathered_buffers) as log:
             yield
-        log.ignore([*lasting, *batch])  # where nothing is sharded, operations return views of parameters
+        log.ignore([*lasting, *elsewhere, *batch])  # where nothing is sharded, operations return views of parameters
         self._counted = storage_bytes(lasting) + log.peak_bytes()
 
     def bytes(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from galvatron.core.job import TrainSection
 from galvatron.parallelize import LocalParameter
 from galvatron.parallelize.sharding.gradients import excess
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from .offload import MOMENTS, OffloadedAdamW
 
 
 def lr_at(step: int, train: TrainSection) -> float:
@@ -38,7 +39,7 @@ def lr_at(step: int, train: TrainSection) -> float:
 def build_optimizer(parameters: Sequence[LocalParameter], train: TrainSection) -> torch.optim.AdamW:
     """AdamW whose moments exist from the start; globally one-dimensional parameters (norms, biases) do not decay.
 
-    Frozen parameters have no part in it; a rank may hold no others.
+    Frozen parameters have no part in it; a rank may hold no others.  Moments that the plan offloads are in host memory.
 
     The fused kernel serves CPU and CUDA alike: 60 fp32 matrices of 256×256 took 6 ms a step on one CPU
     thread, against 16 ms in a loop and 35 ms with foreach.  [Empirical: torch 2.13]
@@ -49,9 +50,10 @@ def build_optimizer(parameters: Sequence[LocalParameter], train: TrainSection) -
     groups = [
         {"params": params, "weight_decay": decay} for params, decay in ((matrices, train.weight_decay), (vectors, 0.0))
     ]
-    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
-    for part in trained:
-        tensor = part.tensor
+    hosted = {part.tensor: part.travels_with for part in trained if part.travels_with is not None}
+    options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "fused": True}
+    optimizer = OffloadedAdamW(groups, hosted, **options) if hosted else torch.optim.AdamW(groups, **options)
+    for tensor in (part.tensor for part in trained if part.travels_with is None):
         optimizer.state[tensor] = {
             "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
             **{moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS},

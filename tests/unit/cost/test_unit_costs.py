@@ -101,7 +101,7 @@ def test_zero_3_gathers_ends_once_where_one_gather_serves_both_directions(schedu
         times = unit_times(case, unit, LayerStrategy(dp_shard=4, zero=3))
         # of a projection whose gradient comes with the last backward, every backward reduces the norm alone
         late = shard_sizes(case.arriving_last(unit), Strategies.of([LayerStrategy(dp_shard=4, zero=3)]))[0].held
-        assert (late > 0) == ((schedule, m) == ("gpipe", 2) and unit == "head")
+        assert (late > 0) == ((schedule, m) == ("gpipe", 2) and unit == "head" and not tied)
         gather, scatter = case.link("all_gather", 4, 1), case.link("reduce_scatter", 4, 1)
         joins = tied and unit == "head"  # its bytes travel with the embedding's
         gather_s = gather.time_s(16 * held) - joins * gather.latency_s
@@ -257,3 +257,20 @@ def test_missing_measurements_are_profile_errors() -> None:
     bare = Setting(case.model, case.hardware.model_copy(update={"links": ()}), 1, 1, 16, S, "fp32", "fp32")
     with pytest.raises(ProfileError, match="no all_gather over groups of size=4, stride=1"):
         unit_times(bare, "layer", LayerStrategy(tp=4, dp_replicate=2))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_offloaded_moments_leave_the_device_and_travel_at_the_update(device: str) -> None:
+    rate, elements = 4e9, make_spec().layer.num_parameters // 4
+    case = replace(setting(device=device), hardware=make_hardware(4, device, host_bytes_per_s=rate))
+    plain = LayerStrategy(dp_shard=4, zero=3)
+    hosted = plain.model_copy(update={"offload": "optimizer"})
+    before, after = (unit_memory(case, "layer", strategy) for strategy in (plain, hosted))
+    assert (before.optimizer_bytes, after.optimizer_bytes) == (8 * elements, 0)
+    assert after.transient_bytes == max(int(before.transient_bytes), 3 * 8 * elements)
+    update_s, travel_s = elements * case.model.optimizer_s_per_parameter, 8 * elements / rate
+    assert unit_times(case, "layer", plain).optimizer_s == pytest.approx(update_s)
+    expected = max(update_s, travel_s) if device == "cuda" else update_s + travel_s
+    assert unit_times(case, "layer", hosted).optimizer_s == pytest.approx(expected)
+    with pytest.raises(ProfileError, match="host_bytes_per_s"):
+        unit_times(setting(device=device), "layer", hosted)

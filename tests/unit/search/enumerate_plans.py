@@ -58,12 +58,11 @@ def every_strategy(size: int, unit: str, choice: Choice) -> Iterator[LayerStrate
         if any(value not in values[name] for name, value in degree.items()):
             continue
         replicate = size // (tp * ulysses * cp * shard)
-        for zero, recompute in itertools.product(values["zero"], modes):
+        for zero, recompute, offload in itertools.product(values["zero"], modes, values["offload"]):
             shards = ulysses * cp * shard > 1 if zero else shard == 1
             if shards:
-                yield LayerStrategy.model_validate(
-                    {**degree, "dp_replicate": replicate, "zero": zero, "recompute": recompute}
-                )
+                rest = {"dp_replicate": replicate, "zero": zero, "recompute": recompute, "offload": offload}
+                yield LayerStrategy.model_validate({**degree, **rest})
 
 
 class Costs:

@@ -10,7 +10,7 @@ import pytest
 
 from galvatron.core.errors import InfeasibleError
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import RECOMPUTES
+from galvatron.core.model import OFFLOADS, RECOMPUTES
 from galvatron.core.model_profile import ModelProfile
 from galvatron.search import Limits, search
 from unit.profiles import make_hardware, make_model, make_spec
@@ -30,6 +30,7 @@ SHAPES = [  # world size, layers, layers with experts, global batches
 ]
 SWITCHED = ("tp", "ulysses", "cp", "ep", "zero", "dp_shard", "selective", "full")
 BETWEEN = ("mlp", "linears")  # one of them where the seed is odd
+OFFLOAD = ("offload",)  # in every third ten of seeds
 FAST, INSTANCES = 60, 600
 TELLING = {142}  # interleaving two kinds of layers fits where 1F1B does not
 MOST = 200_000  # combinations of strategies that a task of an instance may have
@@ -45,12 +46,14 @@ def instance(seed: int) -> tuple[ModelProfile, HardwareProfile, tuple[int, ...],
     tps = tuple(d for d in (1, 2, 4) if world % d == 0)
     model = make_model(spec, tps=tps, seed=seed, flops_per_s=rate, optimizer_s_per_parameter=optimizer)
     device = shake.choice(["cpu", "cuda"])
-    hardware = make_hardware(world, device, latency_s=10 ** shake.uniform(-6, -3), seed=seed, memory_bytes=2**40)
+    latency_s, rate = 10 ** shake.uniform(-6, -3), 4e9 if seed // 10 % 3 == 1 else None
+    hardware = make_hardware(world, device, latency_s=latency_s, seed=seed, memory_bytes=2**40, host_bytes_per_s=rate)
     if device == "cpu":  # ranks that share cores
         slow = hardware.device.model_copy(update={"full_speed_fraction": (1.0, 0.5, 0.3)[seed // 2 % 3]})
         hardware = hardware.model_copy(update={"device": slow})
     schedules = shake.sample([("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1)], shake.choice([1, 3]))
     on = shake.sample(SWITCHED, shake.choice([3, 4, 5])) + [BETWEEN[seed // 2 % 2]] * (seed % 2)
+    on += [*OFFLOAD] * (seed // 10 % 3 == 1)
     while not 0 < size_of(model, hardware, batches, choice_of(on, schedules)) <= MOST:
         on, schedules = on[1:], [*schedules, ("1f1b", 1)] if ("1f1b", 1) not in schedules else schedules
     return model, hardware, batches, choice_of(on, schedules), limits_of(on, schedules), shake
@@ -63,12 +66,13 @@ def choice_of(on: list[str], schedules: list[tuple[str, int]]) -> Choice:
     }
     values["zero"] = (0, 1, 2, 3) if "zero" in on else (0,)
     values["recompute"] = ("none", *(level for level in RECOMPUTES[1:] if level in on))
+    values["offload"] = OFFLOADS if "offload" in on else OFFLOADS[:1]
     return Choice(values, tuple(schedules))
 
 
 def limits_of(on: list[str], schedules: list[tuple[str, int]]) -> Limits:
     used = {schedule for schedule, _ in schedules}
-    forbidden = {name for name in (*SWITCHED, *BETWEEN) if name not in on}
+    forbidden = {name for name in (*SWITCHED, *BETWEEN, *OFFLOAD) if name not in on}
     forbidden |= {"1f1b", "gpipe", "interleaved", "zero_bubble"} - used
     return Limits("all", forbid=frozenset(forbidden), at_most={"model_chunks": 2})
 

@@ -384,3 +384,17 @@ def test_merged_labels_give_plans_that_fit_and_bounds_that_hold(seed: int, bound
                     plan = predict(found.plan(space), model, hardware)
                     assert max(map(tensor_bytes, plan.stages)) <= usable
     assert num_merged > 20
+
+
+def test_moments_are_offloaded_where_it_is_asked_for() -> None:
+    hardware = make_hardware(2, host_bytes_per_s=4e9)
+    small: dict[str, Any] = {"global_batch_size": 4, "baselines": False}
+    found = {
+        limits: {
+            s.offload for s in search(make_model(), hardware, limits=Limits.parse(*limits), **small).plan.strategies()
+        }
+        for limits in (("runtime",), ("runtime", ("offload=optimizer",)))
+    }
+    assert list(found.values()) == [{"none"}, {"optimizer"}]
+    with pytest.raises(ProfileError, match="host_bytes_per_s"):
+        search(make_model(), make_hardware(2), limits=Limits.parse("runtime", ("offload=optimizer",)), **small)

@@ -39,6 +39,8 @@ class LocalParameter:
         pieces: the boxes of ``tensor``; together they cover it.  Empty where FSDP2 left this rank nothing.
         replicas: how many ranks of the world hold this same part.
         is_primary: True on exactly one of them: the one that writes checkpoints.
+        travels_with: the unit beside whose moments its own pass through the device, where the plan keeps them in host
+            memory; None where they stay on the device.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LocalParameter:
     pieces: tuple[Piece, ...]
     replicas: int
     is_primary: bool
+    travels_with: str | None = None
 
 
 def shard_rows(num_rows: int, num_shards: int, shard: int) -> tuple[int, int]:
