@@ -12,6 +12,7 @@ from galvatron.testing.sweep import Sweep, variant_spec
 pytest.importorskip("peft")
 
 NAMES = [variant.name for variant in ADAPTED]
+DECODERS = [name for name in NAMES if name not in ("bert-lora", "t5-lora")]
 CUT, DEEP = LayerStrategy(tp=2, recompute="selective"), LayerStrategy(dp_shard=2, zero=3, recompute="selective")
 
 
@@ -32,7 +33,7 @@ def mixed(variant: str) -> Plan:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", NAMES)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_a_mix(sweep: Sweep, variant: str) -> None:
     report = sweep.parity(variant, mixed(variant))
     assert report.ok, report.explain()

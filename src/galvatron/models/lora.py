@@ -18,10 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.lora import NAME, Lora
+from galvatron.core.tasks import Task
 from galvatron.core.words import shown
 
 from .family import family_of
 from .load import meta_model
+from .tasks import config_of, task_of
 
 FREE = frozenset(
     {
@@ -32,6 +34,8 @@ FREE = frozenset(
     }
 )  # fmt: skip
 """What peft's LoraConfig may say as it likes; all else changes what an adapter computes, or what else is trained."""
+TASK_TYPES: Mapping[Task, str] = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM"}
+"""What peft calls a task, of those whose models it wraps without a new head."""
 PLAIN_STARTS = (True, False, "gaussian")
 """Values of ``init_lora_weights`` that leave the base model's weights as they are."""
 
@@ -116,11 +120,13 @@ def attach_lora(model: PreTrainedModel, lora: Lora, origin: str = "") -> None:
         from peft import LoraConfig
     except ImportError:
         raise ConfigError("LoRA needs peft, which is not installed; pip install 'galvatron[lora]'") from None
-    family = family_of(model.config)
-    targets = lora.targets(family)
+    own = config_of(model)
+    targets = lora.targets(family_of(own))
     settings = lora.model_dump(exclude={"target_modules"})
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
-    config = LoraConfig(**settings, target_modules=list(targets), fan_in_fan_out=transposed, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        **settings, target_modules=list(targets), fan_in_fan_out=transposed, task_type=TASK_TYPES.get(task_of(own))
+    )
     model.add_adapter(config, NAME)
     config.base_model_name_or_path = origin or None
 
@@ -181,7 +187,7 @@ def _setting_problems(config: Any) -> Iterator[str]:
 
 
 def _module_problems(model: PreTrainedModel, name: str) -> Iterator[str]:
-    stacks = tuple(f"{stack.path}." for stack in family_of(model.config).stacks)
+    stacks = tuple(f"{stack.path}." for stack in family_of(config_of(model)).stacks)
     for path, module in adapted(model):
         base = base_linear(module)
         if type(base) not in (nn.Linear, Conv1D):

@@ -260,13 +260,15 @@ ADAPTED: tuple[Variant, ...] = (
         "gpt2-lora", "gpt2", freeze=("transformer.h.1.*",), lora=Lora(r=3, target_modules=("c_attn", "mlp.c_proj"))
     ),
     Variant("phi3-lora", "phi3", lora=Lora(r=3)),
+    Variant("bert-lora", "bert", lora=Lora(r=3, lora_alpha=1)),
+    Variant("t5-lora", "t5", lora=Lora(r=3, lora_alpha=1)),
     Variant("mixtral-lora", "mixtral", lora=Lora(r=3)),
     Variant(
         "llama-lora-one-kv-head", "llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
         lora=Lora(r=3, lora_alpha=2, use_rslora=True),
     ),
 )  # fmt: skip
-"""With adapters by peft: on separate, transposed and fused linears, beside experts, heads kept whole and biases."""
+"""With adapters by peft: on separate, transposed and fused linears; beside experts, biases, whole heads; encoders."""
 
 SAMPLED: tuple[str, ...] = tuple(variant.name for variant in VARIANTS[11:])
 """Variants of which the default run takes samples: they share the code that the others go through whole."""
