@@ -115,7 +115,7 @@ def parallelize(
     return ParallelModel(
         grid,
         spec,
-        model.config,
+        config,
         chunks,
         shards,
         parameters,

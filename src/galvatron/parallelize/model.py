@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
@@ -24,14 +24,17 @@ from galvatron.models import Adapter, blank_inputs
 from galvatron.models.inputs import words_of
 
 from .checks.batch import BatchCheck
-from .checks.packing import check_packing
+from .checks.packing import check_packing, check_padding
 from .checks.refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .checks.surroundings import check_surroundings
+from .layers.documents import positions_beside_padding
 from .layers.randomness import masks_of
 from .losses.balance import Balance
+from .losses.fused import PLAIN, LossTerms
 from .losses.own import LossFunction, check_loss, terms_of
 from .losses.scale import LossScale
 from .pipeline.driver import Batch, Chunk, Driver
+from .pipeline.whole import WholeStage
 from .processes.grid import Grid
 from .sharding.fsdp import gathered_buffers
 from .sharding.gradients import clip, global_norm, sum_over
@@ -137,7 +140,8 @@ class ParallelModel:
                 several calls add up, give all of them the number of all of them: losses and gradients then add up
                 to those of the mean over all their tokens.
             others: what else the model's forward takes, by name: ``pixel_values``, ``token_type_ids``; the batch is
-                dim 0.
+                dim 0.  ``attention_mask``, int64 or bool [global_batch_size, seq_len], is 1 for a row's tokens and then
+                0 for its padding, which no token sees.
 
         Returns:
             The mean loss over all counted tokens (and the routers' auxiliary loss, where the model's config has
@@ -154,7 +158,7 @@ class ParallelModel:
                 entropy are out of range or beside a ``loss_fn``, a parameter was replaced, the last step's gradients
                 still carry the loss scale, or autocast, ``no_grad`` or another default dtype is in effect.
         """
-        self._check_step(loss_fn, position_ids, gradients=True)
+        self._check_step(loss_fn, position_ids, others, gradients=True)
         self._check_carried(accumulate)
         terms = terms_of(loss_fn, label_smoothing, z_loss)
         inputs, labels = self._given(input_ids, labels, others)
@@ -163,8 +167,11 @@ class ParallelModel:
         )
         earlier = self._begin(accumulate)
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
-            batch = Batch(inputs, labels, self._carried * weight, loss_fn, terms, position_ids, self._carried)
-            scaled = self._driver.train(batch)
+            for stage in self.stages:
+                if isinstance(stage, WholeStage):
+                    stage.masks.begin(self.seed, self.steps, self.grid.world.rank, self.device)
+            batch = self._batch(inputs, labels, self._carried * weight, position_ids, loss_fn, terms)
+            scaled = self._driver.train(replace(batch, scale=self._carried))
         self._collect_gradients()
         self._add_gradients(earlier)
         self.steps += 1
@@ -173,7 +180,7 @@ class ParallelModel:
     def warm_up(self, *, packed: bool = False) -> float:
         """Compile what steps and evaluations will run, where layers are ``compiled``; the seconds it took.
 
-        ``packed``: batches come with ``position_ids``.
+        ``packed``: batches come with ``position_ids``, or an ``attention_mask``.
 
         Collective over the world: one microbatch of zeros goes forward and back, and one forward without gradients.
         Nothing of them stays.
@@ -185,8 +192,12 @@ class ParallelModel:
         shape = (rows, seq_len) if task in TOKEN_TASKS else (rows,)
         labels = torch.zeros(shape, dtype=torch.int64, device=self.device)
         inputs = blank_inputs(self.config, task, rows, seq_len, self.device)
-        positions = torch.arange(seq_len).expand(rows, seq_len) if packed else None
-        zeros, training = Batch(inputs, labels, 1.0, position_ids=positions), self.training
+        positions = None
+        if packed and self.spec.ends == "whole":
+            inputs["attention_mask"] = torch.ones((rows, seq_len), dtype=torch.int64, device=self.device)
+        elif packed:
+            positions = torch.arange(seq_len).expand(rows, seq_len)
+        zeros, training = self._batch(inputs, labels, 1.0, positions), self.training
         with masks_of(self.seed, 0, self.grid.world.rank, self.device):
             self._driver.rehearse(zeros, backward=True)
         self.zero_grad()
@@ -196,7 +207,6 @@ class ParallelModel:
         self.train(training)
         return time.perf_counter() - start
 
-    @torch.no_grad()
     def evaluate(
         self,
         input_ids: Tensor | None = None,
@@ -210,12 +220,35 @@ class ParallelModel:
 
         Collective over the world; raises as ``train_step`` does.
         """
-        self._check_step(loss_fn, position_ids, gradients=False)
+        return self._evaluate(input_ids, labels, position_ids, loss_fn, others)
+
+    def evaluate_classes(self, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``evaluate``, where samples have classes: the mean loss, and which share of them has the largest logit at
+        its own class.
+        """
+        if self.spec.task in TOKEN_TASKS:
+            raise ConfigError(f"{self.spec.name} is trained for {self.spec.task}, which has no classes; call evaluate")
+        loss, share = self._evaluate(None, labels, None, None, inputs, scores=True)
+        return loss, share
+
+    @torch.no_grad()
+    def _evaluate(
+        self,
+        input_ids: Tensor | None,
+        labels: Tensor | None,
+        position_ids: Tensor | None,
+        loss_fn: LossFunction | None,
+        others: Mapping[str, Tensor],
+        *,
+        scores: bool = False,
+    ) -> Tensor:
+        self._check_step(loss_fn, position_ids, others, gradients=False)
         inputs, labels = self._given(input_ids, labels, others)
         weight = self._evaluation_batches.weight(_with_positions(inputs, position_ids), labels)
         training = self.training
         self.eval()
-        loss = self._driver.evaluate(Batch(inputs, labels, weight, loss_fn, position_ids=position_ids))
+        batch = replace(self._batch(inputs, labels, weight, position_ids, loss_fn), scores=scores)
+        loss = self._driver.evaluate(batch)
         self.train(training)
         return loss
 
@@ -427,14 +460,43 @@ class ParallelModel:
             if before is not None and parameter.tensor.grad is not None:
                 parameter.tensor.grad.add_(before)
 
-    def _check_step(self, loss_fn: LossFunction | None, position_ids: Tensor | None, *, gradients: bool) -> None:
+    def _batch(
+        self,
+        inputs: dict[str, Tensor],
+        labels: Tensor,
+        weight: float,
+        position_ids: Tensor | None,
+        loss_fn: LossFunction | None = None,
+        terms: LossTerms = PLAIN,
+    ) -> Batch:
+        """A batch for the driver, of whose padding layers are told as of a document.
+
+        Causal layers need not be told: what counts is before it.
+        """
+        mask = inputs.get("attention_mask")
+        if mask is not None and not all(kind.causal for kind in self.spec.layers):
+            position_ids = positions_beside_padding(mask)
+        if self.spec.ends == "tokens":
+            inputs.pop("attention_mask", None)
+        return Batch(inputs, labels, weight, loss_fn, terms, position_ids)
+
+    def _check_step(
+        self,
+        loss_fn: LossFunction | None,
+        position_ids: Tensor | None,
+        others: Mapping[str, Tensor],
+        *,
+        gradients: bool,
+    ) -> None:
         """Raise ConfigError if ``loss_fn``, torch's settings or a parameter's place make a step wrong in silence.
 
-        Or if documents that ``position_ids`` tell apart would see each other.
+        Or if documents that ``position_ids`` tell apart would see each other, or tokens their padding.
         """
         check_surroundings(self.device, gradients=gradients)
         if position_ids is not None:
             check_packing(self.config)
+        if others.get("attention_mask") is not None and self.spec.ends == "whole":
+            check_padding(self.config)
         if loss_fn is not None and loss_fn is not self._checked_loss:
             check_loss(loss_fn, self.spec.vocab_size, self.device)
             self._checked_loss = loss_fn

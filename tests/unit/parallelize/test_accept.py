@@ -199,10 +199,8 @@ def test_our_attention_is_right_or_refuses() -> None:
     use_attention(ours)
     with torch.no_grad():
         torch.testing.assert_close(ours(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
-        with pytest.raises(ConfigError, match="without padding, got an attention_mask"):
-            ours(ids, attention_mask=torch.ones_like(ids), use_cache=False)
         cache = ours(ids[:, :8], use_cache=True).past_key_values
         with pytest.raises(ConfigError, match="got 4 queries for 8 keys"):
             ours(ids[:, 8:], past_key_values=cache)
-        with pytest.raises(ConfigError, match=r"a parallel model (sees whole|takes) sequences"):
+        with pytest.raises(ConfigError, match=r"a parallel model sees whole sequences"):
             ours.generate(ids, max_new_tokens=2)

@@ -1,5 +1,7 @@
 """What a batch must be, checked before anything is sent: the plan's shape, int64, ids that the vocabulary has.
 
+Rows may be padded behind their tokens, where no label counts.
+
 Every rank is given the whole global batch and takes its own rows of it.  That all were given the same is checked
 now and then, by one reduction of two numbers.
 """
@@ -46,6 +48,7 @@ class BatchCheck:
         given = {**inputs, "labels": labels}
         host = {name: values.cpu() if isinstance(values, Tensor) else values for name, values in given.items()}
         problem = next(filter(None, (self._problem(name, values) for name, values in host.items())), None)
+        problem = problem or _padded_label(host)
         counted = 0 if problem else int((host["labels"] != IGNORED).sum())
         problem = problem or _uncounted(counted, num_tokens)
         if self._num_seen % AGREEMENT_EVERY == 0:
@@ -66,11 +69,13 @@ class BatchCheck:
         """The rule that an input or the labels break, as a sentence; None if they break none."""
         if not isinstance(values, Tensor):
             return f"{name} must be a tensor, got {type(values).__name__}; make one with torch.tensor"
-        if name not in ("input_ids", "labels", "position_ids"):
+        if name not in ("input_ids", "labels", "position_ids", "attention_mask"):
             return self._other_problem(name, values)
+        if name == "attention_mask" and values.dtype == torch.bool:
+            values = values.long()
         if values.dtype != torch.int64:
             return f"{name} must be int64, got {str(values.dtype).removeprefix('torch.')}; convert with .long()"
-        shape = self.shape if name != "labels" or self._of_tokens else self.shape[:1]
+        shape = self.shape[:1] if name == "labels" and not self._of_tokens else self.shape
         if tuple(values.shape) != shape:
             return (
                 f"a batch must have the plan's shape {list(shape)} on every rank, got {name} of {list(values.shape)}; "
@@ -79,6 +84,8 @@ class BatchCheck:
             )
         if name == "position_ids":
             return _out_of_order(values)
+        if name == "attention_mask":
+            return _before_its_tokens(values)
         if name == "input_ids":
             return _outside(name, values, values, self.vocab_size, "ids", WORDS)
         known = torch.where(values == IGNORED, 0, values)
@@ -113,6 +120,30 @@ def _out_of_order(position_ids: Tensor) -> str | None:
         f"position_ids[{row}, {position}]={int(position_ids[row, position])} must be 0, where a document begins, or "
         f"{int(follows[row, position])}; count through each document of a row, and its padding, from 0"
     )
+
+
+def _before_its_tokens(mask: Tensor) -> str | None:
+    """That a row of an ``attention_mask`` is anything but ones and then zeros."""
+    falls = torch.cat((torch.ones_like(mask[:, :1]), mask), dim=1).diff(dim=1)
+    wrong = (((mask != 0) & (mask != 1)) | (falls > 0)).nonzero().tolist() or (mask[:, :1] != 1).nonzero().tolist()
+    if not wrong:
+        return None
+    row, position = wrong[0]
+    return (
+        f"attention_mask[{row}, {position}]={int(mask[row, position])} does not fit: a row is ones for its tokens, one "
+        "or more, and then zeros for its padding; pad on the right"
+    )
+
+
+def _padded_label(batch: Mapping[str, Tensor]) -> str | None:
+    mask, labels = batch.get("attention_mask"), batch["labels"]
+    if mask is None or labels.shape != mask.shape:
+        return None
+    wrong = ((mask == 0) & (labels != IGNORED)).nonzero().tolist()
+    if not wrong:
+        return None
+    row, position = wrong[0]
+    return f"labels[{row}, {position}] counts, but attention_mask says padding; mark labels of padding by {IGNORED}"
 
 
 def _uncounted(counted: int, num_tokens: int | None) -> str | None:

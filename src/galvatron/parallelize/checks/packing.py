@@ -1,4 +1,6 @@
-"""Do layers of a type keep packed documents apart?  A tiny twin that sees two of them, together and alone, decides.
+"""Do layers of a type keep packed documents apart, and padding?  A tiny twin decides.
+
+It sees two documents, together and alone; or padded rows, as ``transformers`` masks them and as documents.
 
 Takes a config; knows nothing of plans.  A type whose layers do not hand on what they are told of documents, or that
 positions enter by another way, would train on wrong numbers.
@@ -7,22 +9,32 @@ positions enter by another way, would train on wrong numbers.
 from __future__ import annotations
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import UnsupportedError
-from galvatron.models import family_of, structure_key, twin_config, twin_model
+from galvatron.core.tasks import TOKEN_TASKS
+from galvatron.models import Family, family_of, structure_key, task_of, twin_config, twin_model
+from galvatron.models.twin import run_twin, twin_inputs
 
 from ..layers.attention import use_attention
-from ..layers.documents import OwnPlaces, Packed, documents_of
+from ..layers.documents import OwnPlaces, Packed, documents_of, positions_beside_padding
 
 TOLERANCE = 1e-4
 """Of the largest hidden state; what is right differs by 1e-6 of it."""
 LENGTHS = (7, 9)
+PADDED = (5, 16, 11)
+"""Tokens of the rows of 16 that are padded."""
 _known: dict[str, str | None] = {}
+_known_padding: dict[str, str | None] = {}
 
 
 def check_packing(config: PretrainedConfig) -> None:
     """Raise UnsupportedError unless layers of ``config`` keep documents apart; looked at once a process."""
+    if family_of(config).ends == "whole":
+        raise UnsupportedError(
+            f"documents are packed for causal language models, not for {task_of(config)} by {config.model_type}; give "
+            "rows of one document each, without position_ids, padded where they are shorter (attention_mask)"
+        )
     key = structure_key(config)
     if key not in _known:
         _known[key] = _problem(config)
@@ -33,16 +45,66 @@ def check_packing(config: PretrainedConfig) -> None:
         )
 
 
+def check_padding(config: PretrainedConfig) -> None:
+    """Raise UnsupportedError unless models of ``config`` are given padded rows right; looked at once a process."""
+    key = structure_key(config)
+    if key not in _known_padding:
+        _known_padding[key] = _padding_problem(config)
+    if _known_padding[key] is not None:
+        raise UnsupportedError(
+            f"layers of {config.model_type} do not keep padding apart ({_known_padding[key]}); give rows without "
+            "padding, and no attention_mask"
+        )
+
+
+@torch.no_grad()
+def _padding_problem(config: PretrainedConfig) -> str | None:
+    """Of ends that see whole sequences; others are causal, and no token sees what is behind it."""
+    twin, family, rows = twin_config(config), family_of(config), len(PADDED)
+    inputs = twin_inputs(twin, rows)
+    if "input_ids" not in inputs:
+        return "it takes no tokens"
+    if not family.asks_for_attention:
+        return "they attend by themselves"
+    mask = (torch.arange(inputs["input_ids"].shape[1]) < torch.tensor(PADDED).unsqueeze(1)).long()
+    padding = 0 if twin.pad_token_id is None else twin.pad_token_id
+    inputs |= {"input_ids": torch.where(mask == 1, inputs["input_ids"], padding), "attention_mask": mask}
+    ours, packed = twin_model(twin), Packed()
+    _take_documents(ours, family, range(rows), packed)
+    if not all(stack.causal for stack in family.stacks):
+        packed.now = {range(rows): documents_of(positions_beside_padding(mask), torch.device("cpu"))}
+    try:
+        wanted, found = run_twin(twin_model(twin), inputs), run_twin(ours, inputs)
+    except Exception as failure:  # of any kind: a foreign model runs there
+        return _in_words(failure)
+    if task_of(config) in TOKEN_TASKS:
+        wanted, found = wanted[mask == 1], found[mask == 1]
+    return _difference(found, wanted, "outputs")
+
+
+def _take_documents(model: PreTrainedModel, family: Family, rows: range, packed: Packed) -> None:
+    use_attention(model, family)
+    for stack in family.stacks:
+        for layer in model.get_submodule(stack.path).children():
+            OwnPlaces(rows, rows, None, packed).enter(layer)
+
+
+def _in_words(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+
+
+def _difference(found: torch.Tensor, wanted: torch.Tensor, of: str) -> str | None:
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    return None if error <= TOLERANCE else f"{of} are off by {error:.2g} of the largest"
+
+
 @torch.no_grad()
 def _problem(config: PretrainedConfig) -> str | None:
     twin = twin_config(config)
     model, family, packed, whole = twin_model(twin), family_of(config), Packed(), range(1)
     if not family.asks_for_attention:
         return "they attend by themselves"
-    use_attention(model, family)
-    for stack in family.stacks:
-        for layer in model.get_submodule(stack.path).children():
-            OwnPlaces(whole, whole, None, packed).enter(layer)
+    _take_documents(model, family, whole, packed)
     ids = torch.randint(90, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(2))
 
     def hidden(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -56,7 +118,5 @@ def _problem(config: PretrainedConfig) -> str | None:
         packed.now = {whole: documents_of(positions.unsqueeze(0), torch.device("cpu"))}
         together = hidden(ids, positions)
     except Exception as failure:  # of any kind: a foreign model runs there
-        return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-    wanted = torch.cat(alone, dim=1)
-    error = float((together - wanted).abs().max() / wanted.abs().max())
-    return None if error <= TOLERANCE else f"hidden states are off by {error:.2g} of the largest"
+        return _in_words(failure)
+    return _difference(together, torch.cat(alone, dim=1), "hidden states")

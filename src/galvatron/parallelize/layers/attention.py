@@ -3,8 +3,8 @@
 Causal or not, on the local heads of whole sequences, in each document by itself where they are packed (``documents``);
 a sliding window becomes a mask only where it is shorter than the sequence.  The model makes no masks, for it knows of
 none that go with this name: with one it would look at the positions in every microbatch, and the host would wait for
-the device each time.  Sequences are not padded.
-What training never asks for (padding, a KV cache, attention sinks) is refused, not ignored.
+the device each time.  Padding is a document of its own.
+What training never asks for (masks, a KV cache, attention sinks) is refused, not ignored.
 
 A layer whose sequence is cut by more than tp has a ``Context`` at its modules.  They hand over queries, keys and
 values of this rank's tokens, rotary positions applied; what attends are whole sequences of some heads (``ulysses``).
@@ -73,7 +73,6 @@ def use_attention(model: PreTrainedModel, family: Family) -> None:
     The modules get a config of their own: ``model.config`` is the user's, and other models may be made from it.
     """
     AttentionInterface.register(NAME, attention)
-    model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)  # a stage calls the modules within
     own: dict[int, PretrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -179,11 +178,6 @@ def _mask(
     window = window or seq_len
     sees = (distance < window) & (distance >= 0 if causal else distance > -window)
     return sees if documents is None else sees & see_each_other(documents.starts, documents.starts)
-
-
-def _refuse_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("attention_mask") is not None or any(value is not None for value in args[1:2]):
-        raise ConfigError("a parallel model takes sequences without padding, got an attention_mask; leave it out")
 
 
 def _check_whole(num_queries: int, num_keys: int) -> None:

@@ -3,6 +3,7 @@
 Takes positions that begin at 0 with every document; gives layers what their rows hold.  Of a row of S tokens that is S
 numbers: where each token's document begins; two tokens are of one document where these are equal.  Masks are made of
 them, one layer's at a time; flash attention on CUDA takes the bounds of documents instead, and no mask is made.
+Padding at the end of a row is a document too.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ def documents_of(position_ids_BS: Tensor, device: torch.device) -> Documents:
     """The documents of rows by their positions, int64 on the CPU."""
     starts = torch.arange(position_ids_BS.shape[1]) - position_ids_BS
     return Documents(_sent(starts.int(), device), _sent(_bounds(position_ids_BS), device) if _is_cuda(device) else None)
+
+
+def positions_beside_padding(attention_mask_BS: Tensor) -> Tensor:
+    """Positions, int64 on the CPU, of rows whose tokens are followed by padding: both count from 0."""
+    mask = attention_mask_BS.cpu().long()
+    positions, lengths = torch.arange(mask.shape[1]).expand(mask.shape), mask.sum(dim=1, keepdim=True)
+    return torch.where(positions < lengths, positions, positions - lengths)
 
 
 def see_each_other(starts_BQ: Tensor, starts_BK: Tensor) -> Tensor:

@@ -25,3 +25,8 @@ def sample_loss_share(
         squares = torch.logsumexp(logits, dim=-1).square()
         loss = loss + terms.z_loss * torch.where(labels_B == IGNORED, 0.0, squares).sum()
     return loss * (weight / tp.size)
+
+
+def right_share(logits_BC: Tensor, labels_B: Tensor, weight: float, tp: AxisGroup) -> Tensor:
+    """This rank's share of ``weight`` x the number of labelled samples whose own class has the largest logit."""
+    return (logits_BC.argmax(dim=-1) == labels_B).sum().float() * (weight / tp.size)  # no class is called IGNORED

@@ -40,8 +40,9 @@ class Batch:
         weight: what a token's loss counts for.
         loss_fn: in place of cross entropy.
         terms: of cross entropy.
-        position_ids: of the same shape, where rows are packed documents; each begins with 0.
+        position_ids: of the same shape, where rows are packed documents, or padded; each begins with 0.
         scale: what all losses are multiplied by.
+        scores: where samples have classes, whether the loss comes with the share that is told right: [2].
     """
 
     inputs: Mapping[str, Tensor]
@@ -51,6 +52,7 @@ class Batch:
     terms: LossTerms = PLAIN
     position_ids: Tensor | None = None
     scale: float = 1.0
+    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Driver:
             if spread is not None and messages.arrived is not None:
                 spread.carried, messages.arrived = messages.arrived, None
             if isinstance(stage, WholeStage):
-                output: Tensor = stage(received, own_inputs, *loss)
+                output: Tensor = stage(received, own_inputs, *loss, scores=batch.scores)
             else:
                 output = stage(received or own_inputs["input_ids"], positions, *loss)
             if counting is not None and spread is not None and stage.is_last:
@@ -168,7 +170,7 @@ class Driver:
                 if reduces_last:
                     reduce_held(chunk.stage, chunk.sharded)
         messages.finish()
-        total = torch.zeros((), device=self.grid.world.device)
+        total = torch.zeros((2,) if batch.scores else (), device=self.grid.world.device)
         for loss in losses:
             total += loss
         dist.all_reduce(total)

@@ -24,11 +24,12 @@ from galvatron.models import Family, Reached, emptied
 from galvatron.plan import LayerStrategy
 
 from ..layers.forward import wrap_forward
+from ..layers.randomness import AlikeMasks
 from ..layers.sides import OwnSide
 from ..losses.contrast import contrast_share
 from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction, own_loss_share
-from ..losses.samples import sample_loss_share
+from ..losses.samples import right_share, sample_loss_share
 from ..processes.collectives import ALONE, AxisGroup, gather_sequence, own_part
 from .passes import Inbox
 from .stage import Stage
@@ -58,6 +59,7 @@ class WholeStage(Stage):
         self._paths = self._owned_paths(owned)
         self._sides: dict[LayerStrategy, OwnSide] = {}
         object.__setattr__(self, "bare", Bare(self.model, self.family.bare if self.is_last else ()))
+        self.masks, self._before = AlikeMasks(), ALONE
         for module in model.modules():
             if id(module) not in owned:
                 emptied(module)
@@ -104,10 +106,14 @@ class WholeStage(Stage):
 
     def enter_from_whole(self, index: int, sequence: AxisGroup) -> None:
         """Let layer ``index``, the first of a stack, begin with this rank's part of whole sequences."""
-        wrap_forward(
-            self.layer(index),
-            lambda forward, *args, **kwargs: _call(forward, partial(own_part, axes=sequence), args, kwargs),
-        )
+        if index == 0:
+            self._before = sequence
+
+        def own(whole: Tensor) -> Tensor:
+            self.masks.draw_for(None)
+            return own_part(whole, axes=sequence)
+
+        wrap_forward(self.layer(index), lambda forward, *args, **kwargs: _call(forward, own, args, kwargs))
 
     def leave_whole(self, index: int, change: Callable[[Tensor], Tensor], sequence: AxisGroup) -> None:
         """Let layer ``index``, the last of a stack, end with whole sequences, after a ``change`` of layout."""
@@ -116,6 +122,7 @@ class WholeStage(Stage):
             output = forward(*args, **kwargs)
             hidden, *others = output if isinstance(output, tuple) else (output,)
             hidden = gather_sequence(change(hidden), sequence)
+            self.masks.draw_for(1 + index, sequence)
             return (hidden, *others) if isinstance(output, tuple) else hidden
 
         wrap_forward(self.layer(index), whole)
@@ -141,6 +148,8 @@ class WholeStage(Stage):
         weight: float = 1.0,
         loss_fn: LossFunction | None = None,
         terms: LossTerms = PLAIN,
+        *,
+        scores: bool = False,
     ) -> Tensor:
         """Run the stage.
 
@@ -152,24 +161,31 @@ class WholeStage(Stage):
             weight: what a label's loss counts for in the global loss.
             loss_fn: the loss of labels, in place of cross entropy.
             terms: what cross entropy is made of.
+            scores: whether to count also what is told right, where samples have classes.
 
         Returns:
-            The hidden chunk for the next stage, or this rank's share of the loss (float32 scalar).
+            The hidden chunk for the next stage, or this rank's share of the loss (float32 scalar; of loss and what is
+            told right [2]).
         """
         self._received = received
         if labels is not None:
             self._labels = labels, weight, terms, loss_fn
+        if self.is_first:
+            self.masks.draw_for(0, self._before)
         try:
             outputs = self.model(**inputs, **self._options)
         except Reached as reached:
             value: Tensor = reached.value
             return value
+        finally:
+            self.masks.draw_for(None)
         assert labels is not None
         if self.family.task == "contrast":
             bias = getattr(self.model, "logit_bias", None)
             share = contrast_share(outputs, self.model.logit_scale, bias, weight, self.pairs)  # type: ignore[arg-type]
             return share / self.head_tp.size
-        return sample_loss_share(outputs.logits, labels, weight, terms, loss_fn, self.head_tp)
+        share = sample_loss_share(outputs.logits, labels, weight, terms, loss_fn, self.head_tp)
+        return torch.stack((share, right_share(outputs.logits, labels, weight, self.head_tp))) if scores else share
 
     def _loss_of_tokens(self, head: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         labels, weight, terms, loss_fn = self._labels
