@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galvatron.cli import main
 from galvatron.cli.lock import locked
-from galvatron.models import load_config
+from galvatron.core.job import Job
+from galvatron.models import auto_class, load_config, task_of
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.plan import Prediction, StagePrediction
-from galvatron.train import ByteTokenizer, read_metrics
+from galvatron.train import ByteTokenizer, load_dataset, read_metrics
 
 CONFIG = {
     "model_type": "llama",
@@ -433,6 +435,12 @@ ENCODERS = {
         'source = "images"\nprocessor = "words"\neval_fraction = 0.2',
         5,
     ),
+    "texts": (
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 300, "max_position_embeddings": 64,
+         "pad_token_id": 256},
+        'source = "classes.jsonl"\ntokenizer = "words"\neval_fraction = 0.2',
+        16,
+    ),
 }  # fmt: skip
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -453,10 +461,34 @@ def test_what_a_model_is_trained_for_decides_its_samples(folder: Path, galvatron
         Image.new("RGB", (20, 20), (250 * (number % 2), 0, 99)).save(path)
     (folder / "config.json").write_text(json.dumps({**SMALL, **config}))
     job = JOB.replace('source = "text.txt"', data).replace("seq_len = 16", f"seq_len = {seq_len}")
+    if name == "texts":  # another task than the config's, and other classes
+        job = job.replace("[model]\n", '[model]\ntask = "text_classification"\nnum_labels = 3\n')
+        records = [json.dumps({"text": "ab" * (n % 5 + 1), "label": "xyz"[n % 3]}) for n in range(30)]
+        (folder / "classes.jsonl").write_text("\n".join(records))
     (folder / "encoder.toml").write_text(job)
     plan = PIPELINE.model_copy(update={"seq_len": seq_len, "layers_per_stage": (2,), "world_size": 1})
     plan.save(folder / "one.json")
     assert galvatron("train", "encoder.toml", "--plan", "one.json", "--nproc", "1") == 0
     rows = read_metrics(folder / "runs/encoder/metrics.jsonl")
     assert all(row["loss"] > 0 for row in rows if "loss" in row)
-    assert any("eval_loss" in row for row in rows)
+    (found,) = [row for row in rows if "eval_loss" in row]
+    assert galvatron("convert", "to-hf", "runs/encoder", "exported") == 0
+    loss, accuracy = evaluated_by_transformers(folder / "exported", Job.load(folder / "encoder.toml"), folder)
+    assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    if name == "masked":
+        assert found["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    else:
+        assert found["eval_accuracy"] == pytest.approx(accuracy)
+
+
+def evaluated_by_transformers(exported: Path, job: Job, folder: Path) -> tuple[float, float]:
+    """The loss and accuracy of what a job's evaluation sees, by the model that was exported."""
+    config = load_config(exported)
+    model = auto_class(config).from_pretrained(exported).eval()
+    dataset = load_dataset(job.data, job.train, folder / "again", task=task_of(config))
+    batches = [dataset.eval_batch(i) for i in range(min(job.train.eval_batches, dataset.num_eval_batches))]
+    labels = torch.cat([batch.pop("labels") for batch in batches])
+    with torch.no_grad():
+        logits = torch.cat([model(**batch).logits for batch in batches])
+    right = ((logits.argmax(-1) == labels).sum() / (labels != -100).sum()).item()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()).item(), right

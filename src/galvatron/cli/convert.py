@@ -6,7 +6,7 @@ Takes a checkpoint, or a model's name; gives a directory of safetensors with its
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,9 +15,6 @@ from galvatron.core.files import check_folder, new_folder
 
 from .console import say
 from .options import examples
-
-if TYPE_CHECKING:
-    from galvatron.train.tokenizer import Tokenizer
 
 app = typer.Typer(name="convert", help="Move weights to and from Hugging Face directories.", no_args_is_help=True)
 
@@ -44,7 +41,7 @@ def to_hf(
         typer.Option("--adapter-only", help="Write the LoRA adapter alone, as peft does; it is merged if left out."),
     ] = False,
 ) -> None:
-    """Export a checkpoint, whatever plan saved it, with its tokenizer, to a directory that from_pretrained loads."""
+    """Export a checkpoint, whatever plan saved it, with what reads its inputs, to a directory for from_pretrained."""
     check_folder(out, "OUT", new=True)
     import torch
 
@@ -52,21 +49,22 @@ def to_hf(
 
     source = find_checkpoint(checkpoint, checkpoint)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    beside = _own_tokenizer(source) if tokenizer is None else load_tokenizer(tokenizer)
-    checkpoint_to_hf(
-        source, out, dtype=dtype, tokenizer=beside and beside.for_transformers(), adapter_only=adapter_only
-    )
+    beside = _own_processing(source) if tokenizer is None else load_tokenizer(tokenizer).for_transformers()
+    checkpoint_to_hf(source, out, dtype=dtype, tokenizer=beside, adapter_only=adapter_only)
     say(f"wrote {out} from {source}")
 
 
-def _own_tokenizer(checkpoint: Path) -> Tokenizer | None:
-    """The tokenizer of the run that saved ``checkpoint``; where it is not known or gone, that is said."""
+def _own_processing(checkpoint: Path) -> Any:
+    """The tokenizer of the run that saved ``checkpoint``, or its image processor; None, which is said, without one."""
     from galvatron.train import load_tokenizer, read_state
+    from galvatron.train.load import load_processor
 
     data = read_state(checkpoint).run.data
     try:
+        if data is not None and data.processor is not None:
+            return load_processor(data)
         if data is not None:
-            return load_tokenizer(data.tokenizer, data.chat_template)
+            return load_tokenizer(data.tokenizer, data.chat_template).for_transformers()
         say("no tokenizer is written, as the run had no job file; give --tokenizer to add one")
     except DataError as error:
         say(f"no tokenizer is written: {error}; give --tokenizer to add one")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -42,13 +42,20 @@ def prepare(job: JobFile, run_dir: RunDir = None, validation: Validation = None)
 
     What was cut off goes on with the same command.  Needs one process and no GPU.
     """
-    from galvatron.models import load_config, task_of
+    from galvatron.models import task_of
 
     loaded, run = Job.load(job).validated_on(validation), RunDirectory.of_job(job, run_dir)
     with processes(1, "cpu") as ranks, ranks.locked(run.path):
-        paths = prepare_data(loaded, run, task_of(load_config(loaded.model.path)))
+        paths = prepare_data(loaded, run, task_of(config_of_job(loaded)))
     for path in paths:
         say(f"{path} is ready")
+
+
+def config_of_job(job: Job) -> Any:
+    """The configuration of the job's model, for its task."""
+    from galvatron.models import load_config
+
+    return load_config(job.model.path, job.model.task, job.model.num_labels)
 
 
 def prepare_data(job: Job, run: RunDirectory, task: Task) -> list[Path]:

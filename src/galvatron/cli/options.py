@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from galvatron.core import model
+from galvatron.core import model, tasks
 
 Nproc = Annotated[
     int | None,
@@ -31,6 +31,9 @@ LoraSettings = Annotated[
         help="Train LoRA adapters alone, by peft's names: target_modules=q_proj+v_proj (all-linear if left out), "
         "lora_dropout=0.05, use_rslora=true.",
     ),
+]
+TaskName = Annotated[
+    tasks.Task | None, typer.Option("--task", help="What to train the model for, in place of what its config says.")
 ]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")]
 

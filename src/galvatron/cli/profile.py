@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from galvatron.core.files import check_output
 from galvatron.core.lora import Lora
+from galvatron.core.tasks import Task
 
 from .console import say
 from .launch import Processes, processes
@@ -30,7 +31,7 @@ class ModelRequest:
     """Which model to measure, at which sequence length and precision, with which parameters frozen.
 
     ``compiled``: whether its layers are; None leaves that to the device.  ``fp8``: whether their products are.
-    ``lora``: adapters in its layers.
+    ``lora``: adapters in its layers.  ``task``, ``num_labels``: in place of what its config says.
     """
 
     path: str
@@ -40,6 +41,14 @@ class ModelRequest:
     compiled: bool | None = None
     fp8: bool = False
     lora: Lora | None = None
+    task: Task | None = None
+    num_labels: int | None = None
+
+    def config(self) -> Any:
+        """The model's configuration."""
+        from galvatron.models import load_config
+
+        return load_config(self.path, self.task, self.num_labels)
 
 
 @dataclass(frozen=True)
@@ -109,11 +118,11 @@ def model(
 def measure(ranks: Processes, measurement: Measurement) -> None:
     """Start (or join) processes and write the profiles that ``measurement`` asks for."""
     if measurement.model is not None:
-        from galvatron.models import build_spec, load_config
+        from galvatron.models import build_spec
 
         # an unsupported model, or a pattern that matches nothing, fails here, before any process starts
         request = measurement.model
-        build_spec(load_config(request.path), freeze=request.freeze, lora=request.lora)
+        build_spec(request.config(), freeze=request.freeze, lora=request.lora)
     ranks.run(_measure, measurement)
 
 
@@ -126,11 +135,9 @@ def _measure(world: World, measurement: Measurement) -> None:
         if world.rank == 0:
             profile.save(measurement.hardware_out)
     if measurement.model is not None and measurement.model_out is not None:
-        from galvatron.models import load_config
-
         request = measurement.model
         measured = profile_model(
-            load_config(request.path),
+            request.config(),
             world,
             seq_len=request.seq_len,
             precision=request.precision,

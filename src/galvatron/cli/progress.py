@@ -20,7 +20,7 @@ from galvatron.train.interface import Reporter
 from .console import console, say
 
 if TYPE_CHECKING:
-    from galvatron.train.metrics import StepMetrics
+    from galvatron.train.metrics import Metric, StepMetrics
 
 LINES = 12  # of steps, over a whole run
 ROWS = (
@@ -73,10 +73,11 @@ class ConsoleReporter(Reporter):
         """Print why."""
         say(f"step {step:>5}  skipped: {reason}")
 
-    def evaluated(self, step: int, loss: float, name: str) -> None:
-        """Print the loss."""
+    def evaluated(self, step: int, loss: float, name: str, metric: Metric) -> None:
+        """Print the loss, and what it means."""
         words = {"eval_loss": "evaluation loss", "validation_loss": "validation loss"}
-        _line(f"step {step:>5}  {words[name]} {loss:.3f}")
+        value = f"{metric.value:.1%}" if metric.name == "accuracy" else f"{metric.value:,.2f}"
+        _line(f"step {step:>5}  {words[name]} {loss:.3f}, {metric.name} {value}")
 
     def saved(self, step: int, path: Path) -> None:
         """Print where the checkpoint is."""

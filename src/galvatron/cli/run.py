@@ -21,7 +21,7 @@ from galvatron.plan import Plan, check_plan_for_job
 from .console import heading, rank, say
 from .generate import generate
 from .launch import Processes, processes
-from .options import JobFile, LoraSettings, Nproc, RunDir, Validation, examples
+from .options import JobFile, LoraSettings, Nproc, RunDir, TaskName, Validation, examples
 from .profile import Measurement, ModelRequest, measure
 from .rundir import RunDirectory
 from .search import draw, runner_up, search_for_job, show
@@ -52,12 +52,13 @@ def run(
     nproc: Nproc = None,
     validation: Validation = None,
     lora: LoraSettings = None,
+    task: TaskName = None,
 ) -> None:
     """Profile, search, train, and what else the job file asks for.
 
     Continues where an earlier run of the same directory ended.
     """
-    loaded = Job.load(job).validated_on(validation).adapted(lora)
+    loaded = Job.load(job).validated_on(validation).adapted(lora).trained_for(task)
     directory = RunDirectory.of_job(job, run_dir)
     with processes(nproc, loaded.cluster.device, loaded.cluster.num_processes) as ranks:
         config, spec = check_model(loaded)
@@ -102,6 +103,8 @@ def profile_missing(ranks: Processes, job: Job, run: RunDirectory, spec: ModelSp
         section.compiled,
         section.fp8,
         job.model.lora,
+        job.model.task,
+        job.model.num_labels,
     )
     measurement = Measurement(
         hardware_out=None if kept_hardware else run.hardware, model_out=None if kept_model else run.model, model=request

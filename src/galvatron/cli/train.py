@@ -22,9 +22,9 @@ from galvatron.core.units import format_seconds
 from galvatron.plan import Plan, check_plan_for_job
 
 from .console import console, heading, rank, say
-from .data import prepare_data
+from .data import config_of_job, prepare_data
 from .launch import Processes, processes
-from .options import JobFile, LoraSettings, Nproc, RunDir, Validation, examples
+from .options import JobFile, LoraSettings, Nproc, RunDir, TaskName, Validation, examples
 from .rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -77,13 +77,14 @@ def train(
     nproc: Nproc = None,
     validation: Validation = None,
     lora: LoraSettings = None,
+    task: TaskName = None,
 ) -> None:
     """Train a job under a plan; any checkpoint resumes under any plan.
 
     Writes metrics.jsonl, plan.json and checkpoints/ into the run directory.  The same command goes on where it was
     cut off.
     """
-    loaded = Job.load(job).validated_on(validation).adapted(lora)
+    loaded = Job.load(job).validated_on(validation).adapted(lora).trained_for(task)
     leg = Leg(loaded, Plan.load(plan), RunDirectory.of_job(job, run_dir), resume)
     with processes(nproc, leg.job.cluster.device, leg.job.cluster.num_processes) as ranks:
         config, spec = check_model(leg.job)
@@ -104,9 +105,9 @@ def train(
 
 def check_model(job: Job) -> tuple[Any, ModelSpec]:
     """The model's configuration and its spec, with what is wrong with them; touches no file of the run."""
-    from galvatron.models import build_spec, load_config
+    from galvatron.models import build_spec
 
-    config = load_config(job.model.path)
+    config = config_of_job(job)
     spec = build_spec(config, freeze=job.model.freeze, lora=job.model.lora)
     if spec.task == "image_classification" and job.train.seq_len != spec.max_seq_len:
         raise ConfigError(
@@ -196,7 +197,7 @@ def check_inputs(
             f"tokenizer {job.data.tokenizer} has {vocab_size} tokens but the model's vocabulary only "
             f"{spec.vocab_size}; use the model's own tokenizer or a larger vocab_size"
             if spec.task in TOKEN_TASKS
-            else f"{job.data.source} has {vocab_size} classes but the model only {spec.vocab_size}; set its num_labels"
+            else f"{job.data.source} has {vocab_size} classes, the model only {spec.vocab_size}; set model.num_labels"
         )
     if checkpoint is not None:
         now = Lineage.of_run(job.train, config, dataset, job)
@@ -228,14 +229,14 @@ def _what_is_kept(run: RunDirectory) -> str:
 def _train(world: World, leg: Leg) -> TrainResult:
     """One rank's part."""
     from galvatron import train
-    from galvatron.models import load_config, model_to_train, task_of
+    from galvatron.models import model_to_train, task_of
     from galvatron.parallelize import parallelize
 
     from .progress import ConsoleReporter
 
     section = leg.job.train
     peak_memory = train.PeakMemory(world.device)
-    config = load_config(leg.job.model.path)
+    config = config_of_job(leg.job)
     dataset = train.load_dataset(leg.job.data, section, leg.run.path, task=task_of(config))
     weights = _weights(leg.job.model.path, config) if leg.job.model.weights and leg.resume is None else None
     described = leg.job.model
@@ -254,8 +255,9 @@ def _train(world: World, leg: Leg) -> TrainResult:
     unlike = leg.plan.prediction and leg.plan.prediction.unlike(compiled=model.compiled)
     if unlike:
         say(unlike)
+    packed = leg.job.data.is_apart or model.spec.task == "text_classification"
     if model.compiled:
-        say(f"layers compiled in {format_seconds(model.warm_up(packed=leg.job.data.is_apart))}")
+        say(f"layers compiled in {format_seconds(model.warm_up(packed=packed))}")
     reporter = ConsoleReporter(on_start=lambda: _keep_plan(leg))
     try:
         return train.train(

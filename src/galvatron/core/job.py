@@ -16,6 +16,7 @@ from .model import Precision, ReduceDtype
 from .numbers import Count, Devices, Layers, NonNegative, Positive, Sequences, Tokens, Whole
 from .parsing import parse_toml, read_text
 from .records import Record, validate
+from .tasks import Task
 from .units import parse_bytes
 
 MAX_NAME, MAX_PATH = 255, 2000  # bytes of a part (Linux), characters in all: half of what Linux takes
@@ -40,9 +41,13 @@ class ModelSection(Record):
     ``weights`` loads the checkpoint found there; otherwise weights are initialised from ``train.seed``.  ``freeze``:
     parameters that are not trained, by name or shell pattern (``model.layers.0.*``).  ``lora``: adapters, beside which
     all that the checkpoint holds is frozen.
+
+    ``task``, and ``num_labels`` of a classifier, replace what its config says.
     """
 
     path: Place
+    task: Task | None = None
+    num_labels: Count | None = None
     weights: StrictBool = False
     freeze: tuple[str, ...] = ()
     lora: Lora | None = None
@@ -62,8 +67,9 @@ class DataSection(Record):
     of which completions alone are learnt.  ``chat_template`` is a Jinja file in place of the tokenizer's own template.
     ``separate_documents``: whether texts in one row of tokens are apart; others always are.
     ``tokenizer`` is a local directory, a hub name or ``bytes`` (256 byte tokens and an end-of-text token).
-    Of images, ``label_field`` has the class and ``image_field`` a path or bytes, where records hold them; ``processor``
-    is the directory or hub name of an image processor, and ``augment`` crops and turns images that are trained on.
+    Of samples with classes, ``label_field`` has the class and ``image_field`` a path or bytes, where records hold them;
+    ``processor`` is the directory or hub name of an image processor, and ``augment`` crops and turns images that are
+    trained on.
     ``skip_bad_records``: a record that is not what it should be is counted and left out, not refused.
     ``validation`` is a source of its own, never trained on; of a dataset its ``validation_split``.  ``eval_fraction``
     of ``source`` is held out, by default 0.02, nothing where there is a ``validation``.
@@ -268,6 +274,12 @@ class Job(Record):
         data = self.model_dump()
         data["model"]["lora"] = Lora.parse(lora).model_dump()
         return validate(type(self), data, "the job with --lora", ConfigError)
+
+    def trained_for(self, task: Task | None) -> Self:
+        """The same job for another ``model.task``, if it is given."""
+        if task is None:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"task": task})})
 
     def validated_on(self, source: str | None) -> Self:
         """The same job with another ``data.validation``, if it is given."""

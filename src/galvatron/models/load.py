@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from galvatron.core.errors import ConfigError
 from galvatron.core.numbers import MAX_LAYERS
 from galvatron.core.parsing import is_file, parse_json, read_text
+from galvatron.core.tasks import Task
 from galvatron.core.words import shown
 from galvatron.internals import put_parameter
 
@@ -26,11 +27,13 @@ LAYER_COUNTS = frozenset({"num_hidden_layers", "n_layer"})
 MAX_REASON = 200  # characters of a library's message
 
 
-def load_config(path: str | Path) -> PretrainedConfig:
+def load_config(path: str | Path, task: Task | None = None, num_labels: int | None = None) -> PretrainedConfig:
     """The Hugging Face config at a ``config.json``, a local directory or a hub name.
 
+    For another ``task`` than it names, and with as many classes, if they are given.
+
     Raises:
-        ConfigError: it cannot be read, or its family is not supported.
+        ConfigError: it cannot be read, its family is not supported, or has no model for the task.
     """
     if Path(path).suffix == ".json" and not is_file(str(path)):
         raise ConfigError(f"{path} does not exist; check the path")  # and not a hub name to ask the network for
@@ -45,6 +48,9 @@ def load_config(path: str | Path) -> PretrainedConfig:
         raise ConfigError(
             f"model {str(path)!r} has no readable config ({_reason(error)}); give a config.json"
         ) from None
+    config = config if task is None else for_task(config, task)
+    if num_labels is not None:
+        config.num_labels = num_labels
     family_of(config)
     return config
 

@@ -18,7 +18,7 @@ from galvatron.parallelize import LocalParameter
 from galvatron.parallelize.losses.scale import LossScale
 
 if TYPE_CHECKING:
-    from .metrics import StepMetrics
+    from .metrics import Metric, StepMetrics
 
 
 class TrainableModel(Protocol):
@@ -47,6 +47,8 @@ class TrainableModel(Protocol):
     def train_step(self) -> Callable[..., torch.Tensor]: ...  # noqa: D102
     @property
     def evaluate(self) -> Callable[..., torch.Tensor]: ...  # noqa: D102
+    @property
+    def evaluate_classes(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102
     def grad_norm(self) -> torch.Tensor: ...  # noqa: D102
     def gathered_buffers(self) -> Iterable[torch.Tensor]: ...  # noqa: D102
@@ -67,7 +69,7 @@ class Reporter:
     def skipped(self, step: int, reason: str) -> None:
         """A step is done that nothing was learnt from."""
 
-    def evaluated(self, step: int, loss: float, name: str) -> None:
+    def evaluated(self, step: int, loss: float, name: str, metric: Metric) -> None:
         """An evaluation after ``step`` is done: ``eval_loss``, of what is held out, or ``validation_loss``."""
 
     def saved(self, step: int, path: Path) -> None:

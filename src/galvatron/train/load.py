@@ -20,7 +20,7 @@ from galvatron.parallelize.processes.ranks import on_rank_zero, together
 
 from .data import Dataset, Samples
 from .rows import DocumentRows, StreamRows
-from .tasks import Augmentation, LabelledImages, MaskedRows, SpanRows, check_pictures, find_pictures
+from .tasks import Augmentation, LabelledImages, LabelledTexts, MaskedRows, SpanRows, check_pictures, find_pictures
 from .tasks.classes import Class
 from .tasks.pictures import Fields
 from .text import Skipped
@@ -77,6 +77,8 @@ def prepare_source(
     if task == "image_classification":
         check_pictures(find_pictures(Path(data.source), _fields(data)))
         return Path(data.source)
+    if task == "text_classification":
+        return Path(data.source)  # which is read as a whole, with the tokenizer
     _check_task(data, task)
     return prepare_tokens(data, run_dir, seq_len=train.seq_len, progress=progress, skipped=skipped)
 
@@ -103,6 +105,8 @@ def _load(
 ) -> Loaded:
     if task == "image_classification":
         return together(lambda: _images(data, classes))
+    if task == "text_classification":
+        return together(lambda: _texts(data, train.seq_len, classes))
     _check_task(data, task)
     path = on_rank_zero(lambda: prepare_tokens(data, run_dir, seq_len=train.seq_len, progress=progress))
     info = together(lambda: TokenInfo.load(path.with_suffix(".json")))
@@ -130,11 +134,14 @@ _OF_TOKENS: dict[Task, Callable[[DataSection, np.ndarray, int], Samples]] = {
 }
 
 
+_OF_CLASSES: tuple[Task, ...] = ("text_classification", "image_classification")
+
+
 def _check_task(data: DataSection, task: Task) -> None:
     if task not in _OF_TOKENS:
         raise DataError(
-            f"a job makes samples for {', '.join(_OF_TOKENS)} and image_classification, not for {task}; train it in a "
-            "loop of your own (galvatron.train.tasks makes samples)"
+            f"a job makes samples for {', '.join((*_OF_TOKENS, *_OF_CLASSES))}, not for {task}; train it in a loop of "
+            "your own (galvatron.train.tasks makes samples)"
         )
     if data.is_apart and task != "causal_lm":
         raise DataError(
@@ -152,7 +159,7 @@ def _fields(data: DataSection) -> Fields:
 
 def _images(data: DataSection, classes: dict[Class, int] | None) -> Loaded:
     pictures = find_pictures(Path(data.source), _fields(data))
-    samples = LabelledImages(pictures, _processor(data), Augmentation() if data.augment else None, classes)
+    samples = LabelledImages(pictures, load_processor(data), Augmentation() if data.augment else None, classes)
     parts = [
         (Path(picture.where).name, samples.classes[picture.label or 0])
         for picture in pictures
@@ -161,7 +168,13 @@ def _images(data: DataSection, classes: dict[Class, int] | None) -> Loaded:
     return Loaded(samples, len(samples.classes), hashlib.sha256(repr(parts).encode()).hexdigest(), samples.classes)
 
 
-def _processor(data: DataSection) -> Any:
+def _texts(data: DataSection, seq_len: int, classes: dict[Class, int] | None) -> Loaded:
+    found = LabelledTexts.read(data, seq_len, _tokenizer(data), label_field=data.label_field, classes=classes)
+    return Loaded(found, len(found.classes), found.fingerprint(), found.classes)
+
+
+def load_processor(data: DataSection) -> Any:
+    """The image processor of a job.  Raises DataError if there is none that loads."""
     from transformers import AutoImageProcessor
 
     if data.processor is None:

@@ -9,13 +9,14 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from galvatron.core.errors import DataError
 from galvatron.core.files import write_atomic
 from galvatron.core.records import Record, read_text
 
 METRICS_FILE = "metrics.jsonl"
+MAX_EXPONENT = 700  # of what a float can hold
 
 
 class StepMetrics(Record):
@@ -39,6 +40,18 @@ class StepMetrics(Record):
     mfu: float | None
     model_flops_per_s: float
     loss_scale: float | None = None
+
+
+class Metric(NamedTuple):
+    """What an evaluation says beside the loss: ``accuracy`` of classes from 0 to 1, or ``perplexity`` of tokens."""
+
+    name: Literal["accuracy", "perplexity"]
+    value: float
+
+
+def perplexity(loss: float) -> Metric:
+    """e to the mean loss of tokens."""
+    return Metric("perplexity", math.exp(loss) if loss < MAX_EXPONENT else math.inf)
 
 
 class MetricsLog:
@@ -65,9 +78,15 @@ class MetricsLog:
         """Append the row of a step that nothing was learnt from: ``step`` and ``skipped``, the reason."""
         self._write({"step": step, "skipped": reason})
 
-    def evaluation(self, step: int, loss: float, name: str = "eval_loss") -> None:
-        """Append an evaluation's row: ``step`` and its loss by ``name``, null if it is not finite: JSON has no NaN."""
-        self._write({"step": step, name: loss if math.isfinite(loss) else None})
+    def evaluation(self, step: int, loss: float, name: str = "eval_loss", metric: Metric | None = None) -> None:
+        """Append an evaluation's row: ``step``, its loss by ``name`` and the metric (``eval_accuracy``) beside it.
+
+        What is not finite is null: JSON has no NaN.
+        """
+        row = {name: loss}
+        if metric is not None:
+            row[f"{name.removesuffix('loss')}{metric.name}"] = metric.value
+        self._write({"step": step, **{key: value if math.isfinite(value) else None for key, value in row.items()}})
 
     def close(self) -> None:
         """Flush and release the files."""

@@ -15,6 +15,7 @@ import torch
 
 from galvatron.core.errors import GalvatronError
 from galvatron.core.job import TrainSection
+from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.parallelize.losses.scale import LossScale
 from galvatron.parallelize.processes.ranks import all_max, rank, world_size
 from galvatron.plan import Plan
@@ -24,7 +25,7 @@ from .data import IGNORED_LABEL, Batch, Dataset
 from .interface import Reporter, TrainableModel
 from .lineage import RUN_FILE, Lineage
 from .memory import PeakMemory
-from .metrics import MetricsLog, StepMetrics
+from .metrics import Metric, MetricsLog, StepMetrics, perplexity
 from .optimizer import lr_at, set_lr, update
 from .stop import StopRequest, stop_requests
 
@@ -176,25 +177,32 @@ class Trainer:
 
     def _evaluate(self, log: MetricsLog | None) -> None:
         """The loss of what is held out, and that of the validation source, each as far as there is one."""
-        losses = {"eval_loss": self._mean_loss(self.dataset)}
-        if self.dataset.validation is not None:
-            losses["validation_loss"] = self._mean_loss(self.dataset.validation)
-        for name, loss in losses.items():
-            if loss is not None:
+        for name, dataset in {"eval_loss": self.dataset, "validation_loss": self.dataset.validation}.items():
+            found = None if dataset is None else self._mean_loss(dataset)
+            if found is not None:
+                loss, metric = found
                 setattr(self, name, loss)
                 if log is not None:
-                    log.evaluation(self.step, loss, name)
-                self.reporter.evaluated(self.step, loss, name)
+                    log.evaluation(self.step, loss, name, metric)
+                self.reporter.evaluated(self.step, loss, name, metric)
 
-    def _mean_loss(self, dataset: Dataset) -> float | None:
-        """Mean loss over the counted tokens of the first ``eval_batches`` evaluation batches; None without any."""
-        total, count = 0.0, 0
+    def _mean_loss(self, dataset: Dataset) -> tuple[float, Metric] | None:
+        """Mean loss over what counts in the first ``eval_batches`` evaluation batches, and its metric; None without."""
+        of_tokens = self.model.spec.task in TOKEN_TASKS
+        total, right, count = 0.0, 0.0, 0
         for index in range(min(self.section.eval_batches, dataset.num_eval_batches)):
             batch = dataset.eval_batch(index)
             counted = int((batch["labels"] != IGNORED_LABEL).sum())
-            total += float(self.model.evaluate(**batch)) * counted
+            if of_tokens:
+                loss = self.model.evaluate(**batch)
+            else:
+                loss, share = self.model.evaluate_classes(**batch)
+                right += float(share) * counted
+            total += float(loss) * counted
             count += counted
-        return total / count if count else None
+        if not count:
+            return None
+        return total / count, perplexity(total / count) if of_tokens else Metric("accuracy", right / count)
 
     def _save(self) -> None:
         state = TrainState(

@@ -24,7 +24,7 @@ from galvatron.train import (
     read_state,
     train,
 )
-from galvatron.train.metrics import MetricsLog
+from galvatron.train.metrics import Metric, MetricsLog
 from galvatron.train.optimizer import set_lr, update
 from galvatron.train.rows import StreamRows
 
@@ -53,7 +53,7 @@ class Recorder(Reporter):
     def skipped(self, step: int, reason: str) -> None:
         self.events.append(("skipped", step))
 
-    def evaluated(self, step: int, loss: float, name: str) -> None:
+    def evaluated(self, step: int, loss: float, name: str, metric: Metric) -> None:
         self.events.append(("evaluated" if name == "eval_loss" else name, step))
 
     def saved(self, step: int, path: Path) -> None:
@@ -279,7 +279,9 @@ def test_an_evaluation_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path)
     model.evaluate = lambda input_ids, labels: math.nan  # type: ignore[method-assign]
     result = run(model, tmp_path, section(num_steps=1))
     assert math.isnan(result.eval_loss or 0)
-    assert (tmp_path / "metrics.jsonl").read_text().endswith('{"step": 1, "eval_loss": null}\n')
+    assert (
+        (tmp_path / "metrics.jsonl").read_text().endswith('{"step": 1, "eval_loss": null, "eval_perplexity": null}\n')
+    )
 
 
 def test_a_used_run_directory_is_not_overwritten(tmp_path: Path) -> None:

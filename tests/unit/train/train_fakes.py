@@ -102,6 +102,9 @@ class FakeModel:
     def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self._loss(input_ids, labels)
 
+    def evaluate_classes(self, **batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("a language model has no classes")
+
     def zero_grad(self) -> None:
         for part in self.local_parameters:
             part.tensor.grad = None

@@ -78,5 +78,6 @@ def _export_config(config: Any, dtype: torch.dtype) -> Any:
 
     exported = copy.deepcopy(config)
     exported.dtype = dtype
-    exported.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    if not config.architectures:
+        exported.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     return exported

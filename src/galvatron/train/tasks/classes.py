@@ -5,6 +5,7 @@ Takes records with a field of text and one of a class; gives token ids, masks an
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
@@ -86,6 +87,10 @@ class LabelledTexts:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def fingerprint(self) -> str:
+        """What tells these ids and classes from others."""
+        return hashlib.sha256(repr((self._ids, self._labels.tolist())).encode()).hexdigest()
 
     def need(self, rows: int) -> str:
         """What ``rows`` rows take, and what there is, in words."""
