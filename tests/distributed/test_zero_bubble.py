@@ -53,12 +53,15 @@ def products(family: str, plan: Plan) -> int:
     return counted.number
 
 
-@pytest.mark.parametrize(("family", "recompute"), [("gpt2", "none"), *(("llama", level) for level in RECOMPUTES)])
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [*((name, "none") for name in ("gpt2", "phi3", "gpt_neox")), *(("llama", level) for level in RECOMPUTES)],
+)
 def test_a_step_makes_no_product_twice(pool: Pool, family: str, recompute: Recompute) -> None:
     strategy = LayerStrategy(recompute=recompute)
     schedules: tuple[Schedule, ...] = ("1f1b", "zero_bubble")
     plain, split = (pool.run(products, family, plan_for(schedule, strategy), world_size=2) for schedule in schedules)
-    linears = {"llama": 7, "gpt2": 4}[family]
+    linears = 7 if family == "llama" else 4
     assert split == plain
     if recompute == "none":
         # forward, and two in backward; at the head two and one, all in forward
