@@ -15,14 +15,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 from tests.unit.profiles import make_hardware
 
 from galvatron.core.job import TrainSection
 from galvatron.core.model import ENDS, RECOMPUTES, Precision
 from galvatron.core.model_profile import ModelProfile
+from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.cost import predict, replay
 from galvatron.cost.stages import Stage
-from galvatron.models import build_spec, freeze_parameters
+from galvatron.models import build_spec, for_task, freeze_parameters, random_inputs
 from galvatron.parallelize import ParallelModel, init_world, parallelize
 from galvatron.parallelize.sharding.fsdp import DTYPES
 from galvatron.plan import LayerStrategy, Plan
@@ -43,6 +45,7 @@ S = LayerStrategy
 ALONE, TP2, TP4 = S(), S(tp=2), S(tp=4)
 ZERO3, ZERO2, ZERO1, DP4 = S(dp_shard=4, zero=3), S(dp_shard=4, zero=2), S(dp_shard=4, zero=1), S(dp_replicate=4)
 MIXED2 = S(tp=2, dp_shard=2, zero=3)
+TP2X2 = S(tp=2, dp_replicate=2)
 ZERO2_3 = S(dp_shard=2, zero=3)
 HYBRID = S(dp_shard=2, dp_replicate=2, zero=2)
 
@@ -135,6 +138,18 @@ PLANS: dict[str, tuple[str, Plan]] = {
     "frozen from below": ("llama", plan([ZERO3, ZERO2, ZERO1, TP4], MIXED2)),
     "a frozen first stage": ("llama", plan([S(dp_replicate=2), TP2] * 2, TP2, layers_per_stage=(2, 2))),
     "frozen between": ("gpt2", plan([ZERO3, ZERO3.model_copy(update=FULL), DP4, ZERO3], ZERO3)),
+    "masked words, tied": ("bert", plan([TP4, ZERO3, S(ulysses=2, tp=2), MIXED2], MIXED2)),
+    "masked words in stages": (
+        "bert",
+        plan([TP2, S(dp_replicate=2), TP2, TP2], TP2, layers_per_stage=(1, 3), num_microbatches=4),
+    ),
+    "images": ("vit", plan([ZERO3, TP2X2, HYBRID, TP2X2.model_copy(update=FULL)], TP2X2, seq_len=10)),
+    "images in stages": (
+        "vit",
+        plan([S(dp_replicate=2), TP2, ZERO2_3, TP2], TP2, layers_per_stage=(2, 2), num_microbatches=4, seq_len=10),
+    ),
+    "classes of texts": ("llama classifier", plan([TP4, ZERO3, MIXED2, S(cp=2, tp=2)], TP4)),
+    "classes of texts, bf16": ("bert classifier", plan([ZERO3, TP4, TP4, DP4], DP4, precision="bf16")),
     "recompute": ("llama", plan([ZERO3.model_copy(update=FULL)] * 3 + [TP4.model_copy(update=FULL)], TP4)),
     "levels between": (
         "gpt2",
@@ -155,12 +170,25 @@ class Bytes:
     peak: int
 
 
+def config_of(family: str, num_layers: int) -> PretrainedConfig:
+    base = family.removesuffix(" classifier")
+    config = tiny_config(base, **{LAYERS.get(base, "num_hidden_layers"): num_layers}, pad_token_id=1)
+    return config if base == family else for_task(config, "text_classification")
+
+
 @functools.cache
-def profile_of(family: str, num_layers: int, precision: Precision, freeze: tuple[str, ...]) -> ModelProfile:
+def profile_of(
+    family: str, num_layers: int, precision: Precision, freeze: tuple[str, ...], seq_len: int
+) -> ModelProfile:
     """Counted activations, made-up times."""
-    config = tiny_config(family, **{LAYERS.get(family, "num_hidden_layers"): num_layers})
+    config = config_of(family, num_layers)
     spec = build_spec(config, freeze=freeze)
-    shapes = [UnitShape(config, spec, unit, tp, SEQ_LEN, DTYPES[precision]) for unit in spec.units for tp in (1, 2, 4)]
+    shapes = [
+        UnitShape(config, spec, unit, tp, seq_len, DTYPES[precision])
+        for unit in spec.units
+        for tp in (1, 2, 4)
+        if seq_len % tp == 0
+    ]
     counted = [count_activations(shape, "none") for shape in shapes]
     layers = [shape for shape in shapes if shape.name not in ENDS]
     counted += [count_activations(shape, mode) for shape in layers for mode in RECOMPUTES[1:]]
@@ -169,7 +197,7 @@ def profile_of(family: str, num_layers: int, precision: Precision, freeze: tuple
             "unit": s.name,
             "tp": s.tp,
             "batch": 1,
-            "seq_len": SEQ_LEN,
+            "seq_len": seq_len,
             "forward_s": 1e-3,
             "backward_s": 2e-3,
             "again_s": dict.fromkeys(RECOMPUTES[1:], 1e-3),
@@ -181,27 +209,35 @@ def profile_of(family: str, num_layers: int, precision: Precision, freeze: tuple
             "spec": spec,
             "device": "cpu",
             "precision": precision,
-            "seq_len": SEQ_LEN,
+            "seq_len": seq_len,
             "compute": compute,
             "activations": counted,
         }
     )
 
 
+def batch_of(model: ParallelModel) -> dict[str, torch.Tensor]:
+    """Inputs and labels of a step."""
+    generator, task, seq_len = torch.Generator().manual_seed(0), model.spec.task, model.plan.seq_len
+    inputs = random_inputs(model.config, task, BATCH, seq_len, generator)
+    shape = (BATCH, seq_len) if task in TOKEN_TASKS else (BATCH,)
+    return {**inputs, "labels": torch.randint(model.spec.vocab_size, shape, generator=generator)}
+
+
 def measure(family: str, plan: Plan, freeze: tuple[str, ...]) -> Bytes:
     memory = PeakMemory(torch.device("cpu"))
-    whole = tiny_model(family, **{LAYERS.get(family, "num_hidden_layers"): len(plan.layers)})
+    whole = tiny_model(config_of(family, len(plan.layers)))
     freeze_parameters(whole, freeze)
     model = parallelize(whole, plan, world=init_world("cpu"))
     del whole
-    section = TrainSection(global_batch_size=BATCH, seq_len=SEQ_LEN, num_steps=2)
+    section = TrainSection(global_batch_size=BATCH, seq_len=plan.seq_len, num_steps=2)
     optimizer = build_optimizer(model.local_parameters, section)
-    tokens = torch.randint(0, model.spec.vocab_size, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
-    with memory.watch(model, optimizer, [tokens]):
-        model.train_step(tokens[:, :-1], tokens[:, 1:])
+    batch = batch_of(model)
+    with memory.watch(model, optimizer, list(batch.values())):
+        model.train_step(**batch)
         optimizer.step()
     gc.collect()  # what a cycle of the first step still holds is not the second step's
-    activations = activations_at_first_backward(model, tokens)
+    activations = activations_at_first_backward(model, batch)
     optimizer.step()
     hosted = set(map(id, host_tensors(optimizer)))
     states = [(name, value) for state in optimizer.state.values() for name, value in state.items()]
@@ -213,7 +249,7 @@ def measure(family: str, plan: Plan, freeze: tuple[str, ...]) -> Bytes:
     )  # fmt: skip
 
 
-def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) -> int | None:
+def activations_at_first_backward(model: ParallelModel, batch: dict[str, torch.Tensor]) -> int | None:
     """Bytes born in a step and alive when its first backward begins, gathered parameters left out; None without one."""
     seen: list[int] = []
     with StorageLog() as log:
@@ -223,13 +259,13 @@ def activations_at_first_backward(model: ParallelModel, tokens: torch.Tensor) ->
         def before_backward(chunk: int, is_last: bool) -> None:
             if not seen:
                 buffers = [buffer for stage in model.stages for buffer in stage.buffers()]
-                known = [*buffers, *(p.tensor for p in model.local_parameters), tokens]
+                known = [*buffers, *(p.tensor for p in model.local_parameters), *batch.values()]
                 log.ignore([*model.gathered_buffers(), *model.stages[-1].early_gradient.tensors(), *known])
                 seen.append(settled_bytes(log))
             original(chunk, is_last)
 
         driver._before_backward = before_backward  # type: ignore[method-assign]
-        model.train_step(tokens[:, :-1], tokens[:, 1:])
+        model.train_step(**batch)
     return seen[0] if seen else None
 
 
@@ -245,7 +281,7 @@ def held_at_first_backward(plan: Plan, stage: Stage, index: int) -> int:
 @pytest.mark.parametrize("name", PLANS)
 def test_predicted_bytes_are_those_allocated(pool: Pool, name: str) -> None:
     (family, plan), freeze = PLANS[name], FROZEN.get(name, ())
-    profile = profile_of(family, len(plan.layers), plan.precision, freeze)
+    profile = profile_of(family, len(plan.layers), plan.precision, freeze, plan.seq_len)
     prediction = predict(plan, profile, make_hardware(4, host_bytes_per_s=4e9))
     stages = replay(plan, profile, make_hardware(4, host_bytes_per_s=4e9)).stages
     held = [held_at_first_backward(plan, stage, index) for index, stage in enumerate(stages)]

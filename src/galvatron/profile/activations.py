@@ -30,8 +30,9 @@ from galvatron.core.model_profile import ActivationSample
 from galvatron.internals import FakeTensorMode
 from galvatron.parallelize.losses.fused import chunk_tokens
 
+from .local import LocalUnit
 from .storages import StorageLog, storage_bytes
-from .units import LocalUnit, UnitShape
+from .units import UnitShape
 
 BATCHES = (2, 3)  # at one sequence some copies become views: GPT-2 with dropout keeps another sum
 CPU = torch.device("cpu")

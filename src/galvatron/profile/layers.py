@@ -29,7 +29,8 @@ from galvatron.parallelize.sharding.unsharded import UnshardedUnit
 
 from .device_memory import allocator_slack, attention_backend, fitting
 from .timing import Budget, agree, synchronize
-from .units import INITIAL_STD, LocalUnit, UnitShape
+from .local import INITIAL_STD, LocalUnit
+from .units import UnitShape
 
 ALWAYS_MEASURED = 2  # batches 1 and 2, so that a slope is known however small the budget
 MIN_REPEATS, MAX_REPEATS = 2, 3  # of one sweep

@@ -61,7 +61,7 @@ def profile_model(
     Args:
         config: of a supported family.
         world: whose ranks measure at once.
-        seq_len: tokens of a sequence in training.
+        seq_len: tokens of a sequence in training; of images what they are to the model.
         precision: compute dtype; parameters stay fp32.
         max_batch: most sequences a rank will compute at once (its part of a microbatch).
         tp_degrees: to measure; by default all that a stage of this world can use.  Degrees that a unit cannot
@@ -74,15 +74,14 @@ def profile_model(
         progress: told of every unit measured, on every rank.
 
     Raises:
-        ConfigError: the family has no record, ``seq_len`` is longer than the model's positions, or a pattern of
-            ``freeze`` matches nothing.
+        ConfigError: the family has no record, ``seq_len`` is not one of the model's, or a pattern of ``freeze``
+            matches nothing.
     """
     spec = build_spec(config, freeze=freeze, lora=lora)
-    if seq_len > spec.max_seq_len:
-        raise ConfigError(
-            f"seq_len={seq_len} must not exceed max_position_embeddings={spec.max_seq_len} of {spec.name}; "
-            "shorten the sequences"
-        )
+    if problem := spec.sequence_problem(seq_len):
+        raise ConfigError(problem)
+    if spec.stacks > 1:
+        raise ConfigError(f"{spec.name} has {spec.stacks} stacks of layers, and one alone can be measured; estimate it")
     if fp8:
         check_fp8(model_to_train(config, freeze, lora), family_of(config), world.device, precision)
         for kind in spec.layers:

@@ -8,18 +8,26 @@ B sequences of S tokens, hidden size H; between units hidden states are [B, S/tp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.lora import Lora
-from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, Recompute, UnitName
-from galvatron.internals import put_buffer, put_parameter, tree_map_only
-from galvatron.models import Family, Link, chain_of, experts_in, family_of, model_to_train, regions_in
+from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, UnitName
+from galvatron.core.tasks import TOKEN_TASKS
+from galvatron.models import (
+    Family,
+    Link,
+    blank_inputs,
+    chain_of,
+    experts_in,
+    family_of,
+    model_to_train,
+    regions_in,
+)
 from galvatron.parallelize.layers.attention import use_attention
 from galvatron.parallelize.layers.compile import LayerCompiler
 from galvatron.parallelize.layers.fp8 import use_fp8
@@ -30,63 +38,8 @@ from galvatron.parallelize.pipeline.stage import PassedLayer, Stage
 from galvatron.parallelize.processes.collectives import AxisGroup
 from galvatron.plan.axes import prime_factors
 
-INITIAL_STD = 0.02  # as transformers initialises: activations keep ordinary magnitudes
-
-
-class LocalUnit(nn.Module):
-    """A unit with the inputs that do not change from one microbatch to the next.
-
-    Attributes:
-        owners: the modules that hold its parameters.
-        forwards: of a layer, its forward at every level of recompute.
-    """
-
-    def __init__(self, inner: nn.Module, owners: tuple[nn.Module, ...], args: tuple[Any, ...], **kwargs: Any) -> None:
-        super().__init__()
-        self.inner, self.owners = inner, owners
-        self.args, self.kwargs = args, kwargs
-        self.forwards: dict[Recompute, Callable[..., Any]] = {}
-
-    @property
-    def levels(self) -> list[Recompute]:
-        """The levels of recompute that it can run at."""
-        return list(self.forwards) or ["none"]
-
-    def recompute(self, level: Recompute) -> None:
-        """Let a layer run at ``level`` from now on."""
-        if self.forwards:
-            self.inner.forward = self.forwards[level]
-
-    def forward(self, tokens: Tensor, **labels: Tensor) -> Tensor:
-        """Ids [B, S] or hidden states [B, S/tp, H] → hidden states [B, S/tp, H] or a scalar loss."""
-        output: Tensor = self.inner(tokens, *self.args, **self.kwargs, **labels)
-        return output
-
-    def side_inputs(self) -> list[Tensor]:
-        """The tensors among the unchanging inputs: shared by all layers of a stage (rotary tables)."""
-        found: list[Tensor] = []
-        tree_map_only(Tensor, found.append, (self.args, self.kwargs))
-        return found
-
-    def early_gradients(self) -> list[Tensor]:
-        """Gradients of parameters that are there before the backward pass."""
-        return self.inner.early_gradient.tensors() if isinstance(self.inner, Stage) else []
-
-    def allocate(self, dtype: torch.dtype, device: torch.device, place: Callable[[Tensor], Tensor]) -> None:
-        """Give the parameters memory and values; ``place`` takes buffers and side inputs where they are needed."""
-        for module in self.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, INITIAL_STD)
-                put_parameter(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
-        self.place_buffers(place)
-
-    def place_buffers(self, place: Callable[[Tensor], Tensor]) -> None:
-        """Take buffers and side inputs where they are needed."""
-        for module in self.modules():
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                put_buffer(module, name, place(buffer))
-        self.args, self.kwargs = tree_map_only(Tensor, place, (self.args, self.kwargs))
-
+from .local import LocalUnit
+from .whole import call_of_layer, embedding_unit, head_unit
 
 @dataclass(frozen=True)
 class UnitShape:
@@ -114,6 +67,9 @@ class UnitShape:
         tp = AxisGroup(None, prime_factors(self.tp)[::-1], 0)
         if self.name not in ENDS:
             return self._layer(model, family, tp, backend).train()
+        if family.ends == "whole":
+            whole = embedding_unit if self.name == "embedding" else head_unit
+            return whole(model, family, self.spec, self.seq_len, tp).train()
         build = self._embedding if self.name == "embedding" else self._head
         return build(model, family, tp).train()
 
@@ -123,17 +79,25 @@ class UnitShape:
         return self.compiled and self.name not in ENDS
 
     def inputs(self, batch: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """(what the unit is called with, its labels): ids [batch, S], or hidden states.
+        """(what the unit is called with, its labels): ids [batch, S] or images, or hidden states.
 
         They ask for their gradient where the unit's layers, all but the first of them, give one to layers before.
         """
-        ids = torch.randint(self.spec.vocab_size, (batch, self.seq_len), device=device)
         if self.name == "embedding":
-            return ids, {}
+            (given,) = blank_inputs(self.config, self.spec.task, batch, self.seq_len, device).values()
+            drawn = given.normal_() if given.is_floating_point() else given.random_(self.config.vocab_size)
+            return drawn, {}
         shape = (batch, self.seq_len // self.tp, self.spec.hidden_size)
         hidden = torch.empty(shape, dtype=self.dtype, device=device).normal_()
         hidden.requires_grad_(self.spec.is_reached(self.spec.layers[-1].name if self.name == "head" else self.name))
-        return hidden, {"labels": ids} if self.name == "head" else {}
+        if self.name != "head":
+            return hidden, {}
+        of_tokens = self.spec.task in TOKEN_TASKS
+        return hidden, {
+            "labels": torch.randint(
+                self.spec.vocab_size, (batch, self.seq_len) if of_tokens else (batch,), device=device
+            )
+        }
 
     def _freeze(self, model: PreTrainedModel, family: Family) -> None:
         """Let the unit's parameters require gradients as the specification says."""
@@ -185,7 +149,12 @@ class UnitShape:
         return unit
 
     def _call_of_a_layer(self, model: PreTrainedModel, family: Family) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the decoder gives its layers beside the hidden states; a dry run finds out, without parameters."""
+        """What the model gives its layers beside the hidden states; a dry run finds out, without parameters."""
+        if family.ends == "whole":
+            another = model_to_train(self.config, lora=self.lora)
+            use_attention(another)
+            kinds = [kind.name for kind in self.spec.kind_of_layers()]
+            return call_of_layer(another, family, kinds.index(self.name), self.seq_len)
         stage, recorder = Stage(model, family, range(1, 1), is_first=False, is_last=False), _Recorder()
         model.set_submodule(stage.chain[0].path, recorder)
         hidden = torch.zeros(1, self.seq_len // self.tp, self.spec.hidden_size, dtype=self.dtype)
