@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import PretrainedConfig
 from tests.unit.profiles import make_hardware
+from transformers import PretrainedConfig
 
 from galvatron.core.job import TrainSection
 from galvatron.core.model import ENDS, RECOMPUTES, Precision

@@ -22,6 +22,7 @@ from galvatron.core.words import shown
 from galvatron.plan.axes import StageAxes, divisors
 
 if TYPE_CHECKING:
+    from galvatron.core.tasks import Task
     from galvatron.estimate import ClusterShape
 
 _SIZE = r"[1-9]\d{0,14}"
@@ -63,6 +64,7 @@ class Model:
     precision: Precision | None
     tp_asked: int = 1
     lora: Lora | None = None
+    task: Task | None = None
 
     def profile(self, hardware: HardwareProfile) -> ModelProfile:
         """A ``model.json`` as it is; a card or configuration estimated for the cluster's device.
@@ -77,20 +79,26 @@ class Model:
                 raise ConfigError(
                     f"{self.name} is a profile of its own adapters or none; profile the model with --lora"
                 )
-            return ModelProfile.load(path)
+            profile = ModelProfile.load(path)
+            if self.task not in (None, profile.spec.task):
+                raise ConfigError(
+                    f"{self.name} is a profile for {profile.spec.task}, not {self.task}; profile the model with --task"
+                )
+            return profile
         from galvatron.estimate import adapted_spec, estimate_model, model_spec
 
-        spec = model_spec(self.name)
+        spec = model_spec(self.name, self.task)
         if self.lora is not None:
             spec = adapted_spec(spec, self.lora)
-        if self.seq_len is None:
+        seq_len = spec.max_seq_len if spec.task == "image_classification" and not self.seq_len else self.seq_len
+        if seq_len is None:
             raise ConfigError(
                 f"a model that was not profiled needs the tokens of a sequence, at most {spec.max_seq_len} for "
                 f"{spec.name}; give --seq-len {min(spec.max_seq_len, 4096)}"
             )
         degrees = tp_degrees(hardware.world_size, max(USUAL_TP, self.tp_asked))
         return estimate_model(
-            spec, hardware.device, seq_len=self.seq_len, precision=self.precision or "bf16", tp_degrees=degrees
+            spec, hardware.device, seq_len=seq_len, precision=self.precision or "bf16", tp_degrees=degrees
         )
 
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,10 +18,15 @@ from galvatron.core.family import Experts
 from galvatron.core.files import write_output
 
 from .console import say
-from .options import examples
+from .options import TaskName, examples
 from .survey import survey
 
-HEADINGS = ("type", "attention", "MLP", "between embedding and layers", "proved with transformers")
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from galvatron.core.tasks import Task
+
+HEADINGS = ("type", "task", "attention", "MLP", "between embedding and layers", "proved with transformers")
 DASHES = ("---",) * len(HEADINGS)
 
 app = typer.Typer(name="models", help="List known models, and check others.", no_args_is_help=True)
@@ -33,7 +38,7 @@ app.command("survey", epilog=examples("galvatron models survey --out types.md"))
 def list_(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the table of docs/models.md.")] = False,
 ) -> None:
-    """List the types whose shapes and proofs ship; other types are recognised when they are used."""
+    """List the types and tasks whose shapes and proofs ship; other types are recognised when they are used."""
     from galvatron.core.family import known_families
 
     rows = [_row(name) for name in known_families()]
@@ -57,7 +62,7 @@ def _row(name: str) -> tuple[str, ...]:
     if (experts := known.family.stacks[0].experts) is not None:
         cuts["ffn"] = f"experts: {_cuts_of(experts)}"
     before = ", ".join(path.rpartition(".")[2] for path in known.family.before) or "-"
-    return name, cuts["heads"], cuts["ffn"], before, known.transformers
+    return known.family.model_type, known.family.task, cuts["heads"], cuts["ffn"], before, known.transformers
 
 
 def _cuts_of(experts: Experts) -> str:
@@ -69,12 +74,14 @@ def _cuts_of(experts: Experts) -> str:
     epilog=examples(
         "galvatron models check path/to/config.json",
         "galvatron models check gemma2 phi3 --write src/galvatron/core/families",
+        "galvatron models check bert --task text_classification",
     ),
 )
 def check(
     names: Annotated[
         list[str], typer.Argument(metavar="CONFIG...", help="config.json, directories, hub names or types.")
     ],
+    task: TaskName = None,
     write: Annotated[
         Path | None, typer.Option("--write", help="A folder for data files of types that are right.")
     ] = None,
@@ -83,7 +90,7 @@ def check(
     wrong = False
     for name in names:
         try:
-            wrong |= not _check(name, write)
+            wrong |= not _check(name, task, write)
         except GalvatronError as refusal:
             say(f"{name}: refused\n  {refusal}")
             wrong = True
@@ -91,20 +98,23 @@ def check(
         raise typer.Exit(1)
 
 
-def _check(name: str, write: Path | None) -> bool:
+def _check(name: str, task: Task | None, write: Path | None) -> bool:
     """Say what is found of one model; whether it can be trained."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    from galvatron.models import family_of, load_config
+    from galvatron.models import family_of, for_task, load_config, task_of
     from galvatron.parallelize.proof import prove
 
     start = time.perf_counter()
     is_type = name in CONFIG_MAPPING
-    config = AutoConfig.for_model(name) if is_type else load_config(name)
+    config = AutoConfig.for_model(name) if is_type else load_config(name, task)
+    config = for_task(config, task or task_of(config))
     family, proof = family_of(config), prove(config)
-    say(f"{name}: {'right' if proof.whole is None else 'wrong'}")
+    say(f"{name}: {'right' if proof.whole is None else 'wrong'}, {family.task}")
     layers = ", ".join(stack.path for stack in family.stacks)
-    say(f"  embedding {family.embedding}, layers {layers}, norm {family.norm}, head {family.head}")
+    before, after = (", ".join(paths) for paths in (family.before, family.after))
+    around = f"before {before}; after {after}" if family.ends == "whole" else f"norm {family.norm}"
+    say(f"  embedding {family.embedding}, layers {layers}, {around}, head {family.head}")
     for region in itertools.chain.from_iterable(stack.regions for stack in family.stacks):
         columns = ", ".join(f"{path} by {' + '.join(blocks)}" for path, blocks in region.columns.items())
         say(f"  {columns}; then {region.row} by {region.row_blocks}")
@@ -116,7 +126,7 @@ def _check(name: str, write: Path | None) -> bool:
     if write is not None:
         if not is_type:
             raise ConfigError(f"data files describe types, got {name}; give model_type={config.model_type}")
-        _write(name, write)
+        _write(config, write)
     return proof.whole is None
 
 
@@ -132,10 +142,16 @@ def compact(text: str) -> str:
     return "{\n " + ",\n ".join(lines) + "\n}\n"
 
 
-def _write(model_type: str, folder: Path) -> None:
+def _write(config: PretrainedConfig, folder: Path) -> None:
+    from transformers import AutoConfig
+
+    from galvatron.models import task_of
     from galvatron.models.describe import describe
     from galvatron.parallelize.proof import proved_structures
 
-    known = describe(model_type, proved_structures(model_type))
-    write_output(folder / f"{model_type}.json", compact(known.to_json()))
-    say(f"  written to {folder / model_type}.json, {len(known.proved)} structures proved")
+    known = describe(config, proved_structures(config))
+    usual = task_of(AutoConfig.for_model(config.model_type))
+    task = known.family.task
+    path = folder / f"{config.model_type}{'' if task == usual else f'.{task}'}.json"
+    write_output(path, compact(known.to_json()))
+    say(f"  written to {path}, {len(known.proved)} structures proved")

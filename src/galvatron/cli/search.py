@@ -26,7 +26,7 @@ from galvatron.core.units import parse_seconds
 
 from .console import console, error_console, say
 from .inputs import Cluster, Model, batch_sizes, fraction, memory_limit
-from .options import LoraSettings, examples
+from .options import LoraSettings, TaskName, examples
 
 if TYPE_CHECKING:
     from galvatron.cost import Runtime
@@ -136,6 +136,7 @@ def search(
         typer.Option("--time-limit", metavar="TIME", help="Stop with the best plan so far after 30s, 5m or 1h."),
     ] = None,
     lora: LoraSettings = None,
+    task: TaskName = None,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("plan.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -152,7 +153,8 @@ def search(
     within, seconds = fraction(gap), None if time_limit is None else parse_seconds(time_limit)
     batches, where = batch_sizes(global_batch_size), Cluster.of(cluster, link or [])
     limit = memory_limit(memory, where.hardware)
-    what = Model(model, seq_len, precision, _tp_asked(limits), None if lora is None else Lora.parse(lora))
+    adapters = None if lora is None else Lora.parse(lora)
+    what = Model(model, seq_len, precision, _tp_asked(limits), adapters, task)
     profile = what.profile(where.hardware)
     with error_console().status("searching", spinner="line") as status:
         job = _Search(what, batches, grad_reduce_dtype, limits, within, seconds, lambda line: status.update(line))

@@ -128,7 +128,10 @@ class Family(Record):
 
 
 class Shape(Record):
-    """A ParameterSpec whose numbers are formulas (``core.formulas``); it exists where the flags of ``when`` are so."""
+    """A ParameterSpec whose numbers are formulas (``core.formulas``); it exists where the flags of ``when`` are so.
+
+    ``after``: layers, the first ones of the stack, that lack it.
+    """
 
     name: str
     shape: tuple[str, ...]
@@ -136,6 +139,7 @@ class Shape(Record):
     segments: tuple[str, ...] = ()
     uneven: Literal["refuse", "whole", "ceil"] = "refuse"
     experts: StrictBool = False
+    after: Whole = 0
     when: dict[str, bool] = Field(default_factory=dict)
 
 
@@ -165,6 +169,8 @@ class KnownFamily(FileRecord):
     head: tuple[Shape, ...]
 
 
+WINDOWS = ("sliding_window", "local_attention")
+"""Keys of configs that say how far a token sees."""
 BEYOND_RINGS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_logit_softcapping")
 """Keys of configs under which attention needs all scores of a query at once: dropout of its weights, capped scores."""
 
@@ -173,5 +179,13 @@ FOLDER = Path(__file__).parent / "families"
 
 @cache
 def known_families() -> dict[str, KnownFamily]:
-    """The families that ship, by type."""
+    """The families that ship, by type; those of another task than the type's usual one by ``type.task``."""
     return {path.stem: KnownFamily.load(path) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def known_family(model_type: str, task: Task | None = None) -> KnownFamily | None:
+    """The one that ships for a type's usual ``task``, or for another; None where there is none."""
+    usual = known_families().get(model_type)
+    if usual is None or task in (None, usual.family.task):
+        return usual
+    return known_families().get(f"{model_type}.{task}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def value(formula: str, size_of: Callable[[str], int]) -> int:
@@ -14,3 +14,9 @@ def value(formula: str, size_of: Callable[[str], int]) -> int:
             product *= int(factor) if factor.isdigit() else size_of(factor)
         total += product
     return total
+
+
+def num_patches(image: int | Sequence[int], patch: int | Sequence[int]) -> int:
+    """Square patches of an image of which both sides are given, or one of equal ones."""
+    sides, parts = ((size, size) if isinstance(size, int) else size for size in (image, patch))
+    return (sides[0] // parts[0]) * (sides[1] // parts[1])

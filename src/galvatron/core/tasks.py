@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 Task = Literal[
     "causal_lm",
@@ -19,3 +20,20 @@ Ends = Literal["tokens", "whole"]
 TASKS: tuple[Task, ...] = get_args(Task)
 TOKEN_TASKS: frozenset[Task] = frozenset({"causal_lm", "masked_lm", "seq2seq_lm", "speech_to_text", "vision_language"})
 """Those with a label for every token, int64 [batch, sequence]; the others have one for every sample, [batch]."""
+CLASSIFICATION: frozenset[Task] = frozenset({"text_classification", "image_classification"})
+"""Those whose head gives a sample its classes."""
+ENDINGS: dict[str, Task] = {
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "ForMaskedLM": "masked_lm",
+    "ForSequenceClassification": "text_classification",
+    "ForImageClassification": "image_classification",
+}
+"""How the names of architectures end."""
+
+
+def task_named(config: Mapping[str, Any]) -> Task | None:
+    """The task of the architecture that a ``config.json`` names; None where it names none, or one of no task."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, (list, tuple)) and named else ""
+    return next((task for ending, task in ENDINGS.items() if str(first).endswith(ending)), None)

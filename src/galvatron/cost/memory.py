@@ -114,16 +114,16 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
     transient = passing + flat_buffers + new_gradients + np.maximum(workspace, trained * setting.reduce_bytes)
     is_whole = (s.zero == 0) & (setting.runtime == "galvatron")
     copies = held * _copied_bytes(setting) + trained * _summed_bytes(setting)
-    # the projection's gradient goes where it belongs as it is made
     arriving = np.maximum(trained_dense.largest, trained_experts.largest) * setting.compute_bytes
-    arriving = _label_bytes(setting, s) if unit == "head" else arriving
+    if unit == "head" and setting.model.spec.ends == "tokens":
+        arriving = _label_bytes(setting, s)  # the projection's gradient goes where it belongs as it is made
     offloads = s.offload > 0
     transient = np.maximum(np.where(is_whole, arriving + workspace, transient), offloads * slot_bytes(trained))
     return UnitMemory(
         parameter_bytes=held * MASTER_BYTES,
         gradient_bytes=gradient,
         optimizer_bytes=np.where(offloads, 0, ADAMW_STATES * trained * MASTER_BYTES),
-        unsharded_bytes=np.where(is_whole, copies, unsharded),
+        unsharded_bytes=np.where(is_whole, copies, unsharded) + _image_bytes(setting, unit, s),
         activation_bytes=activations,
         waiting_bytes=_waiting_bytes(setting, unit, s),
         transient_bytes=transient,
@@ -177,6 +177,15 @@ def _label_bytes(setting: Setting, s: Strategies) -> Ints:
     """One microbatch's labels on their device."""
     batch = setting.micro_batch_size / (s.dp * s.ulysses * s.cp)
     return np.ceil(batch * setting.tokens("head") * LABEL_BYTES).astype(np.int64)
+
+
+def _image_bytes(setting: Setting, unit: UnitName, s: Strategies) -> Ints:
+    """A step's images, float32, which go to a CUDA device at once; ids are too small to count."""
+    patches = [math.prod(p.shape[1:]) for p in setting.parameters(unit) if unit == "embedding" and len(p.shape) == 4]
+    if setting.hardware.device.type != "cuda" or not patches:
+        return np.zeros(len(s), dtype=np.int64)
+    images = setting.global_batch_size / (s.dp * s.ulysses * s.cp)
+    return np.ceil(images * setting.seq_len * sum(patches) * MASTER_BYTES).astype(np.int64)
 
 
 def _copied_bytes(setting: Setting) -> int:

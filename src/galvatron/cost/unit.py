@@ -210,13 +210,20 @@ def _tensor_parallel_s(
 ) -> tuple[Floats, Floats]:
     """Forward and backward collectives of one microbatch: Megatron sequence parallelism (Korthikanti et al. 2022).
 
-    Every gather of the sequence is a reduce-scatter in backward and the other way round.  Without those of experts.
+    Every gather of the sequence is a reduce-scatter in backward and the other way round.  Without those of experts.  An
+    embedding that sees whole sequences gathers again what it looked up; where it looks nothing up it takes its part of
+    what every rank has.
     """
+    whole = setting.model.spec.ends == "whole"
     if unit not in ENDS:
         both_s = _plain_regions(setting, unit) * (gather_s + scatter_s)
         return both_s, both_s
+    is_cut = any(p.cut is not None for p in setting.model.spec.unit(unit).parameters)
     if unit == "embedding":
-        return scatter_s, gather_s
+        both_s = is_cut * (gather_s + scatter_s)
+        return (both_s, both_s) if whole else (scatter_s, gather_s)
+    if whole and not is_cut:
+        return gather_s, scatter_s
     token_bytes = batch * setting.tokens(unit) * DTYPE_BYTES["fp32"]
     loss_s = sum((collective_s(setting, "all_reduce", s.tp, 1, n * token_bytes) for n in VOCABULARY_REDUCTIONS), 0.0)
     return gather_s + loss_s, scatter_s

@@ -12,13 +12,17 @@ import math
 
 from galvatron.core.model import LayerKind, ModelSpec, Precision, Recompute, UnitName
 from galvatron.core.model_profile import ActivationSample
+from galvatron.core.tasks import CLASSIFICATION
 from galvatron.core.units import DTYPE_BYTES
 
 from .layer import LocalLayer, local_layer, uses_rms
 
 FLOAT = DTYPE_BYTES["fp32"]
 TOKEN_ID = 8  # bytes of an int64
-VISION = ("vit", "swin")
+PLANNED_VISION = "swin"
+EMBEDDING_COPIES, NORMED_COPIES = 2.0, 3.5
+"""Hidden states of whole sequences at the peak of an embedding's backward: of sums alone; with a norm over them.
+[Empirical: 2026-11, counted on fake tensors of BERT's, RoBERTa's, ViT's and DINOv2's]"""
 CHUNK_BYTES, BLOCK_BYTES, SLICE_ROWS = 512 * 2**20, 128 * 2**20, 1 << 14
 """How the runtime's fused loss works (``losses/fused.py`` and ``layers/later.py`` of ``parallelize``): what a chunk's
 logits take in the compute dtype and a block of them in float32, and rows of the weight's gradient summed at a time."""
@@ -108,26 +112,66 @@ def embedding_activations(spec: ModelSpec, tp: int, seq_len: int, precision: Pre
     layer = local_layer(kind, spec.family, 1, seq_len, compiled=False)
     ids = seq_len * (TOKEN_ID + (tp > 1))
     rotary = 2 * seq_len * kind.head_dim * size if layer.rotary else 0
+    if spec.ends == "whole":
+        return _whole_embedding(spec, tp, seq_len, size, ids, rotary)
     learned = any("position" in p.name or "wpe" in p.name for p in spec.embedding.parameters)
     positions = min(1 / tp, 0.5) if learned else 0  # one for a microbatch of two sequences or more
     workspace = seq_len * spec.hidden_size * size * ((3 if tp > 1 else 1) + positions) + ids
     return _sample("embedding", tp, "none", seq_len, ids, workspace, fixed=seq_len * TOKEN_ID + rotary)
 
 
+def _whole_embedding(spec: ModelSpec, tp: int, seq_len: int, size: int, ids: int, rotary: int) -> ActivationSample:
+    """All tokens on every rank: ids or an image's patches, and the input of a norm."""
+    normed = any("norm" in p.name.lower() for p in spec.embedding.parameters)
+    patch = sum(math.prod(p.shape[1:]) for p in spec.embedding.parameters if len(p.shape) == 4)
+    saved = seq_len * patch * size if patch else ids
+    hidden = seq_len * spec.hidden_size * size
+    copies = (NORMED_COPIES if normed else EMBEDDING_COPIES) + (tp > 1) / 2
+    norm = normed * (hidden + 2 * seq_len * FLOAT)
+    return _sample("embedding", tp, "none", seq_len, saved + norm, copies * hidden + saved, fixed=rotary)
+
+
 def head_tokens(spec: ModelSpec, seq_len: int) -> int:
     """Tokens of a sequence that are projected: a classifier sees one."""
-    return 1 if spec.family in VISION else spec.layers[-1].tokens(seq_len)
+    is_classifier = spec.task in CLASSIFICATION or spec.family == PLANNED_VISION
+    return 1 if is_classifier else spec.layers[-1].tokens(seq_len)
+
+
+def head_cut(spec: ModelSpec, tp: int) -> int:
+    """Into how many parts a head's work on tokens is cut: none where it sees whole sequences."""
+    return 1 if spec.ends == "whole" else tp
+
+
+def head_rows(spec: ModelSpec, tp: int) -> int:
+    """Words or classes of which a rank has the logits."""
+    is_cut = spec.ends == "tokens" or any(p.cut is not None for p in spec.head.parameters)
+    return math.ceil(spec.vocab_size / tp) if is_cut else spec.vocab_size
 
 
 def head_activations(spec: ModelSpec, tp: int, seq_len: int, precision: Precision) -> ActivationSample:
-    """What the norm keeps, and the gradient of the projection's whole input; the loss works in chunks of tokens."""
-    size, hidden = DTYPE_BYTES[precision], spec.layers[-1].hidden_size
+    """What the norm keeps, and the gradient of the projection's whole input; the loss works in chunks of tokens.
+
+    Of heads that see whole sequences also what goes into and comes out of other linears; a classifier's token is a view
+    of all.
+    """
+    size, hidden, cut = DTYPE_BYTES[precision], spec.layers[-1].hidden_size, head_cut(spec, tp)
     normed, tokens = spec.layers[-1].tokens(seq_len), head_tokens(spec, seq_len)
-    saved = _norm_bytes(uses_rms(spec.head), size, hidden, fused=False) * normed / tp + tokens * hidden * size
+    norms = 1 if spec.ends == "tokens" else any("norm" in p.name.lower() for p in spec.head.parameters)
+    dense = _other_linears(spec) * 2 * tokens
+    projected = normed if spec.ends == "whole" else tokens
+    saved = norms * _norm_bytes(uses_rms(spec.head), size, hidden, fused=False) * normed / cut
+    saved += (projected + dense) * hidden * size
     copies = 2 if uses_rms(spec.head) and precision != "fp32" else 1  # before and after the norm's weight
-    passing = (copies * normed / tp + (tp > 1) * normed) * hidden * size
+    passing = (copies * normed / cut + (tp > 1) * normed + dense) * hidden * size
     sample = _sample("head", tp, "none", seq_len, saved, passing)
-    return sample.model_copy(update=_chunked(sample, math.ceil(spec.vocab_size / tp), tokens, hidden, precision))
+    return sample.model_copy(update=_chunked(sample, head_rows(spec, tp), tokens, hidden, precision))
+
+
+def _other_linears(spec: ModelSpec) -> int:
+    """Linears between the layers and the last one of the head, where it sees whole sequences."""
+    if spec.ends == "tokens":
+        return 0
+    return max(sum(len(p.shape) == 2 for p in spec.head.parameters) - 1, 0)
 
 
 def _chunked(

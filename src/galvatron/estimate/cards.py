@@ -14,6 +14,7 @@ from typing import Any
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ModelSpec
 from galvatron.core.parsing import is_file, parse_json, read_text
+from galvatron.core.tasks import Task
 from galvatron.core.words import did_you_mean, plain, shown
 
 from .config import spec_of_config
@@ -27,8 +28,8 @@ _NO_SHAPES = ("meta", "hf", "base", "instruct", "chat", "it", "v0.1", "uncased")
 """Words of hub names that say nothing of shapes."""
 
 
-def model_spec(name_or_path: str) -> ModelSpec:
-    """The model of a card, of a ``config.json``, or of a directory that holds one.
+def model_spec(name_or_path: str, task: Task | None = None) -> ModelSpec:
+    """The model of a card, of a ``config.json``, or of a directory that holds one, for ``task``.
 
     Cards may be called as on the hub: ``meta-llama/Llama-3.1-8B`` and ``llama-3.1-8b`` are ``llama3.1-8b``.
 
@@ -36,14 +37,14 @@ def model_spec(name_or_path: str) -> ModelSpec:
         ConfigError: it is none of these, or the configuration cannot be read.
     """
     if name_or_path.lower() in CARDS:
-        return _card(name_or_path.lower())
+        return _card(name_or_path.lower(), task)
     path = Path(name_or_path)
     if is_file(str(path / "config.json")):
         path = path / "config.json"
     if not is_file(str(path)):
-        return _card(_called(name_or_path))
+        return _card(_called(name_or_path), task)
     named = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
-    return spec_of_config(_parse(read_text(path, ConfigError), str(path)), named)
+    return spec_of_config(_parse(read_text(path, ConfigError), str(path)), named, task)
 
 
 def _called(name: str) -> str:
@@ -62,9 +63,9 @@ def _called(name: str) -> str:
     return found
 
 
-def _card(name: str) -> ModelSpec:
+def _card(name: str, task: Task | None) -> ModelSpec:
     text = _FOLDER.joinpath(f"{name}.json").read_text(encoding="utf-8")
-    return spec_of_config(_parse(text, f"card {name}"), name)
+    return spec_of_config(_parse(text, f"card {name}"), name, task)
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:

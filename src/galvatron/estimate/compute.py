@@ -20,7 +20,7 @@ from galvatron.core.model import LayerKind, ModelSpec, ParameterSpec, Precision,
 from galvatron.core.model_profile import ComputeSample
 from galvatron.core.units import DTYPE_BYTES
 
-from .activations import FLOAT, TOKEN_ID, chunk_tokens, head_tokens
+from .activations import FLOAT, TOKEN_ID, chunk_tokens, head_cut, head_rows, head_tokens
 from .devices import Preset, find_preset
 from .layer import LocalLayer, local_layer, matrices, uses_rms
 
@@ -238,11 +238,11 @@ def head_sample(spec: ModelSpec, tp: int, batch: int, seq_len: int, rates: Rates
     """
     size, hidden = rates.element_bytes, spec.layers[-1].hidden_size
     tokens = batch * head_tokens(spec, seq_len)
-    normed = batch * spec.layers[-1].tokens(seq_len) / tp * hidden
-    logits = tokens * math.ceil(spec.vocab_size / tp)
+    normed = batch * spec.layers[-1].tokens(seq_len) / head_cut(spec, tp) * hidden
+    logits = tokens * head_rows(spec, tp)
     matmul_s = matmuls_s(matrices(spec.head.parameters, tp), tokens, rates)
     norm_s = rates.moved_s(normed * _norm_moved_bytes(uses_rms(spec.head), size))
-    chunks = math.ceil(tokens / chunk_tokens(math.ceil(spec.vocab_size / tp), size))
+    chunks = math.ceil(tokens / chunk_tokens(head_rows(spec, tp), size))
     added_s = chunks * rates.moved_s(added_bytes(spec.head.parameters[-1:], tp, size)) if size != FLOAT else 0.0
     products = 1 + BACKWARD - (not spec.head.parameters[-1].trainable)
     forward_s = products * matmul_s + norm_s + rates.moved_s(logits * (5 * size + 10 * FLOAT)) + added_s

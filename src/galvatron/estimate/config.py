@@ -13,12 +13,13 @@ from pydantic import ValidationError
 
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import known_families
+from galvatron.core.family import known_families, known_family
 from galvatron.core.model import ModelSpec
+from galvatron.core.tasks import Task, task_named
 from galvatron.core.words import shown
 
 from .deepseek import deepseek_v3
-from .encoders import bert, swin, t5, vit
+from .encoders import swin, t5
 from .known import spec_of_known
 from .parts import Config
 
@@ -26,30 +27,39 @@ Family = Callable[[Config, str], ModelSpec]
 # Defaults are those of the library's config classes (transformers 5), for keys that files leave out.
 FAMILIES: dict[str, tuple[Family, dict[str, Any]]] = {
     "deepseek_v3": (deepseek_v3, {}),
-    "bert": (bert, {"tie_word_embeddings": True}),
     "t5": (t5, {"tie_word_embeddings": True}),
-    "vit": (vit, {"num_channels": 3, "num_labels": 1000}),
     "swin": (swin, {"num_channels": 3, "num_labels": 1000, "mlp_ratio": 4.0, "patch_size": 4}),
 }
 
 
-def spec_of_config(config: Mapping[str, Any], name: str) -> ModelSpec:
-    """The model that ``config`` describes, called ``name``.
+def spec_of_config(config: Mapping[str, Any], name: str, task: Task | None = None) -> ModelSpec:
+    """The model that ``config`` describes, called ``name``, for ``task``, by default that of its architecture.
 
     Sequences of vision models are patches: ``max_seq_len`` is (image / patch)², one more with a class token, and
     ``vocab_size`` is the number of classes.
 
     Raises:
-        ConfigError: its family is unknown, a size is missing, or sizes contradict each other.
+        ConfigError: its family is unknown or has no shapes for the task, a size is missing, or sizes contradict each
+            other.
     """
     model_type = config.get("model_type")
-    known = known_families()
-    if not isinstance(model_type, str) or model_type not in {*FAMILIES, *known}:
-        types = ", ".join(sorted({*FAMILIES, *known}))
-        raise ConfigError(f"model_type={shown(model_type)} has no shapes here; choose one of {types}")
+    types = {*FAMILIES, *(known.family.model_type for known in known_families().values())}
+    if not isinstance(model_type, str) or model_type not in types:
+        raise ConfigError(
+            f"model_type={shown(model_type)} has no shapes here; choose one of {', '.join(sorted(types))}"
+        )
+    known = known_family(model_type, task or task_named(config))
+    if known is None and (model_type not in FAMILIES or task is not None):
+        tasks = sorted(
+            known.family.task for known in known_families().values() if known.family.model_type == model_type
+        )
+        raise ConfigError(
+            f"task={task or task_named(config)} of a {model_type} config has no shapes here, only "
+            f"{', '.join(tasks) or 'its own'}; profile the model instead, which reads its code"
+        )
     try:
-        if model_type in known:
-            return spec_of_known(known[model_type], Config(config), name)
+        if known is not None:
+            return spec_of_known(known, Config(config), name)
         family, defaults = FAMILIES[model_type]
         return family(Config(config, **defaults), name)
     except ValidationError as failure:

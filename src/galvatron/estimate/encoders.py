@@ -1,4 +1,4 @@
-"""Shapes of the families that see whole sequences: BERT, T5, ViT and Swin.
+"""Shapes of families of several stacks that are planned for and not trained: T5 and Swin.
 
 Takes a Config; gives a ModelSpec whose parameters have Hugging Face's names.  Of vision models a sequence is the
 image's patches, and the vocabulary is the classes.
@@ -12,61 +12,7 @@ from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitS
 from .parts import Config, attention, chain, column, layer_norm, multi_head, row, vocabulary, whole
 
 SELF = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
-VIT = ("attention.attention.query", "attention.attention.key", "attention.attention.value", "attention.output.dense")
 T5_NAMES = ("q", "k", "v", "o")
-
-
-def bert(config: Config, name: str) -> ModelSpec:
-    """BERT with its masked-language-model head: transform, then the tied decoder."""
-    hidden, heads = config.heads("hidden_size", "num_attention_heads")
-    ffn, words = config.size("intermediate_size"), config.size("vocab_size")
-    positions = config.size("max_position_embeddings")
-    parameters = _encoder_layer(SELF, hidden, heads, ffn, ("attention.output.LayerNorm", "output.LayerNorm"))
-    embedding = chain(
-        [vocabulary("bert.embeddings.word_embeddings.weight", words, hidden)],
-        [whole("bert.embeddings.position_embeddings.weight", positions, hidden)],
-        [whole("bert.embeddings.token_type_embeddings.weight", config.get("type_vocab_size", 2), hidden)],
-        layer_norm("bert.embeddings.LayerNorm", hidden),
-    )
-    head = chain(
-        column("cls.predictions.transform.dense", hidden, hidden, None, True),
-        layer_norm("cls.predictions.transform.LayerNorm", hidden),
-        [vocabulary("cls.predictions.decoder.weight", words, hidden), vocabulary("cls.predictions.bias", words)],
-    )
-    return ModelSpec(
-        name=name,
-        family="bert",
-        layers=(multi_head(config.size("num_hidden_layers"), hidden, ffn, heads, parameters, causal=False),),
-        vocab_size=words,
-        max_seq_len=positions,
-        tied_embeddings=config.get("tie_word_embeddings", True),
-        embedding=UnitSpec(parameters=embedding),
-        head=UnitSpec(parameters=head),
-    )
-
-
-def vit(config: Config, name: str) -> ModelSpec:
-    """ViT: pre-norm encoder over patches and a class token."""
-    (hidden, heads), ffn = config.heads("hidden_size", "num_attention_heads"), config.size("intermediate_size")
-    patch, channels, classes = config.size("patch_size"), config.size("num_channels"), _classes(config)
-    tokens = _patches(config) + 1
-    parameters = _encoder_layer(VIT, hidden, heads, ffn, ("layernorm_before", "layernorm_after"))
-    embedding = (
-        whole("vit.embeddings.cls_token", 1, 1, hidden),
-        whole("vit.embeddings.position_embeddings", 1, tokens, hidden),
-        whole("vit.embeddings.patch_embeddings.projection.weight", hidden, channels, patch, patch),
-        whole("vit.embeddings.patch_embeddings.projection.bias", hidden),
-    )
-    return ModelSpec(
-        name=name,
-        family="vit",
-        layers=(multi_head(config.size("num_hidden_layers"), hidden, ffn, heads, parameters, causal=False),),
-        vocab_size=classes,
-        max_seq_len=tokens,
-        tied_embeddings=False,
-        embedding=UnitSpec(parameters=embedding),
-        head=UnitSpec(parameters=_classifier("vit.layernorm", hidden, classes)),
-    )
 
 
 def swin(config: Config, name: str) -> ModelSpec:
@@ -80,7 +26,7 @@ def swin(config: Config, name: str) -> ModelSpec:
             f"depths={list(depths)} and num_heads={list(heads)} need one entry a stage each; give both equal lengths"
         )
     patch, window, channels = (config.size(key) for key in ("patch_size", "window_size", "num_channels"))
-    classes, last = _classes(config), embed * 2 ** (len(depths) - 1)
+    classes, last = config.num_labels(), embed * 2 ** (len(depths) - 1)
     ratio = config.get("mlp_ratio", 4.0)
     kinds = (_swin_stage(i, depth, embed * 2**i, heads[i], ratio, window) for i, depth in enumerate(depths))
     merges = (_swin_merge(i, embed * 2**i) for i in range(len(depths) - 1))
@@ -195,12 +141,6 @@ def _encoder_layer(
         row("output.dense", hidden, ffn, ffn, True),
         *(layer_norm(norm, hidden) for norm in norms),
     )
-
-
-def _classes(config: Config) -> int:
-    """How many classes the configuration names, or counts."""
-    names: dict[str, str] = config.get("id2label", {})
-    return len(names) or config.size("num_labels")
 
 
 def _patches(config: Config) -> int:

@@ -38,6 +38,19 @@ class Config:
             raise self._refuse(key, "a list of positive integers")
         return tuple(value)
 
+    def sides(self, key: str, default: object) -> tuple[int, int]:
+        """Both sides of what is square unless the key has a list of two; ConfigError if they are none."""
+        value = self._data.get(key, default)
+        given = (value, value) if _is_size(value) else value
+        if not isinstance(given, (list, tuple)) or len(given) != 2 or not all(map(_is_size, given)):
+            raise self._refuse(key, "a positive integer, or two")
+        return given[0], given[1]
+
+    def num_labels(self) -> int:
+        """How many classes the configuration names, or counts, or the library takes."""
+        names: dict[str, str] = self.get("id2label", {})
+        return len(names) or self.get("num_labels", 2)
+
     def heads(self, hidden_key: str, heads_key: str) -> tuple[int, int]:
         """The two sizes, of which the second divides the first: every head has the same width."""
         hidden, heads = self.size(hidden_key), self.size(heads_key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import Family, known_families
+from galvatron.core.family import Family, known_family
 
 from .recognise import recognise
 from .tasks import task_of
@@ -37,7 +37,7 @@ def family_of(config: PretrainedConfig) -> Family:
             )
     key = structure_key(config)
     if key not in _found:
-        known = known_families().get(config.model_type)
+        known = known_family(config.model_type, task_of(config))
         is_shipped = known is not None and key in known.proved
         _found[key] = known.family if known is not None and is_shipped else recognise(config)
     family = _found[key]

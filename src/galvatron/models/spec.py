@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, Blocks, Experts, Family, Region, Stack
+from galvatron.core.family import BEYOND_RINGS, WINDOWS, Blocks, Experts, Family, Region, Stack
 from galvatron.core.lora import Lora, adapter_cuts
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
@@ -28,8 +28,6 @@ from .lora import attach_lora, base_linear
 from .shapes import entering_tokens, fixed_tokens
 from .tasks import config_of
 from .twin import EXPERT_KEYS, TAKEN_KEYS
-
-WINDOWS = ("sliding_window", "local_attention")
 
 
 def build_spec(
@@ -49,12 +47,20 @@ def model_to_train(
 
     ``origin``: what an exported adapter will name as its base model.
     """
-    family_of(config)
+    _check_padding(config, family_of(config))
     model = meta_model(config)
     if lora is not None:
         attach_lora(model, lora, origin)
     freeze_parameters(model, freeze)
     return model
+
+
+def _check_padding(config: PretrainedConfig, family: Family) -> None:
+    if family.task == "text_classification" and family.stacks[-1].causal and config.pad_token_id is None:
+        raise ConfigError(
+            f"a {config.model_type} that classifies texts finds their last token by pad_token_id, which its config "
+            "lacks; give it one"
+        )
 
 
 def spec_of(model: PreTrainedModel, name: str | None = None, family: Family | None = None) -> ModelSpec:
@@ -109,11 +115,16 @@ def _outputs(config: PretrainedConfig, family: Family) -> int:
 
 
 def _most_tokens(model: PreTrainedModel, family: Family) -> int:
-    """The longest sequence; of images, which are all of one size, the length of all."""
+    """The longest sequence; of images, which are all of one size, the length of all.
+
+    RoBERTa's positions begin after that of padding.
+    """
     if family.task == "image_classification":
         return entering_tokens(model, family)
     most: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
-    return most
+    before = (module for name in family.before for module in model.get_submodule(name).modules())
+    tables = (m for m in before if isinstance(m, nn.Embedding) and m.num_embeddings == most)
+    return most - max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
 
 
 def _is_tied(model: PreTrainedModel, family: Family) -> bool:

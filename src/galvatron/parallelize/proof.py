@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import known_families
+from galvatron.core.family import known_family
 from galvatron.core.model import ModelSpec, ParameterSpec
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.models import (
@@ -81,9 +81,8 @@ def prove(config: PretrainedConfig) -> Proof:
     return _proofs[key]
 
 
-def proved_structures(model_type: str) -> dict[str, str]:
-    """The structures of a type, its own config and one flag changed at a time, that are right; in words."""
-    config = AutoConfig.for_model(model_type)
+def proved_structures(config: PretrainedConfig) -> dict[str, str]:
+    """The structures of a type's ``config``, as it is and one flag changed at a time, that are right; in words."""
     found: dict[str, str] = {}
     own = recognise(config)
     for name, usual in {"": None, **config.to_dict()}.items():
@@ -105,7 +104,7 @@ def proved_structures(model_type: str) -> dict[str, str]:
 
 def is_known(config: PretrainedConfig) -> bool:
     """Whether this structure was proved with this version of transformers, as the data that ship say."""
-    known = known_families().get(config.model_type)
+    known = known_family(config.model_type, task_of(config))
     return (
         known is not None and known.transformers == transformers.__version__ and structure_key(config) in known.proved
     )

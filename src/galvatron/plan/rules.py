@@ -13,7 +13,7 @@ from .axes import StageAxes, divisors
 from .plan import LayerStrategy, Plan, Schedule
 
 RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
-PLANNED_ALONE = ("bert", "deepseek_v3", "swin", "t5", "vit")
+PLANNED_ALONE = ("deepseek_v3", "swin", "t5")
 """Families that can be planned for and not trained."""
 MAX_LISTED = 8
 

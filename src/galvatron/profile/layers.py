@@ -28,8 +28,8 @@ from galvatron.parallelize.sharding.fsdp import DTYPES
 from galvatron.parallelize.sharding.unsharded import UnshardedUnit
 
 from .device_memory import allocator_slack, attention_backend, fitting
-from .timing import Budget, agree, synchronize
 from .local import INITIAL_STD, LocalUnit
+from .timing import Budget, agree, synchronize
 from .units import UnitShape
 
 ALWAYS_MEASURED = 2  # batches 1 and 2, so that a slope is known however small the budget

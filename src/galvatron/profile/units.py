@@ -41,6 +41,7 @@ from galvatron.plan.axes import prime_factors
 from .local import LocalUnit
 from .whole import call_of_layer, embedding_unit, head_unit
 
+
 @dataclass(frozen=True)
 class UnitShape:
     """Which unit, at which cut, and whether layers are compiled, multiply in float8, have adapters: a measurement."""

@@ -31,18 +31,19 @@ class WholeUnit(LocalUnit):
         """Inputs [B, ...] → hidden states [B, S/tp, H]; or these to a scalar loss."""
         (name, row), *others = self.kwargs.items()
         assert not others
-        if isinstance(self.inner, WholeStage) and self.inner.is_first:
-            output: Tensor = self.inner(None, {name: tokens})
-            return output
-        output = self.inner(tokens, {name: row.expand(len(tokens), *row.shape[1:])}, **labels)
+        is_first = isinstance(self.inner, WholeStage) and self.inner.is_first
+        received = None if is_first else tokens
+        output: Tensor = self.inner(
+            received, {name: tokens if is_first else row.expand(len(tokens), *row.shape[1:])}, **labels
+        )
         return output
 
 
 def embedding_unit(model: PreTrainedModel, family: Family, spec: ModelSpec, seq_len: int, tp: AxisGroup) -> LocalUnit:
     """What comes before the layers, until the first of them has its part of every sequence."""
     stage = WholeStage(model, family, range(0), is_first=True, is_last=False)
-    if family.embedding is not None:
-        cut_embedding(model.get_submodule(family.embedding), spec.embedding.parameters[0], tp, whole=True)
+    for table in stage.tables:
+        cut_embedding(table, spec.embedding.parameters[0], tp, whole=True)
     stage.enter_from_whole(0, tp)
     return WholeUnit(stage, stage.first_modules, (), **blank_inputs(model.config, family.task, 1, seq_len))
 

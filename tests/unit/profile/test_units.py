@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from galvatron.models import build_spec
+from galvatron.models import build_spec, for_task
 from galvatron.profile.units import UnitShape
+from galvatron.testing.models import tiny_config
 
 CONFIGS = {
     "llama": LlamaConfig(
@@ -19,6 +20,11 @@ CONFIGS = {
         vocab_size=67,
         max_position_embeddings=16,
     ),
+    "masked words": tiny_config("bert", num_hidden_layers=1, max_position_embeddings=16),
+    "images": tiny_config("vit", num_hidden_layers=1, image_size=12, patch_size=4, num_channels=1),
+    "classes of texts": for_task(
+        tiny_config("llama", num_hidden_layers=1, max_position_embeddings=16, pad_token_id=1), "text_classification"
+    ),
     "gpt2": GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=67, n_positions=16, bos_token_id=0, eos_token_id=0),
 }
 
@@ -28,14 +34,17 @@ CONFIGS = {
 def test_units_hold_the_shapes_of_the_first_tp_rank_and_run(family, tp):
     config = CONFIGS[family]
     spec = build_spec(config)
+    seq_len = spec.max_seq_len
+    if seq_len % tp:
+        tp = 1  # an image's 10 tokens
     for name in spec.units:
-        shape = UnitShape(config, spec, name, tp, 16, torch.float32)
+        shape = UnitShape(config, spec, name, tp, seq_len, torch.float32)
         unit = shape.build()
         expected = sorted(math.prod(p.local_shape(tp)) for p in spec.unit(name).parameters)
         assert sorted(p.numel() for owner in unit.owners for p in owner.parameters()) == expected
         unit.allocate(torch.float32, torch.device("cpu"), torch.clone)
         tokens, labels = shape.inputs(3, torch.device("cpu"))
         output = unit(tokens, **labels)
-        assert tuple(output.shape) == (() if name == "head" else (3, 16 // tp, 32))
+        assert tuple(output.shape) == (() if name == "head" else (3, seq_len // tp, 32))
         output.backward(torch.ones_like(output))
         assert all(p.grad is not None for owner in unit.owners for p in owner.parameters())

@@ -209,7 +209,10 @@ class Driver:
             return {}
         return {
             name: self._own(
-                values.new_zeros(()).expand(values.shape) if values.is_floating_point() else values, self.plan.embedding
+                values.new_zeros((), device=self.grid.world.device).expand(values.shape)
+                if values.is_floating_point()
+                else values,
+                self.plan.embedding,
             )
             for name, values in inputs.items()
         }
