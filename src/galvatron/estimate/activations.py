@@ -121,10 +121,9 @@ def embedding_activations(spec: ModelSpec, tp: int, seq_len: int, precision: Pre
 
 
 def _whole_embedding(spec: ModelSpec, tp: int, seq_len: int, size: int, ids: int, rotary: int) -> ActivationSample:
-    """All tokens on every rank: ids or an image's patches, and the input of a norm."""
+    """All tokens on every rank: ids, and the input of a norm; images are counted with a step (``cost.memory``)."""
     normed = any("norm" in p.name.lower() for p in spec.embedding.parameters)
-    patch = sum(math.prod(p.shape[1:]) for p in spec.embedding.parameters if len(p.shape) == 4)
-    saved = seq_len * patch * size if patch else ids
+    saved = 0 if spec.task == "image_classification" else ids
     hidden = seq_len * spec.hidden_size * size
     copies = (NORMED_COPIES if normed else EMBEDDING_COPIES) + (tp > 1) / 2
     norm = normed * (hidden + 2 * seq_len * FLOAT)

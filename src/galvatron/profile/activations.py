@@ -29,6 +29,7 @@ from galvatron.core.model import Recompute
 from galvatron.core.model_profile import ActivationSample
 from galvatron.internals import FakeTensorMode
 from galvatron.parallelize.losses.fused import chunk_tokens
+from galvatron.parallelize.pipeline.whole import WholeStage
 
 from .local import LocalUnit
 from .storages import StorageLog, storage_bytes
@@ -149,8 +150,9 @@ def _count(log: StorageLog, unit: LocalUnit, tokens: Tensor, labels: dict[str, T
         for p in parameters
         if p.requires_grad
     ]
-    # clones, so that inputs count exactly if the unit keeps them
-    output = unit(tokens.clone(), **{name: label.clone() for name, label in labels.items()})
+    # clones, so that inputs count exactly if the unit keeps them; a batch of whole ends is there for all of a step
+    is_batch = isinstance(unit.inner, WholeStage) and unit.inner.is_first
+    output = unit(tokens if is_batch else tokens.clone(), **{name: label.clone() for name, label in labels.items()})
     log.ignore([output, *unit.early_gradients()])
     between = log.moment()
     if output.requires_grad:  # not where nothing up to here is trainable

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from galvatron.cli import app
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import known_families
 from galvatron.estimate import spec_of_config
-from galvatron.models import build_spec, family_of, structure_key
+from galvatron.models import build_spec, family_of, for_task, structure_key
 from galvatron.models.recognise import recognise
 from galvatron.testing.models import VARIANTS, tiny_config
 
@@ -26,6 +27,37 @@ SHIPPED = [v for v in VARIANTS if v.name not in CUT_OTHERWISE and v.family in kn
 def test_shapes_by_formula_are_those_of_the_model(variant) -> None:
     config = variant.config()
     assert spec_of_config(config.to_dict(), "x") == build_spec(config, "x")
+
+
+@pytest.mark.parametrize("name", [name for name, known in known_families().items() if known.family.ends == "whole"])
+def test_shapes_of_whole_ends_and_every_task_are_those_of_the_model(name: str) -> None:
+    """By the architecture that a file names, and by the task that is asked for."""
+    family = known_families()[name].family
+    config = AutoConfig.for_model(family.model_type)
+    config.num_hidden_layers = 3
+    if family.task == "text_classification":
+        config.pad_token_id, config.num_labels = 1, 7
+    named = for_task(config, family.task)
+    assert spec_of_config(named.to_dict(), "x") == build_spec(named, "x")
+    assert spec_of_config(config.to_dict(), "x", family.task) == build_spec(named, "x")
+
+
+def test_a_task_without_shapes_is_refused() -> None:
+    config = {**tiny_config("vit").to_dict(), "architectures": ["ViTForMaskedLM"]}
+    with pytest.raises(ConfigError, match="task=masked_lm of a vit config has no shapes here, only image_class"):
+        spec_of_config(config, "x")
+
+
+def test_a_classifier_of_texts_needs_a_padding_token() -> None:
+    config = for_task(tiny_config("llama"), "text_classification")
+    config.pad_token_id = None
+    with pytest.raises(ConfigError, match="a llama that classifies texts finds their last token by pad_token_id"):
+        build_spec(config)
+
+
+def test_positions_begin_after_that_of_padding() -> None:
+    config = tiny_config("roberta", pad_token_id=1, max_position_embeddings=66)
+    assert build_spec(config).max_seq_len == 64
 
 
 @pytest.mark.parametrize("model_type", ["phi3", "opt"])
