@@ -167,8 +167,9 @@ def _sizes(twin: PretrainedConfig) -> dict[str, int]:
     sizes = {name: size for name, size in found.items() if isinstance(size, int)}
     if _key(twin, "image_size"):
         sizes["num_patches"] = num_patches(twin.image_size, twin.patch_size)
-    if "max_position_embeddings" in sizes and isinstance(getattr(twin, "pad_token_id", None), int):
-        sizes["num_positions"] = sizes["max_position_embeddings"] - twin.pad_token_id - 1
+    padding: object = getattr(twin, "pad_token_id", None)
+    if "max_position_embeddings" in sizes and isinstance(padding, int):
+        sizes["num_positions"] = sizes["max_position_embeddings"] - padding - 1
     if task_of(twin) in CLASSIFICATION:
         sizes["num_labels"] = twin.num_labels
     sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
