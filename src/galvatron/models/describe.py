@@ -171,7 +171,7 @@ def _sizes(twin: PretrainedConfig) -> dict[str, int]:
     if "max_position_embeddings" in sizes and isinstance(padding, int):
         sizes["num_positions"] = sizes["max_position_embeddings"] - padding - 1
     if task_of(twin) in CLASSIFICATION:
-        sizes["num_labels"] = twin.num_labels
+        sizes["num_labels"] = twin.num_labels or 1
     sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
     sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
     return sizes

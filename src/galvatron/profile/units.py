@@ -153,7 +153,7 @@ class UnitShape:
         """What the model gives its layers beside the hidden states; a dry run finds out, without parameters."""
         if family.ends == "whole":
             another = model_to_train(self.config, lora=self.lora)
-            use_attention(another)
+            use_attention(another, family)
             kinds = [kind.name for kind in self.spec.kind_of_layers()]
             return call_of_layer(another, family, kinds.index(self.name), self.seq_len)
         stage, recorder = Stage(model, family, range(1, 1), is_first=False, is_last=False), _Recorder()
