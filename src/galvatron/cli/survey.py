@@ -65,7 +65,7 @@ def survey(
             say(f"{len(known)}/{len(wanted)}  {verdict.model_type}: {_outcome(verdict)}")
     found = [known[name] for name in wanted]
     if out is not None:
-        write_output(out, page(found))
+        write_output(out, page(found, len(types_of_tasks())))
     say(f"{len(found)} types: " + ", ".join(f"{count} {name}" for name, count in _counts(found).items()))
 
 
@@ -156,8 +156,8 @@ def _counts(verdicts: list[Verdict]) -> dict[str, int]:
     return {name: kinds[name] for name in (f"with {WORKS}", "with fewer", "refused")}
 
 
-def page(verdicts: list[Verdict]) -> str:
-    """The page of documentation: types by what can be done to them, and why."""
+def page(verdicts: list[Verdict], total: int) -> str:
+    """The page of documentation: types by what can be done to them, and why; of ``total`` that there are."""
     by_outcome: dict[str, list[str]] = defaultdict(list)
     for verdict in verdicts:
         by_outcome[_outcome(verdict)].append(verdict.model_type)
@@ -166,7 +166,11 @@ def page(verdicts: list[Verdict]) -> str:
     lines = [
         "# Types of models",
         "",
-        f"{len(verdicts)} types of transformers {verdicts[0].transformers}: {counts}.",
+        f"What `galvatron models survey` finds of {len(verdicts)} of the {total} types of transformers "
+        f"{verdicts[0].transformers} that have a model for one of galvatron's tasks: {counts}.",
+        "A tiny twin of each type's own config decides, for the task that the type is known for: losses and all",
+        "gradients, in as many stages as layers and between two tensor-parallel ranks, with two heads of keys and",
+        "values and with one.",
         "",
         "| strategies | types |",
         "| --- | --- |",

@@ -32,7 +32,7 @@ def test_a_survey_goes_on_from_its_lines_and_survives_what_ends_a_process(
     survey.survey(["llama", "falcon", "bloom"], lines, page)
     assert lines.read_text().startswith(kept)
     text = page.read_text()
-    assert "3 types of transformers" in text
+    assert "finds of 3 of the " in text
     assert "1 with every strategy, 1 with fewer, 1 refused" in text
     assert "| every strategy | llama |" in text
     assert "| no tp: no rule | falcon |" in text
