@@ -12,6 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -256,13 +257,13 @@ def activations_at_first_backward(model: ParallelModel, batch: dict[str, torch.T
         driver = model._driver
         original = driver._before_backward
 
-        def before_backward(chunk: int, is_last: bool) -> None:
+        def before_backward(*args: Any) -> None:
             if not seen:
                 buffers = [buffer for stage in model.stages for buffer in stage.buffers()]
                 known = [*buffers, *(p.tensor for p in model.local_parameters), *batch.values()]
                 log.ignore([*model.gathered_buffers(), *model.stages[-1].early_gradient.tensors(), *known])
                 seen.append(settled_bytes(log))
-            original(chunk, is_last)
+            original(*args)
 
         driver._before_backward = before_backward  # type: ignore[method-assign]
         model.train_step(**batch)
