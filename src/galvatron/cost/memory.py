@@ -42,7 +42,7 @@ from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.schedules import InFlight
 
 from .setting import Setting
-from .sizes import ShardSize, dealt_kv_heads, expert_ranks, shard_sizes, trained_sizes
+from .sizes import ShardSize, dealt_kv_heads, expert_ranks, held_and_trained
 from .strategies import NONE, Floats, Ints, Strategies
 
 MASTER_BYTES = DTYPE_BYTES["fp32"]  # parameters, reduced gradients and both AdamW states are float32
@@ -92,8 +92,7 @@ def unit_memory(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> Un
 def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) -> UnitMemory:
     """Memory of ``unit`` under every strategy; raises ProfileError when its activations were not counted."""
     s = strategies
-    dense, experts = shard_sizes(setting.parameters(unit), s)
-    trained_dense, trained_experts = trained_sizes(setting.parameters(unit), s)
+    (dense, experts), (trained_dense, trained_experts) = held_and_trained(setting.parameters(unit), s)
     held, trained = dense.held + experts.held, trained_dense.held + trained_experts.held
     whole = trained_dense.whole + trained_experts.whole
     activations, workspace = _passing_bytes(setting, unit, s)

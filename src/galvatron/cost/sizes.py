@@ -6,8 +6,9 @@ Takes parameters and strategies; gives elements.  Knows nothing of bytes or seco
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -58,26 +59,36 @@ def expert_ranks(kind: LayerKind, strategies: Strategies) -> Floats:
     return ranks
 
 
-def trained_sizes(parameters: Iterable[ParameterSpec], strategies: Strategies) -> tuple[ShardSize, ShardSize]:
-    """The same of what is trainable alone: what has gradients and optimizer states."""
-    return shard_sizes((p for p in parameters if p.trainable), strategies)
+def held_and_trained(
+    parameters: Sequence[ParameterSpec], strategies: Strategies
+) -> tuple[tuple[ShardSize, ShardSize], tuple[ShardSize, ShardSize]]:
+    """``shard_sizes``, and the same of what is trainable alone: what has gradients and optimizer states."""
+    held, trained = shard_sizes(parameters, strategies), [p for p in parameters if p.trainable]
+    return held, held if len(trained) == len(parameters) else shard_sizes(trained, strategies)
 
 
 def _sizes(parameters: list[ParameterSpec], tp: Ints, ep: Ints, shard: Ints) -> ShardSize:
-    held, whole, largest, uncut = (np.zeros(len(tp), dtype=np.int64) for _ in range(4))
-    for t, e in sorted({*zip(tp.tolist(), ep.tolist(), strict=True)}) if parameters else ():
-        rows = np.flatnonzero((tp == t) & (ep == e))
-        for parameter in parameters:
-            shape = parameter.local_shape(t, ep=e)
-            elements = math.prod(shape)
-            parts, places = np.unique(shard[rows], return_inverse=True)
-            part = np.array([_sharded(shape, n) for n in parts.tolist()])[places]
-            held[rows] += part
-            whole[rows] += elements
-            largest[rows] = np.maximum(largest[rows], elements)
-            if parameter.cut is None or parameter.cut.is_whole(t):
-                uncut[rows] += part
-    return ShardSize(held, whole, largest, uncut)
+    """Thousands of strategies share a few cuts, and a search asks for them at every batch."""
+    if not parameters:
+        return ShardSize(*np.zeros((4, len(tp)), dtype=np.int64))
+    _, first, at = np.unique((tp << 42) + (ep << 21) + shard, return_index=True, return_inverse=True)
+    of = _elements(tuple(parameters))
+    cuts = [of(*cut) for cut in zip(tp[first].tolist(), ep[first].tolist(), shard[first].tolist(), strict=True)]
+    return ShardSize(*np.array(cuts, dtype=np.int64).reshape(-1, 4)[at].T)
+
+
+@cache
+def _elements(parameters: tuple[ParameterSpec, ...]) -> Callable[[int, int, int], tuple[int, int, int, int]]:
+    """What ``ShardSize`` has of all parameters, by (tp, ep, shards)."""
+
+    @cache
+    def of(tp: int, ep: int, num_shards: int) -> tuple[int, int, int, int]:
+        shapes = [parameter.local_shape(tp, ep=ep) for parameter in parameters]
+        parts, whole = [_sharded(shape, num_shards) for shape in shapes], [math.prod(shape) for shape in shapes]
+        uncut = sum(part for p, part in zip(parameters, parts, strict=True) if p.cut is None or p.cut.is_whole(tp))
+        return sum(parts), sum(whole), max(whole), uncut
+
+    return of
 
 
 def _sharded(shape: tuple[int, ...], num_shards: int) -> int:

@@ -21,7 +21,7 @@ from .data_parallel import data_parallel_s, replicated_bytes_s, tied_s
 from .experts import expert_messages
 from .memory import MASTER_BYTES
 from .setting import Setting
-from .sizes import dealt_kv_heads, shard_sizes, trained_sizes
+from .sizes import dealt_kv_heads, held_and_trained, shard_sizes
 from .strategies import FULL, NONE, Floats, Ints, Strategies
 
 VOCABULARY_REDUCTIONS = (1, 3)
@@ -132,8 +132,7 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     again_s, repeated_s, tp_backward_s, context_backward_s = (
         reached * seconds for seconds in (again_s, repeated_s, tp_backward_s, context_backward_s)
     )
-    parameters = setting.parameters(unit)
-    held, trained = shard_sizes(parameters, s), trained_sizes(parameters, s)
+    held, trained = held_and_trained(setting.parameters(unit), s)
     shard = data_parallel_s(setting, unit, s, held, trained, forward_s, backward_s + again_s)
     return UnitTimes(
         compute_forward_s=forward_s,

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from galvatron.core.model import ENDS
 from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints
 
-from .geometry import StageShape
+from .geometry import StageShape, UnitClass
 from .space import Options, Space
 from .stages import BY_ENDS, Division, Tables, by_ends, divide, least_total_and_largest
 
@@ -46,11 +47,48 @@ class StageBound:
     bound_s: Floats
 
 
+class Bounds:
+    """The bounds of spaces that have the layers of one space and some of its ends.
+
+    What layers alone say is computed once: where ends are tied, hundreds of pairs of them are bounded in turn.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._space, self._edges = space, _level_edges(list(space.options.values()))
+        kinds = (kind.name for kind in space.setting.model.spec.layers)
+        self._layers = {kind: _Staircase.of(space.options[kind], self._edges) for kind in kinds}
+        self._slopes: dict[UnitClass, Floats] = {}
+        self._between: dict[int, StageBound] = {}
+
+    def of(self, part: Space) -> list[StageBound]:
+        """Of every stage of ``part``."""
+        own = self._layers | {end: _Staircase.of(part.options[end], self._edges) for end in ENDS}
+        return [self._stage(stage, shape, own) for stage, shape in enumerate(part.geometry.stages)]
+
+    def _stage(self, stage: int, shape: StageShape, staircases: dict[str, _Staircase]) -> StageBound:
+        if 0 < stage < self._space.task.pp - 1:
+            if stage not in self._between:
+                self._between[stage] = self._bound(shape, staircases)
+            return self._between[stage]
+        return self._bound(shape, staircases)
+
+    def _bound(self, shape: StageShape, staircases: dict[str, _Staircase]) -> StageBound:
+        own = [staircases[c.unit] for c in shape.classes]
+        columns = [(o.options.work_s, o.options.held_bytes(c.in_flight)) for o, c in zip(own, shape.classes, strict=True)]
+        hulls = [self._hull(unit, *column) for unit, column in zip(shape.classes, columns, strict=True)]
+        return _stage_bound(self._space.usable_bytes, shape, own, columns, _prices(hulls), len(self._edges))
+
+    def _hull(self, unit: UnitClass, work_s: Floats, held: Ints) -> Floats:
+        if unit.unit in ENDS:
+            return _hull_slopes(work_s, held)
+        if unit not in self._slopes:
+            self._slopes[unit] = _hull_slopes(work_s, held)
+        return self._slopes[unit]
+
+
 def stage_bounds(space: Space) -> list[StageBound]:
     """The bounds of every stage's segments; infinite where a segment surely does not fit."""
-    edges = _level_edges(list(space.options.values()))
-    staircases = {unit: _Staircase.of(options, edges) for unit, options in space.options.items()}
-    return [_stage_bound(space.usable_bytes, shape, staircases, edges) for shape in space.geometry.stages]
+    return Bounds(space).of(space)
 
 
 def _level_edges(options: list[Options]) -> Ints:
@@ -97,11 +135,15 @@ def _falls(values: Ints, group: Ints) -> np.ndarray:
     return np.concatenate(([True], lowered[1:] < least[:-1]))
 
 
-def _stage_bound(usable_bytes: int, shape: StageShape, staircases: dict[str, _Staircase], edges: Ints) -> StageBound:
-    own = [staircases[c.unit] for c in shape.classes]
-    columns = [(o.options.work_s, o.options.held_bytes(c.in_flight)) for o, c in zip(own, shape.classes, strict=True)]
-    prices = _prices(columns)
-    levels = len(edges)
+def _stage_bound(
+    usable_bytes: int,
+    shape: StageShape,
+    own: list[_Staircase],
+    columns: list[tuple[Floats, Ints]],
+    prices: Floats,
+    levels: int,
+) -> StageBound:
+    """``own``, ``columns``: the options of every class, and their (work, held bytes)."""
     least_s = np.full((levels, len(own), len(prices)), NEVER_S)
     least_held = np.full((levels, len(own)), NEVER, dtype=np.int64)
     for at, (staircase, (work, held)) in enumerate(zip(own, columns, strict=True)):
@@ -122,9 +164,9 @@ def _stage_bound(usable_bytes: int, shape: StageShape, staircases: dict[str, _St
     return StageBound(shape, prices, least_s[-1], least_held[-1], bound_s)
 
 
-def _prices(columns: list[tuple[Floats, Ints]]) -> Floats:
+def _prices(hulls: list[Floats]) -> Floats:
     """Slopes of the lower hulls of all classes, thinned to ``NUM_PRICES``, with 0."""
-    slopes = np.unique(np.concatenate([np.zeros(1), *(_hull_slopes(work, held) for work, held in columns)]))
+    slopes = np.unique(np.concatenate([np.zeros(1), *hulls]))
     if len(slopes) > NUM_PRICES:
         slopes = slopes[np.unique(np.linspace(0, len(slopes) - 1, NUM_PRICES).astype(int))]
     return slopes
@@ -177,10 +219,10 @@ def lower_bounds_s(space: Space, *settings: Setting) -> list[float]:
     return found
 
 
-def least_works_s(space: Space) -> tuple[float, float] | None:
+def least_works_s(space: Space, bounds: Bounds) -> tuple[float, float] | None:
     """What Σ and max of the stages' work cannot go below, each on its own; None: nothing fits."""
     layers = space.geometry.num_layers
-    return least_total_and_largest(bound_tables(stage_bounds(space), layers), layers)
+    return least_total_and_largest(bound_tables(bounds.of(space), layers), layers)
 
 
 def bound_of(setting: Setting, total_s: float, largest_s: float) -> float:

@@ -29,6 +29,9 @@ from .space import Space
 from .tables import Solution
 
 NUM_CANDIDATES = 8
+RUNNER_UP = 0.1
+"""How far behind the best a plan may be to be replayed beside it: the replay tells plans apart by a few percent."""
+
 _STOPS: dict[type[BaseException], Stop] = {KeyboardInterrupt: "interrupt", TimeUp: "time limit"}
 
 
@@ -139,12 +142,17 @@ def _solve_all(job: Job, num_candidates: int) -> _Found:
 
 def _worth(found: _Found, num_candidates: int, gap: float) -> float:
     """Bounds up to this are looked at: what may be a candidate, and of that nothing that is within the gap anyway."""
-    worst = found.best(num_candidates)
+    worst = _worst(found, num_candidates)
     return min(worst, found.best() * (1 - gap)) if gap else worst
 
 
+def _worst(found: _Found, num_candidates: int) -> float:
+    """The most that a plan may take to be among those that are replayed."""
+    return min(found.best(num_candidates), found.best() * (1 + RUNNER_UP))
+
+
 def _solve_one(job: Job, found: _Found, i: int, bound: float, num_candidates: int) -> None:
-    task, worst = job.tasks[i], found.best(num_candidates)
+    task, worst = job.tasks[i], _worst(found, num_candidates)
     space = job.builder.build(task)
     solved = Solved(None, bound * task.global_batch_size)
     if bound <= found.best():

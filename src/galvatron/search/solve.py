@@ -7,14 +7,15 @@ it was too low and is raised.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from .bounds import StageBound, bound_of, least_works_s, relaxed_division, stage_bounds
+from galvatron.core.model import ENDS
+
+from .bounds import Bounds, StageBound, bound_of, least_works_s, relaxed_division
 from .layers import FULL_EFFORT, GREAT_EFFORT, LITTLE_EFFORT, Effort
 from .patience import ENDLESS, Patience
 from .space import Space
@@ -26,6 +27,7 @@ GUESSES = (2e-3, 8e-3, 1.6e-2, 4e-2, 1e-1, 1.0, math.inf)
 
 COARSE_GUESSES = GUESSES[2:]
 PROVEN = 1e-4  # a gap that is not worth a search
+NEAR = 1e-2  # what a further part must save where the best is not asked for
 
 
 @dataclass(frozen=True)
@@ -51,52 +53,52 @@ def solve(
     """
     best: Solution | None = None
     lower = math.inf
-    for floor, part in parts(space):
-        if floor > at_most:
+    for floor, part, bounds in parts(space):
+        worth = at_most if effort.bounds or best is None else at_most * (1 - NEAR)
+        if floor > worth:
             lower = min(lower, floor)
             break
-        solved = _solve_within(part, at_most, effort, patience)
+        solved = _solve_within(part, bounds.of(part), worth, effort, patience)
         lower = min(lower, solved.lower_bound_s)
         if solved.solution is not None and (best is None or solved.solution.value < best.value):
             best, at_most = solved.solution, min(at_most, solved.solution.value)
     return Solved(best, lower if best is None else min(lower, best.value))
 
 
-def parts(space: Space) -> Iterator[tuple[float, Space]]:
-    """Spaces that are ``space`` together, in each of which any options go together; what none of their plans is below.
+def parts(space: Space) -> Iterator[tuple[float, Space, Bounds]]:
+    """Spaces that are ``space`` together, in each of which any options go together, with bounds for them.
 
-    Tied ends have equal strategies: every pair is a part.  Interleaved layers are all in one layout, so that chunks
-    meet without redistribution.
+    By ascending floor, which none of a part's plans is below.  Tied ends have equal strategies: every pair is a part.
+    Interleaved layers are all in one layout, so that chunks meet without redistribution.
     """
-    found = [[(0.0, part)] if part.end_pairs is None else _pairs(part) for part in space.alternatives]
-    pairs = heapq.merge(*found, key=lambda pair: pair[0])
-    for floor, pair in pairs:
-        layouts = range(len(space.layouts)) if space.task.model_chunks > 1 else ()
-        for part in [pair.in_layout(layout) for layout in layouts] or [pair]:
-            if not part.is_empty:
-                yield floor, part
+    found = (part for alternative in space.alternatives for part in _parts(alternative))
+    for floor, group, bounds, pair in sorted(found, key=lambda part: part[0]):
+        ends = {end: np.array([at]) for end, at in zip(ENDS, pair, strict=False)}
+        yield floor, group.restricted(ends), bounds
 
 
-def _pairs(space: Space) -> list[tuple[float, Space]]:
-    """Every pair of tied ends, by what they add to layers that have all the room."""
-    layers = least_works_s(space.with_free_ends())
-    if layers is None:
-        return []
-    found = []
-    for i, j in undominated_pairs(space):
-        total = layers[0] + float(space.options["embedding"].work_s[i] + space.options["head"].work_s[j])
-        found.append(
-            (
-                bound_of(space.setting, total, layers[1]),
-                space.restricted({"embedding": np.array([i]), "head": np.array([j])}),
-            )
-        )
-    return sorted(found, key=lambda pair: pair[0])
+def _parts(space: Space) -> Iterator[tuple[float, Space, Bounds, tuple[int, ...]]]:
+    """(floor, the space in one layout where it is interleaved, its bounds, a pair of tied ends)."""
+    interleaved, pairs = space.task.model_chunks > 1, None if space.end_pairs is None else undominated_pairs(space)
+    for group in map(space.in_layout, range(len(space.layouts))) if interleaved else [space]:
+        if group.is_empty:
+            continue
+        bounds = Bounds(group)
+        if pairs is None and not interleaved:
+            yield 0.0, group, bounds, ()
+            continue
+        ends = [group.options[end].work_s for end in ENDS]
+        least = least_works_s(group if pairs is None else group.with_free_ends(), bounds)
+        for pair in [()] if pairs is None else pairs:
+            if least is not None:
+                total = least[0] + sum(float(work[at]) for work, at in zip(ends, pair, strict=False))
+                yield bound_of(space.setting, total, least[1]), group, bounds, pair
 
 
-def _solve_within(space: Space, at_most: float, effort: Effort, patience: Patience) -> Solved:
+def _solve_within(
+    space: Space, bounds: list[StageBound], at_most: float, effort: Effort, patience: Patience
+) -> Solved:
     """The same for one part: guesses rise from its bound until one is not too low."""
-    bounds = stage_bounds(space)
     relaxed = relaxed_division(space, bounds)
     if relaxed is None:
         return Solved(None, math.inf)
