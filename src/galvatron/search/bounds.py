@@ -34,16 +34,21 @@ NEVER, NEVER_S = 2**50, 1e15  # bytes and seconds of an option that does not exi
 
 @dataclass(frozen=True)
 class StageBound:
-    """The dual of one stage.
+    """The dual of one stage, by levels of the largest transient.
 
-    ``prices``: λ in seconds a byte; ``least_s[class, λ]``: the cheapest option's work + λ·held; ``least_held[class]``;
-    ``bound_s[row, k]``: the bound with what is received.
+    ``prices``: λ in seconds a byte.  Of the options up to level q, whose transients are at most ``largest[q]``:
+    ``least_s[q, class, λ]``, the cheapest one's work + λ·held, and ``least_held[q, class]``.  ``least_transient[q]``:
+    the least of level q itself.  ``level_s[q, row, k]``: the bound, with what is received, of plans whose largest
+    transient is of level q; ``bound_s[row, k]``: of all.
     """
 
     shape: StageShape
     prices: Floats
     least_s: Floats
     least_held: Ints
+    largest: Ints
+    least_transient: Ints
+    level_s: Floats
     bound_s: Floats
 
 
@@ -74,9 +79,11 @@ class Bounds:
 
     def _bound(self, shape: StageShape, staircases: dict[str, _Staircase]) -> StageBound:
         own = [staircases[c.unit] for c in shape.classes]
-        columns = [(o.options.work_s, o.options.held_bytes(c.in_flight)) for o, c in zip(own, shape.classes, strict=True)]
+        columns = [
+            (o.options.work_s, o.options.held_bytes(c.in_flight)) for o, c in zip(own, shape.classes, strict=True)
+        ]
         hulls = [self._hull(unit, *column) for unit, column in zip(shape.classes, columns, strict=True)]
-        return _stage_bound(self._space.usable_bytes, shape, own, columns, _prices(hulls), len(self._edges))
+        return _stage_bound(self._space.usable_bytes, shape, own, columns, _prices(hulls), self._edges)
 
     def _hull(self, unit: UnitClass, work_s: Floats, held: Ints) -> Floats:
         if unit.unit in ENDS:
@@ -141,9 +148,10 @@ def _stage_bound(
     own: list[_Staircase],
     columns: list[tuple[Floats, Ints]],
     prices: Floats,
-    levels: int,
+    edges: Ints,
 ) -> StageBound:
-    """``own``, ``columns``: the options of every class, and their (work, held bytes)."""
+    """``own``, ``columns``: the options of every class, and their (work, held bytes); ``edges``: of the levels."""
+    levels = len(edges)
     least_s = np.full((levels, len(own), len(prices)), NEVER_S)
     least_held = np.full((levels, len(own)), NEVER, dtype=np.int64)
     for at, (staircase, (work, held)) in enumerate(zip(own, columns, strict=True)):
@@ -158,10 +166,10 @@ def _stage_bound(
     work_s = least_s.transpose(0, 2, 1) @ counts.astype(np.float64)  # [level, price, segment]
     work_s -= prices[:, None] * room[:, None]
     fits = (least_held @ counts <= room) & (transient < NEVER)[:, None]
-    bound = np.full(shape.allowed.shape, np.inf)
-    bound[segments] = np.where(fits, work_s.max(axis=1), np.inf).min(axis=0)
-    bound_s = np.where(bound < np.inf, bound * (1 - ROUNDING * np.sign(bound)) + shape.received_s, np.inf)
-    return StageBound(shape, prices, least_s[-1], least_held[-1], bound_s)
+    bound = np.full((levels, *shape.allowed.shape), np.inf)
+    bound[:, *segments] = np.where(fits, work_s.max(axis=1), np.inf)
+    level_s = np.where(bound < np.inf, bound * (1 - ROUNDING * np.sign(bound)) + shape.received_s, np.inf)
+    return StageBound(shape, prices, least_s, least_held, edges, transient, level_s, level_s.min(axis=0))
 
 
 def _prices(hulls: list[Floats]) -> Floats:

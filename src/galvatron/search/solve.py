@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
 from galvatron.core.model import ENDS
 
+from .ascending import Ascending
 from .bounds import Bounds, StageBound, bound_of, least_works_s, relaxed_division
 from .layers import FULL_EFFORT, GREAT_EFFORT, LITTLE_EFFORT, Effort
 from .patience import ENDLESS, Patience
 from .space import Space
+from .stages import Division
 from .tables import ROUNDING, Solution, TaskSolver
 
 UNLIMITED = 2**62
 GUESSES = (2e-3, 8e-3, 1.6e-2, 4e-2, 1e-1, 1.0, math.inf)
 """By how much the optimum may exceed its bound before more of the space is let in: labels multiply with it."""
 
-COARSE_GUESSES = GUESSES[2:]
+COARSE_GUESSES, NEAR_GUESSES = GUESSES[2:], GUESSES[1:4]
 PROVEN = 1e-4  # a gap that is not worth a search
 NEAR = 1e-2  # what a further part must save where the best is not asked for
 
@@ -52,61 +55,83 @@ def solve(
         TimeUp: ``patience`` came to its end.
     """
     best: Solution | None = None
-    lower = math.inf
-    for floor, part, bounds in parts(space):
-        worth = at_most if effort.bounds or best is None else at_most * (1 - NEAR)
-        if floor > worth:
-            lower = min(lower, floor)
-            break
-        solved = _solve_within(part, bounds.of(part), worth, effort, patience)
+    lower, found = math.inf, list(parts(space))
+
+    @lru_cache(maxsize=4)
+    def bounded(i: int) -> tuple[list[StageBound], Division | None]:
+        part, bounds = found[i][1:]
+        own = bounds.of(part)
+        return own, relaxed_division(part, own)
+
+    def relaxed_s(i: int) -> float:
+        patience.check()
+        relaxed = bounded(i)[1]
+        return math.inf if relaxed is None else relaxed.value * (1 - 1e-12)
+
+    order, worth = Ascending([floor for floor, _, _ in found], (relaxed_s,)), at_most
+    while (i := order.first(worth)) is not None:
+        order.drop()
+        own, relaxed = bounded(i)
+        assert relaxed is not None
+        solved = _solve_within(found[i][1], own, relaxed, worth, effort, patience)
         lower = min(lower, solved.lower_bound_s)
         if solved.solution is not None and (best is None or solved.solution.value < best.value):
-            best, at_most = solved.solution, min(at_most, solved.solution.value)
+            best = solved.solution
+            worth = min(worth, best.value * (1 if effort.bounds else 1 - NEAR))
+    lower = min(lower, order.least)
+    if best is not None and space.end_pairs is not None:
+        best = replace(best, head=best.embedding)
     return Solved(best, lower if best is None else min(lower, best.value))
 
 
 def parts(space: Space) -> Iterator[tuple[float, Space, Bounds]]:
     """Spaces that are ``space`` together, in each of which any options go together, with bounds for them.
 
-    By ascending floor, which none of a part's plans is below.  Tied ends have equal strategies: every pair is a part.
-    Interleaved layers are all in one layout, so that chunks meet without redistribution.
+    With each comes what none of its plans is below.  Tied ends have equal strategies: every pair is a part, or, on one
+    stage, all pairs of a layout, whose bytes and seconds add up.  Interleaved layers are all in one layout, so that
+    chunks meet without redistribution.
     """
-    found = (part for alternative in space.alternatives for part in _parts(alternative))
-    for floor, group, bounds, pair in sorted(found, key=lambda part: part[0]):
-        ends = {end: np.array([at]) for end, at in zip(ENDS, pair, strict=False)}
-        yield floor, group.restricted(ends), bounds
+    for alternative in space.alternatives:
+        if alternative.end_pairs is not None and space.task.pp == 1:
+            for joined in _joined(alternative):
+                yield 0.0, joined, Bounds(joined)
+        else:
+            yield from _parts(alternative)
 
 
-def _parts(space: Space) -> Iterator[tuple[float, Space, Bounds, tuple[int, ...]]]:
-    """(floor, the space in one layout where it is interleaved, its bounds, a pair of tied ends)."""
+def _joined(space: Space) -> list[Space]:
+    """By layout of the ends, where one stage holds both."""
+    layout, pairs = space.options["embedding"].layout, undominated_pairs(space)
+    layouts = sorted({int(layout[i]) for i, _ in pairs})
+    return [space.with_joined_ends([pair for pair in pairs if layout[pair[0]] == at]) for at in layouts]
+
+
+def _parts(space: Space) -> Iterator[tuple[float, Space, Bounds]]:
     interleaved, pairs = space.task.model_chunks > 1, None if space.end_pairs is None else undominated_pairs(space)
     for group in map(space.in_layout, range(len(space.layouts))) if interleaved else [space]:
         if group.is_empty:
             continue
         bounds = Bounds(group)
         if pairs is None and not interleaved:
-            yield 0.0, group, bounds, ()
+            yield 0.0, group, bounds
             continue
         ends = [group.options[end].work_s for end in ENDS]
         least = least_works_s(group if pairs is None else group.with_free_ends(), bounds)
         for pair in [()] if pairs is None else pairs:
             if least is not None:
                 total = least[0] + sum(float(work[at]) for work, at in zip(ends, pair, strict=False))
-                yield bound_of(space.setting, total, least[1]), group, bounds, pair
+                chosen = {end: np.array([at]) for end, at in zip(ENDS, pair, strict=False)}
+                yield bound_of(space.setting, total, least[1]), group.restricted(chosen), bounds
 
 
 def _solve_within(
-    space: Space, bounds: list[StageBound], at_most: float, effort: Effort, patience: Patience
+    space: Space, bounds: list[StageBound], relaxed: Division, at_most: float, effort: Effort, patience: Patience
 ) -> Solved:
     """The same for one part: guesses rise from its bound until one is not too low."""
-    relaxed = relaxed_division(space, bounds)
-    if relaxed is None:
-        return Solved(None, math.inf)
     lower = relaxed.value * (1 - 1e-12)
-    if lower > at_most:
-        return Solved(None, lower)
     best: Solution | None = None
-    for stretch in GUESSES if effort.bounds else COARSE_GUESSES:
+    guesses = GUESSES if effort.bounds else COARSE_GUESSES
+    for stretch in guesses if at_most > relaxed.value * (1 + GUESSES[1]) else (math.inf,):
         guess = min(relaxed.value * (1 + stretch), at_most, math.inf if best is None else best.value)
         solver = TaskSolver(space, bounds, guess, effort, patience)
         best = _better(best, solver.solve())
@@ -115,13 +140,28 @@ def _solve_within(
             return Solved(best, best.value)
         if best is not None and best.value * (1 - patience.gap) <= lower:
             return Solved(best, lower)
-        if solver.merged and effort.bounds and solver.bound_s < math.inf:
+        if effort.bounds and solver.merged and solver.bound_s < math.inf:
             best = _better(best, TaskSolver(space, bounds, guess, LITTLE_EFFORT, patience).solve())
         if guess == at_most or (solver.merged and best is not None):
             break
+        if effort.bounds and best is None and stretch == GUESSES[0]:
+            # a plan that is near the best lets less in than the next guesses
+            best = _solve_near(space, bounds, relaxed.value, at_most, patience)
     if best is None or best.value > at_most * ROUNDING:
         return Solved(None, lower)
     return _retried(space, bounds, best, lower, patience) if effort.bounds else Solved(best, lower)
+
+
+def _solve_near(
+    space: Space, bounds: list[StageBound], relaxed_s: float, at_most: float, patience: Patience
+) -> Solution | None:
+    """A plan that a little effort finds within the next few guesses; None where it finds none."""
+    for stretch in NEAR_GUESSES:
+        guess = min(relaxed_s * (1 + stretch), at_most)
+        found = TaskSolver(space, bounds, guess, LITTLE_EFFORT, patience).solve()
+        if found is not None or guess == at_most:
+            return found
+    return None
 
 
 def _better(a: Solution | None, b: Solution | None) -> Solution | None:

@@ -174,6 +174,25 @@ class Space:
         ends = {end: self.options[end].take(np.zeros(1, dtype=np.int64)).free() for end in ENDS}
         return replace(self, options={**self.options, **ends}, whole=self)
 
+    def with_joined_ends(self, pairs: Sequence[tuple[int, int]]) -> Space:
+        """This space where one stage holds both ends, which are ``pairs`` of one layout.
+
+        Each pair is an embedding; the head takes nothing and is there for its layout.
+        """
+        first, last = np.array(pairs).T
+        embedding, head = self.options["embedding"].take(first), self.options["head"].take(last)
+        joined = Options(
+            embedding.strategies,
+            embedding.work_s + head.work_s,
+            embedding.resident_bytes + head.resident_bytes,
+            embedding.activation_bytes + head.activation_bytes,
+            embedding.waiting_bytes + head.waiting_bytes,
+            np.maximum(embedding.transient_bytes, head.transient_bytes),
+            embedding.layout,
+        )
+        ends = {"embedding": joined, "head": head.take(np.zeros(1, dtype=np.int64)).free()}
+        return replace(self, options={**self.options, **ends}, whole=self)
+
     def in_layout(self, layout: int) -> Space:
         """This space with only those options of the layers whose layout is ``layout``."""
         kinds = [kind.name for kind in self.setting.model.spec.layers]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,9 @@ from .layers import ANY, FULL_EFFORT, Chain, ClassOptions, Effort, Goal, Grown, 
 from .patience import ENDLESS, Patience
 from .space import Options, Space
 from .stages import Division, Join, Tables, by_ends, divide
+
+Found = dict[tuple[int, int], list[Grown]]
+"""By (row, k) the chains of a segment."""
 
 ROUNDING = 1 + 1e-9  # what a chain may cost is stretched by this much, so that rounding cuts off nothing
 
@@ -88,7 +91,7 @@ class TaskSolver:
 
     def _solve(self) -> Solution | None:
         bounds: list[Tables] = []
-        grown: list[dict[tuple[int, int], Grown]] = []
+        grown: list[Found] = []
         entries = np.array([ANY])
         for stage in range(len(self.bounds)):
             found = self._stage(stage, entries)
@@ -108,31 +111,34 @@ class TaskSolver:
             division = divide(works, self.geometry.num_layers, self.space.setting)
         return None if division is None else self._solution(division, grown)
 
-    def _stage(self, stage: int, entries: Ints) -> dict[tuple[int, int], Grown]:
-        """By (row, k) the chains of one stage's segments."""
-        found: dict[tuple[int, int], Grown] = {}
-        for members in self._alike(stage):
-            self.patience.check()
-            chain = self._chain(stage, members, entries)
-            if chain is not None:
-                result = grow(chain)
-                self.merged |= result.merged
-                found |= {(row, k): result for row, k in members if k in result.work_s}
+    def _stage(self, stage: int, entries: Ints) -> Found:
+        """By (row, k) the chains of one stage's segments, of every level of the largest transient one."""
+        found: Found = {}
+        for level in range(len(self.bounds[stage].largest)):
+            for members in self._alike(stage, level):
+                self.patience.check()
+                chain = self._chain(stage, level, members, entries)
+                if chain is not None:
+                    result = grow(chain)
+                    self.merged |= result.merged
+                    for row, k in members:
+                        if k in result.work_s:
+                            found.setdefault((row, k), []).append(result)
         return found
 
-    def _table(self, stage: int, found: dict[tuple[int, int], Grown], of: Literal["work_s", "bound_s"]) -> Tables:
+    def _table(self, stage: int, found: Found, of: Literal["work_s", "bound_s"]) -> Tables:
         """The table of one stage from its chains: the best that were found, or what none is below."""
         shape, size = self.bounds[stage].shape, len(self.space.layouts)
         table: Tables = {}
-        for (row, k), result in found.items():
+        for (row, k), results in found.items():
             at = table.setdefault(k, np.full((shape.allowed.shape[0], size, size), np.inf))
-            at[row] = getattr(result, of)[k] + shape.received_s[row, k]
+            at[row] = np.min([getattr(result, of)[k] for result in results], axis=0) + shape.received_s[row, k]
         return table
 
-    def _alike(self, stage: int) -> list[list[tuple[int, int]]]:
-        """Segments (row, k) worth solving, those together whose units are the first of one chain."""
-        bound_s = self.bounds[stage].bound_s
-        worth = np.isfinite(bound_s) & (bound_s <= self.most_s[stage])
+    def _alike(self, stage: int, level: int) -> list[list[tuple[int, int]]]:
+        """Segments (row, k) worth solving at a level, those together whose units are the first of one chain."""
+        level_s = self.bounds[stage].level_s[level]
+        worth = np.isfinite(level_s) & (level_s <= self.most_s[stage])
         groups: dict[tuple[object, ...], list[tuple[int, int]]] = {}
         for row in np.flatnonzero(worth.any(axis=1)).tolist():
             lengths = np.flatnonzero(worth[row]).tolist()
@@ -143,15 +149,18 @@ class TaskSolver:
                 groups.setdefault((layers, *after), []).append((row, k))
         return list(groups.values())
 
-    def _chain(self, stage: int, members: list[tuple[int, int]], entries: Ints) -> Chain | None:
-        """The chain that serves all ``members`` (row, k): equal layers up to the longest."""
+    def _chain(self, stage: int, level: int, members: list[tuple[int, int]], entries: Ints) -> Chain | None:
+        """The chain that serves all ``members`` (row, k): equal layers up to the longest.
+
+        It has the options up to ``level``, of which what is below the level counts as its least.
+        """
         shape = self.bounds[stage].shape
         row, longest = max(members, key=lambda member: member[1])
         layers = [self.geometry.class_of(stage, *layer) for layer in self.geometry.layers_of(stage, row, longest)]
         ends = {unit.unit: at for at, unit in enumerate(shape.classes) if unit.unit in ENDS}
-        goals = self._goals(stage, members, layers, ends)
+        goals = self._goals(stage, level, members, layers, ends)
         used = sorted({*layers, *ends.values()})
-        options = {at: self._options(stage, at, goals, ends) for at in used}
+        options = {at: self._options(stage, level, at, goals, ends) for at in used}
         if not all(len(chosen) for chosen in options.values()):
             return None
         floor = self._least_transient(options, ends, goals, layers)
@@ -179,7 +188,7 @@ class TaskSolver:
         return max(int(options[at].transient_bytes.min()) for at in always)
 
     def _goals(
-        self, stage: int, members: list[tuple[int, int]], layers: list[int], ends: dict[UnitName, int]
+        self, stage: int, level: int, members: list[tuple[int, int]], layers: list[int], ends: dict[UnitName, int]
     ) -> dict[int, Goal]:
         """What every number of layers among ``members`` may take, and what remains after each layer."""
         bound, goals = self.bounds[stage], {}
@@ -191,22 +200,25 @@ class TaskSolver:
                 np.zeros(len(units) + 1, dtype=np.int64),
             )
             for j in range(len(units) - 1, -1, -1):
-                least_s[j] = least_s[j + 1] + bound.least_s[units[j]]
-                least_held[j] = least_held[j + 1] + bound.least_held[units[j]]
+                least_s[j] = least_s[j + 1] + bound.least_s[level, units[j]]
+                least_held[j] = least_held[j + 1] + bound.least_held[level, units[j]]
             most_s = max(float(self.most_s[stage][row, k] - bound.shape.received_s[row, k]) for row in rows)
             goals[k] = Goal(
                 self.space.usable_bytes - int(bound.shape.beside_bytes[rows[0], k]), most_s, least_s, least_held
             )
         return goals
 
-    def _options(self, stage: int, at: int, goals: dict[int, Goal], ends: dict[UnitName, int]) -> Options:
+    def _options(self, stage: int, level: int, at: int, goals: dict[int, Goal], ends: dict[UnitName, int]) -> Options:
         """The options of a class that may be part of some goal by the dual bound, and are not dominated."""
         bound, unit = self.bounds[stage], self.bounds[stage].shape.classes[at]
         options = self.space.options[unit.unit]
-        peak = options.held_bytes(unit.in_flight) + options.transient_bytes
+        options = options.take(np.flatnonzero(options.transient_bytes <= bound.largest[level]))
+        counted = np.maximum(options.transient_bytes, bound.least_transient[level])
+        options, peak = replace(options, transient_bytes=counted), options.held_bytes(unit.in_flight) + counted
+        least_s, least_held = bound.least_s[level], bound.least_held[level]
         embedding = [ends["embedding"]] if "embedding" in ends else []
-        first_s = bound.least_s[embedding].sum(axis=0) - bound.least_s[at]
-        first_held = int(bound.least_held[embedding].sum()) - int(bound.least_held[at])
+        first_s = least_s[embedding].sum(axis=0) - least_s[at]
+        first_held = int(least_held[embedding].sum()) - int(least_held[at])
         kept = peak <= max(goal.room - int(goal.least_held[0]) - first_held for goal in goals.values())
         limits = [goal.most_s + bound.prices * goal.room - goal.least_s[0] - first_s for goal in goals.values()]
         for price, limit in zip(bound.prices, np.max(limits, axis=0), strict=True):
@@ -214,12 +226,13 @@ class TaskSolver:
         options = options.take(np.flatnonzero(kept))
         return options.take(undominated_options(options, unit.in_flight, len(self.space.layouts)))
 
-    def _solution(self, division: Division, grown: list[dict[tuple[int, int], Grown]]) -> Solution:
+    def _solution(self, division: Division, grown: list[Found]) -> Solution:
         pp, chunks = self.space.task.pp, self.space.task.model_chunks
         ends: dict[UnitName, LayerStrategy] = {}
         entries: list[list[LayerStrategy]] = [[] for _ in range(pp * chunks)]
         for stage, (start, k, entry, last) in enumerate(division.segments):
-            result, classes = grown[stage][self.geometry.row(start), k], self.bounds[stage].shape.classes
+            results, classes = grown[stage][self.geometry.row(start), k], self.bounds[stage].shape.classes
+            result = results[int(np.argmin([result.work_s[k][entry, last] for result in results]))]
             layers = []
             for at, option in result.options(k, entry, last):
                 strategy = result.chain.classes[at].options.strategies[option]
