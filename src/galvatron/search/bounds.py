@@ -167,7 +167,7 @@ def _stage_bound(
     work_s -= prices[:, None] * room[:, None]
     fits = (least_held @ counts <= room) & (transient < NEVER)[:, None]
     bound = np.full((levels, *shape.allowed.shape), np.inf)
-    bound[:, *segments] = np.where(fits, work_s.max(axis=1), np.inf)
+    bound[:, shape.allowed] = np.where(fits, work_s.max(axis=1), np.inf)
     level_s = np.where(bound < np.inf, bound * (1 - ROUNDING * np.sign(bound)) + shape.received_s, np.inf)
     return StageBound(shape, prices, least_s, least_held, edges, transient, level_s, level_s.min(axis=0))
 
