@@ -14,7 +14,7 @@ from galvatron.core.model import ENDS, UnitName
 from .communication import collective_s, exposed_s, tied_reduction_s
 from .memory import MASTER_BYTES
 from .setting import Setting
-from .sizes import ShardSize, shard_sizes, trained_sizes
+from .sizes import ShardSize, held_and_trained, shard_sizes
 from .strategies import Floats, Ints, Strategies
 
 
@@ -35,7 +35,7 @@ def data_parallel_s(
     joins = unit == "head" and setting.shares_tied_weight
     twice = setting.model.spec.is_reached(unit) and setting.gathers_twice(unit)
     # replicas add up over microbatches what they reduce, zeros where nothing is
-    late = trained_sizes(setting.arriving_last(unit), s)[0].held * setting.reduce_bytes * (s.replicas == 1)
+    late = held_and_trained(setting.arriving_last(unit), s)[1][0].held * setting.reduce_bytes * (s.replicas == 1)
 
     def message_s(op: Op, size: Ints, stride: Ints, num_bytes: Ints) -> Floats:
         whole_s = collective_s(setting, op, size, stride, num_bytes)

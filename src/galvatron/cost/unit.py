@@ -21,7 +21,7 @@ from .data_parallel import data_parallel_s, replicated_bytes_s, tied_s
 from .experts import expert_messages
 from .memory import MASTER_BYTES
 from .setting import Setting
-from .sizes import dealt_kv_heads, held_and_trained, shard_sizes
+from .sizes import dealt_kv_heads, held_and_trained
 from .strategies import FULL, NONE, Floats, Ints, Strategies
 
 VOCABULARY_REDUCTIONS = (1, 3)

@@ -29,8 +29,9 @@ from .space import Space
 from .tables import Solution
 
 NUM_CANDIDATES = 8
-RUNNER_UP = 0.1
-"""How far behind the best a plan may be to be replayed beside it: the replay tells plans apart by a few percent."""
+RUNNER_UP, MANY_STRATEGIES = 0.1, 1_000
+"""How far behind the best a plan may be to be looked for where a layer has so many strategies that this takes long: the
+replay tells plans apart by a few percent."""
 
 _STOPS: dict[type[BaseException], Stop] = {KeyboardInterrupt: "interrupt", TimeUp: "time limit"}
 
@@ -125,7 +126,7 @@ def _solve_all(job: Job, num_candidates: int) -> _Found:
     """Solve tasks by ascending bound until no other can be among the best ``num_candidates``, or within the gap."""
     found, order = _Found(), job.ascending()
     try:
-        while (i := order.first(_worth(found, num_candidates, job.patience.gap))) is not None:
+        while (i := order.first(_worth(job, found, num_candidates))) is not None:
             _solve_one(job, found, i, order.least, num_candidates)
             order.drop()
     except (KeyboardInterrupt, TimeUp) as end:
@@ -140,19 +141,20 @@ def _solve_all(job: Job, num_candidates: int) -> _Found:
     return found
 
 
-def _worth(found: _Found, num_candidates: int, gap: float) -> float:
+def _worth(job: Job, found: _Found, num_candidates: int) -> float:
     """Bounds up to this are looked at: what may be a candidate, and of that nothing that is within the gap anyway."""
-    worst = _worst(found, num_candidates)
+    worst, gap = _worst(job, found, num_candidates), job.patience.gap
     return min(worst, found.best() * (1 - gap)) if gap else worst
 
 
-def _worst(found: _Found, num_candidates: int) -> float:
+def _worst(job: Job, found: _Found, num_candidates: int) -> float:
     """The most that a plan may take to be among those that are replayed."""
-    return min(found.best(num_candidates), found.best() * (1 + RUNNER_UP))
+    worst = found.best(num_candidates)
+    return min(worst, found.best() * (1 + RUNNER_UP)) if job.strategies > MANY_STRATEGIES else worst
 
 
 def _solve_one(job: Job, found: _Found, i: int, bound: float, num_candidates: int) -> None:
-    task, worst = job.tasks[i], _worst(found, num_candidates)
+    task, worst = job.tasks[i], _worst(job, found, num_candidates)
     space = job.builder.build(task)
     solved = Solved(None, bound * task.global_batch_size)
     if bound <= found.best():
