@@ -50,7 +50,7 @@ def test_the_search_equals_brute_force(seed: int) -> None:
     model = make_model(spec, tps=(1, 2, 4), seed=seed, flops_per_s=10 ** (9 + seed / 3), optimizer_s_per_parameter=1e-8)
     hardware = make_hardware(4, latency_s=1e-5, seed=seed, memory_bytes=2**40)
     degrees = (1, 2, 4)
-    named = {"tp": degrees, "ulysses": degrees, "cp": (1,), "ep": (1,), "dp_shard": degrees}
+    named = {"tp": degrees, "ulysses": degrees, "cp": (1,), "ep": (1,), "dp_shard": degrees, "offload": ("none",)}
     choice = Choice({**named, "zero": (0, 2, 3), "recompute": ("none", "full")}, (("1f1b", 1),), "hetu")
     settings = list(every_task(model, hardware, 4, choice))
     objectives, peaks = (
