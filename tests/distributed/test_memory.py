@@ -149,8 +149,7 @@ PLANS: dict[str, tuple[str, Plan]] = {
         "vit",
         plan([S(dp_replicate=2), TP2, ZERO2_3, TP2], TP2, layers_per_stage=(2, 2), num_microbatches=4, seq_len=10),
     ),
-    "classes of texts": ("llama classifier", plan([TP4, ZERO3, MIXED2, S(cp=2, tp=2)], TP4)),
-    "classes of texts, bf16": ("bert classifier", plan([ZERO3, TP4, TP4, DP4], DP4, precision="bf16")),
+    "classes of texts": ("bert classifier", plan([ZERO3, TP4, TP4, DP4], DP4, precision="bf16")),
     "recompute": ("llama", plan([ZERO3.model_copy(update=FULL)] * 3 + [TP4.model_copy(update=FULL)], TP4)),
     "levels between": (
         "gpt2",
