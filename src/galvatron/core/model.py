@@ -248,6 +248,12 @@ class ModelSpec(Record):
         return self.tied_embeddings or self.task not in TOKEN_TASKS
 
     @property
+    def tied_names(self) -> tuple[str, str] | None:
+        """What embedding and head call a weight that they share; None where they call it alike, or share none."""
+        names = self.embedding.parameters[0].name, self.head.parameters[-1].name
+        return names if self.tied_embeddings and names[0] != names[1] else None
+
+    @property
     def units(self) -> tuple[UnitName, ...]:
         """The names of all units: embedding, kinds of layers, head."""
         return ENDS[0], *(kind.name for kind in self.layers), ENDS[1]

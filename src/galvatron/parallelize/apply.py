@@ -87,7 +87,7 @@ def parallelize(
     twins: dict[str, str] = {}  # a tied head that given weights have a copy of
     if weights is not None:
         weights = weights if adapter is None else AdaptedWeights(weights, _own_weights(model, seed))
-        tied = {spec.embedding.parameters[0].name: spec.head.parameters[-1].name} if spec.tied_embeddings else {}
+        tied = dict([spec.tied_names]) if spec.tied_names else {}
         twins = check_names(weights, model, tied)
     values = weights or _own_weights(model, seed)
     grid = Grid(plan, world, tied=spec.tied_embeddings, folded=folds_sequence(plan, spec))

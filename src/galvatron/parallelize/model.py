@@ -379,9 +379,8 @@ class ParallelModel:
 
     @property
     def _ties(self) -> dict[str, str]:
-        if not self.spec.tied_embeddings:
-            return {}
-        return {self.spec.head.parameters[-1].name: self.spec.embedding.parameters[0].name}
+        tied = self.spec.tied_names
+        return {tied[1]: tied[0]} if tied else {}
 
     if not TYPE_CHECKING:  # a type checker knows what is missing without it
 

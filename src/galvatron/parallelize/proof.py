@@ -240,11 +240,13 @@ def _in_stages(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients
     for stage in stages:
         for name, parameter in stage.model.named_parameters():
             _add(found, name, parameter.grad)
-    for own in spec.head.parameters:  # by the name that the model knows it by
-        if (path := last.placed(own).name) != own.name:
-            found[own.name] = found.pop(path)
-    if spec.tied_embeddings:
-        _add(found, spec.embedding.parameters[0].name, found.pop(spec.head.parameters[-1].name, None))
+    for stage, parameters in ((stages[0], spec.embedding.parameters), (last, spec.head.parameters)):
+        for own in parameters:  # by the name that the model knows it by
+            if (path := stage.placed(own).name) != own.name:
+                _add(found, own.name, found.pop(path, None))
+    if spec.tied_names:
+        table, projection = spec.tied_names
+        _add(found, table, found.pop(projection, None))
     return share.item(), found
 
 

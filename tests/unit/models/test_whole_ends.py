@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import AutoConfig
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.tasks import Task
@@ -84,3 +85,12 @@ def test_images_are_sequences_of_one_length() -> None:
 def test_a_tied_bias_has_the_name_that_the_model_knows_it_by() -> None:
     names = [parameter.name for parameter in spec_of(meta_model(tiny_config("bert"))).head.parameters]
     assert names[-2:] == ["cls.predictions.bias", "cls.predictions.decoder.weight"]
+
+
+def test_a_weight_that_is_known_by_its_heads_name_is_tied_to_none() -> None:
+    sizes = {name: value for name, value in tiny_config("roberta").to_dict().items() if name != "model_type"}
+    config = AutoConfig.for_model("camembert", **sizes)
+    spec = spec_of(meta_model(config))
+    assert spec.embedding.parameters[0].name == spec.head.parameters[-1].name == "lm_head.decoder.weight"
+    assert spec.tied_names is None
+    assert prove(config) == Proof()
