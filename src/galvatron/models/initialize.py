@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from galvatron.core.errors import ConfigError
 from galvatron.internals import TorchDispatchMode, changes_in_place, takes_generator, to_be_initialised, viewed
 
 from .lora import start_adapters
@@ -51,7 +52,11 @@ class InitialWeights:
     """The initial value of any parameter of a meta model, made when asked for."""
 
     def __init__(self, model: PreTrainedModel, seed: int) -> None:
-        """Record how ``model`` (parameters on meta) initialises itself."""
+        """Record how ``model`` (parameters on meta) initialises itself.
+
+        Raises:
+            ConfigError: it computes a value from tensors, which have none on meta.
+        """
         parameters = dict(model.named_parameters())
         for module in model.modules():
             to_be_initialised(module)
@@ -61,6 +66,12 @@ class InitialWeights:
             start_adapters(model)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
+        for name, steps in recorder.steps.items():
+            if any(isinstance(given, torch.Tensor) and given.is_meta for step in steps for given in step.args):
+                raise ConfigError(
+                    f"the initial value of {name} is computed by {type(model).__name__} itself, from a whole model; "
+                    "start from a checkpoint instead (weights)"
+                )
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._steps = recorder.steps
         self._seed = seed

@@ -114,12 +114,12 @@ def test_a_missing_job(folder: Path, fails: Fails) -> None:
 
 
 def test_an_unsupported_model(folder: Path, fails: Fails) -> None:
-    edit(folder / "config.json", '"llama"', '"mamba"')
+    edit(folder / "config.json", '"llama"', '"dbrx"')
     assert "galvatron trains chains of layers between an embedding and a head" in fails("run", "job.toml")
-    assert "model_type='mamba'" in fails("profile", "model", "config.json", "--seq-len", "16")
+    assert "model_type='dbrx'" in fails("profile", "model", "config.json", "--seq-len", "16")
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "text.txt' has no text"), ("too short", "give more text or lower")])
+@pytest.mark.parametrize(("text", "message"), [("", "text.txt' has no text"), ("too short", "give more data or lower")])
 def test_too_little_data(folder: Path, fails: Fails, text: str, message: str) -> None:
     (folder / "text.txt").write_text(text)
     assert message in fails("run", "job.toml")

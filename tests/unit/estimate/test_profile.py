@@ -13,9 +13,9 @@ from galvatron.core.hardware import Device
 from galvatron.core.model import RECOMPUTES
 from galvatron.core.model_profile import ModelProfile
 from galvatron.estimate import CARDS, cluster, estimate_model, model_spec, spec_of_config
-from galvatron.estimate.compute import Rates, attention_s
+from galvatron.estimate.compute import Rates, attention_s, matmuls_s
 from galvatron.estimate.devices import Constant, preset
-from galvatron.estimate.layer import local_layer
+from galvatron.estimate.layer import local_layer, matrices
 from galvatron.estimate.profile import batches
 from galvatron.models import build_spec
 from galvatron.profile.activations import count_activations
@@ -154,7 +154,8 @@ def test_what_a_step_moves_of_every_parameter_takes_its_time():
     without = {(s.unit, s.batch): s for s in frozen.compute}
     layer = sum(math.prod(p.shape) for p in profile.spec.layer.parameters)
     added = samples["layer", 4].backward_s - without["layer", 4].backward_s
-    assert added == pytest.approx(layer * (2 + 8) / rate)
+    products_s = matmuls_s(matrices(profile.spec.layer.parameters, 1), 4 * 4096, Rates.of(preset("h200"), "bf16"))
+    assert added == pytest.approx(layer * (2 + 8) / rate + products_s)
 
 
 def _frozen(spec):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from galvatron.core.errors import ConfigError
 from galvatron.models import InitialWeights, build_spec, load_config, meta_model
@@ -105,3 +106,9 @@ def test_sizes_that_make_no_model_are_one_sentence(
     with pytest.raises(ConfigError, match=says) as caught:
         build_spec(load_config(tmp_path if in_a_folder else tmp_path / "config.json"))
     assert "\n" not in str(caught.value)
+
+
+def test_initial_values_that_a_type_computes_are_refused_before_anything_is_made() -> None:
+    config = AutoConfig.for_model("mamba", vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(ConfigError, match=r"the initial value of .*A_log is computed by MambaForCausalLM itself"):
+        InitialWeights(meta_model(config), 0)

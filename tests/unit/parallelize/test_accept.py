@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoModel, PreTrainedModel
 
 from galvatron.core.errors import ConfigError, PlanError
-from galvatron.models import build_spec, meta_model
+from galvatron.models import build_spec, family_of, meta_model
 from galvatron.parallelize import parallelize
 from galvatron.parallelize.checks.model import check_model
 from galvatron.parallelize.layers.attention import NAME, use_attention
@@ -186,7 +186,7 @@ def test_nothing_of_the_users_config_changes(family: str) -> None:
     assert (config.to_dict(), config._attn_implementation) == (before, attention)
     config = model.config
     before, attention = config.to_dict(), config._attn_implementation
-    use_attention(model)
+    use_attention(model, family_of(model.config))
     assert (model.config.to_dict(), model.config._attn_implementation) == (before, attention)
     assert model.config is config
     layer = next(module for name, module in model.named_modules() if name.endswith(("attn", "attention")))
@@ -196,7 +196,7 @@ def test_nothing_of_the_users_config_changes(family: str) -> None:
 def test_our_attention_is_right_or_refuses() -> None:
     ids = torch.arange(12).unsqueeze(0)
     plain, ours = tiny_model("mistral"), tiny_model("mistral")
-    use_attention(ours)
+    use_attention(ours, family_of(ours.config))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
         cache = ours(ids[:, :8], use_cache=True).past_key_values
