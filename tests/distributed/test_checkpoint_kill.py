@@ -39,7 +39,7 @@ def _model() -> SimpleNamespace:
     names = ("a.weight", "b.weight")
     parts = [LocalParameter(n, torch.nn.Parameter(torch.zeros(SHAPE)), SHAPE, (whole,), 1, True) for n in names]
     config = SimpleNamespace(to_json_string=lambda use_diff: "{}\n")
-    return SimpleNamespace(local_parameters=parts, config=config, loss_scale=None)
+    return SimpleNamespace(local_parameters=parts, config=config, loss_scale=None, adapter=None)
 
 
 def _tensors(model: SimpleNamespace, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
