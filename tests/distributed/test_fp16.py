@@ -22,6 +22,7 @@ from galvatron.testing.models import tiny_model
 from galvatron.testing.pool import Pool, WorkerError
 from galvatron.train import Dataset, read_metrics, train
 from galvatron.train.checkpoint import TrainState
+from galvatron.train.rows import StreamRows
 
 SCALE = 2.0**12
 TOKENS = np.random.RandomState(0).randint(0, 97, size=3000)
@@ -136,7 +137,7 @@ def trains(plan: Plan, run_dir: Path, num_steps: int, resume: str | None, poison
 
     model.train_step = train_step  # type: ignore[method-assign]
     section = TrainSection(global_batch_size=4, seq_len=16, num_steps=num_steps, lr=1e-3, precision="fp16")
-    dataset = Dataset(TOKENS, seq_len=16, global_batch_size=4, fingerprint="x")
+    dataset = Dataset(StreamRows(TOKENS, 16), global_batch_size=4, fingerprint="x")
     train(model, section, dataset, plan=model.plan, run_dir=run_dir, resume=resume)
     return (run_dir / "metrics.jsonl").read_text()
 
