@@ -422,3 +422,13 @@ def to_be_initialised(module: nn.Module) -> None:
 def needless_names(model: PreTrainedModel) -> list[str]:
     """Patterns of tensors that old files have and ``model`` computes itself: masks, rotary tables, positions."""
     return [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+
+
+def model_mapping(auto_class: Any) -> Any:
+    """From a config's class to the class, or classes, of models that an auto class of transformers builds."""
+    return auto_class._model_mapping
+
+
+def model_types(auto_class: Any) -> list[str]:
+    """The types of models that an auto class of transformers builds."""
+    return list(auto_class._model_mapping._model_mapping)

@@ -24,6 +24,7 @@ from transformers import (
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.tasks import Task
+from galvatron.internals import model_mapping, model_types
 
 CLASSES: dict[Task, Any] = {
     "vision_language": AutoModelForImageTextToText,
@@ -68,7 +69,7 @@ def known_task(config: PretrainedConfig) -> Task | None:
 
 def types_of_tasks() -> list[str]:
     """Every type of model that transformers has a class for one of these tasks."""
-    return sorted({name for model in CLASSES.values() for name in model._model_mapping._model_mapping})
+    return sorted({name for model in CLASSES.values() for name in model_types(model)})
 
 
 def auto_class(config: PretrainedConfig) -> Any:
@@ -99,7 +100,7 @@ def config_of(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def _class_for(config: PretrainedConfig, task: Task) -> type | None:
-    mapping = CLASSES[task]._model_mapping
+    mapping = model_mapping(CLASSES[task])
     if type(config) not in mapping:
         return None
     found: Any = mapping[type(config)]
