@@ -64,5 +64,5 @@ $(WITH_EXTRAS): $(INSTALLED)
 $(LOWEST_INSTALLED): pyproject.toml tests/lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
-	$(LOWEST)/bin/python -m pip install --quiet -r tests/lowest.txt -e '.[train]'
+	$(LOWEST)/bin/python -m pip install --quiet -r tests/lowest.txt -e '.[train,vision]'
 	touch $@
