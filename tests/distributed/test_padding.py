@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -104,14 +102,6 @@ def test_padding_is_seen_by_no_token(pool: Pool) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_padding_is_seen_by_no_token_under_mixes(pool: Pool, case: str, world_size: int) -> None:
     check(pool, plans_of(case, world_size, 10), world_size)
-
-
-@pytest.fixture(autouse=True)
-def no_world_is_left() -> Iterator[None]:
-    """A world of one in this process would hang ranks that later tests fork from it."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def alone(case: str) -> tuple[ParallelModel, dict[str, Tensor]]:
