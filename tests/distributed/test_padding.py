@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed.small_runs import worst_error
-from galvatron.core.errors import DataError, UnsupportedError
+from galvatron.core.errors import ConfigError, DataError, UnsupportedError
 from galvatron.core.tasks import Task
-from galvatron.models import auto_class, for_task, freeze_parameters, spec_of
+from galvatron.models import auto_class, for_task, freeze_parameters, random_inputs, spec_of
 from galvatron.parallelize import ParallelModel, World, init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan
-from galvatron.testing.models import draw_weights, tiny_config
+from galvatron.testing.models import draw_weights, tiny_config, tiny_model
 from galvatron.testing.plans import SEQ_LEN, pure_plans, random_plans
 from galvatron.testing.pool import Pool
 from galvatron.train.data import IGNORED_LABEL
@@ -176,3 +177,27 @@ def test_ranks_that_do_the_same_work_at_an_end_draw_alike(pool: Pool) -> None:
     first, second, still = single
     assert abs(first - second) > 1e-3
     assert abs(first - still) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"label_smoothing": 0.1}, ConfigError, "a contrast has a loss of its own"),
+        ({"z_loss": 1e-4}, ConfigError, "a contrast has a loss of its own"),
+        (
+            {"attention_mask": torch.ones(2, SEQ_LEN, dtype=torch.int64)},
+            UnsupportedError,
+            "rows of clip.*cannot be padded",
+        ),
+    ],
+)
+def test_what_a_contrast_has_no_place_for_is_refused(
+    settings: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    whole = tiny_model("clip")
+    spec = spec_of(whole)
+    plan = pure_plans(spec, 1)["dp"]
+    inputs = random_inputs(whole.config, spec.task, plan.global_batch_size, plan.seq_len, torch.Generator())
+    model = parallelize(whole, plan, world=init_world("cpu"))
+    with pytest.raises(error, match=words):
+        model.train_step(**inputs, **settings)

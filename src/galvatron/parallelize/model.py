@@ -161,6 +161,7 @@ class ParallelModel:
         self._check_step(loss_fn, position_ids, others, gradients=True)
         self._check_carried(accumulate)
         terms = terms_of(loss_fn, label_smoothing, z_loss)
+        self._check_contrast(plain=loss_fn is None and not label_smoothing and not z_loss)
         inputs, labels = self._given(input_ids, labels, others)
         weight = self._train_batches.weight(
             _with_positions(inputs, position_ids), labels, num_tokens=num_tokens, accumulate=accumulate
@@ -243,6 +244,7 @@ class ParallelModel:
         scores: bool = False,
     ) -> Tensor:
         self._check_step(loss_fn, position_ids, others, gradients=False)
+        self._check_contrast(plain=loss_fn is None)
         inputs, labels = self._given(input_ids, labels, others)
         weight = self._evaluation_batches.weight(_with_positions(inputs, position_ids), labels)
         training = self.training
@@ -414,6 +416,10 @@ class ParallelModel:
         if labels is None:
             raise DataError("a batch needs labels; give labels=, int64, where what does not count is -100")
         return {**({} if input_ids is None else {"input_ids": input_ids}), **others}, labels
+
+    def _check_contrast(self, *, plain: bool) -> None:
+        if self.spec.task == "contrast" and not plain:
+            raise ConfigError("a contrast has a loss of its own; leave out loss_fn, label_smoothing and z_loss")
 
     def _check_carried(self, accumulate: bool) -> None:
         if not accumulate and self._carried != 1.0:

@@ -47,6 +47,11 @@ def check_packing(config: PretrainedConfig) -> None:
 
 def check_padding(config: PretrainedConfig) -> None:
     """Raise UnsupportedError unless models of ``config`` are given padded rows right; looked at once a process."""
+    if task_of(config) in ("contrast", "vision_language"):
+        raise UnsupportedError(
+            f"rows of {config.model_type}, which sees images beside texts, cannot be padded; give rows of one length, "
+            "and no attention_mask"
+        )
     key = structure_key(config)
     if key not in _known_padding:
         _known_padding[key] = _padding_problem(config)
