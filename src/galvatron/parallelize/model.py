@@ -2,60 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from galvatron.core.errors import ConfigError, DataError, UnsupportedError
+from galvatron.core.errors import ConfigError, UnsupportedError
 from galvatron.core.lora import is_adapters
 from galvatron.core.model import ModelSpec
 from galvatron.core.tasks import TOKEN_TASKS
-from galvatron.internals import local_part, multiply_all_
 from galvatron.models import Adapter, blank_inputs
-from galvatron.models.inputs import words_of
 
-from .checks.batch import BatchCheck
-from .checks.packing import check_packing, check_padding
+from .accumulation import Gradients, Replicated
 from .checks.refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
-from .checks.surroundings import check_surroundings
+from .checks.step import StepCheck, named
 from .layers.documents import positions_beside_padding
 from .layers.randomness import masks_of
 from .losses.balance import Balance
 from .losses.fused import PLAIN, LossTerms
-from .losses.own import LossFunction, check_loss, terms_of
+from .losses.own import LossFunction, terms_of
 from .losses.scale import LossScale
 from .pipeline.driver import Batch, Chunk, Driver
 from .pipeline.whole import WholeStage
 from .processes.grid import Grid
 from .sharding.fsdp import gathered_buffers
-from .sharding.gradients import clip, global_norm, sum_over
 from .state.adapters import check_alone, merge, merged_shapes, write_adapter
 from .state.export import MAX_SHARD_BYTES, write_hf_directory
 from .state.gather import Shapes, gather_whole
 from .state.pieces import LocalParameter
 from .state.safetensors_file import Entry
 from .state.state import load_local_state, load_whole_state, local_state, whole_state
-
-
-@dataclass(frozen=True)
-class Replicated:
-    """Parameters whose partial gradients are summed over a group after the last backward."""
-
-    group: dist.ProcessGroup
-    parameters: tuple[LocalParameter, ...]
-
-
-def _with_positions(inputs: dict[str, Tensor], position_ids: Tensor | None) -> dict[str, Tensor]:
-    return inputs if position_ids is None else {**inputs, "position_ids": position_ids}
 
 
 class ParallelModel:
@@ -69,7 +50,6 @@ class ParallelModel:
         local_parameters: every parameter this rank holds a part of.
         seed, steps: dropout's masks come from the seed, the number of calls of ``train_step`` so far, and the rank.
             Whoever goes on with a run of his own sets ``steps`` to what it was.
-        loss_scale: under fp16, what the loss of the next step is multiplied by: part of such a run too.
     """
 
     def __init__(
@@ -90,21 +70,12 @@ class ParallelModel:
         """Made by ``parallelize``; ``shards`` maps names to the FSDP2 parameters behind some of ``parameters``."""
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
         self.stages, self.local_parameters = tuple(chunk.stage for chunk in chunks), parameters
-        self._shards, self._replicated = shards, replicated
         self._sharded = tuple(unit for chunk in chunks for unit in chunk.sharded)
         self._unsharded = tuple(unit for chunk in chunks for unit in chunk.unsharded)
-        self._local = {p.name: p for p in parameters}
-        self._placed = {p.name: (p.tensor.data_ptr(), p.tensor.requires_grad) for p in parameters}
         self.seed, self.steps, self.compiled, self.adapter = seed, 0, compiled, adapter
-        self.loss_scale = LossScale() if self.plan.precision == "fp16" else None
-        self._carried = 1.0  # what the gradients that there are were multiplied by
-        self._checked_loss: LossFunction | None = None
-        shape = (self.plan.global_batch_size, self.plan.seq_len)
-        classes = None if spec.task in TOKEN_TASKS else spec.vocab_size
-        words = spec.vocab_size if classes is None else words_of(config)
-        self._train_batches = BatchCheck(shape, words, num_classes=classes)
-        self._evaluation_batches = BatchCheck(shape, words, num_classes=classes)
-        self._rounded = {p.name for p in parameters if any(unit.rounds(p.tensor) for unit in self._unsharded)}
+        scale = LossScale() if self.plan.precision == "fp16" else None
+        self._gradients = Gradients(parameters, shards, replicated, self._unsharded, scale, self.device)
+        self._check = StepCheck(self.plan, spec, config, parameters, self.device)
         self._driver = Driver(grid, spec, chunks, balance)
 
     def train_step(
@@ -158,25 +129,23 @@ class ParallelModel:
                 entropy are out of range or beside a ``loss_fn``, a parameter was replaced, the last step's gradients
                 still carry the loss scale, or autocast, ``no_grad`` or another default dtype is in effect.
         """
-        self._check_step(loss_fn, position_ids, others, gradients=True)
-        self._check_carried(accumulate)
-        terms = terms_of(loss_fn, label_smoothing, z_loss)
-        self._check_contrast(plain=loss_fn is None and not label_smoothing and not z_loss)
-        inputs, labels = self._given(input_ids, labels, others)
-        weight = self._train_batches.weight(
-            _with_positions(inputs, position_ids), labels, num_tokens=num_tokens, accumulate=accumulate
-        )
-        earlier = self._begin(accumulate)
+        inputs = named({"input_ids": input_ids, "position_ids": position_ids, **others})
+        plain = loss_fn is None and not label_smoothing and not z_loss
+        self._check.before(loss_fn, inputs, plain=plain, gradients=True)
+        self._gradients.check(accumulate=accumulate)
+        terms, labels = terms_of(loss_fn, label_smoothing, z_loss), self._check.labels(labels)
+        weight = self._check.train_batches.weight(inputs, labels, num_tokens=num_tokens, accumulate=accumulate)
+        self._gradients.begin(accumulate=accumulate)
+        carried = self._gradients.carried
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
             for stage in self.stages:
                 if isinstance(stage, WholeStage):
                     stage.masks.begin(self.seed, self.steps, self.grid.world.rank, self.device)
-            batch = self._batch(inputs, labels, self._carried * weight, position_ids, loss_fn, terms)
-            scaled = self._driver.train(replace(batch, scale=self._carried))
-        self._collect_gradients()
-        self._add_gradients(earlier)
+            batch = self._batch(inputs, labels, carried * weight, loss_fn, terms)
+            scaled = self._driver.train(replace(batch, scale=carried))
+        self._gradients.end()
         self.steps += 1
-        return scaled / self._carried
+        return scaled / carried
 
     def warm_up(self, *, packed: bool = False) -> float:
         """Compile what steps and evaluations will run, where layers are ``compiled``; the seconds it took.
@@ -193,12 +162,11 @@ class ParallelModel:
         shape = (rows, seq_len) if task in TOKEN_TASKS else (rows,)
         labels = torch.zeros(shape, dtype=torch.int64, device=self.device)
         inputs = blank_inputs(self.config, task, rows, seq_len, self.device)
-        positions = None
         if packed and self.spec.ends == "whole":
             inputs["attention_mask"] = torch.ones((rows, seq_len), dtype=torch.int64, device=self.device)
         elif packed:
-            positions = torch.arange(seq_len).expand(rows, seq_len)
-        zeros, training = self._batch(inputs, labels, 1.0, positions), self.training
+            inputs["position_ids"] = torch.arange(seq_len).expand(rows, seq_len)
+        zeros, training = self._batch(inputs, labels, 1.0), self.training
         with masks_of(self.seed, 0, self.grid.world.rank, self.device):
             self._driver.rehearse(zeros, backward=True)
         self.zero_grad()
@@ -221,7 +189,8 @@ class ParallelModel:
 
         Collective over the world; raises as ``train_step`` does.
         """
-        return self._evaluate(input_ids, labels, position_ids, loss_fn, others)
+        inputs = named({"input_ids": input_ids, "position_ids": position_ids, **others})
+        return self._evaluate(inputs, labels, loss_fn)
 
     def evaluate_classes(self, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """As ``evaluate``, where samples have classes: the mean loss, and which share of them has the largest logit at
@@ -229,30 +198,31 @@ class ParallelModel:
         """
         if self.spec.task in TOKEN_TASKS:
             raise ConfigError(f"{self.spec.name} is trained for {self.spec.task}, which has no classes; call evaluate")
-        loss, share = self._evaluate(None, labels, None, None, inputs, scores=True)
+        loss, share = self._evaluate(named(inputs), labels, None, scores=True)
         return loss, share
 
     @torch.no_grad()
     def _evaluate(
-        self,
-        input_ids: Tensor | None,
-        labels: Tensor | None,
-        position_ids: Tensor | None,
-        loss_fn: LossFunction | None,
-        others: Mapping[str, Tensor],
-        *,
-        scores: bool = False,
+        self, inputs: dict[str, Tensor], labels: Tensor | None, loss_fn: LossFunction | None, *, scores: bool = False
     ) -> Tensor:
-        self._check_step(loss_fn, position_ids, others, gradients=False)
-        self._check_contrast(plain=loss_fn is None)
-        inputs, labels = self._given(input_ids, labels, others)
-        weight = self._evaluation_batches.weight(_with_positions(inputs, position_ids), labels)
+        self._check.before(loss_fn, inputs, plain=loss_fn is None, gradients=False)
+        labels = self._check.labels(labels)
+        weight = self._check.evaluation_batches.weight(inputs, labels)
         training = self.training
         self.eval()
-        batch = replace(self._batch(inputs, labels, weight, position_ids, loss_fn), scores=scores)
+        batch = replace(self._batch(inputs, labels, weight, loss_fn), scores=scores)
         loss = self._driver.evaluate(batch)
         self.train(training)
         return loss
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """Under fp16, what the loss of the next step is multiplied by: part of a run of your own."""
+        return self._gradients.loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: LossScale | None) -> None:
+        self._gradients.loss_scale = scale
 
     @property
     def training(self) -> bool:
@@ -288,15 +258,11 @@ class ParallelModel:
 
     def zero_grad(self) -> None:
         """Forget all gradients; ``train_step`` does so itself unless it accumulates."""
-        for parameter in self.local_parameters:
-            parameter.tensor.grad = None
-        for shard in self._shards.values():
-            shard.grad = None
-        self._carried = 1.0
+        self._gradients.zero()
 
     def grad_norm(self) -> Tensor:
         """The global norm of the gradients, without the loss scale that they may carry: a float32 scalar."""
-        return global_norm(self.local_parameters, self.device) / self._carried
+        return self._gradients.norm()
 
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
         """The global gradient norm, before scaling gradients down to ``max_norm`` if it is given; a float32 scalar.
@@ -305,16 +271,7 @@ class ParallelModel:
         the next step.  Where they overflowed (the norm is then inf or nan, on all ranks) there are none afterwards, so
         that an optimizer's step changes nothing.
         """
-        norm = self.grad_norm()
-        if max_norm is not None or self._carried != 1.0:
-            clip(self.local_parameters, norm, max_norm, self._carried)
-        self._carried = 1.0
-        if self.loss_scale is not None:
-            finite = math.isfinite(norm)
-            self.loss_scale = self.loss_scale.after(finite=finite)
-            if not finite:
-                self.zero_grad()
-        return norm
+        return self._gradients.clip(max_norm)
 
     def state_dict(self, *, full: bool = True) -> dict[str, Tensor]:
         """The weights.
@@ -397,80 +354,11 @@ class ParallelModel:
         """Refused: a copy would lack the processes that hold the rest."""
         raise UnsupportedError(f"a parallel model cannot be copied or pickled: {INSTEAD_OF_COPYING}")
 
-    def _collect_gradients(self) -> None:
-        """Point the local tensors at the gradients that units left, then sum what they do not know to be replicated."""
-        for parameter in self.local_parameters:
-            if parameter.name in self._shards and parameter.tensor.requires_grad:
-                gradient = self._shards[parameter.name].grad
-                assert isinstance(gradient, DTensor), parameter.name
-                parameter.tensor.grad = local_part(gradient)
-        for replicated in self._replicated:
-            sum_over(replicated.group, [p.tensor.grad for p in replicated.parameters if p.tensor.grad is not None])
-
-    def _given(
-        self, input_ids: Tensor | None, labels: Tensor | None, others: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """All inputs by name, and the labels, which a contrast has none of."""
-        if labels is None and self.spec.task == "contrast":
-            labels = torch.zeros(self.plan.global_batch_size, dtype=torch.int64)
-        if labels is None:
-            raise DataError("a batch needs labels; give labels=, int64, where what does not count is -100")
-        return {**({} if input_ids is None else {"input_ids": input_ids}), **others}, labels
-
-    def _check_contrast(self, *, plain: bool) -> None:
-        if self.spec.task == "contrast" and not plain:
-            raise ConfigError("a contrast has a loss of its own; leave out loss_fn, label_smoothing and z_loss")
-
-    def _check_carried(self, accumulate: bool) -> None:
-        if not accumulate and self._carried != 1.0:
-            raise ConfigError(
-                f"the last step's gradients still carry fp16's loss scale of {self._carried:.0f}; call the model's "
-                "clip_grad_norm_(max_norm), or clip_grad_norm_(None), before every update, or zero_grad() to drop them"
-            )
-
-    def _carry(self) -> None:
-        """Multiply what gradients there are by the coming step's loss scale."""
-        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
-        kept = [p.tensor.grad for p in self.local_parameters if p.tensor.grad is not None]
-        if kept and self._carried != scale:
-            multiply_all_(kept, torch.tensor(scale / self._carried, device=self.device))
-        self._carried = scale
-
-    def _begin(self, accumulate: bool) -> dict[str, Tensor | None]:
-        """Forget gradients, or let those of unsharded parameters stay where they are and give the others to add.
-
-        The others are shards, and what the sum over replicas would round once more.
-        """
-        if not accumulate:
-            self.zero_grad()
-        self._carry()
-        earlier = {name: self._local[name].tensor.grad for name in self._shards}
-        for name in self._rounded:
-            rounded = self._local[name].tensor
-            if rounded.grad is not None:
-                earlier[name], rounded.grad = rounded.grad.clone(), None
-        for shard in self._shards.values():
-            shard.grad = None
-        for name, parameter in self._local.items():
-            # what stays is summed over all who hold it once more, so it counts on one of them
-            if name not in self._shards and parameter.tensor.grad is not None and not parameter.is_primary:
-                parameter.tensor.grad.zero_()
-        for unit in self._unsharded:
-            unit.begin()
-        return earlier
-
-    def _add_gradients(self, earlier: Mapping[str, Tensor | None]) -> None:
-        for parameter in self.local_parameters:
-            before = earlier.get(parameter.name)
-            if before is not None and parameter.tensor.grad is not None:
-                parameter.tensor.grad.add_(before)
-
     def _batch(
         self,
         inputs: dict[str, Tensor],
         labels: Tensor,
         weight: float,
-        position_ids: Tensor | None,
         loss_fn: LossFunction | None = None,
         terms: LossTerms = PLAIN,
     ) -> Batch:
@@ -478,39 +366,9 @@ class ParallelModel:
 
         Causal layers need not be told: what counts is before it.
         """
-        mask = inputs.get("attention_mask")
+        positions, mask = inputs.pop("position_ids", None), inputs.get("attention_mask")
         if mask is not None and not all(kind.causal for kind in self.spec.layers):
-            position_ids = positions_beside_padding(mask)
+            positions = positions_beside_padding(mask)
         if self.spec.ends == "tokens":
             inputs.pop("attention_mask", None)
-        return Batch(inputs, labels, weight, loss_fn, terms, position_ids)
-
-    def _check_step(
-        self,
-        loss_fn: LossFunction | None,
-        position_ids: Tensor | None,
-        others: Mapping[str, Tensor],
-        *,
-        gradients: bool,
-    ) -> None:
-        """Raise ConfigError if ``loss_fn``, torch's settings or a parameter's place make a step wrong in silence.
-
-        Or if documents that ``position_ids`` tell apart would see each other, or tokens their padding.
-        """
-        check_surroundings(self.device, gradients=gradients)
-        if position_ids is not None:
-            check_packing(self.config)
-        if others.get("attention_mask") is not None and self.spec.ends == "whole":
-            check_padding(self.config)
-        if loss_fn is not None and loss_fn is not self._checked_loss:
-            check_loss(loss_fn, self.spec.vocab_size, self.device)
-            self._checked_loss = loss_fn
-        for parameter in self.local_parameters:
-            address, requires_grad = self._placed[parameter.name]
-            if parameter.tensor.data_ptr() != address:
-                raise ConfigError(f"{parameter.name} has lost its storage; change it in place (copy_), not by .data =")
-            if parameter.tensor.requires_grad != requires_grad:
-                raise ConfigError(
-                    f"requires_grad of {parameter.name} was changed after parallelize, which no longer takes effect; "
-                    "set it on the Hugging Face model before"
-                )
+        return Batch(inputs, labels, weight, loss_fn, terms, positions)

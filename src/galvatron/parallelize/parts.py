@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from galvatron.core.model import ModelSpec, ParameterSpec
 from galvatron.plan import LayerStrategy
 
-from .model import Replicated
+from .accumulation import Replicated
 from .pipeline.stage import Stage
 from .processes.grid import Grid
 from .sharding.unsharded import UnshardedUnit
