@@ -154,6 +154,12 @@ def save(out: Path, rows: list[dict[str, Any]], **more: Any) -> None:
     write_atomic(out, dump_json({**header(), **more, "rows": rows}))
 
 
+def saved(out: Path) -> list[dict[str, Any]]:
+    """The rows that an earlier run has written, none where there was none."""
+    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else []
+    return rows
+
+
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     table = Table(title=title, title_justify="left")
     for column in columns:

@@ -52,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engine", default="inductor", help="torch.compile's; aot_eager makes graphs, but no code")
     parser.add_argument("--no-pure", action="store_true", help="leave out the plans of one technique (in fp32)")
     parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -109,12 +110,16 @@ def rows(sweep: Sweep, variant: str, world_size: int, chosen: list[Case], engine
 
 def main() -> int:
     options = arguments()
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = (
+        json.loads(options.out.read_text())["rows"] if options.resume and options.out.is_file() else []
+    )
+    kept = {(row["variant"], row["world_size"], row["mode"]) for row in found}
     modes = itertools.cycle(options.modes)
     with Pool(timeout_s=TIMEOUT_S) as pool, tempfile.TemporaryDirectory() as folder:
         for number, (world_size, variant) in enumerate(itertools.product(options.worlds, options.variants)):
             # few plans a row shall still have all depths and schedules, which random plans are dealt in turn
             chosen = list(cases(variant, world_size, options, modes, first=number % DEALS))
+            chosen = [case for case in chosen if (variant, world_size, case[1]) not in kept]
             for row in rows(Sweep(pool, Path(folder)), variant, world_size, chosen, options.engine):
                 found.append(row)
                 report = {

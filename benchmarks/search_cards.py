@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--spaces", nargs="+", default=["runtime"])
     parser.add_argument("--global-batch-size", type=int, default=512, help="at least a sequence a device is taken")
     parser.add_argument("--limit-s", type=float, default=600.0, help="wall seconds of one point")
+    parser.add_argument("--resume", action="store_true", help="keep the searches that --out already has")
     return measure.options(parser)
 
 
@@ -106,6 +107,10 @@ def points(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def point_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("preset", "num_devices", "card", "space", "global_batch_size")}
+
+
 def words(point: dict[str, Any]) -> str:
     return f"{point['card']} on {point['num_devices']} {point['preset']}, space {point['space']}"
 
@@ -141,8 +146,10 @@ def main() -> int:
     if options.point is not None:
         print(json.dumps(one(options.point)))
         return 0
-    rows: list[dict[str, Any]] = []
-    for point in measure.tracked(points(options), words):
+    wanted = points(options)
+    rows = [row for row in measure.saved(options.out) if point_of(row) in wanted] if options.resume else []
+    kept = [point_of(row) for row in rows]
+    for point in measure.tracked([point for point in wanted if point not in kept], words):
         rows.append(measure.in_process(__file__, point, options.limit_s))
         measure.save(options.out, rows, summary=summary(rows))  # a long run may be stopped
     columns = ("card", "preset", "devices", "space", "status", "CPU s", "gap", "step s", "objective s", "over simple")
