@@ -77,7 +77,7 @@ class Galvatron:
     def step(self, ids: Tensor, labels: Tensor) -> float:
         model = self._model
         # parking has moved the weights, which a step would otherwise take for replaced
-        model._placed = {p.name: (p.tensor.data_ptr(), p.tensor.requires_grad) for p in model.local_parameters}
+        model._check.place()
         return train(model, self._optimizer, ids, labels)
 
     def lasting(self) -> Iterable[Tensor]:

@@ -46,7 +46,7 @@ def give_each_rank_its_own() -> list[str]:
     found.append(message(model, "train_step", bad, labels))
     model.train_step(ids, labels)  # after all that, a batch of all still trains
     for _ in range(AGREEMENT_EVERY - 1):
-        model._train_batches.weight({"input_ids": ids}, labels)
+        model._check.train_batches.weight({"input_ids": ids}, labels)
     found.append(message(model, "train_step", *batch(world.rank)))
     return found
 

@@ -38,12 +38,16 @@ class StepCheck:
         """Of a model under ``plan`` whose ``parameters`` lie where they shall stay."""
         self._spec, self._config, self._parameters, self._device = spec, config, parameters, device
         self._global_batch_size = plan.global_batch_size
-        self._placed = {p.name: (p.tensor.data_ptr(), p.tensor.requires_grad) for p in parameters}
+        self.place()
         self._checked_loss: LossFunction | None = None
         shape, classes = (plan.global_batch_size, plan.seq_len), None if spec.task in TOKEN_TASKS else spec.vocab_size
         words = spec.vocab_size if classes is None else words_of(config)
         self.train_batches = BatchCheck(shape, words, num_classes=classes)
         self.evaluation_batches = BatchCheck(shape, words, num_classes=classes)
+
+    def place(self) -> None:
+        """Take where parameters lie now for where they shall stay."""
+        self._placed = {p.name: (p.tensor.data_ptr(), p.tensor.requires_grad) for p in self._parameters}
 
     def before(self, loss_fn: LossFunction | None, inputs: Collection[str], *, plain: bool, gradients: bool) -> None:
         """Raise ConfigError if ``loss_fn``, torch's settings or a parameter's place make a step wrong in silence.
