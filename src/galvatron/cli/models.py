@@ -100,14 +100,15 @@ def check(
 
 def _check(name: str, task: Task | None, write: Path | None) -> bool:
     """Say what is found of one model; whether it can be trained."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     from galvatron.models import family_of, for_task, load_config, task_of
+    from galvatron.models.types import usual_config
     from galvatron.parallelize.proof import prove
 
     start = time.perf_counter()
     is_type = name in CONFIG_MAPPING
-    config = AutoConfig.for_model(name) if is_type else load_config(name, task)
+    config = usual_config(name) if is_type else load_config(name, task)
     config = for_task(config, task or task_of(config))
     family, proof = family_of(config), prove(config)
     say(f"{name}: {'right' if proof.whole is None else 'wrong'}, {family.task}")

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from .console import say
 if TYPE_CHECKING:
     from galvatron.parallelize.verdict import Verdict
 
-LIMIT_S, MEMORY_BYTES = 600, 8 << 30  # [Assumed] a twin takes seconds and some 100 MiB
+LIMIT_S, CPU_S, MEMORY_BYTES = 1200, 60, 8 << 30  # [Assumed] a twin takes a second or two and some 100 MiB
 WORKS = "every strategy"
 
 
@@ -103,9 +104,8 @@ def _verdicts(types: list[str], version: str) -> Iterator[Verdict]:
                 if not (check.connection.poll() or is_late):
                     continue
                 running.remove(check)
-                why = f"takes more than {LIMIT_S} s" if is_late else "ends its process"
                 yield _answer(check) or Verdict(
-                    model_type=check.model_type, why=why, refused=True, transformers=version
+                    model_type=check.model_type, why=_ending(check, is_late), refused=True, transformers=version
                 )
     finally:
         for check in running:
@@ -132,6 +132,13 @@ def _answer(check: _Check) -> Verdict | None:
     return verdict
 
 
+def _ending(check: _Check, is_late: bool) -> str:
+    """Why a process gave no answer."""
+    if is_late or check.process.exitcode == -signal.SIGXCPU:
+        return f"takes more than {CPU_S} s of a core"
+    return "ends its process"
+
+
 def _judge(connection: Connection, model_type: str, version: str) -> None:
     import torch
 
@@ -141,6 +148,8 @@ def _judge(connection: Connection, model_type: str, version: str) -> None:
     os.dup2(silent, 1)
     os.dup2(silent, 2)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    spent = int(time.process_time()) + CPU_S
+    resource.setrlimit(resource.RLIMIT_CPU, (spent, spent + 1))
     torch.set_num_threads(1)
     connection.send(judge(model_type, version))
 

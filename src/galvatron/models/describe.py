@@ -23,9 +23,10 @@ from galvatron.core.tasks import CLASSIFICATION
 
 from .family import family_of
 from .load import meta_model
+from .sizes import KV_KEYS
 from .spec import spec_of
 from .tasks import task_of
-from .twin import KV_KEYS, twin_config
+from .twin import twin_config
 
 NAMES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 MORE = (

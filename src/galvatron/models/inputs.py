@@ -8,6 +8,8 @@ from transformers import PretrainedConfig
 
 from galvatron.core.tasks import Task
 
+from .images import image_length, image_shape
+
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 """Keys of configs: the id that stands in a text where an image's tokens go."""
 
@@ -18,22 +20,15 @@ def input_shapes(
     """The dtype and shape of every input that a model cannot do without: ids [rows, seq_len], images, sounds."""
     ids = (torch.int64, (rows, seq_len))
     if task == "image_classification":
-        return {"pixel_values": _images(config, rows)}
+        return {"pixel_values": image_shape(config, rows)}
     if task == "seq2seq_lm":
         return {"input_ids": ids, "decoder_input_ids": ids}
     if task == "speech_to_text":
         frames = (torch.float32, (rows, config.num_mel_bins, 2 * config.max_source_positions))
         return {"input_features": frames, "decoder_input_ids": ids}
     if task in ("vision_language", "contrast"):
-        return {"input_ids": ids, "pixel_values": _images(config.vision_config, rows)}
+        return {"input_ids": ids, "pixel_values": image_shape(config, rows)}
     return {"input_ids": ids}
-
-
-def _images(config: PretrainedConfig, rows: int) -> tuple[torch.dtype, tuple[int, ...]]:
-    """[rows, channels, height, width]."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.float32, (rows, config.num_channels, height, width)
 
 
 def blank_inputs(
@@ -76,5 +71,5 @@ def _with_images(inputs: dict[str, Tensor], config: PretrainedConfig, task: Task
     """Put the image of every row at its beginning, as many of its tokens as the model makes of it."""
     image = image_token(config)
     if task == "vision_language" and image is not None:
-        inputs["input_ids"][:, : config.image_seq_length] = image
+        inputs["input_ids"][:, : image_length(config)] = image
     return inputs

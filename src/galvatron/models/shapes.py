@@ -13,7 +13,8 @@ from galvatron.core.family import Family
 
 from .chain import chain_of
 from .inputs import blank_inputs
-from .twin import SEQ_LEN, run_twin, twin_config, twin_model
+from .sizes import SEQ_LEN
+from .twin import run_twin, twin_config, twin_model
 
 
 class Reached(Exception):

@@ -26,8 +26,8 @@ from .inputs import words_of
 from .load import meta_model
 from .lora import attach_lora, base_linear
 from .shapes import entering_tokens, fixed_tokens
+from .sizes import EXPERT_KEYS, TAKEN_KEYS
 from .tasks import config_of
-from .twin import EXPERT_KEYS, TAKEN_KEYS
 
 
 def build_spec(

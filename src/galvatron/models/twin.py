@@ -10,78 +10,38 @@ import copy
 import hashlib
 import inspect
 import json
+from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.internals import call_attention
 
 from .inputs import IMAGE_TOKENS, random_inputs
+from .sizes import (
+    CLASSES,
+    HEADS,
+    HIDDEN,
+    IMAGE_SIZES,
+    KV_KEYS,
+    LAYERS,
+    PATCH,
+    SEQ_LEN,
+    SIZES,
+    SPAN,
+    SPANS,
+    STAGED,
+    WORDS,
+    expanded,
+    is_size,
+    shrunk,
+)
 from .tasks import auto_class, for_task, known_task, task_of
 
-HEADS, HEAD_DIM, LAYERS, FFN, WORDS, SEQ_LEN, PATCH, CLASSES, SPAN = 4, 16, 4, 56, 97, 16, 4, 5, 5
-SIZES: dict[str, int] = {
-    "hidden_size": HEADS * HEAD_DIM,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "vocab_size": WORDS,
-    "max_position_embeddings": 4 * SEQ_LEN,
-    "intermediate_size": FFN,
-    "ffn_dim": FFN,
-    "n_inner": FFN,
-    "ffn_hidden_size": FFN,
-    "moe_intermediate_size": 24,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "head_dim": HEAD_DIM,
-    "encoder_ffn_dim": FFN,
-    "decoder_ffn_dim": FFN,
-    "d_ff": FFN,
-    "d_kv": HEAD_DIM,
-    "encoder_layers": LAYERS,
-    "decoder_layers": LAYERS,
-    "num_decoder_layers": LAYERS,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "max_source_positions": SEQ_LEN // 2,
-    "max_target_positions": 4 * SEQ_LEN,
-    "num_mel_bins": 8,
-    "projection_dim": HEADS * HEAD_DIM,
-    "projection_size": HEADS * HEAD_DIM,
-    "word_embed_proj_dim": HEADS * HEAD_DIM,
-    "dim_ff": FFN,
-    "dff": FFN,
-    "d_inner": FFN,
-    "feed_forward_size": FFN,
-    "shared_intermediate_size": FFN,
-    "dense_intermediate_size": FFN,
-    "intermediate_size_mlp": FFN,
-    "shared_expert_intermediate_size": 40,
-    "moe_shared_expert_intermediate_size": 40,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "kv_lora_rank": 24,
-    "q_lora_rank": 40,
-    "qk_nope_head_dim": HEAD_DIM // 2,
-    "qk_rope_head_dim": HEAD_DIM,
-    "qk_head_dim": HEAD_DIM // 2 + HEAD_DIM,
-    "v_head_dim": HEAD_DIM,
-    "n_ctx": 4 * SEQ_LEN,
-    "rotary_dim": HEAD_DIM // 2,
-    "local_attention": 2 * SPAN,
-    "patch_size": PATCH,
-}
-IMAGE_SIZES = ("patch_size", "max_source_positions", "num_mel_bins")
-MOST = {"n_group": 2, "topk_group": 1}
-"""Sizes that may be smaller: groups of experts."""
-SPANS = ("window", "chunk", "topk", "block_size")
-"""In keys of what limits whom a token sees: a twin's sequences are longer, or it would not show."""
-KV_KEYS = ("num_key_value_heads", "num_kv_heads")
-EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TAKEN_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 HOUSEKEEPING = (
     *SPECIAL,
@@ -103,10 +63,12 @@ HOUSEKEEPING = (
     "_name_or_path",
 )
 """Keys of a config that change nothing in a layer."""
+ROPE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "llama_4_scaling_beta")
+"""What rotary tables of the default kind keep of others."""
 NOISE = 0.1
 CLASSIFICATION = ("text_classification", "image_classification")
-IMAGES = (12, 16)
-"""Sides of images, of 9 and of 16 patches: with one token more or two, one of them makes an even number."""
+IMAGES = (16, 12)
+"""Sides of images, of 16 and of 9 patches: with one token more or two, one of them makes an even number."""
 
 
 def with_images(twin: PretrainedConfig, side: int) -> PretrainedConfig:
@@ -114,7 +76,7 @@ def with_images(twin: PretrainedConfig, side: int) -> PretrainedConfig:
     changed = copy.deepcopy(twin)
     for part in (changed, *(getattr(changed, name, None) for name in changed.sub_configs)):
         if getattr(part, "image_size", None) is not None:
-            part.image_size = side  # type: ignore[union-attr]
+            _set(part, "image_size", side)  # type: ignore[arg-type]
     if getattr(changed, "image_seq_length", None) is not None:
         changed.image_seq_length = (side // PATCH) ** 2
     return changed
@@ -143,20 +105,13 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
     if hasattr(twin, "output_router_logits"):
         twin.output_router_logits = False
     given = {**twin.attribute_map, **{key: key for key in twin.to_dict()}}
-    for name, size in SIZES.items():
-        if keep_images and name in IMAGE_SIZES:
-            continue
-        if name in given and _is_size(getattr(twin, name, None)):
-            setattr(twin, name, size)
-    for name, size in MOST.items():
-        if name in given and _is_size(value := getattr(twin, name, None)):
-            setattr(twin, name, min(int(value or 0), size))
+    _shrink(twin, given, IMAGE_SIZES if keep_images else ())
     for name in twin.sub_configs:
         part = getattr(twin, name, None)
         if isinstance(part, PretrainedConfig):
             setattr(twin, name, twin_config(part, kv_heads, keep_images=keep_images))
     for name in KV_KEYS:
-        if name in given and _is_size(getattr(twin, name, None)):
+        if name in given and is_size(getattr(twin, name, None)):
             setattr(twin, name, HEADS if "kv_lora_rank" in given else kv_heads)  # latent ones are as many as queries
     task = known_task(config)
     if task in CLASSIFICATION:
@@ -164,7 +119,7 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
     if task == "text_classification":
         twin.pad_token_id = 1  # by which decoders find the last token
     if "image_size" in given and not keep_images:
-        twin.image_size = IMAGES[0]
+        _set(twin, "image_size", IMAGES[0])
     if "image_seq_length" in given and not keep_images:
         twin.image_seq_length = (IMAGES[0] // PATCH) ** 2
     for name in IMAGE_TOKENS:
@@ -177,14 +132,37 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
         if isinstance(value, float) and "drop" in name:
             setattr(twin, name, 0.0)
         elif value == 1 and not isinstance(value, bool) and ("scal" in name or "multiplier" in name):
-            setattr(twin, name, 0.25 + index / 256)  # a factor of one would hide
-        elif _is_size(value) and value > SEQ_LEN and any(part in name for part in SPANS):
+            with suppress(StrictDataclassFieldValidationError):  # a count of times
+                setattr(twin, name, 0.25 + index / 256)  # a factor of one would hide
+        elif is_size(value) and value > SEQ_LEN and any(part in name for part in SPANS):
             setattr(twin, name, SPAN)
         elif isinstance(value, list) and len(value) == getattr(config, "num_hidden_layers", 0) > 1:
             setattr(twin, name, _kinds_of(value))
         elif isinstance(value, dict) and name.startswith("rope"):
             setattr(twin, name, _plain_rope(getattr(twin, name)))
     return twin
+
+
+def _shrink(twin: PretrainedConfig, given: Collection[str], kept: Collection[str]) -> None:
+    """Give ``twin`` small sizes, by what it calls them and by what others call them; but those ``kept``."""
+    hidden = getattr(twin, "hidden_size", None)
+    kept = (*kept, *(STAGED if "depths" in given else ()))
+    sizes = {name: getattr(twin, name, None) for name in given if name not in kept}
+    for name, value in sorted(sizes.items(), key=lambda size: size[0] in SIZES):  # names that all have come last
+        if isinstance(value, int) and is_size(value):
+            setattr(twin, name, shrunk(name, value, hidden))
+        elif isinstance(value, (list, tuple)) and all(is_size(v) for v in value):
+            small = type(value)(shrunk(name, v, hidden) for v in value)
+            if len(set(small)) == 1:  # sizes that grow from stage to stage stay
+                setattr(twin, name, small)
+    for name, count in expanded(twin.to_dict(), HIDDEN).items():
+        setattr(twin, name, count)
+
+
+def _set(config: PretrainedConfig, name: str, size: int) -> None:
+    """Give a size, or of every dim where there are several."""
+    value = getattr(config, name, None)
+    setattr(config, name, [size] * len(value) if isinstance(value, (list, tuple)) else size)
 
 
 def twin_model(twin: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -228,15 +206,11 @@ def _kinds_of(values: list[Any]) -> list[Any]:
     return [kinds[index % len(kinds)] for index in range(LAYERS)]
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _plain_rope(value: Any) -> Any:
     """Rotary tables of the default kind: scaled ones have lists as long as a head, and are made outside the layers."""
     if not isinstance(value, dict):
         return value
     if "rope_type" not in value:
         return {name: _plain_rope(part) for name, part in value.items()}
-    kept = {name: part for name, part in value.items() if name in ("rope_theta", "partial_rotary_factor")}
-    return {"rope_type": "default", **kept}
+    kept = {name: part for name, part in value.items() if name in ROPE}
+    return {"rope_type": "axial" if value["rope_type"] == "axial" else "default", **kept}

@@ -37,7 +37,8 @@ from galvatron.models import (
 )
 from galvatron.models.recognise import recognise
 from galvatron.models.shapes import fixed_tokens
-from galvatron.models.twin import CLASSES, IMAGES, WORDS, run_twin, twin_inputs, with_images
+from galvatron.models.sizes import CLASSES, WORDS
+from galvatron.models.twin import IMAGES, run_twin, twin_inputs, with_images
 
 from .layers.attention import Context, attend_across, use_attention
 from .layers.sides import OwnSide

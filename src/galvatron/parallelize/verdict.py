@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from galvatron.core.errors import GalvatronError
 from galvatron.core.family import Family
 from galvatron.core.records import Record
 from galvatron.core.tasks import Task
 from galvatron.models import family_of, task_of
+from galvatron.models.types import usual_config
 
 from .proof import prove
 
@@ -37,7 +38,7 @@ def judge(model_type: str, transformers: str) -> Verdict:
     """The verdict on a type, with ``transformers`` of this version."""
     task = None
     try:
-        config = AutoConfig.for_model(model_type)
+        config = usual_config(model_type)
         task = task_of(config)
         lacks, why = _lacking(config, family_of(config))
     except GalvatronError as refusal:

@@ -33,7 +33,7 @@ from .forward import wrap_forward
 from .later import Tap, product, tapped
 from .wide_norms import wide_norm_forward
 
-WIDTHS = ("split_size", "all_head_size")
+WIDTHS = ("split_size", "all_head_size", "embed_dim", "hidden_size", "inner_dim")
 """Attributes of attention modules that count the elements of all heads."""
 
 
