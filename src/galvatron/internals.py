@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +84,7 @@ __all__ = [
     "tree_map_only",
     "viewed",
     "whole_gradient",
+    "without_value_checks",
 ]
 
 
@@ -330,6 +333,21 @@ def float8_product(linear: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.
 def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
     """[number of tensors]: the 2-norm of each, in few kernels."""
     return torch.stack(torch._foreach_norm(tensors))
+
+
+@contextmanager
+def without_value_checks() -> Iterator[None]:
+    """Let models of transformers not look at values (that a text has as many image tokens as its images make)."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def put_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:

@@ -6,11 +6,11 @@ the meta device.  What is not known is recognised by running a tiny twin.  Knows
 
 from galvatron.core.family import Experts, Family, Region
 
-from .chain import Link, argument_names, chain_of, experts_in, regions_in
+from .chain import Link, argument_names, arguments_by_name, chain_of, experts_in, regions_in
 from .family import family_of
 from .freeze import check_trains, freeze_parameters
 from .initialize import InitialWeights
-from .inputs import blank_inputs, random_inputs
+from .inputs import blank_inputs, image_token, random_inputs, words_of
 from .load import load_config, meta_model
 from .lora import Adapter, adapter_of
 from .shapes import Reached, emptied, entering_tokens
@@ -28,6 +28,7 @@ __all__ = [
     "Region",
     "adapter_of",
     "argument_names",
+    "arguments_by_name",
     "auto_class",
     "blank_inputs",
     "build_spec",
@@ -40,6 +41,7 @@ __all__ = [
     "family_of",
     "for_task",
     "freeze_parameters",
+    "image_token",
     "load_config",
     "meta_model",
     "model_to_train",
@@ -51,4 +53,5 @@ __all__ = [
     "twin_config",
     "twin_model",
     "types_of_tasks",
+    "words_of",
 ]

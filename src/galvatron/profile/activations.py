@@ -27,7 +27,7 @@ from torch import Tensor
 
 from galvatron.core.model import Recompute
 from galvatron.core.model_profile import ActivationSample
-from galvatron.internals import FakeTensorMode
+from galvatron.internals import FakeTensorMode, without_value_checks
 from galvatron.parallelize.losses.fused import chunk_tokens
 from galvatron.parallelize.pipeline.whole import WholeStage
 
@@ -91,8 +91,15 @@ def _of_graph(shape: UnitShape, recompute: Recompute) -> ActivationSample:
 
 
 def _chunked_workspace(shape: UnitShape) -> dict[str, Any]:
-    """The head's workspace: a line for a few sequences, and a flatter one from where they are more than a chunk."""
-    rows = shape.spec.head.parameters[-1].local_shape(shape.tp)[0]
+    """The head's workspace: a line for a few sequences, and a flatter one from where they are more than a chunk.
+
+    A head without a vocabulary knows no chunks.
+    """
+    projection = shape.spec.head.parameters[-1]
+    if projection.cut is None:
+        fixed, per_sequence = _line(shape, *BATCHES)
+        return {"workspace_fixed_bytes": fixed, "workspace_bytes_per_sequence": per_sequence}
+    rows = projection.local_shape(shape.tp)[0]
     chunk = chunk_tokens(rows, shape.dtype) / shape.seq_len
     many = max(math.ceil(chunk), BATCHES[0])
     beyond, first = _line(shape, many, many + 1), _line(shape, 1, 2) if chunk >= BATCHES[0] else None
@@ -122,7 +129,7 @@ def counts(shape: UnitShape, levels: Iterable[Recompute], batch: int, *, fake: b
     # graphs may hold the state of a random generator
     mode = FakeTensorMode(allow_non_fake_inputs=shape.is_compiled) if fake else contextlib.nullcontext()
     place = mode.from_tensor if isinstance(mode, FakeTensorMode) else torch.clone
-    with mode:
+    with mode, without_value_checks():
         unit.allocate(shape.dtype, CPU, place)
         tokens, labels = shape.inputs(batch, CPU)
         for level in levels:
@@ -144,15 +151,17 @@ def _run_once(unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor]) -> Non
 
 def _count(log: StorageLog, unit: LocalUnit, tokens: Tensor, labels: dict[str, Tensor]) -> Count:
     parameters = list(unit.parameters())
-    log.ignore([*parameters, *unit.buffers(), *unit.side_inputs(), tokens])
+    log.ignore([*parameters, *unit.buffers(), *unit.side_inputs(), tokens, *labels.values()])
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p: _let_go_of_gradient(log, p))
         for p in parameters
         if p.requires_grad
     ]
-    # clones, so that inputs count exactly if the unit keeps them; a batch of whole ends is there for all of a step
+    # clones, so that inputs count exactly if the unit keeps them; a batch of whole ends is there for all of a step, and
+    # another stack's states are there for all layers
     is_batch = isinstance(unit.inner, WholeStage) and unit.inner.is_first
-    output = unit(tokens if is_batch else tokens.clone(), **{name: label.clone() for name, label in labels.items()})
+    kept = {name: v if is_batch or v.is_floating_point() else v.clone() for name, v in labels.items()}
+    output = unit(tokens if is_batch else tokens.clone(), **kept)
     log.ignore([output, *unit.early_gradients()])
     between = log.moment()
     if output.requires_grad:  # not where nothing up to here is trainable
@@ -169,6 +178,5 @@ def _let_go_of_gradient(log: StorageLog, parameter: Tensor) -> None:
 
 
 def _shared_bytes(shape: UnitShape) -> int:
-    """Bytes of the tensors that all layers of a stage share."""
-    tensors = replace(shape, name=shape.spec.layers[0].name).build().side_inputs()
-    return storage_bytes(tensors)
+    """Bytes of the tensors that all layers of a stage share, of all stacks."""
+    return storage_bytes([t for name in shape.first_kinds() for t in replace(shape, name=name).build().side_inputs()])

@@ -15,6 +15,7 @@ from galvatron.core.model import Recompute
 from galvatron.internals import put_buffer, put_parameter, tree_map_only
 from galvatron.parallelize.pipeline.stage import Stage
 
+BIAS = "position_bias"
 INITIAL_STD = 0.02  # as transformers initialises: activations keep ordinary magnitudes
 
 
@@ -44,8 +45,10 @@ class LocalUnit(nn.Module):
 
     def forward(self, tokens: Tensor, **labels: Tensor) -> Tensor:
         """Ids [B, S] or hidden states [B, S/tp, H] → hidden states [B, S/tp, H] or a scalar loss."""
-        output: Tensor = self.inner(tokens, *self.args, **self.kwargs, **labels)
-        return output
+        output = self.inner(tokens, *self.args, **{**self.kwargs, **labels})
+        hidden, *others = output if isinstance(output, tuple) else (output,)
+        self._handed_on = [other for other in others if isinstance(other, Tensor) and other.requires_grad]
+        return hidden
 
     def side_inputs(self) -> list[Tensor]:
         """The tensors among the unchanging inputs: shared by all layers of a stage (rotary tables)."""
@@ -53,16 +56,24 @@ class LocalUnit(nn.Module):
         tree_map_only(Tensor, found.append, (self.args, self.kwargs))
         return found
 
+    def learnt_inputs(self) -> list[Tensor]:
+        """Those among them that get a gradient: a bias of scores that the first layer makes for all."""
+        return [self.kwargs[BIAS]] if isinstance(self.kwargs.get(BIAS), Tensor) else []
+
     def early_gradients(self) -> list[Tensor]:
         """Gradients of parameters that are there before the backward pass."""
         return self.inner.early_gradient.tensors() if isinstance(self.inner, Stage) else []
 
     def allocate(self, dtype: torch.dtype, device: torch.device, place: Callable[[Tensor], Tensor]) -> None:
         """Give the parameters memory and values; ``place`` takes buffers and side inputs where they are needed."""
-        for module in self.modules():
+        made: dict[int, nn.Parameter] = {}
+        for module in [*self.modules(), *self.owners]:
             for name, parameter in list(module.named_parameters(recurse=False)):
-                value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, INITIAL_STD)
-                put_parameter(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+                if id(parameter) not in made:
+                    value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, INITIAL_STD)
+                    new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                    made |= {id(parameter): new, id(new): new}
+                put_parameter(module, name, made[id(parameter)])
         self.place_buffers(place)
 
     def place_buffers(self, place: Callable[[Tensor], Tensor]) -> None:
@@ -71,3 +82,5 @@ class LocalUnit(nn.Module):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 put_buffer(module, name, place(buffer))
         self.args, self.kwargs = tree_map_only(Tensor, place, (self.args, self.kwargs))
+        for learnt in self.learnt_inputs():
+            learnt.requires_grad_()

@@ -80,8 +80,6 @@ def profile_model(
     spec = build_spec(config, freeze=freeze, lora=lora)
     if problem := spec.sequence_problem(seq_len):
         raise ConfigError(problem)
-    if spec.stacks > 1:
-        raise ConfigError(f"{spec.name} has {spec.stacks} stacks of layers, and one alone can be measured; estimate it")
     if fp8:
         check_fp8(model_to_train(config, freeze, lora), family_of(config), world.device, precision)
         for kind in spec.layers:
@@ -149,9 +147,12 @@ def _shapes(like: UnitShape, degrees: Iterable[int]) -> list[UnitShape]:
 
 
 def _first_alike(spec: ModelSpec, kind: LayerKind) -> UnitName:
-    """The first kind whose layers are cut, trained and reached by the backward as those of ``kind`` are."""
-    what = (kind.parameters, spec.is_reached(kind.name))
-    return next(other.name for other in spec.layers if (other.parameters, spec.is_reached(other.name)) == what)
+    """The first kind that is like ``kind`` in all but name and count, and is reached by the backward as it is."""
+
+    def what(kind: LayerKind) -> tuple[LayerKind, bool]:
+        return kind.model_copy(update={"name": "", "count": 1}), spec.is_reached(kind.name)
+
+    return next(other.name for other in spec.layers if what(other) == what(kind))
 
 
 def _of_alike(spec: ModelSpec, samples: tuple[Sample, ...]) -> Iterator[Sample]:

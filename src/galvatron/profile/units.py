@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.lora import Lora
-from galvatron.core.model import ENDS, RECOMPUTES, ModelSpec, UnitName
+from galvatron.core.model import ENDS, RECOMPUTES, LayerKind, ModelSpec, UnitName
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.models import (
     Family,
@@ -25,10 +25,12 @@ from galvatron.models import (
     chain_of,
     experts_in,
     family_of,
+    image_token,
     model_to_train,
     regions_in,
+    words_of,
 )
-from galvatron.parallelize.layers.attention import use_attention
+from galvatron.parallelize.layers.attention import Context, attend_across, use_attention
 from galvatron.parallelize.layers.compile import LayerCompiler
 from galvatron.parallelize.layers.fp8 import use_fp8
 from galvatron.parallelize.layers.recompute import recompute_in_backward
@@ -38,7 +40,7 @@ from galvatron.parallelize.pipeline.stage import PassedLayer, Stage
 from galvatron.parallelize.processes.collectives import AxisGroup
 from galvatron.plan.axes import prime_factors
 
-from .local import LocalUnit
+from .local import BIAS, LocalUnit
 from .whole import call_of_layer, embedding_unit, head_unit
 
 
@@ -79,25 +81,53 @@ class UnitShape:
         """Whether this unit is: embedding and head never are."""
         return self.compiled and self.name not in ENDS
 
-    def inputs(self, batch: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """(what the unit is called with, its labels): ids [batch, S] or images, or hidden states.
+    def first_kinds(self) -> list[UnitName]:
+        """The kind of every stack's first layer."""
+        chain = chain_of(model_to_train(self.config, lora=self.lora), family_of(self.config))
+        kinds = self.spec.kind_of_layers()
+        return [kinds[at].name for at, link in enumerate(chain) if at == 0 or link.stack != chain[at - 1].stack]
 
-        They ask for their gradient where the unit's layers, all but the first of them, give one to layers before.
+    def inputs(self, batch: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """(what the unit is called with, what else by name): ids [batch, S], images or hidden states; labels.
+
+        Of several stacks also texts beside images, and the states that a decoder's layers see.  States ask for their
+        gradient where the unit's layers, all but the first of them, give one to layers before.
         """
         if self.name == "embedding":
-            (given,) = blank_inputs(self.config, self.spec.task, batch, self.seq_len, device).values()
-            drawn = given.normal_() if given.is_floating_point() else given.random_(self.config.vocab_size)
-            return drawn, {}
-        shape = (batch, self.seq_len // self.tp, self.spec.hidden_size)
-        hidden = torch.empty(shape, dtype=self.dtype, device=device).normal_()
-        hidden.requires_grad_(self.spec.is_reached(self.spec.layers[-1].name if self.name == "head" else self.name))
+            blank = blank_inputs(self.config, self.spec.task, batch, self.seq_len, device)
+            tokens, *others = ((name, self._drawn(given)) for name, given in blank.items())
+            return tokens[1], dict(others)
+        kind = self.spec.layers[-1] if self.name == "head" else self.spec.kind(self.name)
+        hidden = self._states(kind, batch, device)
+        hidden.requires_grad_(self.spec.is_reached(kind.name))
         if self.name != "head":
-            return hidden, {}
+            return hidden, self._sides(kind, batch, device)
         of_tokens = self.spec.task in TOKEN_TASKS
         return hidden, {
             "labels": torch.randint(
                 self.spec.vocab_size, (batch, self.seq_len) if of_tokens else (batch,), device=device
             )
+        }
+
+    def _drawn(self, blank: Tensor) -> Tensor:
+        """Normal numbers, or ids of words with images where ``blank`` has them."""
+        if blank.is_floating_point():
+            return blank.normal_()
+        words, image = torch.randint_like(blank, words_of(self.config)), image_token(self.config)
+        if image is None:
+            return words
+        return torch.where(blank == image, image, torch.where(words == image, 0 if image else 1, words))
+
+    def _states(self, kind: LayerKind, batch: int, device: torch.device) -> Tensor:
+        shape = (batch, kind.tokens(self.seq_len) // self.tp, kind.hidden_size)
+        return torch.empty(shape, dtype=self.dtype, device=device).normal_()
+
+    def _sides(self, kind: LayerKind, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """What layers of ``kind`` see of the states that the first stack ends with."""
+        sides = {stack.side for stack in family_of(self.config).stacks if stack.side} if kind.side_inputs else set()
+        return {
+            side: self._states(self.spec.layers[0], batch, device).requires_grad_(self.spec.is_reached(kind.name))
+            for side in sides
         }
 
     def _freeze(self, model: PreTrainedModel, family: Family) -> None:
@@ -138,6 +168,10 @@ class UnitShape:
             use_fp8(layer)
         cut_layer(layer, regions, self.spec.kind(self.name), tp, experts)
         args, kwargs = self._call_of_a_layer(model, family)
+        kwargs.pop(str(link.stack.side), None)  # which is a batch's
+        if link.stack.biased:
+            attend_across(layer, Context(tp=tp))
+            kwargs |= self._bias(layer)
         unit, plain = LocalUnit(layer, (layer,), args, **kwargs), layer.forward
         compiler = LayerCompiler(backend) if self.compiled else None
         for level in RECOMPUTES:
@@ -148,6 +182,14 @@ class UnitShape:
             unit.forwards[level] = layer.forward
         unit.recompute("none")
         return unit
+
+    def _bias(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The bias of scores that layers are given which do not make it (``layers.bias``)."""
+        kind = self.spec.kind(self.name)
+        if any(hasattr(module, "relative_attention_bias") for module in layer.modules()):
+            return {}
+        tokens = kind.tokens(self.seq_len)
+        return {BIAS: torch.zeros(1, 1, kind.num_heads, tokens, tokens, dtype=self.dtype)}
 
     def _call_of_a_layer(self, model: PreTrainedModel, family: Family) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model gives its layers beside the hidden states; a dry run finds out, without parameters."""

@@ -2,6 +2,9 @@
 
 Takes a model on meta; gives its stage without layers as a unit, and what the model hands its layers.  The head's unit
 is not charged with what comes before the layers: that ran once, for its shapes.
+
+Of several stacks the embedding's unit has what comes before each and what joins it to the next: the model runs up to
+the last stack with layers that hand on what they get, each stack entered and left as in training.
 """
 
 from __future__ import annotations
@@ -11,40 +14,66 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from galvatron.core.model import ModelSpec
-from galvatron.models import Family, Reached, blank_inputs
+from galvatron.internals import tree_map_only
+from galvatron.models import Family, Reached, arguments_by_name, blank_inputs, chain_of
 from galvatron.parallelize.layers.tensor_parallel import cut_embedding, shrink
 from galvatron.parallelize.losses.fused import fuse_loss
 from galvatron.parallelize.pipeline.whole import WholeStage
 from galvatron.parallelize.processes.collectives import AxisGroup
+from galvatron.plan import LayerStrategy
 
 from .local import LocalUnit
 
 
 class WholeUnit(LocalUnit):
-    """An end with its inputs of one row, [1, ...], which later stages need for shapes alone."""
+    """An end with the model's inputs of one row, [1, ...], which later stages need for shapes alone.
 
-    def forward(self, tokens: Tensor, **labels: Tensor) -> Tensor:
+    ``args``: of a head, what the modules before the layers give, of one row.
+    """
+
+    def forward(self, tokens: Tensor, **others: Tensor) -> Tensor:
         """Inputs [B, ...] → hidden states [B, S/tp, H]; or these to a scalar loss."""
-        (name, row), *others = self.kwargs.items()
-        assert not others
-        is_first = isinstance(self.inner, WholeStage) and self.inner.is_first
-        received = None if is_first else tokens
-        output: Tensor = self.inner(
-            received, {name: tokens if is_first else row.expand(len(tokens), *row.shape[1:])}, **labels
-        )
-        return output
+        stage = self.inner
+        assert isinstance(stage, WholeStage)
+        stage.bare.place()
+        if stage.is_first:
+            first = next(iter(self.kwargs))
+            entered: Tensor = stage(None, {first: tokens, **others})
+            return entered
+        self.rows = len(tokens)
+        loss: Tensor = stage(tokens, self.of_rows(self.kwargs), **others)
+        return loss
+
+    def of_rows(self, of_one: Any) -> Any:
+        """What is of one row, of as many as the unit has been given; it takes no memory."""
+        return tree_map_only(Tensor, lambda row: row.expand(self.rows, *row.shape[1:]), of_one)
+
+    def learnt_inputs(self) -> list[Tensor]:
+        """What other stacks end with."""
+        stacks = self.inner.family.stacks if isinstance(self.inner, WholeStage) else ()
+        return [value for value in self.side_inputs() if value.is_floating_point()] if len(stacks) > 1 else []
 
 
 def embedding_unit(model: PreTrainedModel, family: Family, spec: ModelSpec, seq_len: int, tp: AxisGroup) -> LocalUnit:
-    """What comes before the layers, until the first of them has its part of every sequence."""
-    stage = WholeStage(model, family, range(0), is_first=True, is_last=False)
+    """What comes before the layers, and between stacks, until the last one's first has its part of every sequence."""
+    chain, end = chain_of(model, family), last_stack(model, family)
+    stage = WholeStage(model, family, range(end, end), is_first=True, is_last=False)
     for table in stage.tables:
         cut_embedding(table, spec.embedding.parameters[0], tp, whole=True)
-    stage.enter_from_whole(0, tp)
+        table.weight = stage.tables[0].weight
+    if end > 0:
+        stage.layer(end).forward = partial(_end_joined, stage.layer(end), family.stacks[-1].side, _pooled(stage))
+    for index, link in enumerate(chain[: end + 1]):
+        if link.is_first:
+            stage.enter_from_whole(index, tp)
+        if link.is_last and index < end:
+            stage.leave_whole(index, lambda hidden: hidden, tp)
+    if (side := family.stacks[-1].side) is not None:
+        stage.side_of(LayerStrategy(), tp, lambda hidden: hidden).enter(stage.layer(end), side)
     return WholeUnit(stage, stage.first_modules, (), **blank_inputs(model.config, family.task, 1, seq_len))
 
 
@@ -59,10 +88,15 @@ def head_unit(model: PreTrainedModel, family: Family, spec: ModelSpec, seq_len: 
         shrink(model, tuple(stage.placed(p) for p in spec.head.parameters if p.cut is not None), tp)
         fuse_loss(stage.last_modules[-1], spec.head.parameters[-1], tp, stage.early_gradient)
         stage.end_at_head()
-    unit = WholeUnit(stage, stage.last_modules, _outputs_before(stage, blank), **blank)
+    unit = WholeUnit(stage, (*stage.last_modules, stage.bare), _outputs_before(stage, blank), **blank)
     for index, module in enumerate(stage.first_modules):
         module.forward = partial(_given, unit, index)
     return unit
+
+
+def last_stack(model: PreTrainedModel, family: Family) -> int:
+    """The index of the last stack's first layer."""
+    return next(index for index, link in enumerate(chain_of(model, family)) if link.stack == family.stacks[-1])
 
 
 def call_of_layer(
@@ -72,7 +106,10 @@ def call_of_layer(
     stage = WholeStage(model, family, range(index, index), is_first=False, is_last=False)
     stage.layer(index).forward = _end_with_call
     args, kwargs = _until(lambda: stage(None, blank_inputs(model.config, family.task, 1, seq_len)))
-    return args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    if len(family.stacks) == 1:
+        return args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    named = arguments_by_name(stage.layer(index), args, kwargs)
+    return (), {name: value for name, value in named.items() if name != "hidden_states"}
 
 
 def _outputs_before(stage: WholeStage, blank: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -82,7 +119,7 @@ def _outputs_before(stage: WholeStage, blank: dict[str, Tensor]) -> tuple[Any, .
         module.register_forward_hook(lambda _, __, output, at=index: made.setdefault(at, output))
         for index, module in enumerate(stage.first_modules)
     ]
-    first = stage.layer(0)
+    first = stage.layer(last_stack(stage.model, stage.family))
     passing, first.forward = first.forward, _end_with_call
     _until(lambda: stage(None, blank))
     first.forward = passing
@@ -91,8 +128,44 @@ def _outputs_before(stage: WholeStage, blank: dict[str, Tensor]) -> tuple[Any, .
     return tuple(made[index] for index in range(len(stage.first_modules)))
 
 
-def _given(unit: LocalUnit, index: int, *_: Any, **__: Any) -> Any:
-    return unit.args[index]
+def _given(unit: WholeUnit, index: int, *_: Any, **__: Any) -> Any:
+    return unit.of_rows(unit.args[index])
+
+
+def _pooled(stage: WholeStage) -> list[Tensor]:
+    """Where pairs are contrasted, what a tower before the last ends with, [B, D], once it has run; else nothing."""
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() == 2:
+            found[:] = [output]
+
+    if stage.family.task == "contrast":
+        for module in stage.first_modules:
+            module.register_forward_hook(note)
+    return found
+
+
+def _end_joined(layer: nn.Module, side: str | None, pooled: list[Tensor], *args: Any, **kwargs: Any) -> NoReturn:
+    """End where the last stack begins, with one number that depends on all that goes on from there."""
+    given = arguments_by_name(layer, args, kwargs)
+    parts = [given[name] for name in ("hidden_states", side) if name is not None] + pooled
+    trained = [part for part in parts if part.requires_grad]
+    pooled.clear()
+    raise Reached(_Join.apply(*trained) if trained else parts[0])
+
+
+class _Join(torch.autograd.Function):
+    """Several tensors → a number whose gradient goes to all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.shapes = [part.shape for part in parts]
+        return parts[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.new_ones(shape) for shape in ctx.shapes)
 
 
 def _until(run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
