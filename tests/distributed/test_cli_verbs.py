@@ -431,7 +431,7 @@ ENCODERS = {
     ),
     "images": (
         {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 16, "patch_size": 8,
-         "id2label": {"0": "a", "1": "b"}},
+         "id2label": {"0": "LABEL_0", "1": "LABEL_1"}},
         'source = "images"\nprocessor = "words"\neval_fraction = 0.2',
         5,
     ),
@@ -479,6 +479,8 @@ def test_what_a_model_is_trained_for_decides_its_samples(folder: Path, galvatron
         assert found["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     else:
         assert found["eval_accuracy"] == pytest.approx(accuracy)
+        classes = {"texts": ("x", "y", "z"), "images": ("a", "b")}
+        assert load_config(folder / "exported").id2label == dict(enumerate(classes[name]))
 
 
 def evaluated_by_transformers(exported: Path, job: Job, folder: Path) -> tuple[float, float]:

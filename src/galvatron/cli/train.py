@@ -26,6 +26,7 @@ from .data import config_of_job, prepare_data
 from .launch import Processes, processes
 from .options import JobFile, LoraSettings, Nproc, RunDir, TaskName, Validation, examples
 from .rundir import RunDirectory
+from .weights import directory_of, first_weights
 
 if TYPE_CHECKING:
     from galvatron.core.model import ModelSpec
@@ -179,18 +180,21 @@ def check_inputs(
     ranks: Processes, job: Job, run: RunDirectory, config: Any, spec: ModelSpec, checkpoint: str | None
 ) -> None:
     """Make the tokens, and find what is wrong with them, and with weights to start from or a checkpoint to resume."""
-    from galvatron.models import meta_model
+    from galvatron.models import class_names, meta_model
     from galvatron.parallelize.state.weights import check_names
     from galvatron.train import Lineage, check_goes_on, load_dataset, read_state
 
     if job.model.weights and checkpoint is None:
-        given = ranks.here(lambda: _weights(job.model.path, config))
+        given = ranks.here(lambda: first_weights(job, config))
+        if given.new:
+            say(f"new, and initialised from train.seed: {', '.join(sorted(given.new))} ({given.origin} has none such)")
         with warnings.catch_warnings(record=True, action="always") as left_out:
             check_names(given, meta_model(config), {})
         for warning in left_out:
             say(f"warning: {warning.message}")
     ranks.on_main(lambda: prepare_data(job, run, spec.task))
-    dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path, task=spec.task))
+    names = class_names(config)
+    dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path, task=spec.task, class_names=names))
     vocab_size = max(given.vocab_size for given in (dataset, dataset.validation) if given is not None)
     if vocab_size > spec.vocab_size:
         raise DataError(
@@ -229,7 +233,7 @@ def _what_is_kept(run: RunDirectory) -> str:
 def _train(world: World, leg: Leg) -> TrainResult:
     """One rank's part."""
     from galvatron import train
-    from galvatron.models import model_to_train, task_of
+    from galvatron.models import class_names, model_to_train, name_classes, task_of
     from galvatron.parallelize import parallelize
 
     from .progress import ConsoleReporter
@@ -237,10 +241,13 @@ def _train(world: World, leg: Leg) -> TrainResult:
     section = leg.job.train
     peak_memory = train.PeakMemory(world.device)
     config = config_of_job(leg.job)
-    dataset = train.load_dataset(leg.job.data, section, leg.run.path, task=task_of(config))
-    weights = _weights(leg.job.model.path, config) if leg.job.model.weights and leg.resume is None else None
+    names, task = class_names(config), task_of(config)
+    dataset = train.load_dataset(leg.job.data, section, leg.run.path, task=task, class_names=names)
+    if dataset.class_names:
+        name_classes(config, dataset.class_names)
+    weights = first_weights(leg.job, config) if leg.job.model.weights and leg.resume is None else None
     described = leg.job.model
-    whole = model_to_train(config, described.freeze, described.lora, _directory(described.path))
+    whole = model_to_train(config, described.freeze, described.lora, directory_of(described.path))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the model lacks and that are left out")  # said by check_inputs
         model = parallelize(
@@ -281,26 +288,6 @@ def _keep_plan(leg: Leg) -> None:
     """The run directory's plan.json is the first leg's, written when nothing is left to refuse."""
     if leg.first_step == 1:
         leg.plan.save(leg.run.plan)
-
-
-def _directory(path: str) -> str:
-    """Where weights lie beside a config: in its directory, or at a hub name."""
-    return str(Path(path).parent) if Path(path).is_file() else path
-
-
-def _weights(path: str, config: Any) -> Any:
-    """The safetensors beside a config file, in a directory, or of a hub name (fetched once by rank 0)."""
-    from galvatron.models import meta_model
-    from galvatron.parallelize import SafetensorsWeights
-    from galvatron.parallelize.processes.ranks import on_rank_zero, together
-
-    directory = Path(_directory(path))
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json"]
-        directory = Path(on_rank_zero(lambda: snapshot_download(path, allow_patterns=patterns)))
-    return together(lambda: SafetensorsWeights(directory, base_prefix=meta_model(config).base_model_prefix))
 
 
 def _device_flops_per_s(leg: Leg) -> float | None:

@@ -11,7 +11,7 @@ from .family import family_of
 from .freeze import check_trains, freeze_parameters
 from .initialize import InitialWeights
 from .inputs import blank_inputs, image_token, random_inputs, words_of
-from .load import load_config, meta_model
+from .load import class_names, described_shapes, load_config, meta_model, name_classes
 from .lora import Adapter, adapter_of
 from .shapes import Reached, emptied, entering_tokens
 from .spec import build_spec, model_to_train, spec_of
@@ -34,7 +34,9 @@ __all__ = [
     "build_spec",
     "chain_of",
     "check_trains",
+    "class_names",
     "config_of",
+    "described_shapes",
     "emptied",
     "entering_tokens",
     "experts_in",
@@ -45,6 +47,7 @@ __all__ = [
     "load_config",
     "meta_model",
     "model_to_train",
+    "name_classes",
     "random_inputs",
     "regions_in",
     "spec_of",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -35,6 +36,15 @@ def load_config(path: str | Path, task: Task | None = None, num_labels: int | No
     Raises:
         ConfigError: it cannot be read, its family is not supported, or has no model for the task.
     """
+    config = _read_config(path)
+    config = config if task is None else for_task(config, task)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    family_of(config)
+    return config
+
+
+def _read_config(path: str | Path) -> PretrainedConfig:
     if Path(path).suffix == ".json" and not is_file(str(path)):
         raise ConfigError(f"{path} does not exist; check the path")  # and not a hub name to ask the network for
     inside = Path(path) / "config.json"
@@ -48,11 +58,33 @@ def load_config(path: str | Path, task: Task | None = None, num_labels: int | No
         raise ConfigError(
             f"model {str(path)!r} has no readable config ({_reason(error)}); give a config.json"
         ) from None
-    config = config if task is None else for_task(config, task)
-    if num_labels is not None:
-        config.num_labels = num_labels
-    family_of(config)
     return config
+
+
+def class_names(config: PretrainedConfig) -> tuple[str, ...]:
+    """What ``config`` calls its classes, by number."""
+    names: dict[Any, str] = dict(config.id2label or {})
+    return tuple(names.get(number, f"LABEL_{number}") for number in range(config.num_labels or 0))
+
+
+def name_classes(config: PretrainedConfig, names: Sequence[str]) -> None:
+    """Let ``config`` call its classes ``names``, by number."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def described_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The parameters of the model that a config itself describes, whatever task it is for, named as in a whole model.
+
+    Raises:
+        ConfigError: it cannot be read, or transformers cannot build what it describes.
+    """
+    config = _read_config(path)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    architecture = getattr(transformers, named, None)
+    model = meta_model(config) if architecture is None else _on_meta(lambda: architecture(config), config)
+    prefix = f"{model.base_model_prefix}." if model.base_model is model and model.base_model_prefix else ""
+    return {f"{prefix}{name}": tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _config_from_file(path: Path) -> PretrainedConfig:
@@ -83,9 +115,15 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if (count := getattr(part, "num_hidden_layers", None)) is not None:
             _check_layers(count)
+    return _on_meta(
+        lambda: auto_class(config).from_config(for_task(config, task_of(config)), dtype=torch.float32), config
+    )
+
+
+def _on_meta(build: Callable[[], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     try:
         with _parameters_on_meta(), _EmptyOnMeta():
-            return auto_class(config).from_config(for_task(config, task_of(config)), dtype=torch.float32)
+            return build()
     except Exception as error:  # what torch and transformers raise where sizes are none, or contradict each other
         raise ConfigError(
             f"transformers cannot build the {config.model_type} that its config describes ({_reason(error)}); "

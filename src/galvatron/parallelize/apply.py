@@ -31,7 +31,7 @@ from .processes.grid import Grid
 from .processes.ranks import together
 from .processes.world import World, init_world
 from .proof import refuse_unproved
-from .state.weights import AdaptedWeights, GivenWeights, StateDictWeights, Weights, check_names, fill
+from .state.weights import CompletedWeights, GivenWeights, StateDictWeights, Weights, check_names, fill
 
 
 def parallelize(
@@ -86,7 +86,7 @@ def parallelize(
     refuse_unproved(config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers))
     twins: dict[str, str] = {}  # a tied head that given weights have a copy of
     if weights is not None:
-        weights = weights if adapter is None else AdaptedWeights(weights, _own_weights(model, seed))
+        weights = weights if adapter is None else CompletedWeights(weights, _own_weights(model, seed))
         tied = dict([spec.tied_names]) if spec.tied_names else {}
         twins = check_names(weights, model, tied)
     values = weights or _own_weights(model, seed)

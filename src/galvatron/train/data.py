@@ -68,6 +68,7 @@ class Dataset:
     Attributes:
         vocab_size: all ids are below it.
         fingerprint: tells samples apart; equal ones have one.
+        class_names: what the model calls its classes from now on, by number; none of tokens.
         validation: a dataset of another source, all of whose rows are evaluated on.
 
     Raises:
@@ -83,6 +84,7 @@ class Dataset:
         eval_fraction: float = 0.0,
         vocab_size: int = 0,
         fingerprint: str = "",
+        class_names: tuple[str, ...] = (),
         validation: Dataset | None = None,
     ) -> None:
         if not 0 <= seed < 2**64 or not 0 <= eval_fraction <= 1:
@@ -99,7 +101,7 @@ class Dataset:
             )
         self.samples, self.global_batch_size, self.seed = samples, global_batch_size, seed
         self.vocab_size, self.fingerprint, self.eval_fraction = vocab_size, fingerprint, eval_fraction
-        self.validation = validation
+        self.class_names, self.validation = class_names, validation
         # row i is for evaluation where i·num_eval/num_rows passes an integer: num_eval rows at equal distances
         index = np.arange(num_rows, dtype=np.int64)
         chosen = (index + 1) * num_eval // num_rows > index * num_eval // num_rows

@@ -6,8 +6,8 @@ Takes a job's sections and a run directory; gives a Dataset, equal on all ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from galvatron.parallelize.processes.ranks import on_rank_zero, together
 from .data import Dataset, Samples
 from .rows import DocumentRows, StreamRows
 from .tasks import Augmentation, LabelledImages, LabelledTexts, MaskedRows, SpanRows, check_pictures, find_pictures
-from .tasks.classes import Class
+from .tasks.classes import Class, Numbering, classes_of, named_classes
 from .tasks.pictures import Fields
 from .text import Skipped
 from .tokenizer import load_tokenizer
@@ -35,7 +35,7 @@ class Loaded:
     samples: Samples
     vocab_size: int
     fingerprint: str
-    classes: dict[Class, int] | None = None
+    classes: dict[Class, int] = field(default_factory=dict)
 
 
 def load_dataset(
@@ -44,6 +44,7 @@ def load_dataset(
     run_dir: Path,
     *,
     task: Task = "causal_lm",
+    class_names: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Dataset:
     """The dataset of a run.  A collective call: rank 0 tokenises once into ``run_dir/data``, all ranks map the file.
@@ -52,16 +53,17 @@ def load_dataset(
         data, train: the job's sections.
         run_dir: on a disk that all nodes share.
         task: what the model is trained for.
+        class_names: what the model calls its classes, by number.
         progress: called on rank 0 with the number of tokens so far.
 
     Raises:
         DataError: a source is missing, unreadable, empty, too short, or not what ``task`` takes.
     """
-    loaded = _load(data, train, run_dir, task, progress, None)
+    loaded = _load(data, train, run_dir, task, progress, lambda labels: classes_of(labels, class_names))
     validation = None
     if (own := data.of_validation) is not None:
-        validation = _dataset(_load(own, train, run_dir, task, progress, loaded.classes), train, 1.0, None)
-    return _dataset(loaded, train, data.held_out, validation)
+        validation = _dataset(_load(own, train, run_dir, task, progress, lambda _: loaded.classes), train, 1.0)
+    return _dataset(loaded, train, data.held_out, named_classes(loaded.classes, class_names), validation)
 
 
 def prepare_source(
@@ -83,7 +85,13 @@ def prepare_source(
     return prepare_tokens(data, run_dir, seq_len=train.seq_len, progress=progress, skipped=skipped)
 
 
-def _dataset(loaded: Loaded, train: TrainSection, eval_fraction: float, validation: Dataset | None) -> Dataset:
+def _dataset(
+    loaded: Loaded,
+    train: TrainSection,
+    eval_fraction: float,
+    class_names: tuple[str, ...] = (),
+    validation: Dataset | None = None,
+) -> Dataset:
     return Dataset(
         loaded.samples,
         global_batch_size=train.global_batch_size,
@@ -91,6 +99,7 @@ def _dataset(loaded: Loaded, train: TrainSection, eval_fraction: float, validati
         eval_fraction=eval_fraction,
         vocab_size=loaded.vocab_size,
         fingerprint=loaded.fingerprint,
+        class_names=class_names,
         validation=validation,
     )
 
@@ -101,12 +110,12 @@ def _load(
     run_dir: Path,
     task: Task,
     progress: Progress | None,
-    classes: dict[Class, int] | None,
+    number: Numbering,
 ) -> Loaded:
     if task == "image_classification":
-        return together(lambda: _images(data, classes))
+        return together(lambda: _images(data, number))
     if task == "text_classification":
-        return together(lambda: _texts(data, train.seq_len, classes))
+        return together(lambda: _texts(data, train.seq_len, number))
     _check_task(data, task)
     path = on_rank_zero(lambda: prepare_tokens(data, run_dir, seq_len=train.seq_len, progress=progress))
     info = together(lambda: TokenInfo.load(path.with_suffix(".json")))
@@ -157,9 +166,9 @@ def _fields(data: DataSection) -> Fields:
     return Fields(image=data.image_field, label=data.label_field)
 
 
-def _images(data: DataSection, classes: dict[Class, int] | None) -> Loaded:
+def _images(data: DataSection, number: Numbering) -> Loaded:
     pictures = find_pictures(Path(data.source), _fields(data))
-    samples = LabelledImages(pictures, load_processor(data), Augmentation() if data.augment else None, classes)
+    samples = LabelledImages(pictures, load_processor(data), Augmentation() if data.augment else None, number)
     parts = [
         (Path(picture.where).name, samples.classes[picture.label or 0])
         for picture in pictures
@@ -168,8 +177,8 @@ def _images(data: DataSection, classes: dict[Class, int] | None) -> Loaded:
     return Loaded(samples, len(samples.classes), hashlib.sha256(repr(parts).encode()).hexdigest(), samples.classes)
 
 
-def _texts(data: DataSection, seq_len: int, classes: dict[Class, int] | None) -> Loaded:
-    found = LabelledTexts.read(data, seq_len, _tokenizer(data), label_field=data.label_field, classes=classes)
+def _texts(data: DataSection, seq_len: int, number: Numbering) -> Loaded:
+    found = LabelledTexts.read(data, seq_len, _tokenizer(data), label_field=data.label_field, number=number)
     return Loaded(found, len(found.classes), found.fingerprint(), found.classes)
 
 

@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from galvatron.core.errors import CheckpointError
 from galvatron.parallelize.state.pieces import LocalParameter, Piece
-from galvatron.parallelize.state.weights import AdaptedWeights, SafetensorsWeights, StateDictWeights, check_names, fill
+from galvatron.parallelize.state.weights import (
+    CompletedWeights,
+    SafetensorsWeights,
+    StateDictWeights,
+    check_names,
+    fill,
+)
 from galvatron.testing.models import tiny_model
 
 NAME = "model.layers.3.mlp.down_proj.weight"
@@ -142,10 +148,10 @@ def test_a_tensor_that_the_index_has_and_the_file_has_not_is_named(tmp_path: Pat
 def test_adapters_come_from_elsewhere_where_weights_lack_them() -> None:
     base, adapter, own = torch.zeros(4, 2), torch.ones(3, 2), torch.full((3, 2), 2.0)
     names = "q.base_layer.weight", "q.lora_A.default.weight"
-    plain = AdaptedWeights(StateDictWeights({"q.weight": base}), StateDictWeights({names[1]: own}))
+    plain = CompletedWeights(StateDictWeights({"q.weight": base}), StateDictWeights({names[1]: own}))
     assert [plain.find(name) for name in (*names, "k.weight")] == ["q.weight", names[1], None]
     assert [plain.shape(name) for name in names] == [(4, 2), (3, 2)]
     assert torch.equal(plain.read(names[1], (1, 0), (2, 2)), own[1:])
-    whole = AdaptedWeights(StateDictWeights({names[0]: base, names[1]: adapter}), StateDictWeights({names[1]: own}))
+    whole = CompletedWeights(StateDictWeights({names[0]: base, names[1]: adapter}), StateDictWeights({names[1]: own}))
     assert [whole.find(name) for name in names] == list(names)
     assert torch.equal(whole.read(names[1], (0, 0), (3, 2)), adapter)

@@ -27,6 +27,7 @@ from galvatron.train.tasks import (
     check_pictures,
     find_pictures,
 )
+from galvatron.train.tasks.classes import classes_of, named_classes
 from galvatron.train.tasks.pictures import Fields
 from galvatron.train.tasks.spans import lengths_of
 
@@ -191,10 +192,23 @@ def test_texts_of_classes_are_padded_and_classes_numbered_by_name(tmp_path: Path
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert (texts.classes, batch["labels"].tolist()) == ({"a": 0, "b": 1}, [1, 0])
     with pytest.raises(DataError, match="'b' is none of the 1 classes trained on"):
-        LabelledTexts.read(DataSection(source=str(path)), 3, tokenizer, classes={"a": 0})
+        LabelledTexts.read(DataSection(source=str(path)), 3, tokenizer, number=lambda _: {"a": 0})
     path.write_text('{"text": "w0", "label": 1}\n{"text": "w0", "label": 1.5}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2 must have a class, name or number, in field 'label', got 1\.5"):
         LabelledTexts.read(DataSection(source=str(path)), 3, tokenizer)
+
+
+def test_classes_have_the_numbers_that_the_model_has_for_them() -> None:
+    unnamed, named = ("LABEL_0", "LABEL_1", "LABEL_2"), ("no", "maybe", "yes")
+    assert classes_of(["no", "yes"], named) == {"no": 0, "maybe": 1, "yes": 2}
+    assert classes_of([2, 0], unnamed) == {0: 0, 1: 1, 2: 2}
+    assert named_classes(classes_of([2, 0], named), named) == named
+    assert named_classes(classes_of([5, 1, 3], unnamed), unnamed) == ("1", "3", "5")
+    assert named_classes(classes_of(["b", "a"], unnamed), unnamed) == ("a", "b", "LABEL_2")
+    assert named_classes(classes_of(["c", "b", "a"], named), named) == ("a", "b", "c")  # all of them others
+    for labels in (["no", "perhaps"], ["perhaps"]):
+        with pytest.raises(DataError, match="class 'perhaps' is none of the 3 that the model's config names"):
+            classes_of(labels, named)
 
 
 def make_sources(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:

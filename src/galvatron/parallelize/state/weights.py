@@ -127,11 +127,14 @@ def _check_twin(name: str, twin: str, value: torch.Tensor, other: torch.Tensor) 
         )
 
 
-class AdaptedWeights:
-    """Weights of a model without adapters, or with them, for one that has some: what they lack comes from elsewhere."""
+class CompletedWeights:
+    """Weights that lack adapters, or parameters named ``new``, which then come from ``own``.
 
-    def __init__(self, given: GivenWeights, adapters: Weights) -> None:
-        self._given, self._adapters = given, adapters
+    Those of a model with adapters are found by their names without them too.
+    """
+
+    def __init__(self, given: GivenWeights, own: Weights, new: Collection[str] = ()) -> None:
+        self._given, self._own, self.new = given, own, frozenset(new)
 
     @property
     def origin(self) -> str:
@@ -145,8 +148,7 @@ class AdaptedWeights:
 
     def find(self, name: str) -> str | None:
         """See GivenWeights."""
-        found = self._given.find(self._name(name))
-        return name if found is None and is_adapters(name) else found
+        return name if self._is_own(name) else self._given.find(self._name(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See Weights."""
@@ -160,7 +162,10 @@ class AdaptedWeights:
         return plain_name(name) if self._given.find(name) is None else name
 
     def _source(self, name: str) -> Weights:
-        return self._adapters if is_adapters(name) and self._given.find(name) is None else self._given
+        return self._own if self._is_own(name) else self._given
+
+    def _is_own(self, name: str) -> bool:
+        return name in self.new or (is_adapters(name) and self._given.find(name) is None)
 
 
 class StateDictWeights:

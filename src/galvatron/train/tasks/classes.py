@@ -6,7 +6,8 @@ Takes records with a field of text and one of a class; gives token ids, masks an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -21,15 +22,41 @@ from ..sources import read_records
 from ..text import text_in
 
 Class = str | int
+Numbering = Callable[[Iterable[Class]], dict[Class, int]]
+"""From the labels of all samples to the number of each class."""
+_UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls a class without a name
 
 
-def classes_of(labels: Iterable[Class]) -> dict[Class, int]:
-    """The number of each class, in the order of names or of numbers.  Raises DataError if both are among them."""
+def classes_of(labels: Iterable[Class], names: Sequence[str] = ()) -> dict[Class, int]:
+    """The number of each class for a model that calls its classes ``names``, by number.
+
+    Names that the model has, and numbers that it has, are its own; others are numbered in their order.
+
+    Raises:
+        DataError: names and numbers are among ``labels``, or names that only in part are those of the model.
+    """
     found = set(labels)
     kinds = {type(label) for label in found}
     if kinds != {str} and kinds != {int}:
         raise DataError(f"classes must be names or whole numbers, all alike, got {shown(sorted(map(str, found))[:5])}")
+    own: Iterable[Class] = names if kinds == {str} else range(len(names))
+    if found <= set(own):
+        return {label: number for number, label in enumerate(own)}
+    named = {name for name in names if not _UNNAMED.fullmatch(name)}
+    if named and kinds == {str} and (found & named or len(found) < len(names)):
+        raise DataError(
+            f"class {shown(min(map(str, found - set(own))))} is none of the {len(names)} that the model's config "
+            f"names ({shown(sorted(named)[:3])}, ...); mend it, or set model.num_labels for classes of your own"
+        )
     return {label: number for number, label in enumerate(sorted(found))}
+
+
+def named_classes(classes: dict[Class, int], names: Sequence[str]) -> tuple[str, ...]:
+    """What a model of ``classes`` calls them, by number; it called them ``names``."""
+    if classes and all(type(label) is int and label == number for label, number in classes.items()):
+        return tuple(names)
+    found = {number: str(label) for label, number in classes.items()}
+    return tuple(found.get(number, name) for number, name in enumerate(names))
 
 
 def class_in(record: dict[str, Any], field: str, where: str) -> Class:
@@ -44,7 +71,7 @@ class LabelledTexts:
     """``texts`` with the tokenizer's own special tokens, cut off and padded at ``seq_len``, and their classes.
 
     Raises:
-        DataError: the ``tokenizer`` (of ``transformers``) has no padding token, or a label is not among ``classes``.
+        DataError: the ``tokenizer`` (of ``transformers``) has no padding token, or ``number`` leaves a label out.
     """
 
     labelled = True
@@ -55,11 +82,11 @@ class LabelledTexts:
         labels: Sequence[Class],
         seq_len: int,
         tokenizer: Any,
-        classes: dict[Class, int] | None = None,
+        number: Numbering = classes_of,
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise DataError("text classification needs a tokenizer with a padding token; set one (often its eos token)")
-        self.classes, self.seq_len = classes_of(labels) if classes is None else classes, seq_len
+        self.classes, self.seq_len = number(labels), seq_len
         if unknown := set(labels) - self.classes.keys():
             raise DataError(f"{shown(min(map(str, unknown)))} is none of the {len(self.classes)} classes trained on")
         self._labels = np.array([self.classes[label] for label in labels])
@@ -76,14 +103,14 @@ class LabelledTexts:
         tokenizer: Any,
         *,
         label_field: str = "label",
-        classes: dict[Class, int] | None = None,
+        number: Numbering = classes_of,
     ) -> Self:
         """Of the records of ``data.source``: texts in ``data.text_field``, classes in ``label_field``."""
         texts, labels = [], []
         for where, record in read_records(data):
             texts.append(text_in(record, data.text_field, where))
             labels.append(class_in(record, label_field, where))
-        return cls(texts, labels, seq_len, tokenizer, classes)
+        return cls(texts, labels, seq_len, tokenizer, number)
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from galvatron.core.errors import DataError
 
-from .classes import Class, classes_of, padded
+from .classes import Numbering, classes_of, padded
 from .pictures import Picture
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class LabelledImages(_Images):
     """Images and the classes they are of.
 
     Raises:
-        DataError: a picture has no class, or one that is not among ``classes``.
+        DataError: a picture has no class, or one that ``number`` leaves out.
     """
 
     labelled = True
@@ -94,11 +94,11 @@ class LabelledImages(_Images):
         pictures: Sequence[Picture],
         processor: Any,
         augmentation: Augmentation | None = None,
-        classes: dict[Class, int] | None = None,
+        number: Numbering = classes_of,
     ) -> None:
         super().__init__(pictures, processor, augmentation)
         labels = [picture.label for picture in pictures if picture.label is not None]
-        self.classes = classes_of(labels) if classes is None else classes
+        self.classes = number(labels)
         for picture in pictures:
             if picture.label not in self.classes:
                 raise DataError(
