@@ -42,8 +42,6 @@ from galvatron.train.optimizer import build_optimizer
 
 SEQ_LEN, BATCH = 32, 8
 LAYERS = {"gpt2": "n_layer"}
-STACKS: dict[str, dict[str, Any]] = {"t5": {}, "clip": {}, "llava": {"vision_feature_layer": -1}}
-"""Families of several, with as many layers as the tiny ones have; the last of a tower is used too."""
 S = LayerStrategy
 ALONE, TP2, TP4 = S(), S(tp=2), S(tp=4)
 ZERO3, ZERO2, ZERO1, DP4 = S(dp_shard=4, zero=3), S(dp_shard=4, zero=2), S(dp_shard=4, zero=1), S(dp_replicate=4)
@@ -152,6 +150,7 @@ PLANS: dict[str, tuple[str, Plan]] = {
         plan([S(dp_replicate=2), TP2, ZERO2_3, TP2], TP2, layers_per_stage=(2, 2), num_microbatches=4, seq_len=10),
     ),
     "classes of texts": ("bert classifier", plan([ZERO3, TP4, TP4, DP4], DP4, precision="bf16")),
+    "classes of texts by a decoder": ("llama classifier", plan([TP4, ZERO3, MIXED2, S(cp=2, tp=2)], TP4)),
     "recompute": ("llama", plan([ZERO3.model_copy(update=FULL)] * 3 + [TP4.model_copy(update=FULL)], TP4)),
     "levels between": (
         "gpt2",
@@ -173,8 +172,6 @@ class Bytes:
 
 
 def config_of(family: str, num_layers: int) -> PretrainedConfig:
-    if family in STACKS:
-        return tiny_config(family, **STACKS[family])
     base = family.removesuffix(" classifier")
     config = tiny_config(base, **{LAYERS.get(base, "num_hidden_layers"): num_layers}, pad_token_id=1)
     return config if base == family else for_task(config, "text_classification")
@@ -191,7 +188,7 @@ def profile_of(
         UnitShape(config, spec, unit, tp, seq_len, DTYPES[precision])
         for unit in spec.units
         for tp in (1, 2, 4)
-        if all(kind.tokens(seq_len) % tp == 0 for kind in spec.layers if unit in (*ENDS, kind.name))
+        if seq_len % tp == 0
     ]
     counted = [count_activations(shape, "none") for shape in shapes]
     layers = [shape for shape in shapes if shape.name not in ENDS]

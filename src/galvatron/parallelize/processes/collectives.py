@@ -60,9 +60,9 @@ def gather_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
 def own_part(x_BS: Tensor, axes: AxisGroup) -> Tensor:
     """[B, S, ...] → [B, S/k, ...]: this rank's part of sequences that every rank has whole.
 
-    A gradient of the whole is then this rank's part of a sum over ranks.
+    A gradient of the whole is then this rank's part of a sum over ranks.  No view, which would keep all parts.
     """
-    return x_BS if axes.size == 1 else split(x_BS, axes)[axes.rank]
+    return x_BS if axes.size == 1 else split(x_BS, axes)[axes.rank].clone()
 
 
 def reduce_scatter_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
