@@ -75,7 +75,7 @@ def cases(
 ) -> Iterator[Case]:
     """All plans of one variant and world, random ones from the ``first`` on; every fourth of these clips gradients."""
     spec = variant_spec(variant, world_size)
-    seq_len = seq_len_for(world_size)
+    seq_len = None if spec.task == "image_classification" else seq_len_for(world_size)
     if not options.no_pure:
         for name, plan in pure_plans(spec, world_size, seq_len).items():
             yield name, "fp32", plan, Recipe()

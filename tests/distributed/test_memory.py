@@ -144,10 +144,10 @@ PLANS: dict[str, tuple[str, Plan]] = {
         "bert",
         plan([TP2, S(dp_replicate=2), TP2, TP2], TP2, layers_per_stage=(1, 3), num_microbatches=4),
     ),
-    "images": ("vit", plan([ZERO3, TP2X2, HYBRID, TP2X2.model_copy(update=FULL)], TP2X2, seq_len=10)),
+    "images": ("vit", plan([ZERO3, TP2X2, HYBRID, TP2X2.model_copy(update=FULL)], TP2X2, seq_len=17)),
     "images in stages": (
         "vit",
-        plan([S(dp_replicate=2), TP2, ZERO2_3, TP2], TP2, layers_per_stage=(2, 2), num_microbatches=4, seq_len=10),
+        plan([S(dp_replicate=2), TP2, ZERO2_3, TP2], TP2, layers_per_stage=(2, 2), num_microbatches=4, seq_len=17),
     ),
     "classes of texts": ("bert classifier", plan([ZERO3, TP4, TP4, DP4], DP4, precision="bf16")),
     "classes of texts by a decoder": ("llama classifier", plan([TP4, ZERO3, MIXED2, S(cp=2, tp=2)], TP4)),

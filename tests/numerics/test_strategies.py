@@ -65,7 +65,7 @@ def test_two_ranks(sweep: Sweep, variant: str, strategy: str) -> None:
 def test_a_sample_of_two_ranks(sweep: Sweep, variant: str) -> None:
     """Tensor parallelism of every family: the layout of its matrices; and one other strategy, in turn.
 
-    Where a model forbids one (an odd number of patches, a pipeline of several stacks), Ulysses.
+    Where a model forbids one (a pipeline of several stacks), Ulysses.
     """
     possible = pure_plans(variant_spec(variant, 2), 2)
     wanted = ("tp", SOME[SAMPLED.index(variant) % len(SOME)])

@@ -242,6 +242,14 @@ class ModelSpec(Record):
             return f"seq_len={seq_len} must be a multiple of {merged}, as {self.name} merges tokens; choose {whole}"
         return None
 
+    def patches(self, kind: LayerKind, seq_len: int) -> int:
+        """Tokens of one sequence in layers of ``kind`` where they are patches of an image; 0 where they are not.
+
+        Nobody chooses how many there are, so they are filled up where they are cut.
+        """
+        is_image = kind.fixed_tokens or self.task == "image_classification"
+        return kind.tokens(seq_len) if is_image else 0
+
     @property
     def ends_alike(self) -> bool:
         """Whether embedding and head need equal cuts: they share a weight, or the head looks at inputs and samples."""

@@ -98,6 +98,12 @@ class Setting:
             return layers[0 if unit == "embedding" else -1].tokens(self.seq_len)
         return self.model.spec.kind(unit).tokens(self.seq_len)
 
+    def cut_tokens(self, unit: UnitName, degree: Ints) -> Ints:
+        """The same with what fills patches up to a multiple of ``degree``, which cuts them (``plan.filling``)."""
+        spec, tokens = self.model.spec, self.tokens(unit)
+        kind = spec.layers[0 if unit == "embedding" else -1] if unit in ENDS else spec.kind(unit)
+        return -(-tokens // degree) * degree if spec.patches(kind, self.seq_len) else np.full_like(degree, tokens)
+
     def hidden_size(self, unit: UnitName) -> int:
         """Hidden size of ``unit``."""
         layers = self.model.spec.layers

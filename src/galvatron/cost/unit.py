@@ -199,7 +199,8 @@ def _weight_share(setting: Setting, unit: UnitName) -> float:
 
 def _sequence_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> tuple[Floats, Floats]:
     """One gather and one scatter of a microbatch's hidden states over tp."""
-    hidden_bytes = batch * setting.tokens(unit) * setting.hidden_size(unit) * setting.compute_bytes
+    tokens = setting.cut_tokens(unit, s.sequence_degree)
+    hidden_bytes = batch * tokens * setting.hidden_size(unit) * setting.compute_bytes
     gather_s = collective_s(setting, "all_gather", s.tp, 1, hidden_bytes)
     return gather_s, collective_s(setting, "reduce_scatter", s.tp, 1, hidden_bytes)
 
@@ -240,7 +241,7 @@ def _context_parallel_s(
     if unit in ENDS or not ((s.ulysses > 1) | (s.cp > 1)).any():
         return np.zeros(len(s)), np.zeros(len(s)), np.zeros(len(s))
     kind = setting.model.spec.kind(unit)
-    token_bytes = batch * setting.tokens(unit) * kind.head_dim * setting.compute_bytes
+    token_bytes = batch * setting.cut_tokens(unit, s.sequence_degree) * kind.head_dim * setting.compute_bytes
     heads, exchanged = kind.num_heads / s.tp, dealt_kv_heads(kind, s)
     enter_s = collective_s(setting, "all_to_all", s.ulysses, s.tp, token_bytes * (heads + 2 * exchanged))
     leave_s = collective_s(setting, "all_to_all", s.ulysses, s.tp, token_bytes * heads)

@@ -61,9 +61,9 @@ class LocalLayer:
     matrices: tuple[tuple[int, int, int, float], ...]
 
     @property
-    def chunk(self) -> float:
-        """Tokens between regions."""
-        return self.tokens / self.tp
+    def chunk(self) -> int:
+        """Tokens between regions, patches with what fills them up."""
+        return math.ceil(self.tokens / self.tp)
 
     @property
     def attentions(self) -> int:

@@ -88,7 +88,8 @@ def _cuts(spec: ModelSpec, unit: UnitName, tp: int, seq_len: int) -> bool:
     refused = any(cut.uneven == "refuse" and cut.blocks % tp for cut in cuts)
     whole = any(cut.uneven == "whole" and cut.blocks % tp and tp % cut.blocks for cut in cuts)
     empty = any(cut.leaves_ranks_empty(tp) for cut in cuts)
-    return not (refused or whole or empty) and kind.tokens(seq_len) % tp == 0
+    even = kind.tokens(seq_len) % tp == 0 or tp <= spec.patches(kind, seq_len)
+    return even and not (refused or whole or empty)
 
 
 def _compute(

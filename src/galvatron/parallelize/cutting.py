@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from galvatron.core.model import ModelSpec
 from galvatron.models import Family, experts_in, regions_in
 from galvatron.plan import LayerStrategy, Plan
+from galvatron.plan.filling import Filling, filling_of
 
 from .layers.attention import Context, attend_across
 from .layers.compile import LayerCompiler
@@ -47,22 +48,19 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
     """Tensor cuts, recompute, compilation, and changes of layout on entry, for every module this stage owns."""
     plan = grid.plan
     degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
-    contexts = {
-        strategy: Context(grid.ulysses(strategy), grid.ring(strategy), grid.axis_group(1, strategy.tp))
-        for strategy in set(plan.layers)
-    }
     if stage.is_first:
         _cut_embedding(stage, family, spec, grid)
     places = _place(stage, grid)
     for index in stage.layers:
         strategy = plan.layers[index]
-        tp, layer = grid.axis_group(1, strategy.tp), stage.layer(index)
+        filling, layer = filling_of(plan, spec, kinds[index]), stage.layer(index)
+        tp = grid.axis_group(1, strategy.tp, filling=filling)
         stack = stage.chain[index].stack
         regions, experts = regions_in(layer, stack), experts_in(layer, stack)
         if stage.later is not None:
             stage.later.taps[layer] = tap_linears(layer, regions, kinds[index], tp)
         cut_layer(layer, regions, kinds[index], tp, experts, grid.experts(strategy))
-        attend_across(layer, contexts[strategy])
+        attend_across(layer, Context(grid.ulysses(strategy, filling), grid.ring(strategy), tp))
         if spec.trains_before(index + 1):  # nothing is kept of other layers, and compilers fail on such a checkpoint
             recompute_in_backward(layer, regions, tp, strategy.recompute, has_experts=experts is not None)
         if compiler is not None:
@@ -71,7 +69,7 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
             put_off(layer, tp.size, stage.later)
         places[strategy].enter(layer)
         if isinstance(stage, WholeStage):
-            _meet_whole(stage, index, grid)
+            _meet_whole(stage, index, grid, filling)
         else:
             _enter(layer, grid, degrees[index], degrees[index + 1])
     if not stage.is_first:
@@ -82,13 +80,13 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
         _cut_head(stage, family, spec, grid)
 
 
-def _meet_whole(stage: WholeStage, index: int, grid: Grid) -> None:
+def _meet_whole(stage: WholeStage, index: int, grid: Grid, filling: Filling | None) -> None:
     """Changes of layout around a layer whose stack begins and ends with whole sequences."""
     plan, link, layer = grid.plan, stage.chain[index], stage.layer(index)
     own, before = plan.layers[index].sequence_degree, plan.embedding.sequence_degree
-    _enter(layer, grid, before if link.is_first else plan.layers[index - 1].sequence_degree, own)
+    _enter(layer, grid, before if link.is_first else plan.layers[index - 1].sequence_degree, own, filling)
     if link.is_first:
-        stage.enter_from_whole(index, grid.axis_group(1, before))
+        stage.enter_from_whole(index, grid.axis_group(1, before, filling=filling))
     if link.stack.side is not None:
         stage.side_of(plan.layers[index], grid.axis_group(1, before), _change(grid, before, own)).enter(
             layer, link.stack.side
@@ -96,16 +94,17 @@ def _meet_whole(stage: WholeStage, index: int, grid: Grid) -> None:
     if link.is_last:
         is_end = index == len(stage.chain) - 1
         after = (plan.head if is_end else plan.embedding).sequence_degree
-        stage.leave_whole(index, _change(grid, own, after), grid.axis_group(1, after))
+        change = _change(grid, own, after, filling)
+        stage.leave_whole(index, change, grid.axis_group(1, after, filling=filling))
 
 
-def _change(grid: Grid, previous: int, degree: int) -> Callable[[Tensor], Tensor]:
-    axes = grid.axis_group(min(previous, degree), max(previous, degree))
+def _change(grid: Grid, previous: int, degree: int, filling: Filling | None = None) -> Callable[[Tensor], Tensor]:
+    axes = grid.axis_group(min(previous, degree), max(previous, degree), filling=filling)
     return partial(change_layout, axes=axes, previous=previous, degree=degree)
 
 
-def _enter(module: nn.Module, grid: Grid, previous: int, degree: int) -> None:
-    axes = grid.axis_group(min(previous, degree), max(previous, degree))
+def _enter(module: nn.Module, grid: Grid, previous: int, degree: int, filling: Filling | None = None) -> None:
+    axes = grid.axis_group(min(previous, degree), max(previous, degree), filling=filling)
     enter_with_layout(module, axes, previous, degree)
 
 

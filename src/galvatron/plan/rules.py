@@ -192,23 +192,45 @@ def check_cuts(
     axes = StageAxes(stage_size)
     if spec is not None and unit in ENDS and spec.ends == "whole" and strategy.ulysses > 1:
         return f"ulysses={strategy.ulysses} is for layers: the {unit} of {spec.name} sees whole sequences; set it to 1"
-    if spec is not None and unit in ENDS and spec.ends == "whole":
-        for kind in spec.layers:
-            if kind.tokens(seq_len) % strategy.tp:
-                tokens = kind.tokens(seq_len)
-                return f"tp={strategy.tp} of the {unit} must divide the {tokens} tokens of {kind.name}; set it to 1"
-    if spec is None or unit in ENDS:
-        tokens = seq_len if spec is None or unit == "embedding" else spec.layers[-1].tokens(seq_len)
-    else:
+    if spec is not None and unit not in ENDS:
         kind = spec.kind(unit)
-        tokens = kind.tokens(seq_len)
-        problem = _attention_problem(strategy, kind, tokens, axes) or _expert_problem(strategy, kind, axes)
+        problem = _attention_problem(strategy, kind, kind.tokens(seq_len), axes) or _expert_problem(
+            strategy, kind, axes
+        )
         if problem:
             return problem
-    if tokens % strategy.sequence_degree:
-        names = " x ".join(name for name in ("tp", "ulysses", "cp") if getattr(strategy, name) > 1)
-        return f"{names}={strategy.sequence_degree} must divide seq_len={tokens}; choose {_choices(tokens, axes)}"
+    problem = _token_problem(strategy, unit, spec, seq_len, axes)
+    if problem:
+        return problem
     return _parameter_problem(strategy, unit, spec, axes) if spec is not None else None
+
+
+def _token_problem(
+    strategy: LayerStrategy, unit: UnitName, spec: ModelSpec | None, seq_len: int, axes: StageAxes
+) -> str | None:
+    """Patches are filled up (``plan.filling``), unless a ring would pass on what fills them; other tokens divide."""
+    degree, seen = strategy.sequence_degree, [seq_len]
+    if spec is not None:
+        kinds = spec.layers if unit in ENDS and spec.ends == "whole" else spec.layers[-1:] if unit == "head" else ()
+        kinds = kinds if unit in ENDS else (spec.kind(unit),)
+        patches = [spec.patches(kind, seq_len) for kind in kinds]
+        if strategy.cp > 1 and any(number % axes.num_devices for number in patches):
+            number = next(number for number in patches if number)
+            return f"cp={strategy.cp} cannot cut {number} patches, which {axes.num_devices} do not divide; set cp to 1"
+        few = [number for number in patches if number and number < degree]
+        if few:
+            return f"{_names(strategy)}={degree} must not exceed the {few[0]} patches of an image; lower it"
+        seen = [kind.tokens(seq_len) for kind, number in zip(kinds, patches, strict=True) if not number]
+        seen += [seq_len] * (not kinds)
+    tokens = next((tokens for tokens in seen if tokens % degree), None)
+    if tokens is None:
+        return None
+    return f"{_names(strategy)}={degree} must divide seq_len={tokens}; choose {_choices(tokens, axes)}"
+
+
+def _names(strategy: LayerStrategy) -> str:
+    """What cuts sequences under ``strategy``."""
+    return " x ".join(name for name in ("tp", "ulysses", "cp") if getattr(strategy, name) > 1)
 
 
 def _attention_problem(strategy: LayerStrategy, kind: LayerKind, tokens: int, axes: StageAxes) -> str | None:

@@ -162,7 +162,7 @@ _OVERRIDES |= {
         "text_config": {**_BERT, "num_hidden_layers": 2, "projection_size": 32, "bos_token_id": 0, "eos_token_id": 0},
         "vision_config": {**_VIT, "num_hidden_layers": 2, "image_size": 16},
     },
-    "vit": _VIT,
+    "vit": {**_VIT, "image_size": 16},  # 17 tokens, a prime
     "dinov2": {**_VIT, "num_labels": 5},
 }
 ENCODERS: tuple[str, ...] = tuple(_OVERRIDES)[len(FAMILIES) :]

@@ -9,6 +9,8 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.tasks import Task
 from galvatron.models import family_of, for_task, meta_model, spec_of, task_of
 from galvatron.parallelize.proof import Proof, prove
+from galvatron.plan import LayerStrategy, Plan, check_strategy
+from galvatron.plan.filling import Filling, filling_of
 from galvatron.testing.models import ENCODERS, tiny_config
 
 TASKS: dict[str, Task] = {"bert": "masked_lm", "vit": "image_classification", "llama": "causal_lm"}
@@ -34,6 +36,34 @@ def test_a_language_model_sees_images_by_states_between_layers_of_a_tower() -> N
     assert [(stack.recorded, stack.causal) for stack in family.stacks] == [(True, False), (False, True)]
     assert [(kind.fixed_tokens, kind.hidden_size) for kind in spec.layers] == [(10, 32), (0, 32)]
     assert spec.layers[0].tokens(100) == 10
+
+
+def test_patches_are_filled_up_where_they_are_cut() -> None:
+    spec = spec_of(meta_model(tiny_config("vit")))
+    (kind,) = spec.layers
+    cut, rest = LayerStrategy(tp=2, ulysses=2), LayerStrategy(dp_replicate=4)
+    plan = Plan(
+        model="vit", world_size=4, layers_per_stage=(4,), num_microbatches=1, global_batch_size=4, seq_len=17,
+        embedding=rest, layers=(rest, cut, rest, rest), head=rest,
+    )  # fmt: skip
+    plan.validate(spec, 4)
+    filling = filling_of(plan, spec, kind)
+    assert filling == Filling(17, 20)
+    assert [filling.local(degree) for degree in (1, 2, 4)] == [17, 10, 5]
+    text = spec_of(meta_model(tiny_config("llava"))).layers[1]
+    assert filling_of(plan, spec_of(meta_model(tiny_config("llava"))), text) is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "unit", "problem"),
+    [
+        (LayerStrategy(cp=2), "layer", "cp=2 cannot cut 17 patches, which 2 do not divide; set cp to 1"),
+        (LayerStrategy(tp=32), "embedding", "tp=32 must not exceed the 17 patches of an image; lower it"),
+    ],
+)
+def test_what_cannot_cut_patches(strategy: LayerStrategy, unit: str, problem: str) -> None:
+    spec = spec_of(meta_model(tiny_config("vit")))
+    assert check_strategy(strategy, unit, spec, strategy.num_devices, 32, 17) == problem
 
 
 def test_a_weight_under_many_names_counts_once() -> None:
@@ -77,8 +107,8 @@ def test_a_task_that_a_type_has_no_head_for_is_refused() -> None:
 
 def test_images_are_sequences_of_one_length() -> None:
     spec = spec_of(meta_model(tiny_config("vit")))
-    assert spec.max_seq_len == 10
-    assert "must be 10" in str(spec.sequence_problem(8))
+    assert spec.max_seq_len == 17
+    assert "must be 17" in str(spec.sequence_problem(8))
     assert spec.vocab_size == 5
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from galvatron.core.model import ModelSpec
 from galvatron.plan import LayerStrategy, Plan
+from galvatron.plan.filling import filling_of
 from galvatron.plan.schedules import Action, actions, forwards
 
 from ..layers.documents import PackedSteps
@@ -240,7 +241,9 @@ def _entry(chunk: Chunk, plan: Plan, spec: ModelSpec) -> UnshardedUnit | None:
 
 def _border(stage: Stage, entry: UnshardedUnit | None, plan: Plan, spec: ModelSpec) -> Border:
     previous = plan.embedding if stage.is_first else plan.layers[stage.layers.start - 1]
-    rows, tokens = plan.micro_batch_size // previous.dp, plan.seq_len // previous.sequence_degree
+    filling = filling_of(plan, spec, spec.kind_of_layers()[stage.layers.start])
+    degree = previous.sequence_degree
+    rows, tokens = plan.micro_batch_size // previous.dp, filling.local(degree) if filling else plan.seq_len // degree
     return Border(
         in_shape=(rows, tokens, spec.hidden_size),
         is_first=stage.is_first,

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from galvatron import internals
+from galvatron.plan.filling import Filling
 
 from .lockstep import Lockstep
 
@@ -34,6 +36,7 @@ class AxisGroup:
         rank: this rank's index in the group.
         pieces: in how many runs coarser axes, which are gathered, have cut what the group holds together.
         folded: whether the sequence is.
+        filling: of sequences that are filled up before they are cut.
     """
 
     group: dist.ProcessGroup | Lockstep | None
@@ -41,6 +44,7 @@ class AxisGroup:
     rank: int
     pieces: int = 1
     folded: bool = False
+    filling: Filling | None = None
 
     @property
     def size(self) -> int:
@@ -183,6 +187,8 @@ def chunk_order(axes: AxisGroup) -> tuple[int, ...]:
 
 def split(x_BS: Tensor, axes: AxisGroup) -> Tensor:
     """[B, S, ...] → contiguous [k, B, S/k, ...]: entry g is the sequence chunk of group rank g."""
+    if axes.filling is not None and x_BS.shape[1] == axes.filling.tokens:
+        x_BS = pad(x_BS, (*(0, 0) * (x_BS.dim() - 2), 0, axes.filling.filled - axes.filling.tokens))
     n, halves = len(axes.sizes), 1 + axes.folded
     runs = x_BS.unflatten(1, (halves, axes.pieces, *axes.sizes, x_BS.shape[1] // (halves * axes.pieces * axes.size)))
     runs = _mirrored(runs, range(3, n + 3)) if axes.folded else runs
@@ -197,7 +203,10 @@ def join(x_kBS: Tensor, axes: AxisGroup) -> Tensor:
     runs = runs.unflatten(0, axes.sizes[::-1])
     runs = runs.permute((n, n + 1, n + 2, *range(n - 1, -1, -1), *range(n + 3, runs.dim())))
     runs = _mirrored(runs, range(3, n + 3)) if axes.folded else runs
-    return runs.flatten(1, n + 3).contiguous()
+    joined = runs.flatten(1, n + 3)
+    if axes.filling is None or joined.shape[1] <= axes.filling.tokens:
+        return joined.contiguous()
+    return joined[:, : axes.filling.tokens].clone(memory_format=torch.contiguous_format)  # no view: FSDP2's hooks
 
 
 def _mirrored(runs: Tensor, dims: range) -> Tensor:

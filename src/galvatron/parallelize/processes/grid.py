@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from galvatron.plan import LayerStrategy, Plan
+from galvatron.plan.filling import Filling
 
 from .collectives import ALONE, AxisGroup
 from .rows import ExpertGroups
@@ -84,16 +85,18 @@ class Grid:
         """The process group of the axes that multiply stacked degree ``inner`` up to ``outer``."""
         return self.world.group(self._ranks(inner, outer))
 
-    def axis_group(self, inner: int, outer: int, pieces: int = 1, purpose: str = "") -> AxisGroup:
+    def axis_group(
+        self, inner: int, outer: int, pieces: int = 1, purpose: str = "", filling: Filling | None = None
+    ) -> AxisGroup:
         """The same axes as ``group``, with their sizes and this rank's place, for the sequence collectives."""
         ranks = self._ranks(inner, outer)
         group = self.world.group(ranks, purpose) if len(ranks) > 1 else None
         sizes, rank = self.axes.axes_between(inner, outer), ranks.index(self.world.rank)
-        return AxisGroup(group, sizes, rank, pieces, self.folded)
+        return AxisGroup(group, sizes, rank, pieces, self.folded, filling)
 
-    def ulysses(self, strategy: LayerStrategy) -> AxisGroup:
+    def ulysses(self, strategy: LayerStrategy, filling: Filling | None = None) -> AxisGroup:
         """The ranks that deal out heads around attention, where tp has gathered its chunks."""
-        return self.axis_group(strategy.tp, strategy.tp * strategy.ulysses, strategy.tp, "heads")
+        return self.axis_group(strategy.tp, strategy.tp * strategy.ulysses, strategy.tp, "heads", filling)
 
     def ring(self, strategy: LayerStrategy) -> AxisGroup:
         """The ranks that pass keys and values on, where tp and Ulysses have gathered theirs."""
