@@ -72,6 +72,7 @@ __all__ = [
     "multiply_all_",
     "needless_names",
     "norms",
+    "owned",
     "put_buffer",
     "put_parameter",
     "reduce_gradients",
@@ -419,6 +420,12 @@ def takes_generator(op: Any) -> bool:
 def viewed(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor that ``tensor`` is a view of; None where it is no view."""
     return tensor._base
+
+
+def owned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements as no view of another tensor, whose hooks FSDP2 warns that it may lose; nothing is copied."""
+    whole: torch.Tensor = _aten._unsafe_view(tensor, tensor.shape)
+    return whole
 
 
 def call_attention(config: PretrainedConfig, name: str) -> None:

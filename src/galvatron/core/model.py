@@ -247,7 +247,7 @@ class ModelSpec(Record):
 
         Nobody chooses how many there are, so they are filled up where they are cut.
         """
-        is_image = kind.fixed_tokens or self.task == "image_classification"
+        is_image = self.task == "image_classification" or (kind.fixed_tokens and self.task != "speech_to_text")
         return kind.tokens(seq_len) if is_image else 0
 
     @property

@@ -108,7 +108,7 @@ class _GatherSequence(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
         gathered = join(all_gather(x, axes), axes)
-        # torch 2.11 loses the gradient, in silence, where a compiled function returns a view
+        # torch 2.11 loses the gradient, in silence, where a compiled function returns what it takes for a view
         return gathered.clone() if torch.compiler.is_compiling() else gathered
 
     @staticmethod
@@ -197,16 +197,15 @@ def split(x_BS: Tensor, axes: AxisGroup) -> Tensor:
 
 
 def join(x_kBS: Tensor, axes: AxisGroup) -> Tensor:
-    """[k, B, S/k, ...] → [B, S, ...]: the inverse of ``split``."""
+    """[k, B, S/k, ...] → [B, S, ...]: the inverse of ``split``; no view."""
     n, halves = len(axes.sizes), 1 + axes.folded
     runs = x_kBS.unflatten(2, (halves, axes.pieces, x_kBS.shape[2] // (halves * axes.pieces)))
     runs = runs.unflatten(0, axes.sizes[::-1])
     runs = runs.permute((n, n + 1, n + 2, *range(n - 1, -1, -1), *range(n + 3, runs.dim())))
     runs = _mirrored(runs, range(3, n + 3)) if axes.folded else runs
     joined = runs.flatten(1, n + 3)
-    if axes.filling is None or joined.shape[1] <= axes.filling.tokens:
-        return joined.contiguous()
-    return joined[:, : axes.filling.tokens].clone(memory_format=torch.contiguous_format)  # no view: FSDP2's hooks
+    whole = joined if axes.filling is None else joined[:, : axes.filling.tokens]
+    return internals.owned(whole.contiguous())
 
 
 def _mirrored(runs: Tensor, dims: range) -> Tensor:
