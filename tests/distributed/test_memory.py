@@ -188,7 +188,7 @@ def profile_of(
         UnitShape(config, spec, unit, tp, seq_len, DTYPES[precision])
         for unit in spec.units
         for tp in (1, 2, 4)
-        if seq_len % tp == 0
+        if seq_len % tp == 0 or spec.task == "image_classification"
     ]
     counted = [count_activations(shape, "none") for shape in shapes]
     layers = [shape for shape in shapes if shape.name not in ENDS]

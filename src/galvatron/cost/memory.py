@@ -220,6 +220,8 @@ def _passing_bytes(setting: Setting, unit: UnitName, s: Strategies) -> tuple[Int
         activations = activations + np.where(s.recompute == NONE, dealt, 0.0)
     if not setting.model.spec.is_reached(unit):
         workspace = workspace + REDISTRIBUTED_TENSORS * setting.entering_bytes(unit)
+    if setting.fills(unit):  # chunks are joined with what fills them up, then copied without it
+        workspace = workspace + setting.entering_bytes(unit)
     return np.ceil(activations).astype(np.int64), np.ceil(workspace).astype(np.int64)
 
 

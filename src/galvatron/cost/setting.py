@@ -10,7 +10,7 @@ import numpy as np
 
 from galvatron.core.errors import ProfileError
 from galvatron.core.hardware import HardwareProfile, Link, Op
-from galvatron.core.model import ENDS, ParameterSpec, Precision, ReduceDtype, UnitName
+from galvatron.core.model import ENDS, LayerKind, ParameterSpec, Precision, ReduceDtype, UnitName
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
 from galvatron.core.units import DTYPE_BYTES
 from galvatron.plan.plan import Plan, Schedule
@@ -93,31 +93,39 @@ class Setting:
 
     def tokens(self, unit: UnitName) -> int:
         """Tokens of one sequence in ``unit``."""
-        layers = self.model.spec.layers
-        if unit in ENDS:
-            return layers[0 if unit == "embedding" else -1].tokens(self.seq_len)
-        return self.model.spec.kind(unit).tokens(self.seq_len)
+        return self._kind(unit).tokens(self.seq_len)
 
     def cut_tokens(self, unit: UnitName, degree: Ints) -> Ints:
         """The same with what fills patches up to a multiple of ``degree``, which cuts them (``plan.filling``)."""
-        spec, tokens = self.model.spec, self.tokens(unit)
-        kind = spec.layers[0 if unit == "embedding" else -1] if unit in ENDS else spec.kind(unit)
-        return -(-tokens // degree) * degree if spec.patches(kind, self.seq_len) else np.full_like(degree, tokens)
+        tokens = self.tokens(unit)
+        return -(-tokens // degree) * degree if self.fills(unit) else np.full_like(degree, tokens)
+
+    def fills(self, unit: UnitName) -> bool:
+        """Whether sequences in ``unit`` are of patches, and these are not as many as the stage can cut."""
+        patches = self.model.spec.patches(self._kind(unit), self.seq_len)
+        return patches % self.stage_size > 0
 
     def hidden_size(self, unit: UnitName) -> int:
         """Hidden size of ``unit``."""
-        layers = self.model.spec.layers
-        if unit in ENDS:
-            return layers[0 if unit == "embedding" else -1].hidden_size
-        return self.model.spec.kind(unit).hidden_size
+        return self._kind(unit).hidden_size
+
+    def _kind(self, unit: UnitName) -> LayerKind:
+        """The kind of layer called ``unit``, or next to that end."""
+        spec = self.model.spec
+        return spec.layers[0 if unit == "embedding" else -1] if unit in ENDS else spec.kind(unit)
 
     def entering_bytes(self, unit: UnitName) -> int:
-        """Bytes of one microbatch's hidden states that a rank holds as they enter ``unit``: 1 / n of all."""
+        """Bytes of one microbatch's hidden states that a rank holds as they enter ``unit``: 1 / n of all.
+
+        Of patches as many as the most ways to cut them, as many as there are heads, fill up.
+        """
         if unit in ENDS:
             elements = self.tokens(unit) * self.hidden_size(unit)
         else:
             elements = self.model.spec.kind(unit).entering_elements(self.seq_len)
-        return self.micro_batch_size * elements * self.compute_bytes // self.stage_size
+        most = np.array(min(self.stage_size, self._kind(unit).num_heads))
+        filled = elements // self.tokens(unit) * int(self.cut_tokens(unit, most))
+        return self.micro_batch_size * filled * self.compute_bytes // self.stage_size
 
     @property
     def fill(self) -> float:

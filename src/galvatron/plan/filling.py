@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from galvatron.core.model import LayerKind, ModelSpec
 
@@ -19,6 +20,11 @@ class Filling:
     tokens: int
     filled: int
 
+    @classmethod
+    def up(cls, tokens: int, degree: int) -> Self:
+        """``tokens`` and what fills them up to a multiple of ``degree``."""
+        return cls(tokens, -(-tokens // degree) * degree)
+
     def local(self, degree: int) -> int:
         """Tokens of a sequence, fillers too, that a rank has of ``degree`` parts."""
         return self.tokens if degree == 1 else self.filled // degree
@@ -30,10 +36,8 @@ def filling_of(plan: Plan, spec: ModelSpec, kind: LayerKind) -> Filling | None:
     Between layers only chunks move, so all layers that see as many tokens, and the ends, fill them up alike.
     """
     tokens = spec.patches(kind, plan.seq_len)
-    if not tokens:
-        return None
     cut = [
         s for s, k in zip(plan.layers, spec.kind_of_layers(), strict=True) if spec.patches(k, plan.seq_len) == tokens
     ]
     most = max(strategy.sequence_degree for strategy in (plan.embedding, *cut, plan.head))
-    return Filling(tokens, -(-tokens // most) * most)
+    return Filling.up(tokens, most) if tokens else None

@@ -8,7 +8,7 @@ B sequences of S tokens, hidden size H; between units hidden states are [B, S/tp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from galvatron.parallelize.losses.fused import fuse_loss
 from galvatron.parallelize.pipeline.stage import PassedLayer, Stage
 from galvatron.parallelize.processes.collectives import AxisGroup
 from galvatron.plan.axes import prime_factors
+from galvatron.plan.filling import Filling
 
 from .local import BIAS, LocalUnit
 from .whole import call_of_layer, embedding_unit, head_unit
@@ -69,10 +70,12 @@ class UnitShape:
         # first in the world means tp rank 0, which holds the most of what does not divide
         tp = AxisGroup(None, prime_factors(self.tp)[::-1], 0)
         if self.name not in ENDS:
-            return self._layer(model, family, tp, backend).train()
+            layer_tp = replace(tp, filling=self._filling(self.spec.kind(self.name)))
+            return self._layer(model, family, layer_tp, backend).train()
         if family.ends == "whole":
             whole = embedding_unit if self.name == "embedding" else head_unit
-            return whole(model, family, self.spec, self.seq_len, tp).train()
+            groups = [replace(tp, filling=self._filling(kind)) for kind in self.spec.kind_of_layers()]
+            return whole(model, family, self.spec, self.seq_len, groups).train()
         build = self._embedding if self.name == "embedding" else self._head
         return build(model, family, tp).train()
 
@@ -118,8 +121,14 @@ class UnitShape:
             return words
         return torch.where(blank == image, image, torch.where(words == image, 0 if image else 1, words))
 
+    def _filling(self, kind: LayerKind) -> Filling | None:
+        tokens = self.spec.patches(kind, self.seq_len)
+        return Filling.up(tokens, self.tp) if tokens else None
+
     def _states(self, kind: LayerKind, batch: int, device: torch.device) -> Tensor:
-        shape = (batch, kind.tokens(self.seq_len) // self.tp, kind.hidden_size)
+        filling = self._filling(kind)
+        tokens = kind.tokens(self.seq_len) // self.tp if filling is None else filling.local(self.tp)
+        shape = (batch, tokens, kind.hidden_size)
         return torch.empty(shape, dtype=self.dtype, device=device).normal_()
 
     def _sides(self, kind: LayerKind, batch: int, device: torch.device) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ the last stack with layers that hand on what they get, each stack entered and le
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -58,28 +59,35 @@ class WholeUnit(LocalUnit):
         return [value for value in self.side_inputs() if value.is_floating_point()] if len(stacks) > 1 else []
 
 
-def embedding_unit(model: PreTrainedModel, family: Family, spec: ModelSpec, seq_len: int, tp: AxisGroup) -> LocalUnit:
-    """What comes before the layers, and between stacks, until the last one's first has its part of every sequence."""
+def embedding_unit(
+    model: PreTrainedModel, family: Family, spec: ModelSpec, seq_len: int, groups: Sequence[AxisGroup]
+) -> LocalUnit:
+    """What comes before the layers, and between stacks, until the last one's first has its part of every sequence.
+
+    ``groups``: of tensor parallelism, one a layer.
+    """
     chain, end = chain_of(model, family), last_stack(model, family)
     stage = WholeStage(model, family, range(end, end), is_first=True, is_last=False)
     for table in stage.tables:
-        cut_embedding(table, spec.embedding.parameters[0], tp, whole=True)
+        cut_embedding(table, spec.embedding.parameters[0], replace(groups[0], filling=None), whole=True)
         table.weight = stage.tables[0].weight
     if end > 0:
         stage.layer(end).forward = partial(_end_joined, stage.layer(end), family.stacks[-1].side, _pooled(stage))
     for index, link in enumerate(chain[: end + 1]):
         if link.is_first:
-            stage.enter_from_whole(index, tp)
+            stage.enter_from_whole(index, groups[index])
         if link.is_last and index < end:
-            stage.leave_whole(index, lambda hidden: hidden, tp)
+            stage.leave_whole(index, lambda hidden: hidden, groups[index])
     if (side := family.stacks[-1].side) is not None:
-        stage.side_of(LayerStrategy(), tp, lambda hidden: hidden).enter(stage.layer(end), side)
+        stage.side_of(LayerStrategy(), groups[0], lambda hidden: hidden).enter(stage.layer(end), side)
     return WholeUnit(stage, stage.first_modules, (), **blank_inputs(model.config, family.task, 1, seq_len))
 
 
-def head_unit(model: PreTrainedModel, family: Family, spec: ModelSpec, seq_len: int, tp: AxisGroup) -> LocalUnit:
-    """What comes after the layers, from a part of every sequence to the loss."""
-    end, blank = spec.num_layers, blank_inputs(model.config, family.task, 1, seq_len)
+def head_unit(
+    model: PreTrainedModel, family: Family, spec: ModelSpec, seq_len: int, groups: Sequence[AxisGroup]
+) -> LocalUnit:
+    """What comes after the layers, from a part of every sequence to the loss; ``groups`` as before."""
+    end, blank, tp = spec.num_layers, blank_inputs(model.config, family.task, 1, seq_len), groups[-1]
     stage = WholeStage(model, family, range(end, end), is_first=False, is_last=True)
     stage.receive_in(stage.layer(end - 1))
     stage.leave_whole(end - 1, lambda hidden: hidden, tp)
