@@ -44,19 +44,20 @@ def fixed_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
     """
     if len(family.stacks) == 1:
         return {}
-    found: dict[str, int] = {}
+    found: dict[str, list[int]] = {stack.path: [] for stack in family.stacks}
     twin = twin_config(config, keep_images=True)
     model, task = twin_model(twin), family.task
     length = getattr(twin, "image_seq_length", 0) + SEQ_LEN + 1
     for stack in family.stacks:
 
         def note(module: nn.Module, args: Any, kwargs: Any, path: str = stack.path) -> None:
-            found[path] = (args[0] if args else kwargs["hidden_states"]).shape[1]
+            found[path].append((args[0] if args else kwargs["hidden_states"]).shape[1])
 
         model.get_submodule(f"{stack.path}.0").register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
-        run_twin(model, blank_inputs(twin, task, 1, length))
-    return {path: tokens for path, tokens in found.items() if tokens != length}
+        for longer in (0, 2):
+            run_twin(model, blank_inputs(twin, task, 1, length + longer))
+    return {path: first for path, (first, second) in found.items() if first == second}
 
 
 def _stop(hidden: Tensor, *_: Any, **__: Any) -> None:

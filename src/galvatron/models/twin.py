@@ -67,19 +67,8 @@ ROPE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings
 """What rotary tables of the default kind keep of others."""
 NOISE = 0.1
 CLASSIFICATION = ("text_classification", "image_classification")
-IMAGES = (16, 12)
-"""Sides of images, of 16 and of 9 patches: with one token more or two, one of them makes an even number."""
-
-
-def with_images(twin: PretrainedConfig, side: int) -> PretrainedConfig:
-    """``twin`` with images of another size, if it sees some."""
-    changed = copy.deepcopy(twin)
-    for part in (changed, *(getattr(changed, name, None) for name in changed.sub_configs)):
-        if getattr(part, "image_size", None) is not None:
-            _set(part, "image_size", side)  # type: ignore[arg-type]
-    if getattr(changed, "image_seq_length", None) is not None:
-        changed.image_seq_length = (side // PATCH) ** 2
-    return changed
+IMAGE = 16
+"""The side of an image, of 16 patches."""
 
 
 def twin_inputs(twin: PretrainedConfig, rows: int = 2) -> dict[str, Tensor]:
@@ -119,9 +108,9 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
     if task == "text_classification":
         twin.pad_token_id = 1  # by which decoders find the last token
     if "image_size" in given and not keep_images:
-        _set(twin, "image_size", IMAGES[0])
+        _set(twin, "image_size", IMAGE)
     if "image_seq_length" in given and not keep_images:
-        twin.image_seq_length = (IMAGES[0] // PATCH) ** 2
+        twin.image_seq_length = (IMAGE // PATCH) ** 2
     for name in IMAGE_TOKENS:
         if isinstance(getattr(twin, name, None), int):
             setattr(twin, name, WORDS - 1)

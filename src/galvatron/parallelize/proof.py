@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,12 @@ from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import known_family
-from galvatron.core.model import ModelSpec, ParameterSpec
+from galvatron.core.model import LayerKind, ModelSpec, ParameterSpec
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.models import (
     Family,
-    entering_tokens,
     experts_in,
     family_of,
-    meta_model,
     regions_in,
     spec_of,
     structure_key,
@@ -36,9 +34,9 @@ from galvatron.models import (
     twin_model,
 )
 from galvatron.models.recognise import recognise
-from galvatron.models.shapes import fixed_tokens
 from galvatron.models.sizes import CLASSES, WORDS
-from galvatron.models.twin import IMAGES, run_twin, twin_inputs, with_images
+from galvatron.models.twin import run_twin, twin_inputs
+from galvatron.plan.filling import Filling
 
 from .layers.attention import Context, attend_across, use_attention
 from .layers.sides import OwnSide
@@ -114,7 +112,7 @@ def is_known(config: PretrainedConfig) -> bool:
 def _proof(config: PretrainedConfig, family: Family) -> Proof:
     whole, tp, compared = None, None if family.is_cuttable else "no rule fits its linears", False
     twins = {_text(twin): twin for kv_heads in KV_HEADS for twin in [twin_config(config, kv_heads)]}
-    for twin in (_divisible(twin, family) for twin in twins.values()):
+    for twin in twins.values():
         truth = _Truth.of(twin)
         run = _in_stages if len(family.stacks) == 1 else _alone
         whole = whole or truth.problem() or truth.against(run, twin, family)
@@ -128,19 +126,6 @@ def _proof(config: PretrainedConfig, family: Family) -> Proof:
 def _text(config: PretrainedConfig) -> str:
     text: str = config.to_json_string(use_diff=False)
     return text
-
-
-def _divisible(twin: PretrainedConfig, family: Family) -> PretrainedConfig:
-    """``twin``, with images of which TP divides the tokens, if it sees images."""
-    for side in IMAGES:
-        changed = with_images(twin, side)
-        if family.task == "image_classification":
-            tokens = [entering_tokens(meta_model(changed), family)]
-        else:
-            tokens = list(fixed_tokens(changed, family).values())
-        if all(count % TP == 0 for count in tokens):
-            return changed
-    return twin
 
 
 def _is_allowed(spec: ModelSpec) -> bool:
@@ -324,11 +309,12 @@ def _cut_stage(
     for positions in stage.position_tables():
         length = SEQ_LEN // tp.size
         cut_positions(positions, (range(tp.rank * length, (tp.rank + 1) * length),))
+    groups = [replace(tp, filling=_filling(spec, kind, tp.size)) for kind in spec.kind_of_layers()]
     for index, kind in enumerate(spec.kind_of_layers()):
         layer = stage.layer(index)
         stack = stage.chain[index].stack
-        cut_layer(layer, regions_in(layer, stack), kind, tp, experts_in(layer, stack))
-        attend_across(layer, Context(tp=tp))
+        cut_layer(layer, regions_in(layer, stack), kind, groups[index], experts_in(layer, stack))
+        attend_across(layer, Context(tp=groups[index]))
     stage.head_tp = tp
     if family.head is not None:
         head = stage.last_modules[-1]
@@ -337,7 +323,7 @@ def _cut_stage(
             head.weight = model.get_submodule(str(family.embedding)).weight
         fuse_loss(head, spec.head.parameters[-1], tp, stage.early_gradient)
     if isinstance(stage, WholeStage):
-        _meet_whole(stage, tp)
+        _meet_whole(stage, groups)
     with torch.no_grad():
         for name, path, parameter in _named(spec, stage):
             local = model.get_parameter(path)
@@ -347,12 +333,18 @@ def _cut_stage(
     return stage
 
 
-def _meet_whole(stage: WholeStage, tp: AxisGroup) -> None:
+def _filling(spec: ModelSpec, kind: LayerKind, degree: int) -> Filling | None:
+    patches = spec.patches(kind, SEQ_LEN if spec.task != "image_classification" else spec.max_seq_len)
+    return Filling.up(patches, degree) if patches else None
+
+
+def _meet_whole(stage: WholeStage, groups: Sequence[AxisGroup]) -> None:
     for index, link in enumerate(stage.chain):
+        tp = groups[index]
         if link.is_first:
             stage.enter_from_whole(index, tp)
         if link.stack.side is not None:
-            OwnSide(tp, lambda hidden: hidden).enter(stage.layer(index), link.stack.side)
+            OwnSide(replace(tp, filling=None), lambda hidden: hidden).enter(stage.layer(index), link.stack.side)
         if link.is_last:
             stage.leave_whole(index, lambda hidden: hidden, tp)
     stage.end_at_head()

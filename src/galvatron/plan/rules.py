@@ -199,38 +199,35 @@ def check_cuts(
         )
         if problem:
             return problem
-    problem = _token_problem(strategy, unit, spec, seq_len, axes)
-    if problem:
-        return problem
-    return _parameter_problem(strategy, unit, spec, axes) if spec is not None else None
+    if spec is None:  # nobody knows what sequences are of
+        return None
+    return _token_problem(strategy, unit, spec, seq_len, axes) or _parameter_problem(strategy, unit, spec, axes)
 
 
 def _token_problem(
-    strategy: LayerStrategy, unit: UnitName, spec: ModelSpec | None, seq_len: int, axes: StageAxes
+    strategy: LayerStrategy, unit: UnitName, spec: ModelSpec, seq_len: int, axes: StageAxes
 ) -> str | None:
     """Patches are filled up (``plan.filling``), unless a ring would pass on what fills them; other tokens divide."""
-    degree, seen = strategy.sequence_degree, [seq_len]
-    if spec is not None:
-        kinds = spec.layers if unit in ENDS and spec.ends == "whole" else spec.layers[-1:] if unit == "head" else ()
-        kinds = kinds if unit in ENDS else (spec.kind(unit),)
-        patches = [spec.patches(kind, seq_len) for kind in kinds]
-        if strategy.cp > 1 and any(number % axes.num_devices for number in patches):
-            number = next(number for number in patches if number)
-            return f"cp={strategy.cp} cannot cut {number} patches, which {axes.num_devices} do not divide; set cp to 1"
-        few = [number for number in patches if number and number < degree]
-        if few:
-            return f"{_names(strategy)}={degree} must not exceed the {few[0]} patches of an image; lower it"
-        seen = [kind.tokens(seq_len) for kind, number in zip(kinds, patches, strict=True) if not number]
-        seen += [seq_len] * (not kinds)
-    tokens = next((tokens for tokens in seen if tokens % degree), None)
-    if tokens is None:
-        return None
-    return f"{_names(strategy)}={degree} must divide seq_len={tokens}; choose {_choices(tokens, axes)}"
+    degree = strategy.sequence_degree
+    names = " x ".join(name for name in ("tp", "ulysses", "cp") if getattr(strategy, name) > 1)
+    for tokens, patches in _sequences(unit, spec, seq_len):
+        if patches % axes.num_devices and strategy.cp > 1:
+            return f"cp={strategy.cp} cannot cut {patches} patches, which {axes.num_devices} do not divide; set cp to 1"
+        if 0 < patches < degree:
+            return f"{names}={degree} must not exceed the {patches} patches of an image; lower it"
+        if tokens % degree and not patches:
+            return f"{names}={degree} must divide seq_len={tokens}; choose {_choices(tokens, axes)}"
+    return None
 
 
-def _names(strategy: LayerStrategy) -> str:
-    """What cuts sequences under ``strategy``."""
-    return " x ".join(name for name in ("tp", "ulysses", "cp") if getattr(strategy, name) > 1)
+def _sequences(unit: UnitName, spec: ModelSpec, seq_len: int) -> Iterator[tuple[int, int]]:
+    """(tokens, how many of them are patches: all or none) of every sort of sequence that a unit sees."""
+    if unit == "embedding" and spec.ends == "tokens":
+        yield seq_len, 0
+        return
+    own = spec.layers if spec.ends == "whole" else spec.layers[-1:]
+    for kind in own if unit in ENDS else (spec.kind(unit),):
+        yield kind.tokens(seq_len), spec.patches(kind, seq_len)
 
 
 def _attention_problem(strategy: LayerStrategy, kind: LayerKind, tokens: int, axes: StageAxes) -> str | None:

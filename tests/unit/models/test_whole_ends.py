@@ -50,8 +50,8 @@ def test_patches_are_filled_up_where_they_are_cut() -> None:
     filling = filling_of(plan, spec, kind)
     assert filling == Filling(17, 20)
     assert [filling.local(degree) for degree in (1, 2, 4)] == [17, 10, 5]
-    text = spec_of(meta_model(tiny_config("llava"))).layers[1]
-    assert filling_of(plan, spec_of(meta_model(tiny_config("llava"))), text) is None
+    text = spec_of(meta_model(tiny_config("llava", num_hidden_layers=1)))
+    assert [text.patches(kind, 16) for kind in text.layers] == [10, 0]
 
 
 @pytest.mark.parametrize(
