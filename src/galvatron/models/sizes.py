@@ -141,7 +141,9 @@ def shrunk(name: str, value: int, hidden: int | None) -> int:
     if name in MOST:
         return min(value, MOST[name])
     ending = max((end for end in ENDINGS if name == end or name.endswith("_" + end)), key=len, default=None)
-    return value if ending is None else min(value, ENDINGS[ending])
+    if ending is None:
+        return value
+    return HIDDEN if ENDINGS[ending] == HIDDEN and value == hidden else min(value, ENDINGS[ending])
 
 
 def expanded(given: Mapping[str, Any], hidden: int) -> dict[str, int]:
