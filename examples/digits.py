@@ -18,7 +18,7 @@ HERE, RUN, DATA = Path(__file__).resolve().parent, Path("runs/digits"), Path("ru
 HELD_OUT = 5  # every fifth image
 
 
-def save_images() -> None:
+def prepare() -> None:
     """The 1,797 images of 8 x 8 pixels, and a processor that leaves them as large."""
     digits = load_digits()
     for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -31,7 +31,7 @@ def save_images() -> None:
 
 def main(*options: str) -> None:
     """Train and export; ``options`` are those of ``galvatron run``."""
-    save_images()
+    prepare()
     galvatron = [sys.executable, "-m", "galvatron"]
     subprocess.run([*galvatron, "run", str(HERE / "digits.toml"), *options], check=True)
     if not (RUN / "exported").exists():

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported import evaluated_by_transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from galvatron.cli import main
 from galvatron.cli.lock import locked
 from galvatron.core.job import Job
-from galvatron.models import auto_class, load_config, task_of
+from galvatron.models import load_config
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.plan import Prediction, StagePrediction
-from galvatron.train import ByteTokenizer, load_dataset, read_metrics
+from galvatron.train import ByteTokenizer, read_metrics
 
 CONFIG = {
     "model_type": "llama",
@@ -86,19 +86,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
-
-
-@pytest.fixture
-def galvatron(monkeypatch: pytest.MonkeyPatch) -> Verb:
-    """Run the command line in this process; gives its exit code."""
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["galvatron", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0)
-
-    return run
 
 
 def losses(run: str) -> dict[int, float]:
@@ -473,7 +460,7 @@ def test_what_a_model_is_trained_for_decides_its_samples(folder: Path, galvatron
     assert all(row["loss"] > 0 for row in rows if "loss" in row)
     (found,) = [row for row in rows if "eval_loss" in row]
     assert galvatron("convert", "to-hf", "runs/encoder", "exported") == 0
-    loss, accuracy = evaluated_by_transformers(folder / "exported", Job.load(folder / "encoder.toml"), folder)
+    loss, accuracy = evaluated_by_transformers(folder / "exported", Job.load(folder / "encoder.toml"), folder / "again")
     assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)
     if name == "masked":
         assert found["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
@@ -481,16 +468,3 @@ def test_what_a_model_is_trained_for_decides_its_samples(folder: Path, galvatron
         assert found["eval_accuracy"] == pytest.approx(accuracy)
         classes = {"texts": ("x", "y", "z"), "images": ("a", "b")}
         assert load_config(folder / "exported").id2label == dict(enumerate(classes[name]))
-
-
-def evaluated_by_transformers(exported: Path, job: Job, folder: Path) -> tuple[float, float]:
-    """The loss and accuracy of what a job's evaluation sees, by the model that was exported."""
-    config = load_config(exported)
-    model = auto_class(config).from_pretrained(exported).eval()
-    dataset = load_dataset(job.data, job.train, folder / "again", task=task_of(config))
-    batches = [dataset.eval_batch(i) for i in range(min(job.train.eval_batches, dataset.num_eval_batches))]
-    labels = torch.cat([batch.pop("labels") for batch in batches])
-    with torch.no_grad():
-        logits = torch.cat([model(**batch).logits for batch in batches])
-    right = ((logits.argmax(-1) == labels).sum() / (labels != -100).sum()).item()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()).item(), right
