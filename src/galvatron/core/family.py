@@ -105,6 +105,7 @@ class Family(Record):
         stacks: in the order of the forward pass.
         asks_for_attention: whether tokens see each other through the attention alone that layers are told to call; if
             not, ends see whole sequences, and layers take masks as tensors.
+        needless_masks: whether that attention is given masks that say what causality says already.
     """
 
     model_type: str
@@ -120,6 +121,7 @@ class Family(Record):
     head: str | None
     logits: Logits = Logits()
     asks_for_attention: StrictBool = True
+    needless_masks: StrictBool = False
 
     @property
     def is_cuttable(self) -> bool:

@@ -11,6 +11,8 @@ from transformers import PretrainedConfig
 
 from .tasks import auto_class, for_task, task_of
 
+IMAGE_TOKENS = ("image_token_id", "image_token_index")
+"""Keys of configs: the id that stands in a text where an image's tokens go."""
 COLOURS = 3
 """Where a config does not say how many channels an image has."""
 _lengths: dict[str, int] = {}
@@ -24,8 +26,15 @@ def image_shape(config: PretrainedConfig, rows: int) -> tuple[torch.dtype, tuple
     return torch.float32, (rows, getattr(seen, "num_channels", COLOURS), height, width)
 
 
+def image_token(config: PretrainedConfig) -> int | None:
+    """The id that stands for an image's tokens; None if there is none."""
+    return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), None)
+
+
 def image_length(config: PretrainedConfig) -> int:
-    """The number of tokens that stand for an image."""
+    """The number of tokens that stand for an image; 0 where none does."""
+    if image_token(config) is None:
+        return 0
     said: int | None = getattr(config, "image_seq_length", None)
     if said is not None:
         return said

@@ -8,10 +8,7 @@ from transformers import PretrainedConfig
 
 from galvatron.core.tasks import Task
 
-from .images import image_length, image_shape
-
-IMAGE_TOKENS = ("image_token_id", "image_token_index")
-"""Keys of configs: the id that stands in a text where an image's tokens go."""
+from .images import image_length, image_shape, image_token
 
 
 def input_shapes(
@@ -60,11 +57,6 @@ def words_of(config: PretrainedConfig) -> int:
     """The size of the vocabulary; 0 where there is none."""
     count: int = getattr(config.get_text_config(), "vocab_size", None) or 0
     return count
-
-
-def image_token(config: PretrainedConfig) -> int | None:
-    """The id that stands for an image's tokens; None if there is none."""
-    return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), None)
 
 
 def _with_images(inputs: dict[str, Tensor], config: PretrainedConfig, task: Task) -> dict[str, Tensor]:

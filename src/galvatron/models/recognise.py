@@ -74,12 +74,12 @@ def _reason(error: Exception) -> str:
 def _family(config: PretrainedConfig, model: PreTrainedModel, trace: _Trace) -> Family:
     stacks = _stacks(model, trace)
     found = tuple(_described(model, trace, stack, stacks[:nth]) for nth, stack in enumerate(stacks))
-    asks = _asks_for_attention(config, found)
+    asks, masks = _asks_for_attention(config, found)
     ends = None
     if asks and len(stacks) == 1 and task_of(config) == "causal_lm":
         ends = _ends_of_tokens(model, trace, stacks[0])
     ends = ends or _whole_ends(model, trace, stacks)
-    return Family(model_type=config.model_type, stacks=found, asks_for_attention=asks, **ends)
+    return Family(model_type=config.model_type, stacks=found, asks_for_attention=asks, needless_masks=masks, **ends)
 
 
 def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> Stack:
@@ -280,31 +280,52 @@ def _logits(config: PretrainedConfig, z: Tensor, logits: Tensor | None) -> Logit
     return None
 
 
-def _asks_for_attention(config: PretrainedConfig, stacks: tuple[Stack, ...]) -> bool:
-    """Whether tokens see each other only through the attention that the config names.
+def _asks_for_attention(config: PretrainedConfig, stacks: tuple[Stack, ...]) -> tuple[bool, bool]:
+    """Whether tokens see each other only through the attention that the config names, and whether it is given masks.
 
     With one that shows each token its own value alone, what leaves a stack depends on nothing else of what enters it.
+    Masks that hide what causality alone does not are a way of the type's own.
     """
-    asked: list[nn.Module] = []
+    masks: list[bool] = []
+    model = twin_model(twin_config(config))
+    causal = {id(module): stack.causal for stack in stacks for module in model.get_submodule(stack.path).modules()}
 
-    def watch(module: nn.Module, query_BNSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, *_: Any, **__: Any) -> Any:
-        asked.append(module)
+    def watch(
+        module: nn.Module,
+        query_BNSD: Tensor,
+        key_BKSD: Tensor,
+        value_BKSD: Tensor,
+        attention_mask: Any = None,
+        **_: Any,
+    ) -> Any:
+        masks.append(attention_mask is not None)
+        if attention_mask is not None and not _is_needless(attention_mask, causal.get(id(module), False)):
+            raise ValueError("a mask hides more")
         own = value_BKSD.repeat_interleave(query_BNSD.shape[1] // value_BKSD.shape[1], dim=1)
         if own.shape[2] != query_BNSD.shape[2]:  # of another stack's states
             own = own.mean(dim=2, keepdim=True).expand(-1, -1, query_BNSD.shape[2], -1)
         return own.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(WATCHED, watch)
-    model = twin_model(twin_config(config))
     for own in {
         id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)
     }.values():
         call_attention(own, WATCHED)
     try:
         trace = _traced(model)
-    except Exception:  # an attention of the type's own that knows no other name
+    except Exception:  # an attention of the type's own that knows no other name, or masks that matter
+        return False, False
+    asks = bool(masks) and not any(_mixes(trace, model.get_submodule(stack.path)) for stack in stacks)
+    return asks, asks and any(masks)
+
+
+def _is_needless(mask: object, causal: bool) -> bool:
+    """Whether a mask [..., queries, keys], of what is seen or added to scores, says what ``causal`` says already."""
+    if not isinstance(mask, Tensor):
         return False
-    return bool(asked) and not any(_mixes(trace, model.get_submodule(stack.path)) for stack in stacks)
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    wanted = torch.ones(seen.shape[-2:], dtype=torch.bool)
+    return bool((seen == (wanted.tril() if causal else wanted)).all())
 
 
 def _mixes(trace: _Trace, stack: nn.Module) -> bool:

@@ -12,9 +12,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from galvatron.core.family import Family
 
 from .chain import chain_of
+from .images import image_length
 from .inputs import blank_inputs
 from .sizes import SEQ_LEN
 from .twin import run_twin, twin_config, twin_model
+
+_fixed: dict[str, dict[str, int]] = {}
 
 
 class Reached(Exception):
@@ -44,10 +47,17 @@ def fixed_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
     """
     if len(family.stacks) == 1:
         return {}
+    key: str = config.to_json_string(use_diff=False)
+    if key not in _fixed:
+        _fixed[key] = _seen_tokens(config, family)
+    return _fixed[key]
+
+
+def _seen_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
     found: dict[str, list[int]] = {stack.path: [] for stack in family.stacks}
     twin = twin_config(config, keep_images=True)
     model, task = twin_model(twin), family.task
-    length = getattr(twin, "image_seq_length", 0) + SEQ_LEN + 1
+    length = (image_length(twin) if task == "vision_language" else 0) + SEQ_LEN + 1
     for stack in family.stacks:
 
         def note(module: nn.Module, args: Any, kwargs: Any, path: str = stack.path) -> None:

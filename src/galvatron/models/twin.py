@@ -21,7 +21,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.internals import call_attention
 
-from .inputs import IMAGE_TOKENS, random_inputs
+from .images import IMAGE_TOKENS
+from .inputs import random_inputs
 from .sizes import (
     CLASSES,
     HEADS,
@@ -136,7 +137,7 @@ def _shrink(twin: PretrainedConfig, given: Collection[str], kept: Collection[str
     """Give ``twin`` small sizes, by what it calls them and by what others call them; but those ``kept``."""
     hidden = getattr(twin, "hidden_size", None)
     kept = (*kept, *(STAGED if "depths" in given else ()))
-    sizes = {name: getattr(twin, name, None) for name in given if name not in kept}
+    sizes = {name: getattr(twin, name, None) for name in given if twin.attribute_map.get(name, name) not in kept}
     for name, value in sorted(sizes.items(), key=lambda size: size[0] in SIZES):  # names that all have come last
         if isinstance(value, int) and is_size(value):
             setattr(twin, name, shrunk(name, value, hidden))

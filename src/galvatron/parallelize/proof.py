@@ -177,8 +177,11 @@ class _Truth:
             return f"it fails with {_said(failure)}"
         if abs(loss - self.loss) > TOLERANCE * abs(self.loss):
             return f"the loss is {loss:.6g}, not {self.loss:.6g}"
+        largest: dict[str, float] = {}
         for name, wanted in self.gradients.items():
-            scale = max(float(g.abs().max()) for n, g in self.gradients.items() if _unit(n) == _unit(name))
+            largest[_unit(name)] = max(float(wanted.abs().max()), largest.get(_unit(name), 0.0))
+        for name, wanted in self.gradients.items():
+            scale = largest[_unit(name)]
             error = float((gradients[name] - wanted).abs().max()) if name in gradients else float("inf")
             if not error <= TOLERANCE * scale:
                 return f"the gradient of {name} is off by {error / max(scale, 1e-30):.2g} of its unit's largest"

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from galvatron.core.errors import PlanError
 from galvatron.models import family_of, meta_model, spec_of, twin_config
+from galvatron.models.types import usual_config
 from galvatron.parallelize.proof import Proof, prove
 from galvatron.plan import LayerStrategy, Plan
 
@@ -54,3 +55,35 @@ def test_decoders_whose_ends_are_more_than_a_table_a_norm_and_a_linear_run_them_
     config = AutoConfig.for_model("bert-generation")
     assert family_of(config).ends == "whole"
     assert prove(config) == Proof()
+
+
+def test_a_type_is_completed_where_its_own_config_leaves_sizes_open() -> None:
+    assert AutoConfig.for_model("hunyuan_v1_dense").head_dim is None
+    config = usual_config("hunyuan_v1_dense")
+    assert config.head_dim == config.hidden_size // config.num_attention_heads
+    assert prove(config) == Proof()
+    assert usual_config("llama").to_dict() == AutoConfig.for_model("llama").to_dict()
+
+
+def test_masks_that_say_what_causality_says_are_needless() -> None:
+    config = AutoConfig.for_model("layoutlm")
+    family = family_of(config)
+    assert (family.asks_for_attention, family.needless_masks, family.stacks[0].causal) == (True, True, False)
+    assert prove(config) == Proof()
+
+
+def test_masks_that_hide_more_are_the_types_own_attention() -> None:
+    family = family_of(AutoConfig.for_model("doge"))
+    assert (family.asks_for_attention, family.needless_masks) == (False, False)
+
+
+def test_an_attention_that_views_by_a_width_of_its_own_counts_what_a_rank_has() -> None:
+    assert prove(AutoConfig.for_model("xglm")) == Proof()
+
+
+def test_twins_shrink_by_what_names_end_in() -> None:
+    mixed = twin_config(AutoConfig.for_model("bamba"))
+    assert mixed.mamba_n_heads * mixed.mamba_d_head == mixed.mamba_expand * mixed.hidden_size
+    assert twin_config(AutoConfig.for_model("electra")).embedding_size < 64  # narrower than hidden states, as its own
+    assert twin_config(AutoConfig.for_model("roformer")).embedding_size == 64
+    assert twin_config(AutoConfig.for_model("swinv2")).num_heads == [3, 6, 12, 24]  # of stages, as the widths

@@ -32,9 +32,17 @@ from .ring import ring_attention
 from .softcap import capped_attention
 from .ulysses import collect_heads, deal_heads
 
-NAME = "galvatron"
+NAME, UNMASKED = "galvatron", "galvatron-unmasked"
 
-IGNORED = ("position_ids", "use_cache", "past_key_values", "output_attentions", "output_hidden_states", "deterministic")
+IGNORED = (
+    "position_ids",
+    "output_router_logits",
+    "use_cache",
+    "past_key_values",
+    "output_attentions",
+    "output_hidden_states",
+    "deterministic",
+)
 """What modules pass to every attention function and training leaves at its default, or rotary tables have used."""
 
 
@@ -66,29 +74,41 @@ def attend_across(layer: nn.Module, context: Context) -> None:
 
 
 def use_attention(model: PreTrainedModel, family: Family) -> None:
-    """Make every attention module of ``model`` call ``attention`` (registered once under ``NAME``).
+    """Make every attention module of ``model`` call ``attention`` (registered once under ``NAME``, and without masks).
 
     Layers whose tokens see each other in another way too keep the type's own attention, and masks that the model makes.
 
     The modules get a config of their own: ``model.config`` is the user's, and other models may be made from it.
     """
     AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(UNMASKED, _unmasked_attention)
+    called = UNMASKED if family.needless_masks else NAME
     own: dict[int, PretrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if module is not model and isinstance(config, PretrainedConfig):
             if id(config) not in own:
                 own[id(config)] = copy.deepcopy(config)
-                call_attention(own[id(config)], NAME if family.asks_for_attention else "eager")
+                call_attention(own[id(config)], called if family.asks_for_attention else "eager")
                 if getattr(config, "use_cache", False):
                     own[id(config)].use_cache = False  # which a repeated forward would fill twice
             module.config = own[id(config)]  # type: ignore[assignment]
+    for stack in family.stacks if family.needless_masks else ():
+        for module in model.get_submodule(stack.path).modules():
+            module.is_causal = stack.causal  # type: ignore[assignment]  # which their masks said
 
 
 def uses_attention(model: PreTrainedModel) -> bool:
     """Whether ``use_attention`` was called with it: then another has taken it apart, or had begun to."""
     configs = [getattr(module, "config", None) for module in model.modules() if module is not model]
-    return any(isinstance(config, PretrainedConfig) and called_attention(config) == NAME for config in configs)
+    return any(
+        isinstance(config, PretrainedConfig) and called_attention(config) in (NAME, UNMASKED) for config in configs
+    )
+
+
+def _unmasked_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Any, **options: Any) -> Any:
+    """``attention`` for types whose masks are needless."""
+    return attention(module, query, key, value, None, **options)
 
 
 def attention(
