@@ -31,6 +31,7 @@ class Region(Record):
         by_head: modules whose parameters have an entry a head, with their blocks.
         flat: the entries see tokens in one dim, [B x S, H].
         sides: further arguments of the entries that are gathered likewise: states of another stack.
+        head_inputs: arguments of the entries that have an entry a head, and in which dim: biases of scores.
     """
 
     entries: tuple[str, ...] = Field(min_length=1)
@@ -41,6 +42,7 @@ class Region(Record):
     by_head: dict[str, Blocks] = Field(default_factory=dict)
     flat: StrictBool = False
     sides: tuple[str, ...] = ()
+    head_inputs: dict[str, int] = Field(default_factory=dict)
 
 
 class Experts(Record):

@@ -12,10 +12,10 @@ KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads")
 
 
 def heads_in(layer: nn.Module, config: PretrainedConfig) -> dict[Blocks, int]:
-    """Heads of queries, and of keys and values, of ``layer`` in a model of ``config``."""
+    """Heads of queries, and of keys and values, of ``layer`` in a model of ``config``; one of what has none."""
     own = config_in(layer, config)
     said = (getattr(module, name, None) for module in layer.modules() for name in HEAD_COUNTS)
-    heads = next((count for count in said if isinstance(count, int)), None) or own.num_attention_heads
+    heads = next((count for count in said if isinstance(count, int)), None) or getattr(own, "num_attention_heads", 1)
     kv_heads = next((count for name in KV_HEAD_COUNTS if (count := getattr(own, name, None))), heads)
     return {"heads": heads, "kv_heads": kv_heads}
 

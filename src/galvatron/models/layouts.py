@@ -159,7 +159,20 @@ def _region(
         by_head={call.name[strip:]: layouts[of.name][0] for call in calls for of in _heads_of(call, columns)},
         flat=flat,
         sides=_sides([call for call in calls if call.name in entries], side),
+        head_inputs=_head_inputs([call for call in calls if call.name in entries], heads),
     )
+
+
+def _head_inputs(entries: list[Call], heads: int | None) -> dict[str, int]:
+    """Arguments that have a dim of heads, or of samples and heads: the first or the second of three or four."""
+    found = {}
+    for call in entries if heads is not None and heads > 1 else ():
+        counts = (heads, heads * call.argument.shape[0])
+        for name, tensor in call.named.items():
+            dims = [dim for dim in (0, 1) if tensor.dim() > 2 and tensor.shape[dim] in counts]
+            if dims and tensor.shape != call.argument.shape:
+                found[name] = dims[0]
+    return found
 
 
 def _sides(entries: list[Call], side: Tensor | None) -> tuple[str, ...]:

@@ -75,11 +75,28 @@ def _family(config: PretrainedConfig, model: PreTrainedModel, trace: _Trace) -> 
     stacks = _stacks(model, trace)
     found = tuple(_described(model, trace, stack, stacks[:nth]) for nth, stack in enumerate(stacks))
     asks, masks = _asks_for_attention(config, found)
+    if asks:  # galvatron's attention takes its heads of biases itself
+        plain = [tuple(_with_head_inputs(region, {}) for region in stack.regions) for stack in found]
+        found = tuple(s.model_copy(update={"regions": regions}) for s, regions in zip(found, plain, strict=True))
     ends = None
     if asks and len(stacks) == 1 and task_of(config) == "causal_lm":
         ends = _ends_of_tokens(model, trace, stacks[0])
     ends = ends or _whole_ends(model, trace, stacks)
     return Family(model_type=config.model_type, stacks=found, asks_for_attention=asks, needless_masks=masks, **ends)
+
+
+def _with_head_inputs(region: Region, inputs: dict[str, int]) -> Region:
+    return region.model_copy(update={"head_inputs": inputs})
+
+
+def _merged(regions: list[Region]) -> list[Region]:
+    """Every region once; some layers are given a bias that others make."""
+    found: dict[str, Region] = {}
+    for region in regions:
+        key = _with_head_inputs(region, {}).model_dump_json()
+        inputs = {**region.head_inputs, **(found[key].head_inputs if key in found else {})}
+        found[key] = _with_head_inputs(region, inputs)
+    return list(found.values())
 
 
 def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> Stack:
@@ -93,7 +110,7 @@ def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList, befo
         prefix = f"{path}.{index}."
         inside = [call for call in trace.calls if call.name.startswith(prefix)]
         found = regions_of(trace.of(stack[index]), inside, prefix, heads_in(stack[index], model.config)["heads"], side)
-        regions += [region for region in found if region not in regions]
+        regions = _merged([*regions, *found])
         experts.append(experts_of(stack[index], inside, prefix, trace.of(stack[index]).argument.shape[-1]))
         is_cuttable &= bool(found)
     kinds = [kind for nth, kind in enumerate(experts) if kind is not None and kind not in experts[:nth]]

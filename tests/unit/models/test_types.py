@@ -87,3 +87,16 @@ def test_twins_shrink_by_what_names_end_in() -> None:
     assert twin_config(AutoConfig.for_model("electra")).embedding_size < 64  # narrower than hidden states, as its own
     assert twin_config(AutoConfig.for_model("roformer")).embedding_size == 64
     assert twin_config(AutoConfig.for_model("swinv2")).num_heads == [3, 6, 12, 24]  # of stages, as the widths
+
+
+def test_a_rank_takes_its_heads_of_biases_that_layers_are_given() -> None:
+    config = AutoConfig.for_model("bloom")
+    attention = family_of(config).stacks[0].regions[0]
+    assert attention.head_inputs == {"alibi": 0}  # [samples x heads, 1, tokens]
+    assert prove(config) == Proof()
+
+
+def test_heads_of_a_part_whose_linears_stay_whole_are_not_divided() -> None:
+    config = AutoConfig.for_model("deepseek_v32")  # an indexer has heads of its own
+    assert not any("indexer" in name for region in family_of(config).stacks[0].regions for name in region.columns)
+    assert prove(config) == Proof()

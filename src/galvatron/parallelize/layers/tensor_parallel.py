@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,15 +67,29 @@ def cut_layer(
         for name in region.entries:
             module = layer.get_submodule(name)
             if region.row_blocks == "heads":
-                _count_own_heads(module, tp)
+                _count_own_heads(module, _linears_of(layer, region), tp)
+            if region.head_inputs:
+                heads = _weight(unit, region.row).cut
+                assert heads is not None
+                wrap_forward(module, partial(_own_heads_of_inputs, region.head_inputs, heads.blocks, tp))
             module.forward = _gathered(module.forward, tp, rows if region.flat else None, region.sides)
         linear = layer.get_submodule(region.row)
         linear.forward = _row_forward(linear, tp, flat=region.flat)
 
 
-def _count_own_heads(attention: nn.Module, tp: AxisGroup) -> None:
-    """Let attributes and a config of the module's own count this rank's heads."""
+def _linears_of(layer: nn.Module, region: Region) -> set[int]:
+    """The ids of all modules that are cut, and of what adapters wrap."""
+    return {id(part) for path in (*region.columns, region.row) for part in layer.get_submodule(path).modules()}
+
+
+def _count_own_heads(attention: nn.Module, cut: set[int], tp: AxisGroup) -> None:
+    """Let attributes and a config of the module's own count this rank's heads; but of parts whose linears stay whole
+    (``cut``: the ids of those that do not).
+    """
     for module in attention.modules():
+        linears = [id(part) for part in module.modules() if isinstance(part, (nn.Linear, Conv1D))]
+        if linears and not cut & set(linears):
+            continue
         counted: list[Any] = [module]
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig):
@@ -200,6 +215,18 @@ def _gathered(
         return forward(**{**kwargs, "hidden_states": whole(kwargs["hidden_states"])})
 
     return gathered
+
+
+def _own_heads_of_inputs(
+    dims: Mapping[str, int], heads: int, tp: AxisGroup, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run with this rank's heads of arguments that have an entry a head, in a dim that may count samples too."""
+    for name, dim in dims.items():
+        if kwargs.get(name) is not None:
+            by_head = kwargs[name].unflatten(dim, (-1, heads))
+            own = by_head.narrow(dim + 1, tp.rank * heads // tp.size, heads // tp.size)
+            kwargs[name] = own.flatten(dim, dim + 1)
+    return forward(*args, **kwargs)
 
 
 def _keep_own_outputs(linear: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> None:
