@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from galvatron.parallelize.verdict import Verdict
 
 LIMIT_S, CPU_S, MEMORY_BYTES = 1200, 60, 8 << 30  # [Assumed] a twin takes a second or two and some 100 MiB
-WORKS = "every strategy"
+WORKS, BY_HEADS = "every strategy", "data, pipeline and tensor parallelism"
 
 
 def survey(
@@ -161,8 +161,16 @@ def _outcome(verdict: Verdict) -> str:
 
 
 def _counts(verdicts: list[Verdict]) -> dict[str, int]:
-    kinds = Counter("refused" if v.refused else "with fewer" if v.lacks else f"with {WORKS}" for v in verdicts)
-    return {name: kinds[name] for name in (f"with {WORKS}", "with fewer", "refused")}
+    kinds = Counter(_kind(verdict) for verdict in verdicts)
+    return {name: kinds[name] for name in (f"with {WORKS}", f"with {BY_HEADS}", "with fewer", "refused")}
+
+
+def _kind(verdict: Verdict) -> str:
+    if verdict.refused:
+        return "refused"
+    if not verdict.lacks:
+        return f"with {WORKS}"
+    return "with fewer" if {"pp", "tp"} & set(verdict.lacks) else f"with {BY_HEADS}"
 
 
 def page(verdicts: list[Verdict], total: int) -> str:

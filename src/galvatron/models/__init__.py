@@ -9,8 +9,9 @@ from galvatron.core.family import Experts, Family, Region
 from .chain import Link, argument_names, arguments_by_name, chain_of, experts_in, regions_in
 from .family import family_of
 from .freeze import check_trains, freeze_parameters
+from .images import image_token
 from .initialize import InitialWeights
-from .inputs import blank_inputs, image_token, random_inputs, words_of
+from .inputs import blank_inputs, random_inputs, words_of
 from .load import class_names, described_shapes, load_config, meta_model, name_classes
 from .lora import Adapter, adapter_of
 from .shapes import Reached, emptied, entering_tokens

@@ -15,7 +15,8 @@ def heads_in(layer: nn.Module, config: PretrainedConfig) -> dict[Blocks, int]:
     """Heads of queries, and of keys and values, of ``layer`` in a model of ``config``; one of what has none."""
     own = config_in(layer, config)
     said = (getattr(module, name, None) for module in layer.modules() for name in HEAD_COUNTS)
-    heads = next((count for count in said if isinstance(count, int)), None) or getattr(own, "num_attention_heads", 1)
+    own_count: int = getattr(own, "num_attention_heads", 1)
+    heads = next((count for count in said if isinstance(count, int)), None) or own_count
     kv_heads = next((count for name in KV_HEAD_COUNTS if (count := getattr(own, name, None))), heads)
     return {"heads": heads, "kv_heads": kv_heads}
 

@@ -166,8 +166,9 @@ def _region(
 def _head_inputs(entries: list[Call], heads: int | None) -> dict[str, int]:
     """Arguments that have a dim of heads, or of samples and heads: the first or the second of three or four."""
     found = {}
-    for call in entries if heads is not None and heads > 1 else ():
-        counts = (heads, heads * call.argument.shape[0])
+    count = heads or 1
+    for call in entries if count > 1 else ():
+        counts = (count, count * call.argument.shape[0])
         for name, tensor in call.named.items():
             dims = [dim for dim in (0, 1) if tensor.dim() > 2 and tensor.shape[dim] in counts]
             if dims and tensor.shape != call.argument.shape:

@@ -75,6 +75,7 @@ ENDINGS: dict[str, int] = {
     "project_dim": HIDDEN,
     "proj_dim": HIDDEN,
     "lru_width": HIDDEN,
+    "d_ssm": 2 * HIDDEN,
     "d_latents": HIDDEN,
     "output_channels": HIDDEN,
     "bottleneck_size": HEAD_DIM,

@@ -12,7 +12,14 @@ from transformers import AutoConfig, PretrainedConfig
 
 from .twin import run_twin, twin_config, twin_inputs, twin_model
 
-OPEN = {"num_key_value_heads": "num_attention_heads", "num_experts_per_tok": 2, "n_routed_experts": 8, "vocab_size": 97}
+OPEN = {
+    "num_key_value_heads": "num_attention_heads",
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "vocab_size": 97,
+    "pad_token_id": 1,
+}
 """What else a config may leave open: a size, or what it is equal to."""
 
 

@@ -33,7 +33,7 @@ def test_a_survey_goes_on_from_its_lines_and_survives_what_ends_a_process(
     assert lines.read_text().startswith(kept)
     text = page.read_text()
     assert "finds of 3 of the " in text
-    assert "1 with every strategy, 1 with fewer, 1 refused" in text
+    assert "1 with every strategy, 0 with data, pipeline and tensor parallelism, 1 with fewer, 1 refused" in text
     assert "| every strategy | llama |" in text
     assert "| no tp: no rule | falcon |" in text
     assert "| refused: ends its process | bloom |" in text
