@@ -36,8 +36,11 @@ def image_length(config: PretrainedConfig) -> int:
     if image_token(config) is None:
         return 0
     said: int | None = getattr(config, "image_seq_length", None)
-    if said is not None:
-        return said
+    return made_length(config) if said is None else said
+
+
+def made_length(config: PretrainedConfig) -> int:
+    """The number that a model makes of an image, whatever its config says."""
     key: str = config.to_json_string(use_diff=False)
     if key not in _lengths:
         _lengths[key] = _made(config)

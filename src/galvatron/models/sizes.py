@@ -45,6 +45,8 @@ SIZES: dict[str, int] = {
     "attention_window": 2 * SPAN,
     "patch_size": PATCH,
     "mm_tokens_per_image": 4,
+    "coordinate_size": 12,
+    "shape_size": 8,
 }
 ENDINGS: dict[str, int] = {
     "layers": LAYERS,
@@ -78,7 +80,7 @@ ENDINGS: dict[str, int] = {
     "d_ssm": 2 * HIDDEN,
     "d_latents": HIDDEN,
     "output_channels": HIDDEN,
-    "bottleneck_size": HEAD_DIM,
+    "bottleneck_size": HIDDEN,
     "embedding_rank": HEAD_DIM,
     "lora_rank": 24,
     "dt_rank": 8,

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.internals import call_attention
 
-from .images import IMAGE_TOKENS
+from .images import IMAGE_TOKENS, made_length
 from .inputs import random_inputs
 from .sizes import (
     CLASSES,
@@ -110,8 +110,6 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
         twin.pad_token_id = 1  # by which decoders find the last token
     if "image_size" in given and not keep_images:
         _set(twin, "image_size", IMAGE)
-    if "image_seq_length" in given and not keep_images:
-        twin.image_seq_length = (IMAGE // PATCH) ** 2
     for name in IMAGE_TOKENS:
         if isinstance(getattr(twin, name, None), int):
             setattr(twin, name, WORDS - 1)
@@ -130,6 +128,10 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
             setattr(twin, name, _kinds_of(value))
         elif isinstance(value, dict) and name.startswith("rope"):
             setattr(twin, name, _plain_rope(getattr(twin, name)))
+    if "image_seq_length" in given and not keep_images:
+        twin.image_seq_length = (IMAGE // PATCH) ** 2
+        with suppress(Exception):  # of any kind: a foreign model is run
+            twin.image_seq_length = made_length(twin)
     return twin
 
 
