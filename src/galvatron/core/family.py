@@ -68,6 +68,8 @@ class Stack(Record):
     ``causal``: whether a token attends to those before it alone.  ``side``: the argument by which layers are given
     what another stack ends with.  ``biased``: whether the first layer makes a bias of all layers' attention scores.
     ``recorded``: whether what follows takes states from between its layers, which then all end with whole sequences.
+    ``joined``: of the family's ``before``, what runs on the way from the stack before to this one.  ``pooled``: the
+    module whose output is all that is taken of this stack, where the next one takes nothing of it (towers).
     """
 
     path: str
@@ -78,6 +80,8 @@ class Stack(Record):
     side: str | None = None
     biased: StrictBool = False
     recorded: StrictBool = False
+    joined: tuple[str, ...] = ()
+    pooled: str | None = None
 
 
 class Logits(Record):

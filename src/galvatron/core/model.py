@@ -7,6 +7,7 @@ lists its parameters and how tensor and expert parallelism cut each: enough to k
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self, get_args
@@ -81,6 +82,7 @@ class ParameterSpec(Record):
     """One parameter of a unit: its name within the model's unit, full shape ([] of a number) and tensor-parallel cut.
 
     ``experts``: dim 0 counts experts, which expert parallelism deals out; every expert is cut by tp alike.
+    ``shared``: later layers of the stack use it too, so that every stage of theirs has a copy, whole on every rank.
     ``trainable``: whether it has a gradient and optimizer states; a frozen one is held and gathered alone.
     """
 
@@ -88,6 +90,7 @@ class ParameterSpec(Record):
     shape: tuple[Count, ...] = Field(max_length=8)
     cut: Cut | None = None
     experts: StrictBool = False
+    shared: StrictBool = False
     trainable: StrictBool = True
 
     @model_validator(mode="after")
@@ -143,7 +146,8 @@ class LayerKind(UnitSpec):
     ``tokens_divisor``: a sequence of the job has seq_len / this many tokens here (a Swin stage merges patches), or
     ``fixed_tokens`` whatever its length, if that is not 0 (a vision tower's patches).
     ``side_inputs``: further hidden states of equal size that ride along from layer to layer (a decoder's encoder
-    output).  ``regions``: submodules that gather the sequence and scatter it again under tensor parallelism.
+    output); ``carried``: further elements of a sample that do, whatever its length.
+    ``regions``: submodules that gather the sequence and scatter it again under tensor parallelism.
     ``attention_span``: tokens that one token attends to at most (a window); None for the whole sequence.
     ``drops_attention``: whether dropout falls on what attention weighs, its scores are capped, or a window looks both
     ways: no ring can do these.
@@ -161,6 +165,7 @@ class LayerKind(UnitSpec):
     tokens_divisor: Count = 1
     fixed_tokens: Whole = 0
     side_inputs: Whole = 0
+    carried: Whole = 0
     regions: Count = 2
     causal: StrictBool = True
     attention_span: Count | None = None
@@ -186,7 +191,7 @@ class LayerKind(UnitSpec):
 
     def entering_elements(self, seq_len: int) -> int:
         """Elements of one sequence that enter one of these layers: hidden states, and those that ride along."""
-        return self.tokens(seq_len) * self.hidden_size * (1 + self.side_inputs)
+        return self.tokens(seq_len) * self.hidden_size * (1 + self.side_inputs) + self.carried
 
     @property
     def active_parameters(self) -> float:
@@ -201,11 +206,24 @@ class LayerKind(UnitSpec):
         return 4.0 * self.num_heads * self.head_dim * span
 
 
+class Joint(Record):
+    """The way from one stack to the next: what makes hidden states for ``layer``, the first of the next one.
+
+    It is with the layer before.  ``parameters``: those of the embedding that are nowhere else, by name; ``table``:
+    whether the vocabulary's, the embedding's first, is looked up here too.
+    """
+
+    layer: Count
+    parameters: tuple[str, ...] = ()
+    table: StrictBool = False
+
+
 class ModelSpec(Record):
     """A Transformer as the search sees it: embedding, layers by kind in the order of the forward pass, head.
 
     ``task``: what it is trained for; where that gives whole samples classes these are the vocabulary.  ``ends``: see
-    ``core.family.Family``.  ``stacks``: lists of layers that the model runs one after the other.
+    ``core.family.Family``.  ``stacks``: lists of layers that the model runs one after the other, and the ``joints``
+    between them, which are part of the embedding.
     """
 
     name: str
@@ -213,6 +231,7 @@ class ModelSpec(Record):
     task: Task = "causal_lm"
     ends: Ends = "tokens"
     stacks: Count = 1
+    joints: tuple[Joint, ...] = ()
     layers: tuple[LayerKind, ...] = Field(min_length=1)
     vocab_size: Count
     max_seq_len: Tokens
@@ -308,13 +327,39 @@ class ModelSpec(Record):
 
     def is_reached(self, unit: UnitName) -> bool:
         """Whether the backward pass reaches ``unit``: whether it or a unit before it has a trainable parameter."""
+        if unit not in ENDS:
+            kinds = [kind.name for kind in self.kind_of_layers()]
+            return self.is_layer_reached(kinds.index(unit))
         upto = self.units[: self.units.index(unit) + 1]
         return any(p.trainable for name in upto for p in self.unit(name).parameters)
 
+    def is_layer_reached(self, layer: int) -> bool:
+        """The same of layer ``layer`` (0-based)."""
+        own = self.kind_of_layers()[layer].parameters
+        return any(p.trainable for p in own) or self.trains_before(layer)
+
     def trains_before(self, layer: int) -> bool:
         """Whether a gradient goes on from layer ``layer`` (0-based) to what comes before it, to be used there."""
-        units = (self.embedding, *self.kind_of_layers()[:layer])
-        return any(p.trainable for unit in units for p in unit.parameters)
+        later = {name for joint in self.joints if joint.layer > layer for name in joint.parameters}
+        ends = (p for p in self.embedding.parameters if p.name not in later)
+        layers = (p for kind in self.kind_of_layers()[:layer] for p in kind.parameters)
+        return any(p.trainable for p in (*ends, *layers))
+
+    @property
+    def stack_ranges(self) -> tuple[range, ...]:
+        """The layers of every stack, where they are joined."""
+        starts = [0, *(joint.layer for joint in self.joints), self.num_layers]
+        return tuple(itertools.starmap(range, itertools.pairwise(starts)))
+
+    def embedding_within(self, layers: range) -> tuple[ParameterSpec, ...]:
+        """What of the embedding a stage with ``layers`` has: the beginning goes with layer 0, joints as they say."""
+        joined = {name for joint in self.joints for name in joint.parameters}
+        here = [joint for joint in self.joints if joint.layer - 1 in layers]
+        own = {name for joint in here for name in joint.parameters}
+        if any(joint.table for joint in here):
+            own.add(self.embedding.parameters[0].name)
+        parameters = self.embedding.parameters
+        return tuple(p for p in parameters if p.name in own or (layers.start == 0 and p.name not in joined))
 
     def trained_parameters(self) -> Iterator[ParameterSpec]:
         """What has a gradient, once a unit: parameters of a kind of layer have their names within one."""

@@ -6,7 +6,7 @@ the meta device.  What is not known is recognised by running a tiny twin.  Knows
 
 from galvatron.core.family import Experts, Family, Region
 
-from .chain import Link, argument_names, arguments_by_name, chain_of, experts_in, regions_in
+from .chain import Link, argument_names, arguments_by_name, chain_of, experts_in, regions_in, score_table
 from .family import family_of
 from .freeze import check_trains, freeze_parameters
 from .images import image_token
@@ -51,6 +51,7 @@ __all__ = [
     "name_classes",
     "random_inputs",
     "regions_in",
+    "score_table",
     "spec_of",
     "structure_key",
     "task_of",

@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 from galvatron.core.family import Experts, Family, Region, Stack
 
+SCORE_BIAS = "position_bias"
+"""The argument by which layers are given a bias of attention scores that another has made."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -44,6 +47,16 @@ def experts_in(layer: nn.Module, stack: Stack) -> Experts | None:
     """The experts of ``stack``, if ``layer`` has them."""
     has_some = stack.experts is not None and stack.experts.module in {name for name, _ in layer.named_modules()}
     return stack.experts if has_some else None
+
+
+def score_table(layer: nn.Module) -> tuple[str, nn.Module] | None:
+    """Where ``layer`` has the table of a bias that it hands on, and the attention that makes the bias of it."""
+    for path, module in layer.named_modules():
+        if hasattr(module, "compute_bias") and SCORE_BIAS in argument_names(type(layer)):
+            tables = (name for name, child in module.named_children() if isinstance(child, nn.Embedding))
+            for name in tables:
+                return f"{path}.{name}", module
+    return None
 
 
 def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

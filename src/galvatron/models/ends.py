@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .layouts import Call
@@ -57,6 +58,45 @@ def around(model: PreTrainedModel, stacks: Sequence[nn.ModuleList], calls: list[
         head=names[id(head)] if isinstance(head, nn.Linear) else None,
         bare=tuple(bare),
     )
+
+
+def joints_of(
+    model: PreTrainedModel, stacks: Sequence[nn.ModuleList], calls: list[Call], before: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Of every stack, what ``core.family.Stack`` has of the way to it, ``joined``, and ``pooled``.
+
+    What makes the first stack's input is on the way to it; all else goes with the stack that it runs before.
+    """
+    first = {id(call.module): call for call in reversed(calls)}
+    places = {id(call.module): place for place, call in reversed(list(enumerate(calls)))}
+    modules = {path: model.get_submodule(path) for path in before}
+    starts = [first[id(stack[0])] for stack in stacks]
+    found: list[dict[str, Any]] = [{} for _ in stacks]
+    makers = makers_of(starts[0].argument)
+    left = [p for p, m in modules.items() if id(m) in first and first[id(m)].output.grad_fn not in makers]
+    for nth, (stack, start) in enumerate(zip(stacks, starts, strict=True)):
+        if nth == 0:
+            continue
+        joined = [path for path in left if places[id(modules[path])] < places[id(stack[0])]]
+        left = [path for path in left if path not in joined]
+        found[nth]["joined"] = tuple(joined)
+        ends = {first[id(layer)].output.grad_fn for layer in stacks[nth - 1]}
+        taken = set().union(*(makers_of(tensor) for tensor in (start.argument, *start.named.values())))
+        if not ends & taken:
+            of_tower = [path for path in joined if ends & makers_of(first[id(modules[path])].output)]
+            found[nth - 1]["pooled"] = max(of_tower, key=lambda path: places[id(modules[path])], default=None)
+    return found
+
+
+def makers_of(tensor: Tensor) -> set[Any]:
+    """All that autograd knows to have made ``tensor``."""
+    waiting, seen = [tensor.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return seen
 
 
 def _looks_up(module: nn.Module, table: nn.Module | None) -> bool:

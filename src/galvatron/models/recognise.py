@@ -21,7 +21,7 @@ from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.internals import call_attention
 
 from .chain import arguments_by_name
-from .ends import around
+from .ends import around, joints_of, makers_of
 from .heads import heads_in
 from .layouts import Call, experts_of, regions_of
 from .tasks import task_of
@@ -82,6 +82,8 @@ def _family(config: PretrainedConfig, model: PreTrainedModel, trace: _Trace) -> 
     if asks and len(stacks) == 1 and task_of(config) == "causal_lm":
         ends = _ends_of_tokens(model, trace, stacks[0])
     ends = ends or _whole_ends(model, trace, stacks)
+    joints = joints_of(model, stacks, trace.calls, ends["before"])
+    found = tuple(stack.model_copy(update=joint) for stack, joint in zip(found, joints, strict=True))
     return Family(model_type=config.model_type, stacks=found, asks_for_attention=asks, needless_masks=masks, **ends)
 
 
@@ -147,16 +149,7 @@ def _is_recorded(trace: _Trace, stack: nn.ModuleList) -> bool:
 
 def _depends_on(tensor: Tensor, parameters: set[int]) -> bool:
     """Whether any of the ``parameters`` made ``tensor``."""
-    waiting, seen = [tensor.grad_fn], set[Any]()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in parameters:
-            return True
-        waiting += [following for following, _ in node.next_functions]
-    return False
+    return any(id(getattr(node, "variable", None)) in parameters for node in makers_of(tensor))
 
 
 def _one_of_each_kind(stack: nn.ModuleList) -> list[int]:

@@ -32,12 +32,23 @@ def entering_tokens(model: PreTrainedModel, family: Family) -> int:
     """How many tokens an image becomes before the first layer of ``model``."""
     twin = copy.deepcopy(model).to(device="meta")  # type: ignore[call-arg]
     twin.get_submodule(chain_of(twin, family)[0].path).forward = _stop
+    return _reached(twin, family).shape[1]
+
+
+def pooled_width(model: PreTrainedModel, path: str, family: Family) -> int:
+    """How many units the output of the module at ``path`` has."""
+    twin = copy.deepcopy(model).to(device="meta")  # type: ignore[call-arg]
+    twin.get_submodule(path).register_forward_hook(_stop_after)
+    return _reached(twin, family).shape[-1]
+
+
+def _reached(twin: PreTrainedModel, family: Family) -> Tensor:
     try:
-        twin(**blank_inputs(model.config, family.task, 1, 1, "meta"))
+        twin(**blank_inputs(twin.config, family.task, 1, 1, "meta"))
     except Reached as reached:
-        hidden: Tensor = reached.value
-        return hidden.shape[1]
-    raise AssertionError(f"{type(model).__name__} runs without its layers")
+        value: Tensor = reached.value
+        return value
+    raise AssertionError(f"{type(twin).__name__} runs without its layers")
 
 
 def fixed_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
@@ -72,6 +83,10 @@ def _seen_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
 
 def _stop(hidden: Tensor, *_: Any, **__: Any) -> None:
     raise Reached(hidden)
+
+
+def _stop_after(module: nn.Module, args: Any, output: Tensor) -> None:
+    raise Reached(output)
 
 
 def emptied(module: nn.Module) -> None:

@@ -15,17 +15,17 @@ from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import BEYOND_RINGS, WINDOWS, Blocks, Experts, Family, Region, Stack
 from galvatron.core.lora import Lora, adapter_cuts
-from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.core.model import Cut, Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
 
-from .chain import chain_of, experts_in, regions_in
+from .chain import chain_of, experts_in, regions_in, score_table
 from .family import family_of
 from .freeze import freeze_parameters
 from .heads import config_in, heads_in
 from .inputs import words_of
 from .load import meta_model
 from .lora import attach_lora, base_linear
-from .shapes import entering_tokens, fixed_tokens
+from .shapes import entering_tokens, fixed_tokens, pooled_width
 from .sizes import EXPERT_KEYS, TAKEN_KEYS
 from .tasks import config_of
 
@@ -83,23 +83,58 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
     config = model.config
     tokens = fixed_tokens(config, family)
     layers = [(model.get_submodule(link.path), link.stack) for link in chain_of(model, family)]
+    carried = _carried(model, family, tokens)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return ModelSpec(
         name=name or f"{config.model_type}-{millions:.3g}M",
         family=config.model_type,
         layers=tuple(
-            _kind(name, count, layer, stack, parameters, config, family, tokens.get(stack.path, 0))
+            _kind(name, count, layer, stack, parameters, config, family, tokens.get(stack.path, 0), carried[stack.path])
             for name, count, layer, stack, parameters in _kinds(layers, config)
         ),
         task=family.task,
         ends=family.ends,
         stacks=len(family.stacks),
+        joints=tuple(_joints(model, family)),
         vocab_size=_outputs(config, family),
         max_seq_len=_most_tokens(model, family),
         tied_embeddings=_is_tied(model, family),
         embedding=UnitSpec(parameters=tuple(_embedding_parameters(model, family))),
         head=UnitSpec(parameters=tuple(_head_parameters(model, family))),
     )
+
+
+def _joints(model: PreTrainedModel, family: Family) -> Iterator[Joint]:
+    """Of every stack but the first."""
+    names, layer = _names(model), 0
+    joined = {path for stack in family.stacks for path in stack.joined}
+    first = {p for path in family.before if path not in joined for p in model.get_submodule(path).parameters()}
+    table = None if family.embedding is None else model.get_submodule(family.embedding).get_parameter("weight")
+    for before, stack in itertools.pairwise(family.stacks):
+        layer += len(model.get_submodule(before.path))  # type: ignore[arg-type]
+        own = dict.fromkeys(p for path in stack.joined for p in model.get_submodule(path).parameters())
+        alone = tuple(names[p] for p in own if p not in first)
+        yield Joint(layer=layer, parameters=alone, table=table in own and table in first)
+
+
+def _carried(model: PreTrainedModel, family: Family, tokens: dict[str, int]) -> dict[str, int]:
+    """By path, what rides along with samples through a stack and has no size of theirs: elements.
+
+    What an earlier tower came to; states of another stack that always have as many tokens.
+    """
+    found, width = {family.stacks[0].path: 0}, 0
+    for before, stack in itertools.pairwise(family.stacks):
+        if before.pooled is not None:
+            width += pooled_width(model, before.pooled, family)
+        fixed = tokens.get(before.path, 0) if stack.side is not None else 0
+        first = model.get_submodule(f"{before.path}.0")
+        found[stack.path] = width + fixed * (_width(first) if fixed else 0)
+    return found
+
+
+def _width(layer: nn.Module) -> int:
+    """Of hidden states."""
+    return next(weight_sizes(m)[0] for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D)))
 
 
 def _is_beyond_rings(config: PretrainedConfig, stack: Stack) -> bool:
@@ -142,19 +177,22 @@ def _kind(
     config: PretrainedConfig,
     family: Family,
     fixed_tokens: int,
+    carried: int,
 ) -> LayerKind:
     own, heads = config_in(layer, config), heads_in(layer, config)
+    rides_along = stack.side is not None and not carried
     return LayerKind(
         name=name,
         count=count,
-        hidden_size=next(weight_sizes(m)[0] for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))),
+        hidden_size=_width(layer),
         fixed_tokens=fixed_tokens,
         ffn_size=_ffn_size(layer, stack, own),
         num_heads=heads["heads"],
         num_kv_heads=heads["kv_heads"],
         head_dim=getattr(own, "head_dim", None) or getattr(own, "d_kv", None) or own.hidden_size // heads["heads"],
         drops_attention=_is_beyond_rings(own, stack) or len(family.stacks) > 1,
-        side_inputs=int(stack.side is not None),
+        side_inputs=int(rides_along),
+        carried=carried,
         regions=2 + int(stack.side is not None),
         causal=stack.causal,
         asks_for_attention=family.asks_for_attention,
@@ -207,12 +245,15 @@ def layer_parameters(layer: nn.Module, stack: Stack, counts: dict[Blocks, int]) 
     cuts = {name: cut for region in regions_in(layer, stack) for name, cut in _cuts(layer, region, counts)}
     if (experts := experts_in(layer, stack)) is not None:
         cuts |= _expert_cuts(layer, experts)
+    table = score_table(layer) if stack.biased else None
+    shared = None if table is None else f"{table[0]}.weight"
     return tuple(
         ParameterSpec(
             name=name,
             shape=tuple(p.shape),
             cut=cuts.get(name),
             experts=_are_experts(name, p),
+            shared=name == shared,
             trainable=p.requires_grad,
         )
         for name, p in layer.named_parameters()

@@ -14,7 +14,7 @@ from galvatron.core.errors import ConfigError, PlanError
 from galvatron.core.model import ModelSpec
 from galvatron.models import Family, InitialWeights, adapter_of, chain_of, config_of, family_of, spec_of
 from galvatron.models.lora import wrapped
-from galvatron.plan import Plan, check_runnable, folds_sequence
+from galvatron.plan import Plan, check_runnable, copies, folds_sequence
 
 from .checks.agreement import check_agreement
 from .checks.model import check_model
@@ -83,14 +83,14 @@ def parallelize(
     check_runnable(plan)
     if fp8:
         _check_fp8(model, plan, family, spec, world)
-    refuse_unproved(config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers))
+    refuse_unproved(config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers), uses_pp=plan.pp > 1)
     twins: dict[str, str] = {}  # a tied head that given weights have a copy of
     if weights is not None:
         weights = weights if adapter is None else CompletedWeights(weights, _own_weights(model, seed))
         tied = dict([spec.tied_names]) if spec.tied_names else {}
         twins = check_names(weights, model, tied)
     values = weights or _own_weights(model, seed)
-    grid = Grid(plan, world, tied=spec.tied_embeddings, folded=folds_sequence(plan, spec))
+    grid = Grid(plan, world, copied=copies(spec, plan), folded=folds_sequence(plan, spec))
     use_attention(model, family)
     _to_meta(model)
     if fp8:
@@ -107,7 +107,7 @@ def parallelize(
         if isinstance(stage, WholeStage):
             stage.end_at_head()
     unsharded = [unit for chunk in chunks for unit in chunk.unsharded]
-    parameters = [local_parameter(part, held_of(part, unsharded), spec, grid) for part in parts]
+    parameters = [local_parameter(part, held_of(part, unsharded), grid) for part in parts]
     together(lambda: fill(parameters, values, twins))
     for stage in stages:
         stage.train()
@@ -119,7 +119,7 @@ def parallelize(
         chunks,
         shards,
         parameters,
-        replicated_of(parts, parameters, spec, grid),
+        replicated_of(parts, parameters, grid),
         seed,
         adapter,
         compiled=compiled,

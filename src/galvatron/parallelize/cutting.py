@@ -29,6 +29,7 @@ from .losses.balance import Balance
 from .losses.fused import fuse_loss
 from .pipeline.stage import Stage
 from .pipeline.whole import WholeStage, stage_of
+from .processes.collectives import AxisGroup
 from .processes.grid import Grid
 
 
@@ -48,7 +49,7 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
     """Tensor cuts, recompute, compilation, and changes of layout on entry, for every module this stage owns."""
     plan = grid.plan
     degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
-    if stage.is_first:
+    if stage.entry_modules:
         _cut_embedding(stage, family, spec, grid)
     places = _place(stage, grid)
     for index in stage.layers:
@@ -61,7 +62,7 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
             stage.later.taps[layer] = tap_linears(layer, regions, kinds[index], tp)
         cut_layer(layer, regions, kinds[index], tp, experts, grid.experts(strategy))
         attend_across(layer, Context(grid.ulysses(strategy, filling), grid.ring(strategy), tp))
-        if spec.trains_before(index + 1):  # nothing is kept of other layers, and compilers fail on such a checkpoint
+        if spec.is_layer_reached(index):  # nothing is kept of other layers, and compilers fail on such a checkpoint
             recompute_in_backward(layer, regions, tp, strategy.recompute, has_experts=experts is not None)
         if compiler is not None:
             compiler(layer, (kinds[index].name, strategy))
@@ -72,12 +73,24 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
             _meet_whole(stage, index, grid, filling)
         else:
             _enter(layer, grid, degrees[index], degrees[index + 1])
-    if not stage.is_first:
+    if isinstance(stage, WholeStage):
+        _meet_neighbours(stage, spec, grid)
+    elif not stage.is_first:
         stage.receive_in(stage.layer(stage.layers.start))
     if stage.is_last:
         if not isinstance(stage, WholeStage):
             _enter(stage.last_modules[0], grid, degrees[-2], degrees[-1])
         _cut_head(stage, family, spec, grid)
+
+
+def _meet_neighbours(stage: WholeStage, spec: ModelSpec, grid: Grid) -> None:
+    plan, kinds = grid.plan, spec.kind_of_layers()
+
+    def whole_of(index: int | None) -> AxisGroup:
+        filling = None if index is None else filling_of(plan, spec, kinds[index])
+        return grid.axis_group(1, plan.embedding.tp, filling=filling)
+
+    stage.meet_neighbours(whole_of)
 
 
 def _meet_whole(stage: WholeStage, index: int, grid: Grid, filling: Filling | None) -> None:
@@ -88,9 +101,8 @@ def _meet_whole(stage: WholeStage, index: int, grid: Grid, filling: Filling | No
     if link.is_first:
         stage.enter_from_whole(index, grid.axis_group(1, before, filling=filling))
     if link.stack.side is not None:
-        stage.side_of(plan.layers[index], grid.axis_group(1, before), _change(grid, before, own)).enter(
-            layer, link.stack.side
-        )
+        side = stage.side_of(plan.layers[index], grid.axis_group(1, before), _change(grid, before, own))
+        side.enter(layer, link.stack.side)
     if link.is_last:
         is_end = index == len(stage.chain) - 1
         after = (plan.head if is_end else plan.embedding).sequence_degree
@@ -149,8 +161,8 @@ def _cut_head(stage: Stage, family: Family, spec: ModelSpec, grid: Grid) -> None
     if family.head is None:
         return
     shrink(stage.model, tuple(stage.placed(p) for p in spec.head.parameters if p.cut is not None), tp)
-    if spec.tied_embeddings and stage.is_first:
-        head.weight = stage.model.get_submodule(str(family.embedding)).weight
+    if spec.tied_embeddings and stage.entry_modules and stage.tables:
+        head.weight = stage.tables[0].weight
     stage.early_gradient.in_every_pass = _adds_up_microbatches(grid.plan)
     fuse_loss(head, projection, tp, stage.early_gradient)
 

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from galvatron.core.model import ModelSpec
+from galvatron.core.model import ModelSpec, ParameterSpec
 from galvatron.internals import materialise_shards, put_buffer
 from galvatron.models import experts_in
-from galvatron.plan import LayerStrategy
+from galvatron.plan import LayerStrategy, copied_to
 from galvatron.plan.schedules import turns_at_once
 
 from .layers.later import Later, Place
@@ -128,23 +128,43 @@ def _unsharded(unit: Unit, grid: Grid) -> UnshardedUnit:
 
 
 def units_of(stage: Stage, spec: ModelSpec, grid: Grid) -> Iterator[Unit]:
-    """The modules whose parameters live, and are summed, together; in forward order."""
-    plan = grid.plan
-    embedding = stage.first_modules if stage.is_first else ()
+    """The modules whose parameters live, and are summed, together; in forward order.
+
+    What of the embedding runs between stacks is with what runs before the first, if a stage has both.
+    """
+    plan, embedding = grid.plan, stage.entry_modules
     head = stage.last_modules if stage.is_last else ()
-    if embedding and head and spec.tied_embeddings:
+    if embedding and head and spec.tied_embeddings and stage.tables:
         embedding, head = embedding + head, ()
-    if embedding:
+    if embedding and stage.is_first:
         yield Unit(embedding, plan.embedding)
+    follows = not stage.is_first and embedding
     for index in stage.layers:
-        layer, strategy = stage.layer(index), plan.layers[index]
-        experts = experts_in(layer, stage.chain[index].stack) if strategy.ep > 1 else None
-        inner = None if experts is None else Unit((layer.get_submodule(experts.module),), strategy.of_experts)
-        yield Unit((layer,), strategy, inner)
+        yield _layer_unit(stage, index, spec, grid)
+        if follows and stage.is_joint(index):
+            yield Unit(embedding, plan.embedding)
+            follows = ()
     if head:
         yield Unit(head, plan.head)
     if isinstance(stage, WholeStage) and list(stage.bare.parameters()):
         yield Unit((stage.bare,), plan.head.replicated)
+    for index, user, parameter in copied_to(spec, stage.layers):
+        yield Unit((_owner(stage.layer(index), parameter),), plan.layers[user].replicated)
+
+
+def _layer_unit(stage: Stage, index: int, spec: ModelSpec, grid: Grid) -> Unit:
+    """A layer; experts that are dealt out and tables that other stages have too live apart from it."""
+    layer, strategy = stage.layer(index), grid.plan.layers[index]
+    experts = experts_in(layer, stage.chain[index].stack) if strategy.ep > 1 else None
+    if experts is not None:
+        return Unit((layer,), strategy, Unit((layer.get_submodule(experts.module),), strategy.of_experts))
+    parameters = spec.kind_of_layers()[index].parameters
+    tables = tuple(_owner(layer, p) for p in parameters if len(grid.copies_of(index, p.name)) > 1)
+    return Unit((layer,), strategy, Unit(tables, strategy.replicated) if tables and strategy.zero else None)
+
+
+def _owner(layer: nn.Module, parameter: ParameterSpec) -> nn.Module:
+    return layer.get_submodule(parameter.name.rpartition(".")[0])
 
 
 def _materialise(stage: Stage, sharded: tuple[ShardedUnit, ...], device: torch.device) -> None:

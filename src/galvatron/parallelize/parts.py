@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from galvatron.core.model import ModelSpec, ParameterSpec
-from galvatron.plan import LayerStrategy
+from galvatron.plan import LayerStrategy, copied_to
 
 from .accumulation import Replicated
 from .pipeline.stage import Stage
@@ -19,7 +20,7 @@ from .state.pieces import LocalParameter, pieces_of
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter of this stage: its global name, spec, unit, owner and strategy."""
+    """A parameter of this stage: its global name, spec, unit, owner, strategy, and the stages that hold it."""
 
     name: str
     unit: str
@@ -27,6 +28,7 @@ class Part:
     module: nn.Module
     attribute: str
     strategy: LayerStrategy
+    stages: tuple[int, ...]
 
     @property
     def layout(self) -> LayerStrategy:
@@ -35,30 +37,53 @@ class Part:
 
 
 def parts_of(stage: Stage, spec: ModelSpec, grid: Grid) -> list[Part]:
-    """Every parameter this stage owns, once; a tied head on the embedding's stage is the embedding."""
-    plan, kinds = grid.plan, spec.kind_of_layers()
-    named: list[tuple[str, str, str, ParameterSpec, LayerStrategy]] = []
-    if stage.is_first:
-        named += [(p.name, "embedding", stage.placed(p).name, p, plan.embedding) for p in spec.embedding.parameters]
+    """Every parameter this stage owns, once; a tied head beside the embedding's table is that table."""
+    plan = grid.plan
+    table, embedding = spec.embedding.parameters[:1], spec.embedding_within(stage.layers)
+    parts = [_part(stage, p.name, "embedding", stage.placed(p).name, p, plan.embedding, grid) for p in embedding]
     for index in stage.layers:
-        layer, strategy = stage.chain[index].path, plan.layers[index]
-        named += [(f"{layer}.{p.name}", layer, f"{layer}.{p.name}", p, strategy) for p in kinds[index].parameters]
+        parts += _layer_parts(stage, index, spec, grid)
+    for index, user, p in copied_to(spec, stage.layers):
+        parts.append(_layer_part(stage, index, p, plan.layers[user].replicated, grid))
     if stage.is_last:
         *others, last = spec.head.parameters
-        bare = set(stage.family.bare)
-        for p in others:
-            strategy = plan.head.replicated if p.name in bare else plan.head
-            named.append((p.name, "head", stage.placed(p).name, p, strategy))
+        named = [(p, p.name) for p in others]
         if not spec.tied_embeddings:
-            strategy = plan.head.replicated if last.name in bare else plan.head
-            named.append((last.name, "head", stage.placed(last).name, last, strategy))
-        elif not stage.is_first:
-            named.append((spec.embedding.parameters[0].name, "head", last.name, last, plan.head))
-    parts = []
-    for name, unit, path, parameter, strategy in named:
-        owner, _, attribute = path.rpartition(".")
-        parts.append(Part(name, unit, parameter, stage.model.get_submodule(owner), attribute, strategy))
+            named.append((last, last.name))
+        for p, name in named:
+            strategy = plan.head.replicated if p.name in stage.family.bare else plan.head
+            parts.append(_part(stage, name, "head", stage.placed(p).name, p, strategy, grid))
+        if spec.tied_embeddings and table[0] not in embedding:
+            parts.append(_part(stage, table[0].name, "head", last.name, last, plan.head, grid))
     return parts
+
+
+def _layer_parts(stage: Stage, index: int, spec: ModelSpec, grid: Grid) -> Iterator[Part]:
+    strategy = grid.plan.layers[index]
+    for p in spec.kind_of_layers()[index].parameters:
+        is_copied = len(grid.copies_of(index, p.name)) > 1
+        yield _layer_part(stage, index, p, strategy.replicated if is_copied else strategy, grid)
+
+
+def _layer_part(stage: Stage, index: int, parameter: ParameterSpec, strategy: LayerStrategy, grid: Grid) -> Part:
+    layer = stage.chain[index].path
+    name, stages = f"{layer}.{parameter.name}", grid.copies_of(index, parameter.name)
+    return _part(stage, name, layer, name, parameter, strategy, grid, stages)
+
+
+def _part(
+    stage: Stage,
+    name: str,
+    unit: str,
+    path: str,
+    parameter: ParameterSpec,
+    strategy: LayerStrategy,
+    grid: Grid,
+    stages: tuple[int, ...] | None = None,
+) -> Part:
+    owner, _, attribute = path.rpartition(".")
+    stages = stages or grid.copies_of(None, name)
+    return Part(name, unit, parameter, stage.model.get_submodule(owner), attribute, strategy, stages)
 
 
 def held_of(part: Part, unsharded: list[UnshardedUnit]) -> nn.Parameter:
@@ -69,40 +94,36 @@ def held_of(part: Part, unsharded: list[UnshardedUnit]) -> nn.Parameter:
     return next(unit.local(own) for unit in unsharded if unit.holds(own))
 
 
-def local_parameter(part: Part, held: nn.Parameter, spec: ModelSpec, grid: Grid) -> LocalParameter:
+def local_parameter(part: Part, held: nn.Parameter, grid: Grid) -> LocalParameter:
     """``part`` with what this rank holds of it, and on how many ranks that is."""
     strategy, layout, tp_rank = part.strategy, part.layout, grid.stage_rank % part.strategy.tp
     whole = part.spec.cut is None or part.spec.cut.is_whole(strategy.tp)
-    twice, copies = _is_tied_copy(part, spec, grid), layout.num_devices // (layout.tp * layout.shard_degree)
+    copies = layout.num_devices // (layout.tp * layout.shard_degree)
     dealt = (strategy.ep, grid.expert_rank(strategy)) if part.spec.experts else (1, 0)
     return LocalParameter(
         name=part.name,
         tensor=held,
         global_shape=part.spec.shape,
         pieces=pieces_of(part.spec, strategy.tp, tp_rank, layout.shard_degree, grid.shard_rank(layout), *dealt),
-        replicas=copies * (strategy.tp if whole else 1) * (2 if twice else 1),
-        is_primary=grid.replica_rank(layout) == 0 and not (whole and tp_rank) and not (twice and grid.stage),
+        replicas=copies * (strategy.tp if whole else 1) * len(part.stages),
+        is_primary=grid.replica_rank(layout) == 0 and not (whole and tp_rank) and grid.stage == part.stages[0],
         travels_with=part.unit if strategy.offload == "optimizer" else None,
     )
 
 
-def _is_tied_copy(part: Part, spec: ModelSpec, grid: Grid) -> bool:
-    """Whether first and last stage both hold this parameter."""
-    return spec.tied_embeddings and grid.plan.pp > 1 and part.name == spec.embedding.parameters[0].name
-
-
-def replicated_of(
-    parts: list[Part], parameters: list[LocalParameter], spec: ModelSpec, grid: Grid
-) -> tuple[Replicated, ...]:
-    """Trainable parameters whole on several tp ranks, by tp degree, then the tied embedding's two copies."""
+def replicated_of(parts: list[Part], parameters: list[LocalParameter], grid: Grid) -> tuple[Replicated, ...]:
+    """Trainable parameters whole on several tp ranks, by tp degree, then what several stages hold."""
     by_tp: dict[int, list[LocalParameter]] = {}
-    pairs = [pair for pair in zip(parts, parameters, strict=True) if pair[0].spec.trainable]
-    for part, parameter in pairs:
+    by_stages: dict[tuple[int, ...], list[LocalParameter]] = {}
+    for part, parameter in zip(parts, parameters, strict=True):
         tp = part.strategy.tp
+        if not part.spec.trainable:
+            continue
         if tp > 1 and (part.spec.cut is None or part.spec.cut.is_whole(tp)):
             by_tp.setdefault(tp, []).append(parameter)
-    result = [Replicated(grid.group(1, tp), tuple(by_tp[tp])) for tp in sorted(by_tp)]
-    tied = tuple(parameter for part, parameter in pairs if _is_tied_copy(part, spec, grid))
-    if tied and grid.tied_group is not None:
-        result.append(Replicated(grid.tied_group, tied))
-    return tuple(result)
+        if len(part.stages) > 1:
+            by_stages.setdefault(part.stages, []).append(parameter)
+    within = [Replicated(grid.group(1, tp), tuple(by_tp[tp])) for tp in sorted(by_tp)]
+    # stages have them in orders of their own
+    across = {at: tuple(sorted(own, key=lambda parameter: parameter.name)) for at, own in sorted(by_stages.items())}
+    return (*within, *(Replicated(grid.group_of_copies(at), own) for at, own in across.items()))

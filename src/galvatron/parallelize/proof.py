@@ -1,6 +1,6 @@
 """Does the runtime compute what an unknown type of model computes?  Gradients of a tiny twin decide.
 
-Takes a config; runs its twin whole, in two stages one after the other, and cut between two threads, by the modules that
+Takes a config; runs its twin whole, in stages one after the other, and cut between two threads, by the modules that
 training uses, and compares losses and every gradient.  All parameters are random: at initial values a wrong cut moves
 outputs by a thousandth, and trains on.
 """
@@ -36,15 +36,17 @@ from galvatron.models import (
 from galvatron.models.recognise import recognise
 from galvatron.models.sizes import CLASSES, WORDS
 from galvatron.models.twin import run_twin, twin_inputs
+from galvatron.plan import LayerStrategy, copied_to
 from galvatron.plan.filling import Filling
 
 from .layers.attention import Context, attend_across, use_attention
 from .layers.sides import OwnSide
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink
 from .losses.fused import fuse_loss
+from .pipeline.passes import Outputs
 from .pipeline.stage import Stage
 from .pipeline.whole import WholeStage, stage_of
-from .processes.collectives import AxisGroup
+from .processes.collectives import ALONE, AxisGroup
 from .processes.lockstep import Lockstep
 from .state.pieces import box, pieces_of
 
@@ -60,12 +62,14 @@ class Proof:
     """What was found wrong, a sentence each; None is right.
 
     Attributes:
-        whole: of the model driven in stages: without it nothing runs.
+        whole: of the model driven by galvatron: without it nothing runs.
         tp: of layers that are cut.
+        pp: of the model driven in stages, as many as it has layers.
     """
 
     whole: str | None = None
     tp: str | None = None
+    pp: str | None = None
 
 
 def prove(config: PretrainedConfig) -> Proof:
@@ -110,17 +114,20 @@ def is_known(config: PretrainedConfig) -> bool:
 
 
 def _proof(config: PretrainedConfig, family: Family) -> Proof:
-    whole, tp, compared = None, None if family.is_cuttable else "no rule fits its linears", False
+    whole, tp, pp, compared = None, None if family.is_cuttable else "no rule fits its linears", None, False
     twins = {_text(twin): twin for kv_heads in KV_HEADS for twin in [twin_config(config, kv_heads)]}
     for twin in twins.values():
         truth = _Truth.of(twin)
-        run = _in_stages if len(family.stacks) == 1 else _alone
-        whole = whole or truth.problem() or truth.against(run, twin, family)
+        if whole is None and pp is None:
+            whole = truth.problem()
+            pp = truth.against(_in_stages, twin, family) if whole is None else None
+        if pp is not None:
+            whole = whole or (pp if len(family.stacks) == 1 else truth.against(_alone, twin, family))
         if tp is None and whole is None and _is_allowed(spec_of(twin_model(twin), family=family)):
             tp, compared = truth.against(_between_threads, twin, family), True
     if tp is None and not compared:
         tp = "its cuts divide by no number"
-    return Proof(whole, tp)
+    return Proof(whole, tp, pp)
 
 
 def _text(config: PretrainedConfig) -> str:
@@ -210,51 +217,59 @@ def _prepared(twin: PretrainedConfig, family: Family, layers: range, *, ends: tu
 def _in_stages(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients]:
     """As many stages as layers, one after the other in one graph: every cut between layers."""
     inputs, labels = _batch(twin)
-    spec, alone = spec_of(twin_model(twin), family=family), AxisGroup(None, (), 0)
+    spec = spec_of(twin_model(twin), family=family)
     ends = spec.num_layers - 1
     stages = [_prepared(twin, family, range(i, i + 1), ends=(i == 0, i == ends)) for i in range(spec.num_layers)]
-    for index, stage in enumerate(stages[1:], 1):
-        stage.receive_in(stage.layer(index))
+    for stage in stages:
+        if isinstance(stage, WholeStage):
+            _see_sides(stage)
+            stage.meet_neighbours(lambda _: ALONE)
+        elif not stage.is_first:
+            stage.receive_in(stage.layer(stage.layers.start))
     last = stages[-1]
     if family.head is not None:
-        fuse_loss(last.last_modules[-1], spec.head.parameters[-1], alone, last.early_gradient)
+        fuse_loss(last.last_modules[-1], spec.head.parameters[-1], ALONE, last.early_gradient)
     if isinstance(last, WholeStage):
         last.end_at_head()
-    hidden = None
+    outputs = None
     for stage in stages[:-1]:
-        hidden = _run(stage, inputs, received=hidden)
-    share = _run(last, inputs, labels, hidden)
+        outputs = _run(stage, inputs, received=outputs)
+    share = _run(last, inputs, labels, outputs)
+    assert isinstance(share, Tensor)
     share.backward()
     found: Gradients = {}
     for stage in stages:
-        for name, parameter in stage.model.named_parameters():
-            _add(found, name, parameter.grad)
-    for stage, parameters in ((stages[0], spec.embedding.parameters), (last, spec.head.parameters)):
-        for own in parameters:  # by the name that the model knows it by
-            if (path := stage.placed(own).name) != own.name:
-                _add(found, own.name, found.pop(path, None))
-    if spec.tied_names:
-        table, projection = spec.tied_names
-        _add(found, table, found.pop(projection, None))
+        for name, path, _ in _named(spec, stage):
+            _add(found, name, stage.model.get_parameter(path).grad)
     return share.item(), found
+
+
+def _see_sides(stage: WholeStage) -> None:
+    """Let the layers of one rank see what other layers make for them."""
+    for index in stage.layers:
+        layer, side = stage.layer(index), stage.chain[index].stack.side
+        attend_across(layer, Context())
+        if side is not None:
+            stage.side_of(LayerStrategy(), ALONE, lambda hidden: hidden).enter(layer, side)
 
 
 def _alone(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients]:
     """All of it on one rank, by the modules that training uses."""
     spec = spec_of(twin_model(twin), family=family)
-    stage = _cut_stage(twin, family, spec, AxisGroup(None, (), 0), dict(twin_model(twin).named_parameters()))
+    stage = _cut_stage(twin, family, spec, ALONE, dict(twin_model(twin).named_parameters()))
     inputs, labels = _batch(twin)
     share = _run(stage, inputs, labels)
+    assert isinstance(share, Tensor)
     share.backward()
     found = {name: stage.model.get_parameter(path).grad for name, path, _ in _named(spec, stage)}
     return share.item(), {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
 def _run(
-    stage: Stage, inputs: dict[str, Tensor], labels: Tensor | None = None, received: Tensor | None = None
-) -> Tensor:
+    stage: Stage, inputs: dict[str, Tensor], labels: Tensor | None = None, received: Tensor | Outputs | None = None
+) -> Tensor | Outputs:
     if isinstance(stage, WholeStage):
-        output: Tensor = stage(received, inputs, labels)
+        output: Tensor | Outputs = stage(received, inputs, labels)
     else:
         tokens = inputs["input_ids"] if received is None else received
         output = stage(tokens, torch.arange(SEQ_LEN).unsqueeze(0), labels)
@@ -276,6 +291,7 @@ def _between_threads(twin: PretrainedConfig, family: Family) -> tuple[float, Gra
 
     def run(rank: int) -> float:
         share = _run(stages[rank], inputs, labels)
+        assert isinstance(share, Tensor)
         share.backward()
         return share.item()
 
@@ -289,13 +305,21 @@ def _between_threads(twin: PretrainedConfig, family: Family) -> tuple[float, Gra
 
 
 def _named(spec: ModelSpec, stage: Stage) -> list[tuple[str, str, ParameterSpec]]:
-    """Every parameter of the model by its name and its path in a stage, a tied one once."""
-    head = spec.head.parameters[:-1] if spec.tied_embeddings else spec.head.parameters
-    named = [(p.name, stage.placed(p).name, p) for p in (*spec.embedding.parameters, *head)]
-    for index, kind in enumerate(spec.kind_of_layers()):
-        prefix = f"{stage.chain[index].path}."
-        named += [(prefix + p.name, prefix + p.name, p) for p in kind.parameters]
-    return named
+    """Every parameter that a stage has by its name and its path there, a tied one once."""
+    embedding, table = spec.embedding_within(stage.layers), spec.embedding.parameters[:1]
+    named = [(p.name, stage.placed(p).name, p) for p in embedding]
+    kinds = spec.kind_of_layers()
+    own = [(index, p) for index in stage.layers for p in kinds[index].parameters]
+    for index, p in (*own, *((index, p) for index, _, p in copied_to(spec, stage.layers))):
+        path = f"{stage.chain[index].path}.{p.name}"
+        named.append((path, path, p))
+    if not stage.is_last:
+        return named
+    head, projection = spec.head.parameters, spec.head.parameters[-1]
+    if spec.tied_embeddings:
+        head = head[:-1]
+        named += [] if table[0] in embedding else [(table[0].name, projection.name, projection)]
+    return [*named, *((p.name, stage.placed(p).name, p) for p in head)]
 
 
 def _cut_stage(
@@ -323,7 +347,7 @@ def _cut_stage(
         head = stage.last_modules[-1]
         shrink(model, tuple(stage.placed(p) for p in spec.head.parameters if p.cut is not None), tp)
         if spec.tied_embeddings:
-            head.weight = model.get_submodule(str(family.embedding)).weight
+            head.weight = tables[0].weight
         fuse_loss(head, spec.head.parameters[-1], tp, stage.early_gradient)
     if isinstance(stage, WholeStage):
         _meet_whole(stage, groups)
@@ -361,8 +385,8 @@ def _spread(parameter: ParameterSpec, gradient: Tensor, rank: int) -> Tensor:
     return whole
 
 
-def refuse_unproved(config: PretrainedConfig, *, uses_tp: bool) -> None:
-    """Raise ConfigError if a twin of ``config`` is not computed right, or not under tensor parallelism if used."""
+def refuse_unproved(config: PretrainedConfig, *, uses_tp: bool, uses_pp: bool) -> None:
+    """Raise ConfigError if a twin of ``config`` is not computed right, or not in stages or cut if it shall be."""
     if is_known(config):
         return
     proof = prove(config)
@@ -370,6 +394,11 @@ def refuse_unproved(config: PretrainedConfig, *, uses_tp: bool) -> None:
         raise ConfigError(
             f"model_type={config.model_type!r} is not computed right by galvatron, as a tiny twin of it shows: "
             f"{proof.whole}; train another model"
+        )
+    if uses_pp and proof.pp is not None:
+        raise ConfigError(
+            f"stages of model_type={config.model_type!r} do not compute what all of it does, as a tiny twin of it "
+            f"shows: {proof.pp}; use plans of pp 1"
         )
     if uses_tp and proof.tp is not None:
         raise ConfigError(

@@ -59,8 +59,11 @@ def _lacking(config: PretrainedConfig, family: Family) -> tuple[tuple[Lacking, .
     lacks: list[Lacking] = []
     reasons = []
     if len(family.stacks) > 1:
-        lacks += ["pp", "ring"]
+        lacks.append("ring")
         reasons.append("several stacks")
+    if proof.pp is not None:
+        lacks.append("pp")
+        reasons.append(proof.pp)
     if proof.tp is not None:
         lacks.append("tp")
         reasons.append(proof.tp)

@@ -5,10 +5,12 @@ Knows nothing of costs, of torch or of how a plan was found.
 """
 
 from .axes import StageAxes
+from .copies import Copies, copied_to, copies
 from .plan import LayerStrategy, Plan, Prediction, Proof, StagePrediction
 from .rules import check_plan_for_job, check_runnable, check_strategy, folds_sequence
 
 __all__ = [
+    "Copies",
     "LayerStrategy",
     "Plan",
     "Prediction",
@@ -18,5 +20,7 @@ __all__ = [
     "check_plan_for_job",
     "check_runnable",
     "check_strategy",
+    "copied_to",
+    "copies",
     "folds_sequence",
 ]

@@ -13,6 +13,8 @@ from .axes import StageAxes, divisors
 from .plan import LayerStrategy, Plan, Schedule
 
 RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
+STACKED_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
+"""Those of models of several stacks."""
 PLANNED_ALONE = ("deepseek_v3", "swin", "t5")
 """Families that can be planned for and not trained."""
 MAX_LISTED = 8
@@ -50,10 +52,10 @@ def check_plan(plan: Plan, spec: ModelSpec | None = None, world_size: int | None
             f"num_microbatches={plan.num_microbatches} would contrast the pairs of a microbatch alone, not of the "
             "batch; set it to 1"
         )
-    if spec is not None and spec.stacks > 1 and plan.pp > 1:
+    if spec is not None and spec.stacks > 1 and plan.schedule not in STACKED_SCHEDULES:
         raise PlanError(
-            f"pp={plan.pp} cuts {spec.name} between its layers, which are {spec.stacks} stacks that see each other's "
-            "states; set pp to 1"
+            f"schedule={plan.schedule} is for models of one stack of layers, and {spec.name} has {spec.stacks}; "
+            f"choose {listed(STACKED_SCHEDULES)}"
         )
     if spec is not None and spec.ends_alike and plan.embedding != plan.head:
         why = "tied embeddings need" if spec.tied_embeddings else f"the head of {spec.task} sees inputs and needs"
@@ -305,7 +307,7 @@ def _choices(n: int, axes: StageAxes) -> str:
     return listed(d for d in axes.degrees if n % d == 0)
 
 
-def listed(numbers: Iterable[int]) -> str:
+def listed(numbers: Iterable[int | str]) -> str:
     """All of them, or the first and the last where there are many."""
     texts = list(map(str, numbers))
     return ", ".join(texts if len(texts) <= 2 * MAX_LISTED else [*texts[:MAX_LISTED], "...", *texts[-MAX_LISTED:]])

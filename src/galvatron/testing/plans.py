@@ -15,7 +15,7 @@ from galvatron.core.model import RECOMPUTES, ModelSpec, UnitName
 from galvatron.plan import LayerStrategy, Plan, check_strategy
 from galvatron.plan.axes import divisors
 from galvatron.plan.plan import Schedule
-from galvatron.plan.rules import RUNTIME_SCHEDULES
+from galvatron.plan.rules import RUNTIME_SCHEDULES, STACKED_SCHEDULES
 
 SEQ_LEN = 16
 """Tokens of a test sequence: divisible by tp 8, longer than the tiny Mistral's window."""
@@ -50,8 +50,9 @@ def _pipelines(spec: ModelSpec, world_size: int) -> list[tuple[int, Schedule, in
     found: list[tuple[int, Schedule, int]] = []
     for pp in divisors(world_size):
         most = min(MAX_CHUNKS, spec.num_layers // pp)
-        if pp <= (MAX_PP if spec.stacks == 1 else 1) and most:
-            names = RUNTIME_SCHEDULES if pp > 1 else RUNTIME_SCHEDULES[:1]
+        if pp <= MAX_PP and most:
+            names = RUNTIME_SCHEDULES if spec.stacks == 1 else STACKED_SCHEDULES
+            names = names if pp > 1 else names[:1]
             found += [(pp, name, most) for name in names if name != "interleaved" or most > 1]
     return found
 

@@ -44,7 +44,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[World]:
 @pytest.mark.parametrize("rank", [0, 511, 512, 777, 1023])
 def test_a_thousand_ranks_need_a_dozen_groups(rank: int) -> None:
     with fake_world(rank, 1024) as world:
-        grid = Grid(PLAN, world, tied=True)
+        grid = Grid(PLAN, world, copied={(None, "table"): (0, PLAN.pp - 1)})
         assert len(world._groups) <= 14
         assert (grid.stage, grid.stage_rank) == divmod(rank, 512)
         assert dist.get_process_group_ranks((grid.before or grid.after).forward) == [rank % 512, rank % 512 + 512]

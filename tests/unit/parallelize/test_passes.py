@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from galvatron.parallelize.pipeline import passes
-from galvatron.parallelize.pipeline.passes import Border, Inbox, Messages, run
+from galvatron.parallelize.pipeline.passes import Border, Inbox, Messages, Outputs, run
 from galvatron.parallelize.processes.grid import Neighbour
 from galvatron.plan.plan import Schedule
 from galvatron.plan.schedules import Action, actions, forwards
@@ -75,11 +75,14 @@ def notes_of(rank: int, order: list[Action], pp: int, chunks: int, monkeypatch: 
         after=after if rank < pp - 1 or around else None,
     )
     entries = [chunk * pp + rank for chunk in range(chunks)]
-    borders = tuple(Border((1,), entry == 0, entry == pp * chunks - 1, trains_before=entry > 0) for entry in entries)
+    shapes, last = ((1,), (2,)), pp * chunks - 1  # hidden states, and what rides along with them
+    borders = tuple(Border(shapes, entry == 0, entry == last, trains_before=entry > 0) for entry in entries)
     weight = torch.ones(1, requires_grad=True)
 
-    def forward(microbatch: int, chunk: int, inbox: Inbox | None) -> Tensor:
-        return (weight if inbox is None else weight * inbox.open()).sum().view(1)
+    def forward(microbatch: int, chunk: int, inbox: Inbox | None) -> Outputs:
+        hidden, riding = (weight, weight.expand(2)) if inbox is None else inbox.open()
+        output = (weight * hidden + riding.sum()).view(1)
+        return (output,) if borders[chunk].is_last else (output, riding)
 
     messages = Messages(grid, borders, torch.float32)
     run(order, forward, messages, lambda microbatch, chunk, is_last: None, lambda chunk, is_last: None)
@@ -120,7 +123,7 @@ def test_no_two_ranks_wait_for_each_other(
     programs = [notes_of(stage, order, pp, chunks, monkeypatch) for stage, order in enumerate(orders)]
     assert not stuck(programs)
     sent = Counter(note.kind for program in programs for note in program)
-    assert sent["send"] == sent["receive"] == 2 * m * (pp * chunks - 1)
+    assert sent["send"] == sent["receive"] == 2 * 2 * m * (pp * chunks - 1)
     with torch.no_grad():
         order = forwards(schedule, pp, m, chunks)
         assert not stuck([notes_of(stage, order, pp, chunks, monkeypatch) for stage in range(pp)])

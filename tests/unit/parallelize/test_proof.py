@@ -60,7 +60,7 @@ def test_lost_soft_caps_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match="is not computed right by galvatron, as a tiny twin of it shows: the loss is"
     ):
-        proof.refuse_unproved(tiny_config("gemma2"), uses_tp=False)
+        proof.refuse_unproved(tiny_config("gemma2"), uses_tp=False, uses_pp=False)
 
 
 def test_what_cannot_be_compared_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:

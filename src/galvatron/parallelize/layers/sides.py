@@ -17,12 +17,20 @@ from .forward import wrap_forward
 
 
 class OwnSide:
-    """Makes of whole sequences what layers of one strategy see of them: once a forward, however many layers ask."""
+    """Makes of whole sequences what layers of one strategy see of them: once a forward, however many layers ask.
 
-    def __init__(self, sequence: AxisGroup, change: Callable[[Tensor], Tensor]) -> None:
+    Of what another stage has sent it is made of that, this rank's part already, whatever the layers are given.
+    """
+
+    def __init__(
+        self,
+        sequence: AxisGroup,
+        change: Callable[[Tensor], Tensor],
+        received: Callable[[], Tensor] | None = None,
+    ) -> None:
         """``sequence``: the ranks that have the whole sequences of the same rows; ``change``: to the layers' layout."""
-        self._sequence, self._change = sequence, change
-        self._whole: Tensor | None = None
+        self._sequence, self._change, self._received = sequence, change, received
+        self._source: Tensor | None = None
         self._own: Tensor | None = None
 
     def enter(self, layer: nn.Module, name: str) -> None:
@@ -39,6 +47,8 @@ class OwnSide:
         wrap_forward(layer, call)
 
     def _of(self, whole: Tensor) -> Tensor:
-        if whole is not self._whole or self._own is None:
-            self._whole, self._own = whole, self._change(own_part(whole, self._sequence))
+        source = whole if self._received is None else self._received()
+        if source is not self._source or self._own is None:
+            part = own_part(whole, self._sequence) if self._received is None else source
+            self._source, self._own = source, self._change(part)
         return self._own

@@ -6,7 +6,7 @@ put them.  Knows nothing of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,9 @@ from ..processes.collectives import of_spans
 from ..processes.grid import Grid
 from ..sharding.fsdp import DTYPES, ShardedUnit, free_gathered, gather_for_step, prepare_backward, reduce_held
 from ..sharding.unsharded import UnshardedUnit
-from .passes import Border, Inbox, Messages, run
+from .passes import Border, Inbox, Messages, Outputs, run
 from .stage import Stage
-from .whole import WholeStage
+from .whole import SIDE, WholeStage
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Driver:
         labels = self._own(batch.labels, self.plan.head) if self.borders[-1].is_last else None
         packed = [self._packed(batch.position_ids, chunk.stage) for chunk in self.chunks]
 
-        def forward(microbatch: int, chunk: int, received: Inbox | None) -> Tensor:
+        def forward(microbatch: int, chunk: int, received: Inbox | None) -> Outputs:
             stage, positions, steps = self.chunks[chunk].stage, self._position_ids[chunk], packed[chunk]
             stage.packed.now = None if steps is None else steps.documents[microbatch]
             positions = positions if steps is None else steps.positions[microbatch]
@@ -158,12 +158,12 @@ class Driver:
             if spread is not None and messages.arrived is not None:
                 spread.carried, messages.arrived = messages.arrived, None
             if isinstance(stage, WholeStage):
-                output: Tensor = stage(received, own_inputs, *loss, scores=batch.scores)
+                output: Tensor | Outputs = stage(received, own_inputs, *loss, scores=batch.scores)
             else:
                 output = stage(received or own_inputs["input_ids"], positions, *loss)
             if counting is not None and spread is not None and stage.is_last:
                 counting.close(spread)
-            return output
+            return output if isinstance(output, tuple) else (output,)
 
         losses = run(order, forward, messages, self._before_backward, self._weight_pass)
         if order[-1].kind != "forward":
@@ -203,8 +203,11 @@ class Driver:
         )
 
     def _own_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's, as ``_own`` gives them: what its first chunk needs, or of ends that see whole sequences all."""
-        if self.borders[0].is_first:
+        """This rank's, as ``_own`` gives them: what its first chunk needs, or of ends that see whole sequences all.
+
+        Where nothing looks at them, images are zeros in no memory.
+        """
+        if any(chunk.stage.entry_modules for chunk in self.chunks):
             return {name: self._own(values, self.plan.embedding) for name, values in inputs.items()}
         if not self._sees_whole:
             return {}
@@ -240,15 +243,28 @@ def _entry(chunk: Chunk, plan: Plan, spec: ModelSpec) -> UnshardedUnit | None:
 
 
 def _border(stage: Stage, entry: UnshardedUnit | None, plan: Plan, spec: ModelSpec) -> Border:
-    previous = plan.embedding if stage.is_first else plan.layers[stage.layers.start - 1]
-    filling = filling_of(plan, spec, spec.kind_of_layers()[stage.layers.start])
-    degree = previous.sequence_degree
-    rows, tokens = plan.micro_batch_size // previous.dp, filling.local(degree) if filling else plan.seq_len // degree
     return Border(
-        in_shape=(rows, tokens, spec.hidden_size),
+        in_shapes=() if stage.is_first else tuple(_in_shapes(stage, plan, spec)),
         is_first=stage.is_first,
         is_last=stage.is_last,
         trains_before=not stage.is_first and spec.trains_before(stage.layers.start),
         trains_until=stage.is_last or spec.trains_before(stage.layers.stop),
         after_gradient=entry.count_arrival if entry is not None else None,
     )
+
+
+def _in_shapes(stage: Stage, plan: Plan, spec: ModelSpec) -> Iterator[tuple[int, ...]]:
+    """Of this rank's hidden states of a microbatch as they come in, and of what comes with them."""
+    start, kinds = stage.layers.start, spec.kind_of_layers()
+    kind, ends = kinds[start], plan.embedding
+    previous = ends if isinstance(stage, WholeStage) and stage.chain[start].is_first else plan.layers[start - 1]
+    filling, degree = filling_of(plan, spec, kind), previous.sequence_degree
+    tokens = kind.tokens(plan.seq_len) // degree if filling is None else filling.local(degree)
+    yield plan.micro_batch_size // previous.dp, tokens, kind.hidden_size
+    rows = plan.micro_batch_size // ends.dp
+    for name in stage.riding(start) if isinstance(stage, WholeStage) else ():
+        if name != SIDE:
+            yield rows, kind.carried
+            continue
+        side = kinds[next(stack.start for stack in spec.stack_ranges if start in stack) - 1]
+        yield rows, side.tokens(plan.seq_len) // ends.sequence_degree, side.hidden_size

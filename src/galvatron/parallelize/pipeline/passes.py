@@ -8,8 +8,9 @@ before the first layer's own gradients are reduced.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,47 +24,48 @@ from galvatron.plan.schedules import Action
 from ..losses.balance import Balance
 from ..processes.grid import Grid, Neighbour
 
+Outputs = tuple[Tensor, ...]
+"""Of a chunk: hidden states and what later layers need beside them, or the loss."""
+Sent = tuple[dist.Work, Tensor]
+
 
 class Inbox:
-    """A microbatch's hidden states as received; their gradient is sent back, if it is, as soon as autograd has it."""
+    """What was received of a microbatch, hidden states first; gradients go back as soon as autograd has them all."""
 
-    def __init__(self, hidden: Tensor, send_gradient: Callable[[Tensor], None] | None) -> None:
-        self._hidden: Tensor | None = hidden
-        self._send_gradient = send_gradient
+    def __init__(self, tensors: Outputs, send_gradients: Callable[[Outputs], None] | None) -> None:
+        self._tensors = tensors
+        self._send_gradients = send_gradients
 
     @property
     def shape(self) -> torch.Size:
         """Of the hidden states."""
-        assert self._hidden is not None
-        return self._hidden.shape
+        return self._tensors[0].shape
 
     def new_zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Zeros on the same device in the same dtype."""
-        assert self._hidden is not None
-        return self._hidden.new_zeros(shape)
+        return self._tensors[0].new_zeros(shape)
 
-    def open(self) -> Tensor:
-        """The hidden states, once: from then on only autograd keeps them, and only if their values are needed."""
-        assert self._hidden is not None
-        hidden, self._hidden = self._hidden, None
-        if self._send_gradient is None or not torch.is_grad_enabled():
-            return hidden
-        anchor = torch.empty((), device=hidden.device, requires_grad=True)
-        opened: Tensor = _Open.apply(anchor, hidden, self._send_gradient)
+    def open(self) -> Outputs:
+        """The tensors, once: from then on only autograd keeps them, and only if their values are needed."""
+        tensors, self._tensors = self._tensors, ()
+        if self._send_gradients is None or not torch.is_grad_enabled():
+            return tensors
+        anchor = torch.empty((), device=tensors[0].device, requires_grad=True)
+        opened: Outputs = _Open.apply(anchor, self._send_gradients, *tensors)
         return opened
 
 
 class _Open(torch.autograd.Function):
     # a leaf would be kept alive by its own gradient accumulator
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, hidden: Tensor, send_gradient: Callable[[Tensor], None]) -> Tensor:
-        ctx.send_gradient = send_gradient
-        return hidden
+    def forward(ctx: Any, anchor: Tensor, send_gradients: Callable[[Outputs], None], *tensors: Tensor) -> Outputs:
+        ctx.send_gradients = send_gradients
+        return tensors
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        ctx.send_gradient(gradient)
-        return None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        ctx.send_gradients(gradients)
+        return (None,) * (2 + len(gradients))
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,14 @@ class Border:
     """What goes into a model chunk of this rank and out of it.
 
     Attributes:
-        in_shape: of a microbatch's hidden states as they come in on this rank.
+        in_shapes: of a microbatch's hidden states as they come in on this rank, and of what comes with them.
         is_first, is_last: whether nothing comes in, or goes out but the loss.
         trains_before, trains_until: whether what comes before the chunk, or that and the chunk, has trainable
             parameters: gradients go no further back than the first of them.
         after_gradient: called when the gradient of what came in is on its way.
     """
 
-    in_shape: tuple[int, ...]
+    in_shapes: tuple[tuple[int, ...], ...]
     is_first: bool
     is_last: bool
     trains_before: bool = True
@@ -88,9 +90,9 @@ class Border:
 
 @dataclass
 class Messages:
-    """Messages of one step: hidden states forward, their gradients backward.
+    """Messages of one step: hidden states forward, with what later layers need beside them, their gradients backward.
 
-    What was sent is held until it has surely left: a chunk's output until its gradient arrives (it is needed so
+    What was sent is held until it has surely left: a chunk's outputs until their gradients arrive (they are needed so
     long anyway), a gradient until the next one is sent.  Counts of routers (``losses.balance``) follow each.
 
     Attributes:
@@ -103,55 +105,60 @@ class Messages:
     dtype: torch.dtype
     balance: Balance | None = None
     arrived: Tensor | None = None
-    _counts: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
-    _outputs: dict[tuple[int, int], tuple[dist.Work, Tensor]] = field(default_factory=dict)
-    _gradients: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
+    _counts: list[Sent] = field(default_factory=list)
+    _outputs: dict[tuple[int, int], list[Sent]] = field(default_factory=dict)
+    _gradients: deque[list[Sent]] = field(default_factory=deque)
 
     def receive_hidden(self, chunk: int) -> Inbox:
-        """The hidden states that come into ``chunk`` next."""
+        """What comes into ``chunk`` next."""
         before, border = self._before, self.borders[chunk]
-        hidden = self._receive(border.in_shape, before.rank, before.forward)
+        tensors = tuple(self._receive(shape, before.rank, before.forward) for shape in border.in_shapes)
         if self.balance is not None:
             self.arrived = self._receive_counts(self.balance, before.rank, before.forward)
-        return Inbox(hidden, partial(self._send_gradient, border) if border.trains_before else None)
+        return Inbox(tensors, partial(self._send_gradients, border) if border.trains_before else None)
 
-    def receive_gradient(self, microbatch: int, chunk: int, like: Tensor) -> Tensor:
-        """The gradient of the output ``like`` of ``chunk``."""
-        gradient = self._receive(tuple(like.shape), self._after.rank, self._after.backward)
+    def receive_gradients(self, microbatch: int, chunk: int, like: Outputs) -> Outputs:
+        """The gradients of the outputs ``like`` of ``chunk``."""
+        after = self._after
+        gradients = tuple(self._receive(tuple(output.shape), after.rank, after.backward) for output in like)
         if self.balance is not None:
-            total = self._receive_counts(self.balance, self._after.rank, self._after.backward)
+            total = self._receive_counts(self.balance, after.rank, after.backward)
             self.balance.backward(microbatch).total = total
         self.let_go_of_hidden(microbatch, chunk)
-        return gradient
+        return gradients
 
     def let_go_of_hidden(self, microbatch: int, chunk: int) -> None:
-        """Wait until an output has left, if it was sent, and forget it."""
-        if (microbatch, chunk) in self._outputs:
-            self._outputs.pop((microbatch, chunk))[0].wait()
+        """Wait until outputs have left, if they were sent, and forget them."""
+        for work, _ in self._outputs.pop((microbatch, chunk), ()):
+            work.wait()
 
-    def send_hidden(self, microbatch: int, chunk: int, hidden: Tensor) -> None:
-        """Send an output of ``chunk`` on."""
+    def send_hidden(self, microbatch: int, chunk: int, outputs: Outputs) -> None:
+        """Send the outputs of ``chunk`` on."""
         if not torch.is_grad_enabled() and self._outputs:
             self.let_go_of_hidden(*next(iter(self._outputs)))
-        self._outputs[microbatch, chunk] = self._send(hidden.detach(), self._after.rank, self._after.forward)
+        after = self._after
+        sent = [self._send(output.detach(), after.rank, after.forward) for output in outputs]
+        self._outputs[microbatch, chunk] = sent
         if self.balance is not None:
-            self._counts.append(self._send(self.balance.now.carried, self._after.rank, self._after.forward))
+            self._counts.append(self._send(self.balance.now.carried, after.rank, after.forward))
 
-    def _send_gradient(self, border: Border, gradient: Tensor) -> None:
-        """Send the gradient of a chunk's input back; called from within the backward."""
+    def _send_gradients(self, border: Border, gradients: Outputs) -> None:
+        """Send the gradients of a chunk's inputs back; called from within the backward."""
+        before = self._before
         if self._gradients:
-            self._gradients.popleft()[0].wait()
-        self._gradients.append(self._send(gradient, self._before.rank, self._before.backward))
+            for work, _ in self._gradients.popleft():
+                work.wait()
+        self._gradients.append([self._send(gradient, before.rank, before.backward) for gradient in gradients])
         if self.balance is not None:
             total = self.balance.now.total
             assert total is not None
-            self._counts.append(self._send(total, self._before.rank, self._before.backward))
+            self._counts.append(self._send(total, before.rank, before.backward))
         if border.after_gradient is not None:
             border.after_gradient()
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
-        for work, _ in (*self._outputs.values(), *self._gradients, *self._counts):
+        for work, _ in itertools.chain(*self._outputs.values(), *self._gradients, self._counts):
             work.wait()
         self._counts.clear()
         self._outputs.clear()
@@ -177,14 +184,14 @@ class Messages:
         dist.recv(buffer, src=rank, group=group)
         return buffer
 
-    def _send(self, tensor: Tensor, rank: int, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:
+    def _send(self, tensor: Tensor, rank: int, group: dist.ProcessGroup) -> Sent:
         tensor = tensor.contiguous()
         work = dist.isend(tensor, dst=rank, group=group)
         assert work is not None
         return work, tensor
 
 
-Forward = Callable[[int, int, Inbox | None], Tensor]
+Forward = Callable[[int, int, Inbox | None], Outputs]
 
 
 def run(
@@ -200,13 +207,13 @@ def run(
 
     Args:
         actions: the passes of this rank in order (plan.schedules).
-        forward: (microbatch, chunk, what was received or None) → the chunk's output: hidden states or loss.
+        forward: (microbatch, chunk, what was received or None) → the chunk's outputs.
         messages: this step's.
         before_backward: called with the microbatch, the chunk and whether it is its last backward of the step, before
             each.
         weight_pass: called with the chunk and whether it is its last weight pass of the step, for each.
     """
-    alive: dict[tuple[int, int], Tensor] = {}
+    alive: dict[tuple[int, int], Outputs] = {}
     losses: list[Tensor] = []
     left = Counter((action.kind, action.chunk) for action in actions)
     for kind, microbatch, chunk in actions:
@@ -214,23 +221,29 @@ def run(
         left[kind, chunk] -= 1
         if kind == "forward":
             inbox = None if border.is_first else messages.receive_hidden(chunk)
-            output = forward(microbatch, chunk, inbox)
+            outputs = forward(microbatch, chunk, inbox)
             if border.is_last:
-                losses.append(output.detach())
+                losses.append(outputs[0].detach())
             else:
-                messages.send_hidden(microbatch, chunk, output)
+                messages.send_hidden(microbatch, chunk, outputs)
             if left["backward", chunk]:
-                alive[microbatch, chunk] = output
+                alive[microbatch, chunk] = outputs
         elif kind == "weight":
             if border.trains_until:
                 weight_pass(chunk, left[kind, chunk] == 0)
         else:
-            output = alive.pop((microbatch, chunk))
+            outputs = alive.pop((microbatch, chunk))
             if not border.trains_until:  # nothing here or before has a gradient, and none comes
                 messages.let_go_of_hidden(microbatch, chunk)
                 continue
             before_backward(microbatch, chunk, left[kind, chunk] == 0)
-            gradient = None if border.is_last else messages.receive_gradient(microbatch, chunk, output)
-            torch.autograd.backward(output, gradient)
-            del output, gradient  # or they would live on through the next forward
+            gradients = (None,) if border.is_last else messages.receive_gradients(microbatch, chunk, outputs)
+            _backward(outputs, gradients)
+            del outputs, gradients  # or they would live on through the next forward
     return losses
+
+
+def _backward(outputs: Outputs, gradients: Sequence[Tensor | None]) -> None:
+    """From the outputs that something trained has made."""
+    made = [index for index, output in enumerate(outputs) if output.requires_grad]
+    torch.autograd.backward([outputs[index] for index in made], [gradients[index] for index in made])

@@ -102,6 +102,15 @@ class Stage(nn.Module):
         return tuple(map(self.model.get_submodule, self.last_paths))
 
     @property
+    def entry_modules(self) -> tuple[nn.Module, ...]:
+        """Those of the embedding's modules that this stage has."""
+        return self.first_modules if self.is_first else ()
+
+    def is_joint(self, index: int) -> bool:
+        """Whether layer ``index`` is the last of a stack that another follows."""
+        return index + 1 < len(self.chain) and self.chain[index].stack is not self.chain[index + 1].stack
+
+    @property
     def elsewhere(self) -> list[nn.Parameter]:
         """What is left of the parameters of other stages: no elements."""
         return [parameter for parameter in self.parameters() if not parameter.numel()]
@@ -141,7 +150,7 @@ class Stage(nn.Module):
     def _open(self) -> Tensor:
         received, self._received = self._received, None
         assert received is not None
-        return received.open() if isinstance(received, Inbox) else received
+        return received.open()[0] if isinstance(received, Inbox) else received
 
     def forward(
         self,

@@ -8,7 +8,6 @@ all of the work, and what it does is summed over tensor parallelism like any gra
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from galvatron.core.model import ParameterSpec
-from galvatron.internals import tree_map_only
-from galvatron.models import Family, Reached, emptied
+from galvatron.models import Family, Reached, argument_names, arguments_by_name, emptied, score_table
+from galvatron.models.chain import SCORE_BIAS
 from galvatron.plan import LayerStrategy
 
 from ..layers.forward import wrap_forward
@@ -31,8 +30,12 @@ from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction, own_loss_share
 from ..losses.samples import right_share, sample_loss_share
 from ..processes.collectives import ALONE, AxisGroup, gather_sequence, own_part
-from .passes import Inbox
+from .passes import Inbox, Outputs
 from .stage import Stage
+from .standins import Zeros, call_with, end_with, hidden_of, pass_on
+
+SIDE = "side"
+"""What rides along with hidden states: the states that another stack ends with."""
 
 
 class WholeStage(Stage):
@@ -45,19 +48,24 @@ class WholeStage(Stage):
 
     def _leave_others(self) -> None:
         model = self.model
+        self._entries = tuple(path for path in self.family.before if self._has_entry(path))
+        self._riding: dict[str, Tensor] = {}
+        self._sides: dict[LayerStrategy, OwnSide] = {}
         for index, link in enumerate(self.chain):
             if index not in self.layers:
                 ends = index == self.layers.stop
-                self.layer(index).forward = _end if ends else partial(_pass_on, link.stack.outputs)
-        if not self.is_first:
-            for module in self.first_modules:
-                module.forward = _Zeros(module)
+                self.layer(index).forward = end_with if ends else partial(pass_on, link.stack.outputs)
+        for path in self.family.before:
+            if path not in self._entries:
+                module = model.get_submodule(path)
+                module.forward = Zeros(module)
+        scores = self._score_table()
         owners = [self.layer(index) for index in self.layers]
-        owners += self.first_modules if self.is_first else ()
+        owners += [] if scores is None else [model.get_submodule(scores[0])]
+        owners += self.entry_modules
         owners += self.last_modules if self.is_last else ()
         owned = {id(module) for owner in owners for module in owner.modules()}
-        self._paths = self._owned_paths(owned)
-        self._sides: dict[LayerStrategy, OwnSide] = {}
+        self._paths, self._tables = self._owned_paths(owned), self._owned_tables(owned)
         object.__setattr__(self, "bare", Bare(self.model, self.family.bare if self.is_last else ()))
         self.masks, self._before = AlikeMasks(), ALONE
         for module in model.modules():
@@ -66,6 +74,25 @@ class WholeStage(Stage):
         self.bare.place()
         takes = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
+
+    def _has_entry(self, path: str) -> bool:
+        """Whether this stage runs the module at ``path``, which runs before some stack: where the last one ends."""
+        at = next((nth for nth, stack in enumerate(self.family.stacks) if path in stack.joined), 0)
+        follows = self._start(at) - 1 if at else -1
+        return (self.is_first or self.layers.start <= follows) and follows < self.layers.stop
+
+    def _start(self, nth: int) -> int:
+        """The first layer of a stack."""
+        return next(index for index, link in enumerate(self.chain) if link.stack is self.family.stacks[nth])
+
+    def _nth(self, index: int) -> int:
+        """Which stack layer ``index`` is of."""
+        return next(nth for nth, stack in enumerate(self.family.stacks) if stack is self.chain[index].stack)
+
+    @property
+    def entry_modules(self) -> tuple[nn.Module, ...]:
+        """Those of the embedding's modules that this stage has: at the beginning, and where stacks meet."""
+        return tuple(map(self.model.get_submodule, self._entries))
 
     @property
     def first_paths(self) -> tuple[str, ...]:
@@ -80,10 +107,23 @@ class WholeStage(Stage):
     @property
     def tables(self) -> list[nn.Embedding]:
         """The embeddings of the vocabulary that this stage has, which share a weight."""
+        return self._tables
+
+    def _owned_tables(self, owned: set[int]) -> list[nn.Embedding]:
         if self.family.embedding is None:
             return []
         weight = self.model.get_submodule(self.family.embedding).weight
-        return [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.weight is weight]
+        tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.weight is weight]
+        return [table for table in tables if id(table) in owned]
+
+    def _score_table(self) -> tuple[str, nn.Module] | None:
+        """If this stage begins within a stack whose first layer makes a bias of scores for all: its table and maker."""
+        if self.is_first or not self.layers:
+            return None
+        link = self.chain[self.layers.start]
+        first = next(other.path for other in self.chain if other.stack is link.stack)
+        found = score_table(self.model.get_submodule(first)) if first != link.path and link.stack.biased else None
+        return None if found is None else (f"{first}.{found[0]}", found[1])
 
     def _owned_paths(self, owned: set[int]) -> dict[str, str]:
         """Of parameters that have several names, from the first one to the one within this stage's modules."""
@@ -108,12 +148,25 @@ class WholeStage(Stage):
         """Let layer ``index``, the first of a stack, begin with this rank's part of whole sequences."""
         if index == 0:
             self._before = sequence
+        received = index == self._received_in
 
-        def own(whole: Tensor) -> Tensor:
+        def own(hidden: Tensor) -> Tensor:
             self.masks.draw_for(None)
-            return own_part(whole, axes=sequence)
+            return hidden if received else own_part(hidden, axes=sequence)
 
-        wrap_forward(self.layer(index), lambda forward, *args, **kwargs: _call(forward, own, args, kwargs))
+        wrap_forward(self.layer(index), lambda forward, *args, **kwargs: call_with(forward, own, args, kwargs))
+
+    @property
+    def _received_in(self) -> int | None:
+        """The layer that begins with what was received; None where it comes from one whose states are recorded."""
+        start = self.layers.start
+        return None if self.is_first or self._follows_recorded else start
+
+    @property
+    def _follows_recorded(self) -> bool:
+        """Whether what follows may take the states that this stage is sent from where a layer of another one ends."""
+        start = self.layers.start
+        return not self.is_first and self.chain[start].stack.recorded and self._nth(start) == self._nth(start - 1)
 
     def leave_whole(self, index: int, change: Callable[[Tensor], Tensor], sequence: AxisGroup) -> None:
         """Let layer ``index``, the last of a stack, end with whole sequences, after a ``change`` of layout."""
@@ -128,10 +181,80 @@ class WholeStage(Stage):
         wrap_forward(self.layer(index), whole)
 
     def side_of(self, strategy: LayerStrategy, sequence: AxisGroup, change: Callable[[Tensor], Tensor]) -> OwnSide:
-        """What layers of ``strategy`` see of other stacks' states: one for all of them."""
+        """What layers of ``strategy`` see of other stacks' states: one for all of them.
+
+        Of those that a stage before sends, if this one begins among such layers.
+        """
         if strategy not in self._sides:
-            self._sides[strategy] = OwnSide(sequence, change)
+            is_sent = not self.is_first and self.chain[self.layers.start].stack.side is not None
+            self._sides[strategy] = OwnSide(sequence, change, self._side if is_sent else None)
         return self._sides[strategy]
+
+    def _side(self) -> Tensor:
+        return self._riding[SIDE]
+
+    def riding(self, index: int) -> tuple[str, ...]:
+        """What comes with hidden states into layer ``index``: another stack's states, and what towers came to."""
+        side = [SIDE] if self.chain[index].stack.side is not None else []
+        towers = self.family.stacks[: self._nth(index)]
+        return (*side, *(tower.pooled for tower in towers if tower.pooled is not None))
+
+    def meet_neighbours(self, whole_of: Callable[[int | None], AxisGroup]) -> None:
+        """Begin with what the stage before sends, and end with what the next one takes; after layers have layouts.
+
+        ``whole_of``: the ranks that see whole sequences of the same rows before and between stacks, of what enters a
+        layer; None: of what rides along.
+        """
+        start, stop = self.layers.start, self.layers.stop
+        pooled = {stack.pooled for stack in self.family.stacks if stack.pooled is not None}
+        for path in pooled.intersection(self._entries):
+            self.model.get_submodule(path).register_forward_hook(partial(self._ride, path))
+        if self._follows_recorded:
+            self.layer(start - 1).forward = lambda *_, **__: gather_sequence(self._open(), whole_of(start))
+        elif not self.is_first:
+            self.receive_in(self.layer(start))
+        if not self.is_first:
+            for path in pooled.intersection(self.riding(start)):
+                self.model.get_submodule(path).forward = partial(self._ridden, path)
+        if (scores := self._score_table()) is not None:
+            self._give_scores(scores[1])
+        if not self.is_last:
+            self.layer(stop).forward = partial(self._end, stop, whole_of(stop), whole_of(None))
+
+    def _ride(self, path: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._riding[path] = output
+
+    def _ridden(self, path: str, *args: Any, **kwargs: Any) -> Tensor:
+        return self._riding[path]
+
+    def _give_scores(self, maker: nn.Module) -> None:
+        """Let the first layer see the bias of scores that a layer of another stage makes, of this stage's table.
+
+        Within the layer, so that FSDP2 does not take the layer for done when the bias is.
+        """
+        layer = self.layer(self.layers.start)
+        place = argument_names(type(layer)).index(SCORE_BIAS)
+
+        def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            tokens = hidden_of(args, kwargs).shape[1]  # of what stands for hidden states here: whole sequences
+            bias = maker.compute_bias(tokens, tokens).unsqueeze(0)  # type: ignore[operator]
+            if place < len(args):
+                args = (*args[:place], bias, *args[place + 1 :])
+            else:
+                kwargs[SCORE_BIAS] = bias
+            return forward(*args, **kwargs)
+
+        wrap_forward(layer, call)
+
+    def _end(self, index: int, sequence: AxisGroup, side: AxisGroup, *args: Any, **kwargs: Any) -> None:
+        """In the place of layer ``index``, the next stage's first: end with what enters it."""
+        link, hidden = self.chain[index], hidden_of(args, kwargs)
+        if link.is_first:
+            hidden = own_part(hidden, sequence)
+        if link.stack.side is not None and SIDE not in self._riding:
+            given = arguments_by_name(self.layer(index), args, kwargs)[link.stack.side]
+            self._riding[SIDE] = own_part(given, side)
+        raise Reached((hidden, *(self._riding[name] for name in self.riding(index))))
 
     def end_at_head(self) -> None:
         """End the forward with the loss that the vocabulary's projection gives; after FSDP2 has its hooks there."""
@@ -142,7 +265,7 @@ class WholeStage(Stage):
 
     def forward(  # type: ignore[override]
         self,
-        received: Inbox | Tensor | None,
+        received: Inbox | Outputs | Tensor | None,
         inputs: Mapping[str, Tensor],
         labels: Tensor | None = None,
         weight: float = 1.0,
@@ -150,11 +273,11 @@ class WholeStage(Stage):
         terms: LossTerms = PLAIN,
         *,
         scores: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | Outputs:
         """Run the stage.
 
         Args:
-            received: hidden states from the stage before; None on the first.
+            received: hidden states from the stage before, and what rides with them (``riding``); None on the first.
             inputs: what the model's forward takes, of this rank's batch rows of the embedding's layout; on later
                 stages for shapes and masks alone.
             labels: on the last stage int64 [B/dp, S] of the head's layout, or [B/dp] where samples have classes.
@@ -164,9 +287,15 @@ class WholeStage(Stage):
             scores: whether to count also what is told right, where samples have classes.
 
         Returns:
-            The hidden chunk for the next stage, or this rank's share of the loss (float32 scalar; of loss and what is
-            told right [2]).
+            The hidden chunk for the next stage with what rides along, or this rank's share of the loss (float32 scalar;
+            of loss and what is told right [2]).
         """
+        self._riding.clear()
+        if isinstance(received, Inbox):
+            received = received.open()
+        if isinstance(received, tuple):
+            received, *others = received
+            self._riding.update(zip(self.riding(self.layers.start), others, strict=True))
         self._received = received
         if labels is not None:
             self._labels = labels, weight, terms, loss_fn
@@ -175,10 +304,11 @@ class WholeStage(Stage):
         try:
             outputs = self.model(**inputs, **self._options)
         except Reached as reached:
-            value: Tensor = reached.value
+            value: Tensor | Outputs = reached.value
             return value
         finally:
             self.masks.draw_for(None)
+            self._riding.clear()
         assert labels is not None
         if self.family.task == "contrast":
             bias = getattr(self.model, "logit_bias", None)
@@ -214,44 +344,6 @@ class Bare(nn.Module):
         """Let the modules around the layers see what this holds."""
         for owner, name in self._owners:
             setattr(owner, name, getattr(self, name))
-
-
-class _Zeros:
-    """Gives zeros of the shapes that a module's outputs have, in no memory; found by running a copy on meta."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._twin = copy.deepcopy(module).to("meta")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        devices: list[torch.device] = []
-        tree_map_only(Tensor, lambda given: devices.append(given.device), (args, kwargs))
-        args, kwargs = tree_map_only(Tensor, lambda given: given.to("meta"), (args, kwargs))
-        with torch.no_grad():
-            outputs = self._twin(*args, **kwargs)
-        return tree_map_only(
-            Tensor, lambda made: torch.zeros((), dtype=made.dtype, device=devices[0]).expand(made.shape), outputs
-        )
-
-
-def _call(forward: Callable[..., Any], change: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
-    if args:
-        return forward(change(args[0]), *args[1:], **kwargs)
-    return forward(**{**kwargs, "hidden_states": change(kwargs["hidden_states"])})
-
-
-def _hidden(args: Any, kwargs: Any) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
-
-
-def _pass_on(outputs: int, *args: Any, **kwargs: Any) -> Any:
-    """What a layer of another stage gives: the hidden states that it takes."""
-    hidden = _hidden(args, kwargs)
-    return (hidden, *(None,) * (outputs - 1)) if outputs else hidden
-
-
-def _end(*args: Any, **kwargs: Any) -> None:
-    raise Reached(_hidden(args, kwargs))
 
 
 def _end_with_output(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from galvatron.plan import LayerStrategy, Plan
+from galvatron.plan import Copies, LayerStrategy, Plan
 from galvatron.plan.filling import Filling
 
 from .collectives import ALONE, AxisGroup
@@ -31,11 +31,12 @@ class Neighbour:
 class Grid:
     """Where this rank stands in a plan, and whom it talks to."""
 
-    def __init__(self, plan: Plan, world: World, *, tied: bool = False, folded: bool = False) -> None:
+    def __init__(self, plan: Plan, world: World, *, copied: Copies | None = None, folded: bool = False) -> None:
         """Make every process group of ``plan``; collective over the world.
 
-        ``tied``: the embeddings are.  ``folded``: sequences are cut from both ends (``plan.axes``).
+        ``copied``: what several stages hold.  ``folded``: sequences are cut from both ends (``plan.axes``).
         """
+        self.copied = copied or {}
         self.plan, self.world, self.axes, self.folded = plan, world, plan.axes, folded
         self.stage, self.stage_rank = divmod(world.rank, plan.stage_size)
         self._meshes: dict[tuple[int, int, int], DeviceMesh] = {}
@@ -57,13 +58,18 @@ class Grid:
             # the last stage hands on to the first one's next chunk: with two stages they are neighbours twice
             around = self._neighbours((ends[1], ends[0]), " again")
             self.before, self.after = self.before or around[0], self.after or around[1]
-        # first and last stage's rank of this column: the two copies of a tied embedding
-        self.tied_group = world.group(ends, "tied") if tied and is_end else None
         between = column[1:-1]
         if between and world.rank in between:
             # torch names a group by its ranks and by how many groups a rank has, so all ranks must have as many
-            for purpose in [*(["forward again", "backward again"] * (plan.model_chunks > 1)), *(["tied"] * tied)]:
+            for purpose in ["forward again", "backward again"] * (plan.model_chunks > 1):
                 world.group(between, f"{purpose}, between")
+        for stages in sorted(set(self.copied.values())):
+            for members, purpose in ((stages, "copies"), (set(range(plan.pp)).difference(stages), "no copies")):
+                if self.stage in members:
+                    world.group(tuple(column[stage] for stage in sorted(members)), f"{purpose} {stages}")
+        if any(layer is not None for layer, _ in self.copied):
+            for strategy in sorted(set(plan.strategies()), key=str):
+                self.replicas(strategy.replicated)
 
     def _neighbours(self, column: tuple[int, ...], which: str) -> tuple[Neighbour | None, Neighbour | None]:
         """Those before and after this rank in ``column``."""
@@ -75,6 +81,14 @@ class Grid:
         before = Neighbour(column[place - 1], *groups) if place else None
         after = Neighbour(column[place + 1], *groups) if place + 1 < len(column) else None
         return before, after
+
+    def copies_of(self, layer: int | None, name: str) -> tuple[int, ...]:
+        """The stages that hold a parameter of a layer, or of the embedding: one unless it is copied."""
+        return self.copied.get((layer, name), (self.stage,))
+
+    def group_of_copies(self, stages: tuple[int, ...]) -> dist.ProcessGroup:
+        """This rank and those with its place in the other ``stages`` of a copy."""
+        return self.world.group(tuple(self.column[stage] for stage in stages), f"copies {stages}")
 
     @property
     def column(self) -> tuple[int, ...]:

@@ -1,0 +1,55 @@
+"""What stands in the place of modules whose parameters other stages have: the module itself, another forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from galvatron.internals import tree_map_only
+from galvatron.models import Reached
+
+
+class Zeros:
+    """Gives zeros of the shapes that a module's outputs have, in no memory; found by running a copy on meta."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._twin = copy.deepcopy(module).to("meta")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The zeros for a call of the module."""
+        devices: list[torch.device] = []
+        tree_map_only(Tensor, lambda given: devices.append(given.device), (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, lambda given: given.to("meta"), (args, kwargs))
+        with torch.no_grad():
+            outputs = self._twin(*args, **kwargs)
+        return tree_map_only(
+            Tensor, lambda made: torch.zeros((), dtype=made.dtype, device=devices[0]).expand(made.shape), outputs
+        )
+
+
+def call_with(forward: Callable[..., Any], change: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
+    """``forward`` of the arguments of a layer, after a ``change`` of its hidden states."""
+    if args:
+        return forward(change(args[0]), *args[1:], **kwargs)
+    return forward(**{**kwargs, "hidden_states": change(kwargs["hidden_states"])})
+
+
+def hidden_of(args: Any, kwargs: Any) -> Tensor:
+    """The hidden states among the arguments of a layer."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def pass_on(outputs: int, *args: Any, **kwargs: Any) -> Any:
+    """What a layer of another stage gives: the hidden states that it takes."""
+    hidden = hidden_of(args, kwargs)
+    return (hidden, *(None,) * (outputs - 1)) if outputs else hidden
+
+
+def end_with(*args: Any, **kwargs: Any) -> None:
+    """In the place of the next stage's first layer: end the forward with what enters it."""
+    raise Reached(hidden_of(args, kwargs))
