@@ -17,8 +17,11 @@ from pathlib import Path
 import pytest
 from exported import evaluated_by_transformers
 
-from galvatron.core.job import Job
-from galvatron.models import auto_class, build_spec, load_config
+from galvatron.cli.generate import check_generates, generate
+from galvatron.cli.rundir import RunDirectory
+from galvatron.core.errors import ConfigError
+from galvatron.core.job import GenerateSection, Job
+from galvatron.models import auto_class, build_spec, load_config, task_of
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.train import read_metrics
 
@@ -40,6 +43,7 @@ class Shown:
 SHOWN = (
     Shown("masked_words", "eval_loss", "eval_perplexity", most=75),
     Shown("kinds_of_text", "validation_loss", "validation_accuracy", least=0.8, base="masked_words_model"),
+    Shown("missing_spans", "eval_loss", "eval_perplexity", most=75),
     Shown("digits", "validation_loss", "validation_accuracy", least=0.95),
 )
 SHORTER = (("num_steps", 3), ("warmup_steps", 1), ("eval_every", 0), ("eval_batches", 2), ("global_batch_size", 8))
@@ -74,6 +78,16 @@ def test_an_example_trains_under_two_plans_and_is_exported(
         assert galvatron("train", str(path), "--plan", f"{name}.json", *resume) == 0, capfd.readouterr().err
     assert galvatron("convert", "to-hf", f"runs/{shown.name}", "exported") == 0
     check_exported(shown, folder, path)
+    assert galvatron("convert", "from-hf", "exported", "saved-again") == 0
+    job = Job.load(path).model_copy(update={"generate": GenerateSection(prompt="the value", max_new_tokens=2)})
+    if shown.name == "missing_spans":
+        generate(job, RunDirectory(folder / "runs/missing_spans"))
+        assert "it goes on from the prompt:" in " ".join(capfd.readouterr().out.split())
+    else:
+        with pytest.raises(ConfigError, match=r"\[generate\] is for causal_lm and seq2seq_lm, and the model is for"):
+            check_generates(job, task_of(load_config("exported")))
+    if shown.name == "kinds_of_text":
+        assert load_config("exported").id2label == {0: "code", 1: "comment", 2: "documentation"}
 
 
 @pytest.mark.slow

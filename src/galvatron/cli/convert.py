@@ -81,13 +81,11 @@ def from_hf(
     A directory or hub model that has such files already needs no conversion.
     """
     check_folder(out, "OUT", new=True)
-    from transformers import AutoModelForCausalLM
+    from galvatron.models import auto_class, load_config
 
-    from galvatron.models import load_config
-
-    load_config(model)
+    config = load_config(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model)
+        loaded = auto_class(config).from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{model} has no weights that load ({reason}); give a directory or hub name") from None

@@ -19,7 +19,7 @@ from galvatron.core.model_profile import ModelProfile
 from galvatron.plan import Plan, check_plan_for_job
 
 from .console import heading, rank, say
-from .generate import generate
+from .generate import check_generates, generate
 from .launch import Processes, processes
 from .options import JobFile, LoraSettings, Nproc, RunDir, TaskName, Validation, examples
 from .profile import Measurement, ModelRequest, measure
@@ -62,6 +62,7 @@ def run(
     directory = RunDirectory.of_job(job, run_dir)
     with processes(nproc, loaded.cluster.device, loaded.cluster.num_processes) as ranks:
         config, spec = check_model(loaded)
+        check_generates(loaded, spec.task)
         if loaded.resume is not None and loaded.resume.plan != RUNNER_UP:
             other = Plan.load(loaded.resume.plan)
             other.validate(spec, ranks.world_size)

@@ -16,7 +16,7 @@ RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero
 STACKED_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
 """Those of models of several stacks."""
 PLANNED_ALONE = ("deepseek_v3", "swin", "t5")
-"""Families that can be planned for and not trained."""
+"""Families that estimates describe and the runtime does not build as they do; what it built has its own stacks."""
 MAX_LISTED = 8
 
 
@@ -106,7 +106,7 @@ def check_runnable(plan: Plan) -> None:
 
 def beyond_runtime(plan: Plan, spec: ModelSpec | None = None) -> Iterator[str]:
     """What the runtime cannot run yet of ``plan``, a phrase each."""
-    if spec is not None and spec.family in PLANNED_ALONE:
+    if spec is not None and spec.family in PLANNED_ALONE and spec.stacks == 1:
         yield f"family {spec.family}"
     if plan.schedule not in RUNTIME_SCHEDULES:
         yield f"schedule {plan.schedule}"

@@ -21,10 +21,14 @@ DIMS = 5
 
 
 def whole_bias(compute: Callable[..., Tensor], parts: int) -> Callable[..., Tensor]:
-    """``compute`` (a module's, of numbers of queries and keys) for sequences of which a rank sees one of ``parts``."""
+    """``compute`` (a module's, of numbers of queries and keys) for sequences of which a rank sees one of ``parts``.
+
+    A tensor of its own: FSDP2 hangs its hooks on what a layer returns, and warns of views, which lose them.
+    """
 
     def computed(queries: int, keys: int, *args: Any, **kwargs: Any) -> Tensor:
-        return compute(queries * parts, keys * parts, *args, **kwargs).unsqueeze(0)
+        bias = compute(queries * parts, keys * parts, *args, **kwargs)
+        return bias.unsqueeze(0).clone(memory_format=torch.contiguous_format)
 
     return computed
 
