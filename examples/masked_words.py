@@ -37,7 +37,8 @@ def prepare(size: int = 1000) -> None:
 
 def main(*options: str) -> None:
     """Train and export; ``options`` are those of ``galvatron run``."""
-    prepare()
+    if not TOKENIZER.exists():  # another one would have other pieces, and a run goes on with its own
+        prepare()
     galvatron = [sys.executable, "-m", "galvatron"]
     subprocess.run([*galvatron, "run", str(HERE / "masked_words.toml"), *options], check=True)
     if not (RUN / "exported").exists():
