@@ -17,12 +17,13 @@ class Zeros:
     """Gives zeros of the shapes that a module's outputs have, in no memory; found by running a copy on meta."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._twin = copy.deepcopy(module).to("meta")
+        self._twin, self._module = copy.deepcopy(module).to("meta"), module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The zeros for a call of the module."""
         devices: list[torch.device] = []
         tree_map_only(Tensor, lambda given: devices.append(given.device), (args, kwargs))
+        devices += [parameter.device for parameter in self._module.parameters()]  # some are told of a shape alone
         args, kwargs = tree_map_only(Tensor, lambda given: given.to("meta"), (args, kwargs))
         with torch.no_grad():
             outputs = self._twin(*args, **kwargs)
