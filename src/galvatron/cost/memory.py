@@ -91,11 +91,11 @@ def unit_memory(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> Un
 
 def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) -> UnitMemory:
     """Memory of ``unit`` under every strategy; raises ProfileError when its activations were not counted."""
-    s = strategies
+    s, (cuts, which) = strategies, strategies.cuts
     (dense, experts), (trained_dense, trained_experts) = held_and_trained(setting.parameters(unit), s)
     held, trained = dense.held + experts.held, trained_dense.held + trained_experts.held
     whole = trained_dense.whole + trained_experts.whole
-    activations, workspace = _passing_bytes(setting, unit, s)
+    activations, workspace = (column[which] for column in _passing_bytes(setting, unit, cuts))
     gathered = (dense.held * s.shard + experts.held * s.expert_shard) * setting.compute_bytes
     reduced = (trained_dense.held * s.shard + trained_experts.held * s.expert_shard) * setting.reduce_bytes
     stays = stays_gathered(setting, unit, s)
@@ -124,7 +124,7 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
         optimizer_bytes=np.where(offloads, 0, ADAMW_STATES * trained * MASTER_BYTES),
         unsharded_bytes=np.where(is_whole, copies, unsharded) + _image_bytes(setting, unit, s),
         activation_bytes=activations,
-        waiting_bytes=_waiting_bytes(setting, unit, s),
+        waiting_bytes=_waiting_bytes(setting, unit, cuts)[which],
         transient_bytes=transient,
     )
 

@@ -48,7 +48,11 @@ class Strategies:
     @classmethod
     def of_rows(cls, rows: Sequence[tuple[int, ...]]) -> Self:
         """The columns of tuples in the order of the fields."""
-        table = np.array(rows, dtype=np.int64).reshape(len(rows), len(fields(cls)))
+        return cls.of_table(np.array(rows, dtype=np.int64).reshape(len(rows), len(fields(cls))))
+
+    @classmethod
+    def of_table(cls, table: Ints) -> Self:
+        """The columns of [row, field]."""
         return cls(*(np.ascontiguousarray(column) for column in table.T))
 
     def __len__(self) -> int:
@@ -77,6 +81,20 @@ class Strategies:
     def dp(self) -> Ints:
         """In how many chunks hidden states are cut along the batch."""
         return self.dp_shard * self.dp_replicate
+
+    @cached_property
+    def cuts(self) -> tuple[Self, Ints]:
+        """One row for every cut and level of recompute, and of every row which it is of those.
+
+        What passes through a unit depends on nothing else.
+        """
+        ranks = self.sequence_degree * self.dp
+        if not len(ranks) or (ranks != ranks[0]).any():
+            return self, np.arange(len(ranks))
+        base, levels = int(max(ranks[0], self.ep.max())) + 1, len(RECOMPUTES)
+        key = (((self.tp * base + self.ulysses) * base + self.cp) * base + self.ep) * levels + self.recompute
+        _, first, which = np.unique(key, return_index=True, return_inverse=True)
+        return self.take(first), which
 
     @cached_property
     def shard(self) -> Ints:

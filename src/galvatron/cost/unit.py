@@ -98,9 +98,22 @@ class UnitTimes:
         work_s: Floats = (setting.num_microbatches * microbatch_s + others_s + at_once_s) / setting.slots
         return work_s
 
+    def passes(self) -> UnitTimes:
+        """Of a forward and a backward alone: nothing runs again, and parameters are kept and updated for free."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        free = dict.fromkeys(OF_PARAMETERS, np.zeros_like(self.recompute_s))
+        return UnitTimes(**(kept | free))
+
     def row(self, row: int) -> UnitTimes:
         """The times of one strategy, as arrays without dimensions."""
         return UnitTimes(*(getattr(self, field.name)[row] for field in fields(self)))
+
+
+OF_PARAMETERS = (
+    "recompute_s", "data_parallel_forward_s", "data_parallel_backward_s", "first_s", "gathers_s", "last_s",
+    "reductions_s", "delayed_s", "replicated_s", "tied_s", "optimizer_s",
+)  # fmt: skip
+"""What of ``UnitTimes`` follows from how parameters are kept, and from recompute."""
 
 
 def unit_times(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> UnitTimes:
@@ -110,41 +123,14 @@ def unit_times(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> Uni
 
 def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> UnitTimes:
     """Times of ``unit`` under every strategy; raises ProfileError when a measurement is missing."""
-    s = strategies
-    batch = setting.micro_batch_size / (s.dp * s.ulysses * s.cp)
-    forward_s, backward_s, again_s = _compute_s(setting, unit, s, batch)
-    gather_s, scatter_s = _sequence_s(setting, unit, s, batch)
-    tp_forward_s, tp_backward_s = _tensor_parallel_s(setting, unit, s, batch, gather_s, scatter_s)
-    exchange_s, ring_s, ring_back_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
-    context_forward_s, context_backward_s = exchange_s + ring_s, exchange_s + ring_back_s
-    experts = expert_messages(setting, unit, s, batch)
-    tp_forward_s = tp_forward_s + experts.gather_s + experts.scatter_s
-    tp_backward_s = tp_backward_s + experts.gather_back_s + experts.scatter_back_s
-    expert_forward_s = experts.counts_s + experts.dispatch_s + experts.combine_s
-    expert_backward_s = experts.combine_s + experts.dispatch_s
-    regions = _plain_regions(setting, unit)
-    # what runs again asks again for what it takes in; sums are kept by all levels but the last, which needs all but
-    # the layer's own
-    repeated_s = (s.recompute > NONE) * (regions * gather_s + exchange_s + experts.gather_s)
-    repeated_s = repeated_s + (s.recompute > NONE) * (experts.counts_s + experts.dispatch_s)
-    repeated_s = repeated_s + (s.recompute == FULL) * ((_regions(setting, unit) - 1) * scatter_s + ring_s)
-    reached = setting.model.spec.is_reached(unit)
-    again_s, repeated_s, tp_backward_s, context_backward_s = (
-        reached * seconds for seconds in (again_s, repeated_s, tp_backward_s, context_backward_s)
-    )
+    s, (cuts, which) = strategies, strategies.cuts
+    passes, again_s = _passes_s(setting, unit, cuts)
+    passes, again_s = {name: seconds[which] for name, seconds in passes.items()}, again_s[which]
+    forward_s, backward_s = passes["compute_forward_s"], passes["compute_backward_s"]
     held, trained = held_and_trained(setting.parameters(unit), s)
     shard = data_parallel_s(setting, unit, s, held, trained, forward_s, backward_s + again_s)
     return UnitTimes(
-        compute_forward_s=forward_s,
-        compute_backward_s=backward_s,
-        weight_s=_weight_share(setting, unit) * backward_s,
-        recompute_s=again_s + repeated_s,
-        tensor_parallel_forward_s=tp_forward_s,
-        tensor_parallel_backward_s=tp_backward_s,
-        context_parallel_forward_s=context_forward_s,
-        context_parallel_backward_s=context_backward_s,
-        expert_parallel_forward_s=expert_forward_s,
-        expert_parallel_backward_s=expert_backward_s,
+        **passes,
         data_parallel_forward_s=shard[0],
         data_parallel_backward_s=shard[1],
         first_s=shard[2],
@@ -156,6 +142,42 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
         tied_s=tied_s(setting, unit, s),
         optimizer_s=_optimizer_s(setting, s, trained[0].held + trained[1].held),
     )
+
+
+def _passes_s(setting: Setting, unit: UnitName, s: Strategies) -> tuple[dict[str, Floats], Floats]:
+    """What of ``UnitTimes`` does not depend on how parameters are kept; seconds of compute that run again."""
+    batch = setting.micro_batch_size / (s.dp * s.ulysses * s.cp)
+    forward_s, backward_s, again_s = _compute_s(setting, unit, s, batch)
+    gather_s, scatter_s = _sequence_s(setting, unit, s, batch)
+    tp_forward_s, tp_backward_s = _tensor_parallel_s(setting, unit, s, batch, gather_s, scatter_s)
+    exchange_s, ring_s, ring_back_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
+    context_forward_s, context_backward_s = exchange_s + ring_s, exchange_s + ring_back_s
+    experts = expert_messages(setting, unit, s, batch)
+    tp_forward_s = tp_forward_s + experts.gather_s + experts.scatter_s
+    tp_backward_s = tp_backward_s + experts.gather_back_s + experts.scatter_back_s
+    regions = _plain_regions(setting, unit)
+    # what runs again asks again for what it takes in; sums are kept by all levels but the last, which needs all but
+    # the layer's own
+    repeated_s = (s.recompute > NONE) * (regions * gather_s + exchange_s + experts.gather_s)
+    repeated_s = repeated_s + (s.recompute > NONE) * (experts.counts_s + experts.dispatch_s)
+    repeated_s = repeated_s + (s.recompute == FULL) * ((_regions(setting, unit) - 1) * scatter_s + ring_s)
+    reached = setting.model.spec.is_reached(unit)
+    again_s, repeated_s, tp_backward_s, context_backward_s = (
+        reached * seconds for seconds in (again_s, repeated_s, tp_backward_s, context_backward_s)
+    )
+    passes = {
+        "compute_forward_s": forward_s,
+        "compute_backward_s": backward_s,
+        "weight_s": _weight_share(setting, unit) * backward_s,
+        "recompute_s": again_s + repeated_s,
+        "tensor_parallel_forward_s": tp_forward_s,
+        "tensor_parallel_backward_s": tp_backward_s,
+        "context_parallel_forward_s": context_forward_s,
+        "context_parallel_backward_s": context_backward_s,
+        "expert_parallel_forward_s": experts.counts_s + experts.dispatch_s + experts.combine_s,
+        "expert_parallel_backward_s": experts.combine_s + experts.dispatch_s,
+    }
+    return passes, again_s
 
 
 def _optimizer_s(setting: Setting, s: Strategies, elements: Ints) -> Floats:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from galvatron.core.model import ENDS
+from galvatron.core.model import ENDS, UnitName
 from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints
 
@@ -122,14 +123,38 @@ class _Staircase:
     @classmethod
     def of(cls, options: Options, edges: Ints) -> _Staircase:
         level = np.searchsorted(edges, options.transient_bytes)
-        kept = np.stack([options.activation_bytes, options.waiting_bytes])
-        group = np.unique(kept, axis=1, return_inverse=True)[1].reshape(-1) * len(edges) + level
-        order = np.lexsort((options.resident_bytes, options.work_s, group))
-        _, dense = np.unique(group[order], return_inverse=True)
-        kept = order[_falls(options.resident_bytes[order], dense)]
+        kept = unbeaten(options, _numbered(_numbered(options.activation_bytes, options.waiting_bytes), level))
         least = np.full(len(edges), NEVER, dtype=np.int64)
         np.minimum.at(least, level, options.transient_bytes)
         return cls(options.take(kept), level[kept], least)
+
+
+def without_beaten(space: Space) -> Space:
+    """The same without options of layers that another of equal layout and passing bytes equals or beats.
+
+    That is nine of ten of many, which would else be looked at for every stage and level.
+    """
+    chosen: dict[UnitName, Ints] = {}
+    for kind in space.setting.model.spec.layers:
+        options = space.options[kind.name]
+        passing = _numbered(options.activation_bytes, options.waiting_bytes)
+        alike = _numbered(_numbered(passing, options.transient_bytes), options.layout)
+        chosen[kind.name] = np.sort(unbeaten(options, alike))
+    return space.restricted(chosen)
+
+
+def unbeaten(options: Options, group: Ints) -> Ints:
+    """Indices of the options that no other of the same group, a number from 0, equals or beats in work and bytes."""
+    order = np.lexsort((options.resident_bytes, options.work_s, group))
+    kept: Ints = order[_falls(options.resident_bytes[order], group[order])]
+    return kept
+
+
+def _numbered(a: Ints, b: Ints) -> Ints:
+    """A number from 0 for every pair of values that occurs, ascending."""
+    own, at = np.unique(b, return_inverse=True)
+    pairs: Ints = np.unique(np.unique(a, return_inverse=True)[1] * len(own) + at, return_inverse=True)[1]
+    return pairs
 
 
 def _falls(values: Ints, group: Ints) -> np.ndarray:
@@ -249,8 +274,14 @@ def free_bound_s(space: Space) -> float:
     """Seconds that the objective cannot go below whatever memory there is: every unit at its fastest option."""
     if space.is_empty:
         return math.inf
-    layers = space.setting.model.spec.layers
-    least = {unit: float(options.work_s.min()) for unit, options in space.options.items()}
+    return fastest_s(space.setting, {unit: float(options.work_s.min()) for unit, options in space.options.items()})
+
+
+def fastest_s(setting: Setting, least: Mapping[UnitName, float]) -> float:
+    """Seconds that the objective cannot go below where no unit's work is less than ``least``; infinite where one is."""
+    if math.inf in least.values():
+        return math.inf
+    layers = setting.model.spec.layers
     total = sum(kind.count * least[kind.name] for kind in layers) + least["embedding"] + least["head"]
-    share = math.ceil(sum(kind.count for kind in layers) / space.task.pp) * min(least[kind.name] for kind in layers)
-    return bound_of(space.setting, total, share)
+    share = math.ceil(sum(kind.count for kind in layers) / setting.pp) * min(least[kind.name] for kind in layers)
+    return bound_of(setting, total, share)

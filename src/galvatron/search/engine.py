@@ -97,7 +97,7 @@ def search(
     limit = hardware_profile.device.memory_bytes if memory_limit_bytes is None else memory_limit_bytes
     job = Job(setting, limits, limit, batches, progress or (lambda line: None), patience)
     family = limits.space if limits.space in FAMILIES else None
-    job.cost_all()
+    job.look_at_all()
     found = _solve_all(job, num_candidates) if family is None else _solve_family(job, family)
     if not found.solved:
         if found.stopped == "interrupt":

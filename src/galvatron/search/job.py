@@ -16,7 +16,7 @@ from galvatron.plan.plan import Plan
 
 from .ascending import Ascending
 from .baselines import FAMILIES, members
-from .bounds import free_bound_s, lower_bounds_s
+from .bounds import fastest_s, free_bound_s, lower_bounds_s
 from .limits import Limits
 from .patience import ENDLESS, Patience
 from .space import Space, SpaceBuilder, Task, tasks
@@ -28,7 +28,7 @@ Progress = Callable[[str], None]
 class Job:
     """The tasks of one search; bounds are in seconds a sample, so that batches compare.
 
-    ``free[i]``: of task i with endless memory.
+    ``least[i]``: what task i is not below for its passes alone; ``strategies``: the most that a unit has in any task.
     """
 
     def __init__(
@@ -46,8 +46,9 @@ class Job:
         self.builder = SpaceBuilder(setting, limits, limit)
         world, layers = setting.hardware.world_size, setting.model.spec.num_layers
         self.tasks = list(tasks(world, layers, batches, limits))
-        self.free: list[float] = []
+        self.least: list[float] = []
         self.strategies = 0
+        self._free: dict[int, float] = {}
         self._bounds: dict[int, float] = {}
         self._floors: dict[int, float] = {}
         # several kinds are mixed by interleaving, which may balance stages better: 1F1B then says nothing of them
@@ -58,18 +59,27 @@ class Job:
         """Devices of a node."""
         return self.setting.hardware.devices_per_node
 
-    def cost_all(self) -> None:
-        """Cost every task's strategies."""
+    def look_at_all(self) -> None:
+        """Bound every task without costing its strategies."""
         for i, task in enumerate(self.tasks):
             if i % 32 == 0:
-                self.progress(f"costing {i}/{len(self.tasks)} combinations of pipeline and microbatches")
-            space = self.builder.build(task)
-            self.strategies = max(self.strategies, *(len(options) for options in space.options.values()))
-            self.free.append(free_bound_s(space) / task.global_batch_size)
+                self.progress(f"looking at {i}/{len(self.tasks)} combinations of pipeline and microbatches")
+            self.strategies = max(self.strategies, self.builder.num_options(task))
+            bound = fastest_s(self.builder.setting(task), self.builder.least_work_s(task))
+            self.least.append(bound / task.global_batch_size)
+
+    def free(self, i: int) -> float:
+        """What task i is not below with endless memory."""
+        if i not in self._free:
+            self.patience.check()
+            if len(self._free) % 32 == 0:
+                self.progress(f"costed {len(self._free)} of {len(self.tasks)} combinations")
+            self._free[i] = free_bound_s(self.builder.build(self.tasks[i])) / self.tasks[i].global_batch_size
+        return self._free[i]
 
     def ascending(self) -> Ascending:
         """The tasks by what none of their plans is below."""
-        return Ascending(self.free, (self._floor, self._bound))
+        return Ascending(self.least, (self.free, self._floor, self._bound))
 
     def family(self, name: str) -> Ascending:
         """The same by what no plan of a family is below; infinite where a task has none."""
@@ -79,8 +89,13 @@ class Job:
             return math.inf if first is None else first.bound_s / self.tasks[i].global_batch_size
 
         belongs = FAMILIES[name].tasks
-        known = [max(free, self._floors.get(i, 0.0), self._bounds.get(i, 0.0)) for i, free in enumerate(self.free)]
+        bounds = (self._free, self._floors, self._bounds)
+        known = [max(least, *(of.get(i, 0.0) for of in bounds)) for i, least in enumerate(self.least)]
         return Ascending([b if belongs(t) else math.inf for b, t in zip(known, self.tasks, strict=True)], (bound,))
+
+    def without_limit(self) -> Ascending:
+        """The tasks by what none of their plans is below with endless memory."""
+        return Ascending(self.least, (self.free,))
 
     def _floor(self, i: int) -> float:
         """What the 1F1B task of the same stages and microbatches says of an interleaved one."""

@@ -58,10 +58,10 @@ def shortfall_of_family(job: Job, name: str) -> Shortfall | None:
 def unlimited(job: Job, optimum: float) -> Plan | None:
     """The additive optimum with endless memory, where that is faster than ``optimum`` seconds a sample."""
     best: Found | None = None
-    for i in sorted(range(len(job.tasks)), key=lambda i: (job.free[i], i)):
+    order = job.without_limit()
+    while (i := order.first(least(best, optimum) * (1 - 1e-9))) is not None:
+        order.drop()
         limit = least(best, optimum)
-        if job.free[i] >= limit * (1 - 1e-9):
-            break
         batch, space = job.tasks[i].global_batch_size, job.builder.build(job.tasks[i], UNLIMITED)
         solution = solve(space, limit * batch, patience=job.patience).solution
         if solution is not None and solution.value / batch < limit:

@@ -17,7 +17,7 @@ import numpy as np
 from galvatron.core.model import ENDS
 
 from .ascending import Ascending
-from .bounds import Bounds, StageBound, bound_of, least_works_s, relaxed_division
+from .bounds import Bounds, StageBound, bound_of, least_works_s, relaxed_division, without_beaten
 from .layers import FULL_EFFORT, GREAT_EFFORT, LITTLE_EFFORT, Effort
 from .patience import ENDLESS, Patience
 from .space import Space
@@ -55,7 +55,7 @@ def solve(
         TimeUp: ``patience`` came to its end.
     """
     best: Solution | None = None
-    lower, found = math.inf, list(parts(space))
+    lower, found = math.inf, list(parts(without_beaten(space)))
 
     @lru_cache(maxsize=4)
     def bounded(i: int) -> tuple[list[StageBound], Division | None]:

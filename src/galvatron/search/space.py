@@ -7,26 +7,27 @@ every strategy of every unit as arrays of seconds and bytes.  Knows nothing of h
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 
-from galvatron.core.model import ENDS, OFFLOADS, RECOMPUTES, UnitName
+from galvatron.core.model import ENDS, UnitName
 from galvatron.cost.communication import redistribution_s
 from galvatron.cost.memory import UnitMemory, all_unit_memory, bytes_in_flight, usable_bytes
 from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.cost.unit import UnitTimes, all_unit_times
 from galvatron.plan.axes import StageAxes, divisors
-from galvatron.plan.hetu import inexpressible_strategy
-from galvatron.plan.plan import LayerStrategy, Schedule
-from galvatron.plan.rules import check_cuts, check_schedule
+from galvatron.plan.plan import Schedule
+from galvatron.plan.rules import check_schedule
 from galvatron.plan.schedules import InFlight
 
 from .geometry import Geometry
 from .limits import Limits
+from .rows import allowed_rows, cuts_of
 
 MAX_CHUNKS = 8
 """Most model chunks a stage that are tried: beyond it a bubble of (pp - 1) / v microbatches hardly shrinks while
@@ -224,9 +225,15 @@ class SpaceBuilder:
         self.job = job
         self.limits = limits.of_tied_ends() if job.model.spec.ends_alike else limits
         self.usable_bytes = usable_bytes(job, memory_limit_bytes)
-        self.rows: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(self._rows)
+        self.rows: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(
+            lambda stage_size, unit: allowed_rows(job, self.limits, stage_size, unit)
+        )
+        self._cuts: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(
+            lambda stage_size, unit: cuts_of(self.rows(stage_size, unit))
+        )
         num_rows = sum(len(self.rows(job.hardware.world_size, unit)) for unit in job.model.spec.units)
         remembered = lru_cache(maxsize=max(MIN_CACHED, MAX_CACHED_ROWS // (num_rows + 1)))
+        self._passes = lru_cache(maxsize=2)(self._pass_times)
         self._costs, self.build = remembered(self._cost), remembered(self._build)
 
     def setting(self, task: Task) -> Setting:
@@ -242,8 +249,7 @@ class SpaceBuilder:
 
     def _build(self, task: Task, usable: int | None = None) -> Space:
         setting = self.setting(task)
-        schedule = task.schedule if task.schedule in ("gpipe", "zero_bubble") else "1f1b"  # the same to a unit
-        costs = self._costs(task.global_batch_size, task.pp, task.num_microbatches, schedule)
+        costs = self._costs(task.global_batch_size, task.pp, task.num_microbatches, _to_a_unit(task.schedule))
         layouts = StageAxes(setting.stage_size).degrees
         moves = {unit: _moves_s(setting, unit, layouts) for unit in setting.model.spec.units[1:]}
         options = {
@@ -260,6 +266,31 @@ class SpaceBuilder:
         }
         return Space(task, setting, layouts, options, moves, self.usable_bytes if usable is None else usable)
 
+    def num_options(self, task: Task) -> int:
+        """The most strategies that a unit has."""
+        setting = self.setting(task)
+        return max(
+            int(np.count_nonzero(setting.micro_batch_size % self.rows(setting.stage_size, unit).dp == 0))
+            for unit in setting.model.spec.units
+        )
+
+    def least_work_s(self, task: Task) -> dict[UnitName, float]:
+        """Of every unit what no option's work is less than: its passes alone, a row for every way to cut it.
+
+        A tenth or a hundredth of the rows of ``build``.  Infinite where a unit has no options.
+        """
+        setting = self.setting(task)
+        passes = self._passes(task.global_batch_size, task.pp, task.num_microbatches, _to_a_unit(task.schedule))
+        return {unit: float(times.work_s(setting).min(initial=math.inf)) for unit, times in passes.items()}
+
+    def _pass_times(self, batch: int, pp: int, m: int, schedule: Schedule) -> dict[UnitName, UnitTimes]:
+        setting = replace(self.job, pp=pp, num_microbatches=m, global_batch_size=batch, schedule=schedule)
+        times = {}
+        for unit in setting.model.spec.units:
+            cuts = self._cuts(setting.stage_size, unit)
+            times[unit] = all_unit_times(setting, unit, cuts.take(setting.micro_batch_size % cuts.dp == 0)).passes()
+        return times
+
     def _cost(self, batch: int, pp: int, m: int, schedule: Schedule) -> dict[UnitName, _Costed]:
         setting = replace(self.job, pp=pp, num_microbatches=m, global_batch_size=batch, schedule=schedule)
         layouts = np.array(StageAxes(setting.stage_size).degrees, dtype=np.int64)
@@ -271,74 +302,10 @@ class SpaceBuilder:
             costs[unit] = _Costed(rows, times, memory, np.searchsorted(layouts, rows.sequence_degree).astype(np.int64))
         return costs
 
-    def _rows(self, stage_size: int, unit: UnitName) -> Strategies:
-        """Every strategy of ``unit`` that rules, limits and profile allow, whatever the batch.
 
-        Degrees stack from the inside out, so that each is the ratio of two of the stage's stacked degrees.
-        """
-        degrees, offloads = StageAxes(stage_size).degrees, self._offloads(unit)
-        rows: list[tuple[int, ...]] = []
-        for tp in degrees:
-            recomputes = [r for r in self._recomputes(unit, tp) if self.limits.allows("recompute", r, unit)]
-            if not (recomputes and self._allowed(unit, tp=tp)):
-                continue
-            for ulysses, cp, ep in self._sequence_degrees(stage_size, unit, tp):
-                inner = tp * ulysses * cp
-                for outer in (degree for degree in degrees if degree % inner == 0):
-                    shard, replicate = outer // inner, stage_size // outer
-                    for zero in _zeros(ulysses * cp, shard):
-                        if self._allowed(unit, dp_shard=shard, dp_replicate=replicate, zero=zero):
-                            fixed = (tp, ulysses, cp, ep, shard, replicate, zero)
-                            rows += [(*fixed, RECOMPUTES.index(r), o) for r in recomputes for o in offloads]
-        strategies = Strategies.of_rows(rows)
-        if self.job.runtime == "hetu":
-            said = [i for i in range(len(rows)) if inexpressible_strategy(strategies[i]) is None]
-            strategies = strategies.take(np.array(said, dtype=np.int64))
-        return strategies
-
-    def _allowed(self, unit: UnitName, **values: int) -> bool:
-        return all(self.limits.allows(name, value, unit) for name, value in values.items())
-
-    def _offloads(self, unit: UnitName) -> list[int]:
-        """Indices of ``OFFLOADS``; of moments alone where there are any.
-
-        Raises:
-            ProfileError: moments shall be offloaded, and nobody measured copies.
-        """
-        if not any(p.trainable for p in self.job.model.spec.unit(unit).parameters):
-            return [0]
-        known = OFFLOADS if self.job.hardware.device.host_bytes_per_s is not None else OFFLOADS[:1]
-        allowed = [OFFLOADS.index(o) for o in known if self.limits.allows("offload", o, unit)]
-        return allowed or [OFFLOADS.index("optimizer")]
-
-    def _recomputes(self, unit: UnitName, tp: int) -> list[str]:
-        """The levels whose activations the profile has, where it has compute times."""
-        profile = self.job.model
-        if not any(sample.unit == unit and sample.tp == tp for sample in profile.compute):
-            return []
-        levels = RECOMPUTES[:1] if unit in ENDS else RECOMPUTES
-        return [level for level in levels if self.job.has_activations(unit, tp, level)]
-
-    def _sequence_degrees(self, stage_size: int, unit: UnitName, tp: int) -> Iterator[tuple[int, int, int]]:
-        """(ulysses, cp, ep) beside ``tp`` that divide tokens, heads, experts and parameters."""
-        spec, end, degrees = self.job.model.spec, unit in ENDS, StageAxes(stage_size).degrees
-        experts = 0 if end else spec.kind(unit).num_experts
-        factors = [degree // tp for degree in degrees if degree % tp == 0]
-        for ulysses in (u for u in factors if self._allowed(unit, ulysses=u)):
-            for cp in (f // ulysses for f in factors if f % ulysses == 0):
-                if (end and cp > 1) or not self._allowed(unit, cp=cp):
-                    continue
-                for ep in (e for e in factors if e == 1 or (experts and experts % e == 0)):
-                    inner = tp * ulysses * cp
-                    strategy = LayerStrategy(tp=tp, ulysses=ulysses, cp=cp, ep=ep, dp_replicate=stage_size // inner)
-                    legal = check_cuts(strategy, unit, spec, stage_size, self.job.seq_len) is None
-                    if legal and self._allowed(unit, ep=ep):
-                        yield ulysses, cp, ep
-
-
-def _zeros(sequence: int, shard: int) -> tuple[int, ...]:
-    """ZeRO stages that mean something: none without ranks to shard over, all but 0 with a dp_shard."""
-    return (0,) if sequence * shard == 1 else (0, 1, 2, 3) if shard == 1 else (1, 2, 3)
+def _to_a_unit(schedule: Schedule) -> Schedule:
+    """A schedule whose units cost the same."""
+    return schedule if schedule in ("gpipe", "zero_bubble") else "1f1b"
 
 
 def _moves_s(setting: Setting, unit: UnitName, layouts: tuple[int, ...]) -> Floats:

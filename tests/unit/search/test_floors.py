@@ -1,0 +1,64 @@
+"""Bounds that come before costs are below them, and what is costed once for many strategies is right for each."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from tests.unit.search.test_brute_force import instance
+
+from galvatron.cost.memory import UnitMemory, all_unit_memory, unit_memory
+from galvatron.cost.setting import Setting
+from galvatron.cost.unit import UnitTimes, all_unit_times, unit_times
+from galvatron.search.bounds import without_beaten
+from galvatron.search.job import Job
+
+SEEDS = (3, 14, 21, 40)  # 14: two of five tasks have no strategy
+
+
+def job(seed: int) -> Job:
+    model, hardware, batches, _, limits, _ = instance(seed)
+    setting = Setting(model, hardware, 1, 1, batches[0], model.seq_len, model.precision, "fp32")
+    made = Job(setting, limits, hardware.device.memory_bytes, batches, lambda line: None)
+    made.look_at_all()
+    return made
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_task_is_not_below_what_it_is_taken_for_before_it_is_costed(seed: int) -> None:
+    found = job(seed)
+    for i, task in enumerate(found.tasks):
+        space = found.builder.build(task)
+        assert 0 < found.least[i] <= found.free(i) * (1 + 1e-12)
+        assert np.isinf(found.least[i]) == any(not len(options) for options in space.options.values())
+        assert found.builder.num_options(task) == max(map(len, space.options.values()))
+
+
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_costs_shared_by_strategies_of_one_cut_are_those_of_each(seed: int) -> None:
+    found = job(seed)
+    setting = found.builder.setting(found.tasks[-1])
+    for unit in setting.model.spec.units:
+        rows = found.builder.rows(setting.stage_size, unit)
+        rows = rows.take(setting.micro_batch_size % rows.dp == 0)
+        times, memory = all_unit_times(setting, unit, rows), all_unit_memory(setting, unit, rows)
+        for i in range(0, len(rows), 7):
+            alone, bytes_alone = unit_times(setting, unit, rows[i]), unit_memory(setting, unit, rows[i])
+            assert all(getattr(times.row(i), f.name) == getattr(alone, f.name) for f in fields(UnitTimes))
+            assert all(getattr(memory.row(i), f.name) == getattr(bytes_alone, f.name) for f in fields(UnitMemory))
+
+
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_of_options_that_are_left_out_another_is_left(seed: int) -> None:
+    found = job(seed)
+    for task in found.tasks[:4]:
+        space = found.builder.build(task)
+        for kind in space.setting.model.spec.layers:
+            every, left = space.options[kind.name], without_beaten(space).options[kind.name]
+            assert len(left) <= len(every)
+            for i in range(len(every)):
+                same = (left.layout == every.layout[i]) & (left.work_s <= every.work_s[i])
+                names = ("resident_bytes", "activation_bytes", "waiting_bytes", "transient_bytes")
+                less = [getattr(left, name) <= getattr(every, name)[i] for name in names]
+                assert (same & np.all(less, axis=0)).any()
