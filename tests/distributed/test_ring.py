@@ -14,7 +14,7 @@ from galvatron.testing.pool import Pool
 ROWS, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 2, 4, 2, 6, 48
 
 
-def reference(heads: list[torch.Tensor], causal: bool, window: int | None) -> torch.Tensor:
+def reference(heads: list[torch.Tensor], sinks: torch.Tensor | None, causal: bool, window: int | None) -> torch.Tensor:
     query, key, value = heads
     distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)[None, :]
     hidden = (
@@ -22,11 +22,14 @@ def reference(heads: list[torch.Tensor], causal: bool, window: int | None) -> to
     )
     key, value = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (key, value))
     scores = (query @ key.transpose(-1, -2) / HEAD_DIM**0.5).masked_fill(hidden, -torch.inf)
-    return scores.softmax(dim=-1) @ value
+    if sinks is None:
+        return scores.softmax(dim=-1) @ value
+    beside = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, beside), dim=-1).softmax(dim=-1)[..., :-1] @ value
 
 
-def largest_errors(gathered: int, causal: bool, window: int | None) -> list[float]:
-    """Of the output and the gradients of query, key and value, on this rank; ``gathered`` chunks were, beforehand."""
+def largest_errors(gathered: int, causal: bool, window: int | None, has_sinks: bool) -> list[float]:
+    """Of the output and all gradients, on this rank; ``gathered`` chunks were, beforehand."""
     rank, world_size, folded = dist.get_rank(), dist.get_world_size(), causal
     generator = torch.Generator().manual_seed(0)
     numbers = (HEADS, KV_HEADS, KV_HEADS, HEADS)
@@ -34,7 +37,8 @@ def largest_errors(gathered: int, causal: bool, window: int | None) -> list[floa
         torch.randn(ROWS, n, TOKENS, HEAD_DIM, generator=generator, dtype=torch.float64, requires_grad=True)
         for n in numbers
     )
-    whole = reference(heads, causal, window)
+    sinks = torch.randn(HEADS, generator=generator, dtype=torch.float64, requires_grad=True) if has_sinks else None
+    whole = reference(heads, sinks, causal, window)
     whole.backward(grad)
     # a stage in which each rank of the ring stands for ``gathered`` ranks whose chunks it has
     axes = StageAxes(gathered * world_size)
@@ -46,18 +50,31 @@ def largest_errors(gathered: int, causal: bool, window: int | None) -> list[floa
         return of_spans(tensor.detach().transpose(2, 3), spans).transpose(2, 3)
 
     local = [own(tensor).contiguous().requires_grad_() for tensor in heads]
-    out = ring_attention(*local, ring, None, window, causal=causal)
+    own_sinks = None if sinks is None else sinks.detach().clone().requires_grad_()
+    out = ring_attention(*local, ring, None, window, causal=causal, sinks_N=own_sinks)
     out.backward(own(grad))
     pairs = [(out, own(whole)), *((part.grad, own(tensor.grad)) for part, tensor in zip(local, heads, strict=True))]
+    if own_sinks is not None and sinks is not None and own_sinks.grad is not None:
+        dist.all_reduce(own_sinks.grad)
+        pairs.append((own_sinks.grad, sinks.grad))
     return [float((ours - theirs).detach().abs().max()) for ours, theirs in pairs if ours is not None]
 
 
 @pytest.mark.parametrize(
-    ("causal", "window"), [(True, None), (True, 1), (True, 5), (True, 30), (False, None)], ids=str
-)  # fmt: skip
-@pytest.mark.parametrize(("world_size", "gathered"), [(2, 1), (2, 4), (3, 1), (4, 1), (4, 2)])
+    ("causal", "window", "has_sinks"),
+    [
+        (True, None, False),
+        (True, None, True),
+        (True, 1, False),
+        (True, 5, True),
+        (True, 30, False),
+        (False, None, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("world_size", "gathered"), [(1, 1), (2, 1), (2, 4), (3, 1), (4, 1), (4, 2)])
 def test_a_ring_attends_as_one_rank_does(
-    pool: Pool, world_size: int, gathered: int, causal: bool, window: int | None
+    pool: Pool, world_size: int, gathered: int, causal: bool, window: int | None, has_sinks: bool
 ) -> None:
-    for errors in pool.run(largest_errors, gathered, causal, window, world_size=world_size):
-        assert errors == pytest.approx([0.0] * 4, abs=1e-12)
+    for errors in pool.run(largest_errors, gathered, causal, window, has_sinks, world_size=world_size):
+        assert errors == pytest.approx([0.0] * (4 + has_sinks), abs=1e-12)

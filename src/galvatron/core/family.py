@@ -28,7 +28,7 @@ class Region(Record):
         columns: linears cut along their output, with the blocks of every segment.
         row: the linear cut along its input, whose output is reduce-scattered, and what it is cut by.
         wide_norms: norms over the whole width of a column, which need the squares of all ranks, with their blocks.
-        by_head: modules whose parameters have an entry a head, with their blocks.
+        by_head: parameters, or modules whose parameters, have an entry a head, with their blocks.
         flat: the entries see tokens in one dim, [B x S, H].
         sides: further arguments of the entries that are gathered likewise: states of another stack.
         head_inputs: arguments of the entries that have an entry a head, and in which dim: biases of scores.
@@ -52,6 +52,7 @@ class Experts(Record):
         module: what is called with tokens [T, H], the experts that each is sent to [T, k], and their weights [T, k].
         router: what says which, from tokens: its first output is logits [T, E].
         cuts: of a parameter of the module, the dim that counts units of an expert's width, and in how many segments.
+            What has none is a bias of the experts' output, added to their products once.
     """
 
     module: str

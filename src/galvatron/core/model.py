@@ -95,8 +95,8 @@ class ParameterSpec(Record):
 
     @model_validator(mode="after")
     def _blocks_tile_the_dim(self) -> Self:
-        if self.experts and len(self.shape) != 3:
-            raise ValueError(f"{self.name} of experts must have 3 dims, got shape {list(self.shape)}")
+        if self.experts and len(self.shape) not in (2, 3):
+            raise ValueError(f"{self.name} of experts must have 2 or 3 dims, got shape {list(self.shape)}")
         cut = self.cut
         if cut is not None and (cut.dim >= len(self.shape) or self.shape[cut.dim] % sum(cut.segments)):
             raise ValueError(

@@ -85,20 +85,28 @@ def _rows_and_columns(linears: list[Call], feeds: dict[str, _Feeds]) -> tuple[li
 
 
 def experts_of(layer: nn.Module, calls: list[Call], prefix: str, hidden: int) -> Experts | None:
-    """The experts of a layer: two stacks of matrices in one module, and the router beside; None where there are none.
+    """The experts of a layer: two stacks of matrices in one module, perhaps with biases, and the router beside; None
+    where there are none.
 
-    Of every matrix the side that is not of hidden states is cut; the larger has a gate's units too, before the others
-    or each beside its own.
+    Of every matrix the side that is not of hidden states is cut, and a bias of that side; the larger has a gate's units
+    too, before the others or each beside its own.
     """
     found = []
     for name, module in layer.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if len(own) == 2 and all(p.dim() == 3 and hidden in p.shape[1:] for p in own.values()):
+        matrices = [p for p in own.values() if p.dim() == 3]
+        beside = [p for p in own.values() if p.dim() != 3]
+        if (
+            len(matrices) == 2
+            and all(hidden in p.shape[1:] for p in matrices)
+            and all(p.dim() == 2 and len(p) == len(matrices[0]) for p in beside)
+        ):
             found.append((name, module, own))
     if len(found) != 1:
         return None
     name, module, own = found[0]
-    dims = {key: 2 if p.shape[1] == hidden else 1 for key, p in own.items()}
+    dims = {key: 2 if p.dim() == 3 and p.shape[1] == hidden else 1 for key, p in own.items()}
+    dims = {key: dim for key, dim in dims.items() if own[key].shape[dim] != hidden}
     width = min(own[key].shape[dim] for key, dim in dims.items())
     in_order = getattr(module, "is_concatenated", True)
     count = next(iter(own.values())).shape[0]
@@ -156,7 +164,8 @@ def _region(
         row=row.name[strip:],
         row_blocks="ffn" if heads is None else "heads",
         wide_norms={name[strip:]: layouts[column.name][0] for name, (_, column) in norms.items()},
-        by_head={call.name[strip:]: layouts[of.name][0] for call in calls for of in _heads_of(call, columns)},
+        by_head={call.name[strip:]: layouts[of.name][0] for call in calls for of in _heads_of(call, columns)}
+        | _numbers_by_head(row, calls, prefix, heads),
         flat=flat,
         sides=_sides([call for call in calls if call.name in entries], side),
         head_inputs=_head_inputs([call for call in calls if call.name in entries], heads),
@@ -192,6 +201,15 @@ def _heads_of(call: Call, columns: list[Call]) -> list[Call]:
     ):
         return []
     return list(_feeds(call.argument, columns, ()).linears)
+
+
+def _numbers_by_head(row: Call, calls: list[Call], prefix: str, heads: int | None) -> dict[str, Blocks]:
+    """Parameters of a number a head that the module around an attention's row has itself: sinks."""
+    around = next((call for call in calls if call.name == row.name.rpartition(".")[0]), None)
+    if heads is None or around is None:
+        return {}
+    own = around.module.named_parameters(recurse=False)
+    return {f"{around.name}.{name}"[len(prefix) :]: "heads" for name, value in own if value.shape == (heads,)}
 
 
 def _is_wide_norm(call: Call, column: Call) -> bool:

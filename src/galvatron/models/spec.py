@@ -229,8 +229,9 @@ def _expert_counts(config: PretrainedConfig) -> dict[str, int]:
 
 
 def _are_experts(name: str, value: nn.Parameter) -> bool:
-    """Batched matrices, dim 0 of which counts experts."""
-    return ".experts." in name and value.dim() == 3
+    """Batched matrices, or biases beside them, dim 0 of which counts experts."""
+    owner = name.rpartition(".")[0]
+    return (".experts." in name and value.dim() == 3) or (owner.endswith(".experts") and value.dim() == 2)
 
 
 def weight_sizes(linear: nn.Module) -> tuple[int, int]:
@@ -266,13 +267,14 @@ def _cuts(layer: nn.Module, region: Region, counts: dict[Blocks, int]) -> Iterat
     for name, blocks in region.columns.items():
         output_dim = 1 if isinstance(base_linear(layer.get_submodule(name)), Conv1D) else 0
         # a norm over all kv heads, or queries in the same matrix, leave no way to keep them whole
-        stays = blocks == ("kv_heads",) and not region.wide_norms and not region.by_head
+        stays = blocks == ("kv_heads",) and not region.wide_norms and "kv_heads" not in region.by_head.values()
         uneven: Literal["whole", "refuse"] = "whole" if stays else "refuse"
         cut = Cut(dim=output_dim, segments=tuple(counts[block] for block in blocks), uneven=uneven)
         yield from _linear_cuts(layer, name, cut, is_row=False)
     for name, block in (*region.wide_norms.items(), *region.by_head.items()):
-        for parameter, _ in layer.get_submodule(name).named_parameters():
-            yield f"{name}.{parameter}", Cut(dim=0, segments=(counts[block],))
+        for parameter, _ in layer.named_parameters():
+            if parameter == name or parameter.startswith(f"{name}."):
+                yield parameter, Cut(dim=0, segments=(counts[block],))
     row_cut = Cut(dim=0 if isinstance(row, Conv1D) else 1, segments=(counts[region.row_blocks],))
     yield from _linear_cuts(layer, region.row, row_cut, is_row=True)
 

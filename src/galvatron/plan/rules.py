@@ -272,7 +272,7 @@ def _expert_problem(strategy: LayerStrategy, kind: LayerKind, axes: StageAxes) -
         return None
     if not kind.num_experts:
         return f"ep={strategy.ep} needs experts, which {kind.name} has not; set ep to 1"
-    if any(parameter.experts and parameter.cut is None for parameter in kind.parameters):
+    if any(p.experts and len(p.shape) == 3 and p.cut is None for p in kind.parameters):
         return f"ep={strategy.ep} needs experts of a known kind, which those of {kind.name} are not; set ep to 1"
     if kind.num_experts % strategy.ep:
         return (

@@ -70,6 +70,15 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neox": {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
     "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_LLAMA, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        **_LLAMA,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "opt": {
         "vocab_size": 97,
         "hidden_size": 32,
@@ -190,6 +199,7 @@ _SMOOTH: dict[str, dict[str, Any]] = {
     "t5": {"feed_forward_proj": "gelu"},
     "mixtral": {"num_experts_per_tok": 4},
     "qwen3_moe": {"num_experts_per_tok": 4},
+    "gpt_oss": {"num_experts_per_tok": 4},
 }
 """What takes the jumps out of a family: a ReLU, and a router that leaves experts out."""
 

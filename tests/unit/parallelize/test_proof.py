@@ -12,7 +12,7 @@ from galvatron.models import family_of
 from galvatron.parallelize import proof
 from galvatron.testing.models import tiny_config
 
-SAMPLE = ("gemma2", "phi3", "olmo2", "gpt_neox", "opt")
+SAMPLE = ("gemma2", "phi3", "olmo2", "gpt_neox", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", SAMPLE)

@@ -4,7 +4,8 @@ Causal or not, on the local heads of whole sequences, in each document by itself
 a sliding window becomes a mask only where it is shorter than the sequence.  The model makes no masks, for it knows of
 none that go with this name: with one it would look at the positions in every microbatch, and the host would wait for
 the device each time.  Padding is a document of its own.
-What training never asks for (masks, a KV cache, attention sinks) is refused, not ignored.
+Attention sinks (gpt-oss) are a ring's, if need be of one rank (``ring``).
+What training never asks for (masks, a KV cache) is refused, not ignored.
 
 A layer whose sequence is cut by more than tp has a ``Context`` at its modules.  They hand over queries, keys and
 values of this rank's tokens, rotary positions applied; what attends are whole sequences of some heads (``ulysses``).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from .bias import own_heads, whole_bias, with_bias
 from .documents import Documents, see_each_other
 from .ring import ring_attention
 from .softcap import capped_attention
-from .ulysses import collect_heads, deal_heads
+from .ulysses import collect_heads, deal_heads, own_sinks
 
 NAME, UNMASKED = "galvatron", "galvatron-unmasked"
 
@@ -124,13 +126,14 @@ def attention(
     documents: Documents | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of N query heads over K key/value heads (K divides N); returns ([B, S, N, D], None).
 
     ``is_causal``: by default what the module says, and causal where it says nothing.
 
-    ``documents``: of the whole sequences, however many ranks cut them.
+    ``documents``: of the whole sequences, however many ranks cut them.  ``s_aux`` [N]: a sink for every head.
 
     Raises:
         ConfigError: it is asked for anything but attention of whole sequences.
@@ -148,13 +151,11 @@ def attention(
     query, key, value = (heads.transpose(1, 2) for heads in deal_heads(*local, context.ulysses))
     seq_len = query.shape[2] * context.ring.size
     window = sliding_window if sliding_window is not None and sliding_window < seq_len else None
-    if context.ring.size > 1:
-        if dropout:
-            raise ConfigError(f"a ring (cp={context.ring.size}) draws no dropout of attention, asked for {dropout}")
-        if softcap is not None:
-            raise ConfigError(f"a ring (cp={context.ring.size}) caps no scores, asked for {softcap}; set cp to 1")
-        starts = None if documents is None else documents.starts
-        out_BNSD = ring_attention(query, key, value, context.ring, scaling, window, causal=causal, starts=starts)
+    if context.ring.size > 1 or s_aux is not None:
+        _check_ring(context.ring, dropout, softcap)
+        starts, sinks = None if documents is None else documents.starts, own_sinks(s_aux, context.ulysses)
+        ring = partial(ring_attention, query, key, value, context.ring, scaling, window)
+        out_BNSD = ring(causal=causal, starts=starts, sinks_N=sinks)
         return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
     if (
         documents is not None
@@ -198,6 +199,14 @@ def _mask(
     window = window or seq_len
     sees = (distance < window) & (distance >= 0 if causal else distance > -window)
     return sees if documents is None else sees & see_each_other(documents.starts, documents.starts)
+
+
+def _check_ring(ring: AxisGroup, dropout: float, softcap: float | None) -> None:
+    asks = "attention with sinks" if ring.size == 1 else f"a ring (cp={ring.size})"
+    if dropout:
+        raise ConfigError(f"{asks} draws no dropout of attention, asked for {dropout}; set it to 0")
+    if softcap is not None:
+        raise ConfigError(f"{asks} caps no scores, asked for {softcap}; set cp to 1, or leave out the cap or sinks")
 
 
 def _check_whole(num_queries: int, num_keys: int) -> None:

@@ -3,7 +3,7 @@
 T tokens of hidden size H, each sent to k of E experts with k weights; routers work on a rank's own tokens.
 
 * Under tensor parallelism every rank holds a part of the width of every expert, so it needs the tokens of all of its
-  ranks, and its products are partial sums.
+  ranks, and its products are partial sums; biases of what experts give are added by the first rank alone.
 * Under expert parallelism a rank holds E / ep experts whole but for that.  A token goes once to every rank that holds
   some of its experts, however many, and its sum over those comes back; tensor-parallel ranks send each their own
   tokens, to the rank with their part of the width, and gather what they received.  None is dropped: who sends how many
@@ -12,11 +12,13 @@ T tokens of hidden size H, each sent to k of E experts with k weights; routers w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from galvatron.internals import put_parameter
 
 from ..processes.collectives import AxisGroup, all_gather
 from ..processes.rows import ExpertGroups, Traffic, add_rows, gather_rows, reduce_scatter_rows, send_rows
@@ -31,14 +33,36 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(tokens [T, H], experts [T, k], weights [T, k]) → [T, H]."""
 
 
-def share_experts(experts: nn.Module, tp: AxisGroup, dealt: ExpertGroups) -> None:
-    """Let ``experts``, already cut by ``tp`` and ``dealt`` out, take all ranks' tokens and give this rank's."""
+def share_experts(experts: nn.Module, tp: AxisGroup, dealt: ExpertGroups, cut: Collection[str] | None = None) -> None:
+    """Let ``experts``, already cut by ``tp`` and ``dealt`` out, take all ranks' tokens and give this rank's.
+
+    ``cut``: the parameters that tensor parallelism cuts, by default all.
+    """
+    whole = [name for name, _ in experts.named_parameters(recurse=False) if cut is not None and name not in cut]
+    if whole and tp.rank > 0:
+        wrap_forward(experts, _without(experts, whole))
     if dealt.ep.size == 1:
         wrap_forward(experts, _of_cut(tp))
         return
     count: int = experts.num_experts // dealt.ep.size  # type: ignore[operator, assignment]
     experts.num_experts = count  # type: ignore[assignment]
     wrap_forward(experts, _of_dealt(tp, dealt, count))
+
+
+def _without(experts: nn.Module, names: list[str]) -> Callable[..., Tensor]:
+    """Zeros in the place of parameters that another rank adds; gradients of zero go to them."""
+
+    def run(forward: Forward, *args: Tensor) -> Tensor:
+        own = {name: experts.get_parameter(name) for name in names}
+        for name, value in own.items():
+            put_parameter(experts, name, value * 0)  # type: ignore[arg-type]
+        try:
+            return forward(*args)
+        finally:
+            for name, value in own.items():
+                put_parameter(experts, name, value)
+
+    return run
 
 
 def _of_cut(tp: AxisGroup) -> Callable[..., Tensor]:

@@ -7,8 +7,11 @@ behind; the last hop takes that home.  A message leaves before the block it trav
 Packed documents are told by where each token's begins (``starts``, of the whole sequence): masks are made by block.
 
 Under causal attention sequences are folded (``plan.axes``): whatever two ranks meet, half of their blocks see each
-other, so all take equally long.  A rank's tokens are runs of ``width`` positions, ascending; of two runs from different
-ranks one lies before the other, so that only windows need masks.
+other, so all take equally long (``blocks``).
+
+A *sink* is a score that every query of a head has beside those of its keys, and that no value goes with (Xiao et al.
+2023; gpt-oss learns one a head).  It is one more block of the softmax, merged when all keys have been seen.  Kernels
+know of none; a ring of one rank does.
 
 Both directions are operations of their own for the dispatcher: a selective recompute keeps what attention gave, and
 compiled layers call them whole.
@@ -29,17 +32,8 @@ from torch import Tensor
 from galvatron.internals import attend, attend_backward, group_named
 
 from ..processes.collectives import AxisGroup, chunk_order
+from .blocks import Block, positions, seen, visible
 from .documents import see_each_other
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Queries of some rows that see keys of some columns: all of them, causally, or what a window says."""
-
-    rows: slice
-    columns: slice
-    causal: bool = False
-    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class _Ring:
     ``chunks``: by rank, which of so many chunks a run is; ``pieces``: runs a rank has (in each half, if folded).
     """
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     chunks: tuple[int, ...]
     pieces: int
     folded: bool
@@ -59,11 +53,11 @@ class _Ring:
 
     @classmethod
     def of(cls, group: str, chunks: Sequence[int], *rest: Any) -> _Ring:
-        return cls(group_named(group), tuple(chunks), *rest)
+        return cls(group_named(group) if group else None, tuple(chunks), *rest)
 
     @property
     def rank(self) -> int:
-        return self.group.rank()
+        return 0 if self.group is None else self.group.rank()
 
     @property
     def size(self) -> int:
@@ -85,25 +79,29 @@ class _Ring:
         starts = (start for index in indices for start in range(index * width, (index + 1) * width, shorter))
         return [range(start, start + shorter) for start in starts]
 
-    def blocks(self, step: int, tokens: int, starts: Tensor | None) -> Iterator[tuple[_Block, Tensor | None]]:
+    def blocks(
+        self, step: int, tokens: int, starts: Tensor | None, device: torch.device
+    ) -> Iterator[tuple[Block, Tensor | None]]:
         """What is to be computed after ``step`` hops, every row in one block at most; masks as [..., rows, columns]."""
         queries, keys = self.runs(self.rank, tokens), self.runs(self.source(step), tokens)
         if not self.causal:
-            blocks = iter([_Block(slice(0, tokens), slice(0, tokens))])
+            blocks = iter([Block(slice(0, tokens), slice(0, tokens))])
         elif step == 0 and self.window is None:
-            blocks = iter([_Block(slice(0, tokens), slice(0, tokens), causal=True)])
+            blocks = iter([Block(slice(0, tokens), slice(0, tokens), causal=True)])
         else:
-            blocks = _merged(_seen(queries, keys, self.window))
+            blocks = seen(queries, keys, self.window)
         for block in blocks:
             window = self.window if block.masked else None
-            mask = _visible(queries, keys, block, window) if block.masked else None
+            mask = visible(queries, keys, block, window, device) if block.masked else None
             if starts is not None:
-                seen = see_each_other(starts[:, _at(queries, block.rows)], starts[:, _at(keys, block.columns)])
-                mask = seen & _visible(queries, keys, block, window).to(seen.device) if self.causal else seen
+                begin = starts[:, positions(queries, block.rows, device)]
+                alike = see_each_other(begin, starts[:, positions(keys, block.columns, device)])
+                mask = alike & visible(queries, keys, block, window, device) if self.causal else alike
             yield block, mask
 
     def pass_on(self, message: Tensor) -> Passing:
         """Send ``message`` to the next rank and receive as much from the previous one."""
+        assert self.group is not None
         received = torch.empty_like(message)
         ranks = dist.get_process_group_ranks(self.group)
         after, before = ranks[(self.rank + 1) % self.size], ranks[(self.rank - 1) % self.size]
@@ -137,69 +135,41 @@ def ring_attention(
     *,
     causal: bool,
     starts: Tensor | None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """Attention of this rank's queries to the keys and values of all ranks of ``axes``: [B, N, S, D], as queries are.
 
     ``window``: positions that a query sees, itself included; only under causal attention.  ``starts`` [B, whole
-    sequence]: where each token's document begins.
+    sequence]: where each token's document begins.  ``sinks_N``: of this rank's heads.
     """
-    assert isinstance(axes.group, dist.ProcessGroup)
-    assert axes.folded or not causal
-    group, chunks = axes.group.group_name, list(chunk_order(axes))
+    alone = axes.size == 1
+    assert alone or isinstance(axes.group, dist.ProcessGroup)
+    assert alone or axes.folded or not causal
+    group = "" if alone else axes.group.group_name  # type: ignore[union-attr]
+    chunks, pieces, folded = ([0], 1, False) if alone else (list(chunk_order(axes)), axes.pieces, axes.folded)
     scale = query_BNSD.shape[-1] ** -0.5 if scale is None else scale
-    settings = (group, chunks, axes.pieces, axes.folded, causal, window, scale)
-    out: Tensor = _attend(query_BNSD, key_BKSD, value_BKSD, starts, *settings)[0]
+    settings = (group, chunks, pieces, folded, causal, window, scale)
+    out: Tensor = _attend(query_BNSD, key_BKSD, value_BKSD, sinks_N, starts, *settings)[0]
     return out
 
 
-def _seen(queries: list[range], keys: list[range], window: int | None) -> Iterator[_Block]:
-    """For every run of queries the runs of keys that it sees."""
-    width = len(queries[0])
-    for nth, query in enumerate(queries):
-        first = 0 if window is None else query.start - window + 1
-        seen = [i for i, key in enumerate(keys) if key.start < query.stop and key.stop > first]
-        if seen:
-            partly = window is not None and keys[seen[0]].start <= query[-1] - window
-            whole = keys[seen[-1]].stop <= query.start + 1 and not partly
-            rows = slice(nth * width, (nth + 1) * width)
-            yield _Block(rows, slice(seen[0] * width, (seen[-1] + 1) * width), masked=not whole)
-
-
-def _merged(blocks: Iterator[_Block]) -> Iterator[_Block]:
-    """Neighbours that see the same, in one."""
-    last: _Block | None = None
-    for block in blocks:
-        if last is None or block.masked or (last.columns, last.masked) != (block.columns, False):
-            if last is not None:
-                yield last
-            last = block
-        else:
-            last = _Block(slice(last.rows.start, block.rows.stop), block.columns)
-    if last is not None:
-        yield last
-
-
-def _visible(queries: list[range], keys: list[range], block: _Block, window: int | None) -> Tensor:
-    distance = _at(queries, block.rows)[:, None] - _at(keys, block.columns)[None, :]
-    return (distance >= 0) & (distance < window) if window is not None else distance >= 0
-
-
-def _at(runs: list[range], tokens: slice) -> Tensor:
-    """The positions of some ``tokens`` of ``runs``."""
-    return torch.cat([torch.arange(run.start, run.stop) for run in runs])[tokens]
-
-
-def _forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, starts: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor]:
     ring = _Ring.of(*settings)
     tokens, held = query.shape[2], _Packed.of(key, value)
     out, log_sum = _empty_output(query, value)
     total = torch.empty_like(out, dtype=torch.promote_types(out.dtype, torch.float32))
     for step in range(ring.size):
         passing = ring.pass_on(held.message) if step < ring.size - 1 else None
-        for block, mask in ring.blocks(step, tokens, starts):
+        for block, mask in ring.blocks(step, tokens, starts, query.device):
             part = attend(*_of_block(block, query, held), ring.scale, causal=block.causal, mask=mask)
             _merge(total[:, :, block.rows], log_sum[:, :, block.rows], *part, first=step == 0)
         held = held if passing is None else held.next(passing.wait())
+    if sinks is not None:
+        whole = torch.logaddexp(log_sum, sinks.to(log_sum.dtype)[:, None])
+        total.mul_((log_sum - whole).exp_().unsqueeze(-1))
+        log_sum = whole
     return out.copy_(total), log_sum
 
 
@@ -221,9 +191,10 @@ def _backward(
     value: Tensor,
     out: Tensor,
     log_sum: Tensor,
+    sinks: Tensor | None,
     starts: Tensor | None,
     *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ring = _Ring.of(*settings)
     tokens, held = query.shape[2], _Packed.of(key, value)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -232,7 +203,7 @@ def _backward(
     for step in range(ring.size):
         passing = ring.pass_on(held.message) if step < ring.size - 1 else None
         made = home if step == 0 else held.zeros(wide)
-        for block, mask in ring.blocks(step, tokens, starts):
+        for block, mask in ring.blocks(step, tokens, starts, query.device):
             given = (grad[:, :, block.rows], *_of_block(block, query, held))
             found = (out[:, :, block.rows].contiguous(), log_sum[:, :, block.rows].contiguous())
             parts = attend_backward(*given, *found, ring.scale, causal=block.causal, mask=mask)
@@ -246,7 +217,17 @@ def _backward(
         held = held if passing is None else held.next(passing.wait())
     if travelling is not None:
         home.message.add_(travelling.wait())
-    return grad_query.to(query.dtype), home.key.to(key.dtype, copy=True), home.value.to(value.dtype, copy=True)
+    of_keys = home.key.to(key.dtype, copy=True), home.value.to(value.dtype, copy=True)
+    return grad_query.to(query.dtype), *of_keys, _sink_gradient(grad, out, log_sum, sinks)
+
+
+def _sink_gradient(grad: Tensor, out: Tensor, log_sum: Tensor, sinks: Tensor | None) -> Tensor:
+    """[N]: of a score without a value, its weight times what the weights of all others gave, negated; or nothing."""
+    if sinks is None:
+        return grad.new_empty(0)
+    weights_BNS = (sinks.to(log_sum.dtype)[:, None] - log_sum).exp()
+    given_BNS = (grad.to(log_sum.dtype) * out).sum(dim=-1)
+    return -(weights_BNS * given_BNS).sum(dim=(0, 2)).to(sinks.dtype)
 
 
 @dataclass(frozen=True)
@@ -280,7 +261,7 @@ class _Packed:
         return self.next(torch.zeros_like(self.message, dtype=dtype))
 
 
-def _of_block(block: _Block, query: Tensor, held: _Packed) -> tuple[Tensor, Tensor, Tensor]:
+def _of_block(block: Block, query: Tensor, held: _Packed) -> tuple[Tensor, Tensor, Tensor]:
     return query[:, :, block.rows], held.key[:, :, block.columns], held.value[:, :, block.columns]
 
 
@@ -293,7 +274,8 @@ def _empty_output(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _RING_ARGUMENTS = (
-    "Tensor? starts, str group, int[] chunks, int pieces, bool folded, bool causal, int? window, float scale"
+    "Tensor? sinks, Tensor? starts, str group, int[] chunks, int pieces, bool folded, bool causal, int? window, "
+    "float scale"
 )
 _attend = torch.library.custom_op(
     "galvatron::ring_attention",
@@ -306,7 +288,7 @@ _attend_back = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum, "
-    f"{_RING_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    f"{_RING_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 RING: Any = torch.ops.galvatron.ring_attention.default
 """The dispatched operation of ``ring_attention``."""
@@ -320,17 +302,21 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 
 @_attend_back.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, sinks: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_sinks = grad.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape), of_sinks
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, starts, *ctx.ring = inputs
-    ctx.save_for_backward(query, key, value, *output, starts)
+    query, key, value, sinks, starts, *ctx.ring = inputs
+    ctx.save_for_backward(query, key, value, *output, sinks, starts)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *_attend_back(grad, *ctx.saved_tensors, *ctx.ring), None, *(None for _ in ctx.ring)
+    *gradients, of_sinks = _attend_back(grad, *ctx.saved_tensors, *ctx.ring)
+    return *gradients, of_sinks if of_sinks.numel() else None, None, *(None for _ in ctx.ring)
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep)

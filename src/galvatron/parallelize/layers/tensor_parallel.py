@@ -52,7 +52,7 @@ def cut_layer(
         return
     shrink(layer, unit.parameters, tp, dealt.ep.size)
     if experts is not None:
-        share_experts(layer.get_submodule(experts.module), tp, dealt)
+        share_experts(layer.get_submodule(experts.module), tp, dealt, experts.cuts)
     for region in regions if tp.size > 1 else ():
         for name in region.columns:
             for path, linear in linears_of(layer, name):

@@ -39,6 +39,11 @@ def collect_heads(output_BSND: Tensor, axes: AxisGroup) -> Tensor:
     return exchange(split(output_BSND, axes), axes).movedim(0, 2).flatten(2, 3)
 
 
+def own_sinks(sinks_N: Tensor | None, axes: AxisGroup) -> Tensor | None:
+    """[N] → [N/k]: those of the query heads that this rank attends with."""
+    return sinks_N if sinks_N is None or axes.size == 1 else sinks_N.chunk(axes.size)[axes.rank]
+
+
 def _dealt(heads_BSND: Tensor, ranks: int) -> Tensor:
     """[B, S, N, D] → [k, B, S, elements]: the heads of rank g in entry g."""
     num_heads = heads_BSND.shape[2]
