@@ -34,6 +34,9 @@ ZERO3 = LayerStrategy(dp_shard=4, zero=3, recompute="full")
 HSDP = LayerStrategy(dp_shard=2, dp_replicate=2, zero=1)
 PAIR_TP, PAIR_ZERO3, PAIR_DP = LayerStrategy(tp=2), LayerStrategy(dp_shard=2, zero=3), LayerStrategy(dp_replicate=2)
 EXPERTS, FOUR_EXPERTS = LayerStrategy(tp=2, ep=2, dp_replicate=2), LayerStrategy(ep=2, dp_shard=4, zero=3)
+HOSTED_TP, HOSTED_ZERO3, HOSTED_EXPERTS = (
+    strategy.model_copy(update={"offload": "optimizer"}) for strategy in (TP4, PAIR_ZERO3, EXPERTS)
+)
 PAIR_EXPERTS = LayerStrategy(ep=2, dp_shard=2, zero=2)
 ONE = LayerStrategy()
 
@@ -48,13 +51,13 @@ def _plan(
 
 
 PLANS = {
-    "mixed": _plan(4, (4,), TP2, TP4, ZERO3, HSDP, TP2),
+    "mixed": _plan(4, (4,), TP2, HOSTED_TP, ZERO3, HSDP, TP2),
     "pipeline": _plan(4, (1, 3), PAIR_TP, PAIR_ZERO3, PAIR_TP, PAIR_DP, PAIR_ZERO3, m=2),
     "interleaved": _plan(
         4, (1, 1, 1, 1), PAIR_TP, PAIR_ZERO3, PAIR_TP, PAIR_DP, PAIR_ZERO3, m=2, schedule="interleaved", model_chunks=2
     ),
-    "pair": _plan(2, (4,), PAIR_ZERO3, PAIR_TP, PAIR_DP, PAIR_ZERO3, PAIR_TP),
-    "experts": _plan(4, (4,), HSDP, EXPERTS, FOUR_EXPERTS, ZERO3, EXPERTS),
+    "pair": _plan(2, (4,), HOSTED_ZERO3, PAIR_TP, PAIR_DP, HOSTED_ZERO3, PAIR_TP),
+    "experts": _plan(4, (4,), HSDP, HOSTED_EXPERTS, FOUR_EXPERTS, ZERO3, EXPERTS),
     "experts elsewhere": _plan(
         4, (1, 3), PAIR_DP, LayerStrategy(ep=2, dp_replicate=2), PAIR_EXPERTS, PAIR_TP, PAIR_EXPERTS, m=2
     ),

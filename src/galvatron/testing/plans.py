@@ -23,6 +23,7 @@ SEQ_LEN = 16
 MAX_PP = 4
 MAX_MICROBATCHES = 8
 MAX_CHUNKS = 3
+HOSTED_OF = 4
 
 
 def random_plans(spec: ModelSpec, world_size: int, count: int, seed: int, seq_len: int | None = None) -> list[Plan]:
@@ -30,18 +31,20 @@ def random_plans(spec: ModelSpec, world_size: int, count: int, seed: int, seq_le
 
     Pipeline depths (1 to 4, as far as they divide the world) and schedules are dealt in turn, in an order drawn for
     the model and the world, so that few plans cover them all; lengths and number of chunks, microbatches (1 to 8, also
-    fewer than stages, but where interleaved) and the strategy of the embedding, each layer and the head are drawn.
+    fewer than stages, but where interleaved) and the strategy of the embedding, each layer and the head are drawn; of
+    one unit in four moments are in host memory.
     """
     seq_len = seq_len or usual_length(spec)
     rng = random.Random(f"{seed} {spec.name} {world_size}")
     pipelines = _pipelines(spec, world_size)
     rng.shuffle(pipelines)
     deals = itertools.cycle(pipelines)
+    hosting = random.Random(f"offload {seed} {spec.name} {world_size}")
     plans: dict[Plan, None] = {}
     while len(plans) < count:
         pp, schedule, most_chunks = next(deals)
         chunks = rng.randint(2, most_chunks) if schedule == "interleaved" else 1
-        plans[_random_plan(rng, spec, world_size, pp, schedule, chunks, seq_len)] = None
+        plans[_hosted(hosting, _random_plan(rng, spec, world_size, pp, schedule, chunks, seq_len), spec)] = None
     return list(plans)
 
 
@@ -65,9 +68,9 @@ def usual_length(spec: ModelSpec) -> int:
 def pure_plans(spec: ModelSpec, world_size: int, seq_len: int | None = None) -> dict[str, Plan]:
     """Plans that use one technique for the whole model, by name, as far as ``spec`` and the world allow.
 
-    Names: dp, the levels of recompute (with data parallelism), zero1, zero2, zero3, tp, ulysses, ring, experts (dealt
-    out); hsdp1, hsdp2, hsdp3 (replicas of shards) from 4 devices on; every schedule (up to 4 uneven stages, interleaved
-    ones of 2 chunks, data parallel within) from 2 on.
+    Names: dp, the levels of recompute (with data parallelism), zero1, zero2, zero3, tp, ulysses, ring, offload (with
+    zero 3), experts (dealt out); hsdp1, hsdp2, hsdp3 (replicas of shards) from 4 devices on; every schedule (up to 4
+    uneven stages, interleaved ones of 2 chunks, data parallel within) from 2 on.
     """
     world, seq_len = world_size, seq_len or usual_length(spec)
     zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
@@ -78,6 +81,7 @@ def pure_plans(spec: ModelSpec, world_size: int, seq_len: int | None = None) -> 
         strategies |= {f"zero{zero}": LayerStrategy(dp_shard=world, zero=zero) for zero in zeros}
         strategies |= {axis: LayerStrategy.model_validate({axis: world}) for axis in ("tp", "ulysses")}
         strategies["ring"] = LayerStrategy(cp=world)
+        strategies["offload"] = LayerStrategy(dp_shard=world, zero=3, offload="optimizer")
         strategies["experts"] = LayerStrategy(ep=world, dp_replicate=world)
     if world % 4 == 0:
         half = world // 2
@@ -150,6 +154,16 @@ def _random_plan(
     )
     plan.validate(spec, world_size)
     return plan
+
+
+def _hosted(rng: random.Random, plan: Plan, spec: ModelSpec) -> Plan:
+    """``plan``, with the moments of some units in host memory."""
+    units = [
+        strategy.model_copy(update={"offload": "none" if rng.randrange(HOSTED_OF) else "optimizer"})
+        for strategy in (plan.embedding, *plan.layers, plan.head)
+    ]
+    ends = {"embedding": units[0], "head": units[0] if spec.ends_alike else units[-1]}
+    return plan.model_copy(update={**ends, "layers": tuple(units[1:-1])})
 
 
 def _strategies(unit: UnitName, spec: ModelSpec, stage_size: int, seq_len: int) -> list[LayerStrategy]:

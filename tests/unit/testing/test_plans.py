@@ -51,6 +51,8 @@ def test_random_plans_cover_what_they_promise() -> None:
     assert {(s.ulysses, s.cp) for s in layers} >= {(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 1)}
     assert {strategy.recompute for strategy in layers} == set(RECOMPUTES)
     assert any(strategy.dp_shard > 1 and strategy.dp_replicate > 1 for strategy in layers)
+    hosted = {(s.zero, s.tp > 1) for s in layers if s.offload == "optimizer"}
+    assert hosted == {(zero, cut) for zero in range(4) for cut in (False, True)}
     assert any(plan.embedding != plan.head for plan in plans)
     assert all(len(set(plan.layers)) > 1 for plan in plans if plan.stage_size > 1)
 
@@ -58,7 +60,7 @@ def test_random_plans_cover_what_they_promise() -> None:
 def test_pure_plans_by_name() -> None:
     alone = {"dp", "selective", "mlp", "linears", "full"}
     assert set(pure_plans(_spec(), 1)) == alone
-    names = alone | {"zero1", "zero2", "zero3", "tp", "ulysses", "ring", *RUNTIME_SCHEDULES}
+    names = alone | {"zero1", "zero2", "zero3", "tp", "ulysses", "ring", "offload", *RUNTIME_SCHEDULES}
     assert set(pure_plans(_spec(), 2)) == names
     eight = pure_plans(_spec(heads=8), 8)
     assert {"hsdp1", "hsdp2", "hsdp3"} < set(eight)
