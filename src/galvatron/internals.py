@@ -151,8 +151,11 @@ def attend(
     """Attention by a fused kernel: (output [B, N, S, D], log-sum-exp [B, N, S] in float32 or wider).
 
     Queries [B, N, S, D], keys and values [B, K, T, D] (K divides N); ``mask`` [S, T] or [B, 1, S, T]: which keys a
-    query sees.  One that sees none has zeros and -inf.
+    query sees.  One that sees none has zeros and -inf.  Values may have another head size than keys; kernels are given
+    zeros to make them equal.
     """
+    values = value.shape[-1]
+    query, key, value = _widened(query, key, value)
     bias = _bias(query, key, causal=causal, mask=mask)
     if query.device.type == "cpu":
         out, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -165,6 +168,7 @@ def attend(
         bias = bias.expand(*query.shape[:2], -1, -1)
         out, log_sum, *_ = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)
         log_sum = log_sum[:, :, : query.shape[2]]
+    out = out[..., :values]
     if mask is not None:
         sees = mask.any(dim=-1).to(query.device)
         out = torch.where(sees[..., None], out, 0.0)
@@ -185,6 +189,31 @@ def attend_backward(
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; ``out`` and ``log_sum`` are those of all keys, of which these are some."""
+    sizes = query.shape[-1], key.shape[-1], value.shape[-1]
+    grad, query, key, value, out = _widened(grad, query, key, value, out)
+    gradients = _attend_backward(grad, query, key, value, out, log_sum, scale, causal=causal, mask=mask)
+    of_query, of_key, of_value = (found[..., :size] for found, size in zip(gradients, sizes, strict=True))
+    return of_query, of_key, of_value
+
+
+def _widened(*heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All of the largest head size, with zeros behind."""
+    widest = max(tensor.shape[-1] for tensor in heads)
+    return tuple(nn.functional.pad(tensor, (0, widest - tensor.shape[-1])) for tensor in heads)
+
+
+def _attend_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    log_sum: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     bias = _bias(query, key, causal=causal, mask=mask)
     if query.device.type == "cpu":
         of_query, of_key, of_value = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -405,6 +434,11 @@ def _is_no_advice(record: logging.LogRecord) -> bool:
 def storage_address(tensor: torch.Tensor) -> int:
     """What tells the storage under ``tensor`` from all others alive; fake storages have one too."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def is_in_backward() -> bool:
+    """Whether autograd is running this thread's code: what runs again for a backward."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def changes_in_place(op: Any) -> bool:

@@ -37,7 +37,7 @@ def worst_error(model: ParallelModel, truth: PreTrainedModel) -> float:
     wholes = dict(truth.named_parameters())
     errors = [0.0]
     for part in model.local_parameters:
-        if not wholes[part.name].requires_grad:
+        if not part.tensor.requires_grad:
             continue
         whole = wholes[part.name].grad
         assert whole is not None

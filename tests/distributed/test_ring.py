@@ -33,9 +33,10 @@ def largest_errors(gathered: int, causal: bool, window: int | None, has_sinks: b
     rank, world_size, folded = dist.get_rank(), dist.get_world_size(), causal
     generator = torch.Generator().manual_seed(0)
     numbers = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    sizes = (HEAD_DIM, HEAD_DIM, *((HEAD_DIM - has_sinks,) * 2))  # latent attention's values are narrower
     *heads, grad = (
-        torch.randn(ROWS, n, TOKENS, HEAD_DIM, generator=generator, dtype=torch.float64, requires_grad=True)
-        for n in numbers
+        torch.randn(ROWS, n, TOKENS, size, generator=generator, dtype=torch.float64, requires_grad=True)
+        for n, size in zip(numbers, sizes, strict=True)
     )
     sinks = torch.randn(HEADS, generator=generator, dtype=torch.float64, requires_grad=True) if has_sinks else None
     whole = reference(heads, sinks, causal, window)

@@ -6,6 +6,7 @@ the meta device.  What is not known is recognised by running a tiny twin.  Knows
 
 from galvatron.core.family import Experts, Family, Region
 
+from .buffers import lasting_buffers
 from .chain import Link, argument_names, arguments_by_name, chain_of, experts_in, regions_in, score_table
 from .family import family_of
 from .freeze import check_trains, freeze_parameters
@@ -45,6 +46,7 @@ __all__ = [
     "for_task",
     "freeze_parameters",
     "image_token",
+    "lasting_buffers",
     "load_config",
     "meta_model",
     "model_to_train",

@@ -19,13 +19,13 @@ from galvatron.plan import Plan, check_runnable, copies, folds_sequence
 from .checks.agreement import check_agreement
 from .checks.model import check_model
 from .checks.surroundings import check_surroundings
-from .cutting import balance_of, cut, stages_of
+from .cutting import balance_of, cut, loads_of, router_biases, stages_of
 from .holding import chunk_of, units_of
 from .layers.attention import use_attention
 from .layers.compile import LayerCompiler, compiles
 from .layers.fp8 import check_fp8, fp8_problem, use_fp8
 from .model import ParallelModel
-from .parts import held_of, local_parameter, parts_of, replicated_of
+from .parts import held_of, lasting_of, local_parameter, parts_of, replicated_of
 from .pipeline.whole import WholeStage
 from .processes.grid import Grid
 from .processes.ranks import together
@@ -91,6 +91,7 @@ def parallelize(
         twins = check_names(weights, model, tied)
     values = weights or _own_weights(model, seed)
     grid = Grid(plan, world, copied=copies(spec, plan), folded=folds_sequence(plan, spec))
+    biases = router_biases(model, family, spec)
     use_attention(model, family)
     _to_meta(model)
     if fp8:
@@ -108,7 +109,9 @@ def parallelize(
             stage.end_at_head()
     unsharded = [unit for chunk in chunks for unit in chunk.unsharded]
     parameters = [local_parameter(part, held_of(part, unsharded), grid) for part in parts]
-    together(lambda: fill(parameters, values, twins))
+    lasting = [buffer for stage in stages for buffer in lasting_of(stage, grid)]
+    given = [] if weights is None else [own for own in lasting if weights.find(own.name) is not None]
+    together(lambda: fill([*parameters, *given], values, twins))
     for stage in stages:
         stage.train()
     shards = {part.name: getattr(part.module, part.attribute) for part in parts if part.layout.zero}
@@ -118,12 +121,13 @@ def parallelize(
         config,
         chunks,
         shards,
-        parameters,
+        [*parameters, *lasting],
         replicated_of(parts, parameters, grid),
         seed,
         adapter,
         compiled=compiled,
         balance=balance_of(model.config, spec, grid, stages),
+        loads=loads_of(biases, grid, stages),
     )
 
 

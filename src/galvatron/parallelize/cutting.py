@@ -6,7 +6,7 @@ Takes a model on meta and this rank's place in the grid; gives stages whose forw
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.model import ModelSpec
-from galvatron.models import Family, experts_in, regions_in
+from galvatron.models import Family, chain_of, experts_in, lasting_buffers, regions_in
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.filling import Filling, filling_of
 
@@ -27,6 +27,7 @@ from .layers.recompute import recompute_in_backward
 from .layers.tensor_parallel import cut_embedding, cut_layer, cut_positions, shrink, tap_linears
 from .losses.balance import Balance
 from .losses.fused import fuse_loss
+from .losses.loads import Loads
 from .pipeline.stage import Stage
 from .pipeline.whole import WholeStage, stage_of
 from .processes.collectives import AxisGroup
@@ -198,3 +199,28 @@ def balance_of(config: PretrainedConfig, spec: ModelSpec, grid: Grid, stages: tu
             if experts is not None:
                 balance.watch(layer.get_submodule(experts.router))
     return balance
+
+
+def router_biases(model: PreTrainedModel, family: Family, spec: ModelSpec) -> dict[int, str]:
+    """By layer of a whole ``model``, the buffer with a number an expert that its router adds to scores."""
+    return {
+        index: name
+        for index, (link, kind) in enumerate(zip(chain_of(model, family), spec.kind_of_layers(), strict=True))
+        if kind.num_experts and experts_in(model.get_submodule(link.path), link.stack) is not None
+        for name, value in lasting_buffers(model.get_submodule(link.path)).items()
+        if value.shape == (kind.num_experts,)
+    }
+
+
+def loads_of(biases: Mapping[int, str], grid: Grid, stages: tuple[Stage, ...]) -> Loads | None:
+    """What the routers of ``stages`` count from now on; ``biases``: ``router_biases`` of all stages; None if none."""
+    if not biases:
+        return None
+    loads = Loads(grid.group(1, grid.plan.stage_size) if grid.plan.stage_size > 1 else None)
+    for stage in stages:
+        for index in stage.layers:
+            layer = stage.layer(index)
+            experts = experts_in(layer, stage.chain[index].stack)
+            if index in biases and experts is not None:
+                loads.watch(layer.get_submodule(experts.router), lasting_buffers(layer)[biases[index]])
+    return loads

@@ -25,6 +25,7 @@ from .layers.documents import positions_beside_padding
 from .layers.randomness import masks_of
 from .losses.balance import Balance
 from .losses.fused import PLAIN, LossTerms
+from .losses.loads import Loads
 from .losses.own import LossFunction, terms_of
 from .losses.scale import LossScale
 from .pipeline.driver import Batch, Chunk, Driver
@@ -66,6 +67,7 @@ class ParallelModel:
         *,
         compiled: bool = False,
         balance: Balance | None = None,
+        loads: Loads | None = None,
     ) -> None:
         """Made by ``parallelize``; ``shards`` maps names to the FSDP2 parameters behind some of ``parameters``."""
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
@@ -77,6 +79,7 @@ class ParallelModel:
         self._gradients = Gradients(parameters, shards, replicated, self._unsharded, scale, self.device)
         self._check = StepCheck(self.plan, spec, config, parameters, self.device)
         self._driver = Driver(grid, spec, chunks, balance)
+        self._loads = loads
 
     def train_step(
         self,
@@ -136,6 +139,8 @@ class ParallelModel:
         terms, labels = terms_of(loss_fn, label_smoothing, z_loss), self._check.labels(labels)
         weight = self._check.train_batches.weight(inputs, labels, num_tokens=num_tokens, accumulate=accumulate)
         self._gradients.begin(accumulate=accumulate)
+        if self._loads is not None and not accumulate:
+            self._loads.begin()
         carried = self._gradients.carried
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
             for stage in self.stages:
@@ -272,6 +277,19 @@ class ParallelModel:
         that an optimizer's step changes nothing.
         """
         return self._gradients.clip(max_norm)
+
+    def move_router_biases(self, rate: float) -> None:
+        """After an update: move every expert's bias by ``rate``, up if fewer rows than the mean chose it in the step.
+
+        Biases count where experts are chosen and have no gradient (DeepSeek-V3, section 2.1.2, with a rate of 0.001).
+        Collective over the world.
+
+        Raises:
+            ConfigError: the model's routers have none.
+        """
+        if self._loads is None:
+            raise ConfigError(f"routers of {self.spec.name} have no biases that even out loads; leave them alone")
+        self._loads.move(rate)
 
     def state_dict(self, *, full: bool = True) -> dict[str, Tensor]:
         """The weights.

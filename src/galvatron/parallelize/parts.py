@@ -9,13 +9,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from galvatron.core.model import ModelSpec, ParameterSpec
+from galvatron.models import lasting_buffers
 from galvatron.plan import LayerStrategy, copied_to
 
 from .accumulation import Replicated
 from .pipeline.stage import Stage
 from .processes.grid import Grid
 from .sharding.unsharded import UnshardedUnit
-from .state.pieces import LocalParameter, pieces_of
+from .state.pieces import LocalParameter, Piece, pieces_of
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,25 @@ def local_parameter(part: Part, held: nn.Parameter, grid: Grid) -> LocalParamete
         is_primary=grid.replica_rank(layout) == 0 and not (whole and tp_rank) and grid.stage == part.stages[0],
         travels_with=part.unit if strategy.offload == "optimizer" else None,
     )
+
+
+def lasting_of(stage: Stage, grid: Grid) -> list[LocalParameter]:
+    """Buffers of a stage's layers that files have too: every rank of the stage has them whole, and none trains them."""
+    found = []
+    for index in stage.layers:
+        for name, value in lasting_buffers(stage.layer(index)).items():
+            whole = Piece((0,) * value.dim(), (0,) * value.dim(), tuple(value.shape))
+            found.append(
+                LocalParameter(
+                    name=f"{stage.chain[index].path}.{name}",
+                    tensor=nn.Parameter(value, requires_grad=False),
+                    global_shape=tuple(value.shape),
+                    pieces=(whole,),
+                    replicas=grid.plan.stage_size,
+                    is_primary=grid.stage_rank == 0,
+                )
+            )
+    return found
 
 
 def replicated_of(parts: list[Part], parameters: list[LocalParameter], grid: Grid) -> tuple[Replicated, ...]:

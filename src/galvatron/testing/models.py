@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.lora import Lora
-from galvatron.models import auto_class, freeze_parameters
+from galvatron.models import auto_class, freeze_parameters, lasting_buffers
 from galvatron.models.lora import attach_lora
 
 WEIGHT_STD = 0.15
@@ -194,6 +194,22 @@ _OVERRIDES |= {
 }
 ENCODERS: tuple[str, ...] = tuple(_OVERRIDES)[len(FAMILIES) :]
 """Those whose ends see whole sequences: of words, and of images."""
+_OVERRIDES["deepseek_v3"] = {
+    **_LLAMA,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}  # for tests of router biases alone
 _SMOOTH: dict[str, dict[str, Any]] = {
     "opt": {"activation_function": "gelu"},
     "t5": {"feed_forward_proj": "gelu"},
@@ -320,11 +336,13 @@ def tiny_model(family: str | PretrainedConfig, seed: int = 0, **overrides: Any) 
 
 @torch.no_grad()
 def draw_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Draw every parameter of ``model`` in place, in the order of ``named_parameters``."""
+    """Draw every parameter of ``model`` in place, in the order of ``named_parameters``, and what else files have."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * WEIGHT_STD
         is_norm_weight = parameter.dim() == 1 and name.endswith("weight")
         is_scale = parameter.dim() == 0  # of a contrast: as if all pairs were alike, gradients would cancel
         parameter.copy_(noise + 1 if is_norm_weight else noise + 2 if is_scale else noise)
+    for buffer in lasting_buffers(model).values():
+        buffer.copy_(torch.randn(buffer.shape, generator=generator) * WEIGHT_STD)
     return model

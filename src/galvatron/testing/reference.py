@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import Precision
 from galvatron.core.tasks import TOKEN_TASKS
-from galvatron.models import Adapter, adapter_of, auto_class, config_of, random_inputs, task_of
+from galvatron.models import Adapter, adapter_of, auto_class, config_of, lasting_buffers, random_inputs, task_of
 from galvatron.models.inputs import words_of
 from galvatron.models.lora import attach
 from galvatron.parallelize.sharding.fsdp import DTYPES
@@ -143,7 +143,8 @@ def train_reference(
     """
     recipe = recipe or Recipe()
     _refuse_dropout(model)
-    initial = _snapshot(dict(model.named_parameters()))
+    lasting = _snapshot(lasting_buffers(model))
+    initial = _snapshot(dict(model.named_parameters())) | lasting
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     config, adapter = config_of(model), adapter_of(model)
     twin = restore(config, initial, frozen, adapter)
@@ -159,11 +160,11 @@ def train_reference(
         precision=precision,
         config=config,
         adapter=adapter,
-        frozen=frozen,
+        frozen=frozen | lasting.keys(),
         initial=initial,
         steps=steps,
         final_loss=final_loss,
-        parameters=_snapshot(parameters),
+        parameters=_snapshot(parameters) | lasting,
         exp_avg={name: optimizer.state[p]["exp_avg"] for name, p in trained.items()},
         exp_avg_sq={name: optimizer.state[p]["exp_avg_sq"] for name, p in trained.items()},
     )
@@ -240,6 +241,8 @@ def restore(
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
             parameter.requires_grad_(name not in frozen)
+        for name, buffer in lasting_buffers(model).items():
+            buffer.copy_(weights[name])
     return model.train()
 
 
@@ -265,7 +268,7 @@ def _step(
     return Step(inputs=inputs, labels=labels, loss=loss.item(), grad_norm=grad_norm, gradients=gradients)
 
 
-def _snapshot(parameters: dict[str, torch.nn.Parameter]) -> Tensors:
+def _snapshot(parameters: Mapping[str, torch.Tensor]) -> Tensors:
     return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
 
 

@@ -50,6 +50,7 @@ class TrainableModel(Protocol):
     @property
     def evaluate_classes(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102
+    def move_router_biases(self, rate: float) -> None: ...  # noqa: D102
     def grad_norm(self) -> torch.Tensor: ...  # noqa: D102
     def gathered_buffers(self) -> Iterable[torch.Tensor]: ...  # noqa: D102
 

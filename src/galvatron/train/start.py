@@ -61,6 +61,8 @@ def train(
         GalvatronError: the loss or the gradient norm is not finite, more often in a row than the section allows.
     """
     _check_agreement(model, section, dataset, plan)
+    if section.router_bias_rate:
+        model.move_router_biases(0.0)  # refused before the first step if there are none
     optimizer = build_optimizer(model.local_parameters, section)
     lineage = Lineage.of_run(section, model.config, dataset, job)
     state, notes = TrainState(step=0, world_size=world_size(), run=lineage), []

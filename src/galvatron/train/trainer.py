@@ -130,6 +130,8 @@ class Trainer:
             self._count_skipped(defect)
         self.step += 1
         if defect is None:
+            if self.section.router_bias_rate:
+                self.model.move_router_biases(self.section.router_bias_rate)
             self.loss, self.skipped_in_a_row = loss_now, 0
             metrics = self._metrics(grad_norm, lr, scale, seconds, int(peak_bytes))
             if log is not None:

@@ -21,6 +21,7 @@ from galvatron.core.lora import is_adapters, plain_name
 from galvatron.core.parsing import parse_json
 from galvatron.core.records import read_text
 from galvatron.internals import needless_names
+from galvatron.models import lasting_buffers
 
 from ..processes.ranks import rank
 from .pieces import LocalParameter, box, is_finite
@@ -73,7 +74,7 @@ def check_names(weights: GivenWeights, model: PreTrainedModel, twins: Mapping[st
             f"{weights.origin} lacks {len(missing):,} of the model's {len(found):,} parameters: {_examples(missing)}; "
             "give weights of the same model (and, for a head that is its embedding, tie_word_embeddings)"
         )
-    used = {*found.values(), *map(weights.find, twins.values())}
+    used = {*found.values(), *map(weights.find, (*twins.values(), *lasting_buffers(model)))}
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in needless_names(model)))
     unread = sorted(key for key in weights.keys if key not in used and not ignored.search(key))
     if unread and rank() == 0:
