@@ -139,7 +139,8 @@ class Family(Record):
 class Shape(Record):
     """A ParameterSpec whose numbers are formulas (``core.formulas``); it exists where the flags of ``when`` are so.
 
-    ``after``: layers, the first ones of the stack, that lack it.
+    ``stack``: whose layers have it.  ``after``: layers, the first ones of the stack, that lack it; ``until``: those
+    that alone have it, if not 0.
     """
 
     name: str
@@ -148,7 +149,9 @@ class Shape(Record):
     segments: tuple[str, ...] = ()
     uneven: Literal["refuse", "whole", "ceil"] = "refuse"
     experts: StrictBool = False
+    stack: Whole = 0
     after: Whole = 0
+    until: Whole = 0
     when: dict[str, bool] = Field(default_factory=dict)
 
 
@@ -158,10 +161,12 @@ class KnownFamily(FileRecord):
     Attributes:
         proved: the structures (``models.structure_key``) whose gradients were proved, in words.
         transformers: the version they were proved with.
-        names: what the config file calls a size, where that is another name.
-        defaults: what the type takes for a key that a file leaves out: a number, a flag, or a formula.
+        names: what the config file calls a size, where that is another name; ``part.size`` is in a config within it.
+        defaults: what the type takes for a key that a file leaves out: a number, a flag, a formula, or ``key^begins``,
+            a flag that is set where the word of another key begins so.
         fixed: values under which the shapes hold.
-        sizes: those of ``LayerKind`` and ``ModelSpec``.
+        sizes: those of ``ModelSpec``, and of ``LayerKind`` for the first stack.
+        further: those of ``LayerKind`` for each stack after it.
     """
 
     FORMAT: ClassVar[str] = "galvatron.family"
@@ -171,8 +176,9 @@ class KnownFamily(FileRecord):
     proved: dict[str, str]
     names: dict[str, str] = Field(default_factory=dict)
     defaults: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    fixed: dict[str, bool | int | list[int]] = Field(default_factory=dict)
+    fixed: dict[str, bool | int | str | list[int]] = Field(default_factory=dict)
     sizes: dict[str, str]
+    further: tuple[dict[str, str], ...] = ()
     embedding: tuple[Shape, ...]
     layer: tuple[Shape, ...]
     head: tuple[Shape, ...]

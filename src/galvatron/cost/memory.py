@@ -184,7 +184,7 @@ def _image_bytes(setting: Setting, unit: UnitName, s: Strategies) -> Ints:
     if setting.hardware.device.type != "cuda" or not patches:
         return np.zeros(len(s), dtype=np.int64)
     images = setting.global_batch_size / (s.dp * s.ulysses * s.cp)
-    return np.ceil(images * setting.seq_len * sum(patches) * MASTER_BYTES).astype(np.int64)
+    return np.ceil(images * setting.tokens(unit) * sum(patches) * MASTER_BYTES).astype(np.int64)
 
 
 def _copied_bytes(setting: Setting) -> int:

@@ -93,5 +93,5 @@ def _elements(parameters: tuple[ParameterSpec, ...]) -> Callable[[int, int, int]
 
 def _sharded(shape: tuple[int, ...], num_shards: int) -> int:
     """Elements of the first shard, the largest."""
-    length = shape[shard_dim(shape, num_shards)]
+    length = shape[shard_dim(shape, num_shards)] if shape else 1  # a number is whole on every rank
     return -(-length // num_shards) * (math.prod(shape) // length)

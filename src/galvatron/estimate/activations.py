@@ -12,7 +12,7 @@ import math
 
 from galvatron.core.model import LayerKind, ModelSpec, Precision, Recompute, UnitName
 from galvatron.core.model_profile import ActivationSample
-from galvatron.core.tasks import CLASSIFICATION
+from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.core.units import DTYPE_BYTES
 
 from .layer import LocalLayer, local_layer, uses_rms
@@ -120,20 +120,28 @@ def embedding_activations(spec: ModelSpec, tp: int, seq_len: int, precision: Pre
     return _sample("embedding", tp, "none", seq_len, ids, workspace, fixed=seq_len * TOKEN_ID + rotary)
 
 
+def stack_tokens(spec: ModelSpec, seq_len: int) -> list[tuple[int, int]]:
+    """(tokens of a sequence, hidden size) of what enters every stack, of several a side's beside it."""
+    if spec.stacks == 1:
+        return [(seq_len, spec.hidden_size)]
+    kinds = {(k.tokens(seq_len), k.hidden_size, k.side_inputs, k.causal): k for k in spec.layers}
+    return [(kind.tokens(seq_len) * (1 + kind.side_inputs), kind.hidden_size) for kind in kinds.values()]
+
+
 def _whole_embedding(spec: ModelSpec, tp: int, seq_len: int, size: int, ids: int, rotary: int) -> ActivationSample:
     """All tokens on every rank: ids, and the input of a norm; images are counted with a step (``cost.memory``)."""
     normed = any("norm" in p.name.lower() for p in spec.embedding.parameters)
-    saved = 0 if spec.task == "image_classification" else ids
-    hidden = seq_len * spec.hidden_size * size
+    saved = 0 if spec.task == "image_classification" else ids * (1 + (spec.task == "seq2seq_lm"))
+    hidden = sum(tokens * width for tokens, width in stack_tokens(spec, seq_len)) * size
     copies = (NORMED_COPIES if normed else EMBEDDING_COPIES) + (tp > 1) / 2
     norm = normed * (hidden + 2 * seq_len * FLOAT)
     return _sample("embedding", tp, "none", seq_len, saved + norm, copies * hidden + saved, fixed=rotary)
 
 
 def head_tokens(spec: ModelSpec, seq_len: int) -> int:
-    """Tokens of a sequence that are projected: a classifier sees one."""
-    is_classifier = spec.task in CLASSIFICATION or spec.family == PLANNED_VISION
-    return 1 if is_classifier else spec.layers[-1].tokens(seq_len)
+    """Tokens of a sequence that are projected: a classifier and a contrast see one."""
+    is_of_samples = spec.task not in TOKEN_TASKS or spec.family == PLANNED_VISION
+    return 1 if is_of_samples else spec.layers[-1].tokens(seq_len)
 
 
 def head_cut(spec: ModelSpec, tp: int) -> int:

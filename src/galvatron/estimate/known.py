@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, WINDOWS, KnownFamily, Shape, known_family
+from galvatron.core.family import BEYOND_RINGS, WINDOWS, Family, KnownFamily, Shape, Stack, known_family
 from galvatron.core.formulas import num_patches, value
 from galvatron.core.lora import Lora, with_adapters
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
@@ -19,11 +19,11 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
     """The model of ``config``, called ``name``; raises ConfigError where a size is missing or no size."""
     reader = _Reader(known, config)
     reader.check_fixed()
-    counts = {key: reader.size(known.sizes[key]) for key in known.sizes}
-    longest = counts.pop("max_seq_len", MAX_TOKENS)
-    layers, words = counts.pop("num_layers"), counts.pop("vocab_size")
+    sizes = {key: reader.size(known.sizes[key]) for key in known.sizes}
+    longest, words = sizes.pop("max_seq_len", MAX_TOKENS), sizes.pop("vocab_size")
+    every = [sizes, *({key: reader.size(further[key]) for key in further} for further in known.further)]
+    counts = [sizes.pop("num_layers") for sizes in every]
     family = known.family
-    causal = family.stacks[0].causal
     return ModelSpec(
         name=name,
         family=family.model_type,
@@ -32,16 +32,19 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
         stacks=len(family.stacks),
         layers=tuple(
             LayerKind(
-                name=kind,
-                count=count,
+                name="layer" if len(run) == sum(counts) else f"layers {run.start}-{run.stop - 1}",
+                count=len(run),
                 asks_for_attention=family.asks_for_attention,
                 cuttable=family.is_cuttable,
-                causal=causal,
-                drops_attention=any(map(reader.rate, BEYOND_RINGS if causal else (*BEYOND_RINGS, *WINDOWS))),
+                causal=stack.causal,
+                drops_attention=_is_beyond_rings(reader, family, stack),
+                side_inputs=int(stack.side is not None),
+                regions=2 + int(stack.side is not None),
                 parameters=parameters,
-                **counts,
+                **every[at],
             )
-            for kind, count, parameters in _kinds(reader, known.layer, layers)
+            for at, stack in enumerate(family.stacks)
+            for run, parameters in _runs(reader, known, at, sum(counts[:at]), counts[at])
         ),
         vocab_size=words,
         max_seq_len=longest,
@@ -51,18 +54,26 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
     )
 
 
-def _kinds(
-    reader: _Reader, shapes: tuple[Shape, ...], layers: int
-) -> Iterator[tuple[str, int, tuple[ParameterSpec, ...]]]:
-    """(name, count, parameters) of every run of layers that have the same."""
-    first = min(max(shape.after for shape in shapes), layers)
-    runs = [range(first), range(first, layers)]
-    had = [reader.unit(tuple(s for s in shapes if s.after <= run.start)) for run in runs]
-    if not first or first == layers or had[0] == had[1]:
-        yield "layer", layers, had[1 if first < layers else 0]
-        return
-    for run, parameters in zip(runs, had, strict=True):
-        yield f"layers {run.start}-{run.stop - 1}", len(run), parameters
+def _is_beyond_rings(reader: _Reader, family: Family, stack: Stack) -> bool:
+    """Whether attention is dropped or capped, or a window looks both ways; or stacks see each other."""
+    names = BEYOND_RINGS if stack.causal else (*BEYOND_RINGS, *WINDOWS)
+    return len(family.stacks) > 1 or any(map(reader.rate, names))
+
+
+def _runs(
+    reader: _Reader, known: KnownFamily, stack: int, start: int, layers: int
+) -> Iterator[tuple[range, tuple[ParameterSpec, ...]]]:
+    """(which layers, parameters) of every run of a stack's layers that have the same; ``start``: of all, its first."""
+    shapes = tuple(shape for shape in known.layer if shape.stack == stack)
+    first = min(max(max(shape.after, shape.until) for shape in shapes), layers)
+    runs = [run for run in (range(first), range(first, layers)) if run]
+    had = [
+        reader.unit(tuple(s for s in shapes if s.after <= run.start and not 0 < s.until <= run.start)) for run in runs
+    ]
+    if len(set(had)) == 1:
+        runs = [range(layers)]
+    for run, parameters in zip(runs, had, strict=False):
+        yield range(start + run.start, start + run.stop), parameters
 
 
 def adapted_spec(spec: ModelSpec, lora: Lora) -> ModelSpec:
@@ -92,11 +103,17 @@ class _Reader:
 
     def flag(self, name: str) -> bool:
         """A flag, or its default."""
-        return self._config.get(name, bool(self._known.defaults.get(name, False)))
+        config, key = self._part(name)
+        default = self._known.defaults.get(name, self._known.fixed.get(name, False))
+        if isinstance(default, str):
+            word, _, begins = default.partition("^")
+            default = config.get(word, "").startswith(begins)
+        return config.get(key, bool(default))
 
     def rate(self, name: str) -> float:
         """A number that may be zero or missing."""
-        value = self._config.raw(name)
+        config, key = self._part(name)
+        value = config.raw(key)
         return float(self._known.defaults.get(name, 0.0) if value is None else value)
 
     def unit(self, shapes: tuple[Shape, ...]) -> tuple[ParameterSpec, ...]:
@@ -106,31 +123,45 @@ class _Reader:
     def check_fixed(self) -> None:
         """Raise ConfigError where a flag is another than the one that the shapes hold for."""
         for name, usual in self._known.fixed.items():
-            if (given := self._config.get(name, usual)) != usual:
+            config, key = self._part(name)
+            given = self.flag(name) if isinstance(usual, bool) else config.get(key, usual)
+            if given != usual:
                 raise ConfigError(
                     f"{name}={shown(given)} of a {self._known.family.model_type} config has no shapes here; "
                     "profile the model instead, which reads its code"
                 )
 
+    def _part(self, name: str) -> tuple[Config, str]:
+        """The configuration that has ``name``, and how it calls it."""
+        part, _, own = name.rpartition(".")
+        key = self._known.names.get(name, own)
+        return (self._config.part(part) if part else self._config), key
+
     def _named(self, name: str) -> int:
-        if name in MADE:
+        if name.rpartition(".")[2] in MADE:
             return self._made(name)
-        key, default = self._known.names.get(name, name), self._known.defaults.get(name)
-        if key in self._config or default is None:
-            return self._config.size(key)
+        (config, key), default = self._part(name), self._known.defaults.get(name)
+        if key in config or default is None:
+            return config.size(key)
         if isinstance(default, str) and "/" in default:
-            whole, parts = (self._known.names.get(part, part) for part in default.split("/"))
-            size, count = self._config.heads(whole, parts)
+            size, count = map(self._named, default.split("/"))
+            if size % count:
+                (_, whole), (_, parts) = (self._part(part) for part in default.split("/"))
+                config.heads(whole, parts)  # which says so
             return size // count
         return self.size(default) if isinstance(default, str) else int(default)
 
     def _made(self, name: str) -> int:
         """A size that no key has by itself."""
-        if name == "num_labels":
+        prefix, own = name[: name.rfind(".") + 1], name.rpartition(".")[2]
+        if own == "num_labels":
             return self._config.num_labels()
-        if name == "num_patches":
-            keys = ("image_size", "patch_size")
-            image, patch = (self._config.sides(key, self._known.defaults.get(key)) for key in keys)
+        if own == "num_patches":
+            names = (f"{prefix}image_size", f"{prefix}patch_size")
+            config, defaults = self._part(names[0])[0], (self._known.defaults.get(key) for key in names)
+            image, patch = (
+                config.sides(key, default) for key, default in zip(("image_size", "patch_size"), defaults, strict=True)
+            )
             if any(part > side for side, part in zip(image, patch, strict=True)):
                 raise ConfigError(
                     f"patch_size={patch[0]} must not exceed image_size={image[0]}; give a Hugging Face config.json"

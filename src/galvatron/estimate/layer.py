@@ -22,8 +22,8 @@ KEPT_GATED_COMPILED = 3
 # Elements read and written for every one in forward: activation 2, product 3; GPT-2's eight operations; activation.
 MOVED_GATED, MOVED_GELU_NEW, MOVED_PLAIN = 5, 18, 2
 MOVED_GATED_COMPILED = 3
-WITHOUT_ROTARY = frozenset({"gpt2", "opt", "bloom", "t5", "swin", "vit", "deit", "dinov2"}) | {
-    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+WITHOUT_ROTARY = frozenset({"gpt2", "opt", "bloom", "t5", "bart", "swin", "vit", "deit", "dinov2"}) | {
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "clip", "siglip")
 }
 
 

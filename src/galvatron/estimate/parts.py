@@ -71,6 +71,11 @@ class Config:
             raise self._refuse(key, WANTED[kind])
         return value
 
+    def part(self, key: str) -> Config:
+        """A configuration within this one, which may be missing."""
+        own: dict[str, Any] = self.get(key, {})
+        return Config(own)
+
     def raw(self, key: str) -> float | None:
         """A number of any sign; None if it is missing, or null."""
         value = self._data.get(key)
@@ -82,8 +87,9 @@ class Config:
         return key in self._data
 
     def _refuse(self, key: str, wanted: str) -> ConfigError:
+        kind = self._data.get("model_type", "nested")
         return ConfigError(
-            f"{key} of a {self._data['model_type']} config must be {wanted}, got {shown(self._data.get(key))}; "
+            f"{key} of a {kind} config must be {wanted}, got {shown(self._data.get(key))}; "
             "give a Hugging Face config.json"
         )
 

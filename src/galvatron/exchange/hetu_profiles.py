@@ -73,12 +73,23 @@ def import_model(
 
 
 def _check_types(spec: ModelSpec, types: set[int], path: Path) -> None:
-    if types != set(range(len(spec.layers))):
+    ours = {index for index, _ in _typed(spec)}
+    if types != ours:
         kinds = ", ".join(kind.name for kind in spec.layers)
         raise ProfileError(
-            f"{path} has layer types {sorted(types)} but model {spec.name} has {len(spec.layers)} "
+            f"{path} has layer types {sorted(types)} but model {spec.name} has {len(ours)} "
             f"kinds of layers ({kinds}); give the model that was measured"
         )
+
+
+def _typed(spec: ModelSpec) -> list[tuple[int, LayerKind]]:
+    """Every kind of layer with its type in the files.
+
+    Kinds of equal sizes, which a table alone tells apart (of positions, in T5's first layers), are of one type.
+    """
+    sizes = [(k.hidden_size, k.ffn_size, k.num_heads, k.tokens_divisor, k.side_inputs, k.causal) for k in spec.layers]
+    types = list(dict.fromkeys(sizes))
+    return [(types.index(size), kind) for size, kind in zip(sizes, spec.layers, strict=True)]
 
 
 def _only_seq_len(spec: ModelSpec, lengths: set[int], path: Path) -> int:
@@ -89,7 +100,7 @@ def _only_seq_len(spec: ModelSpec, lengths: set[int], path: Path) -> int:
 
 
 def _check_parameters(spec: ModelSpec, memory: Memory, seq_len: int, path: Path) -> None:
-    for index, kind in enumerate(spec.layers):
+    for index, kind in _typed(spec):
         ours = kind.num_parameters * DTYPE_BYTES["fp32"]
         theirs = memory.layers[_layer_key(memory, index, kind, seq_len, path)].parameter_size * MIB
         if abs(theirs - ours) > max(TOLERANCE * ours, TOLERANCE_BYTES):
@@ -120,12 +131,13 @@ def _other(memory: Memory, place: str, spec: ModelSpec, seq_len: int) -> dict[in
 
 def _joint_tokens(spec: ModelSpec, seq_len: int) -> tuple[Tokens, Tokens]:
     """How files write the length of all layer types together: as a list, or as one number."""
-    return tuple(kind.tokens(seq_len) for kind in spec.layers), (seq_len,)
+    types = dict(_typed(spec))
+    return tuple(types[index].tokens(seq_len) for index in sorted(types)), (seq_len,)
 
 
 def _tp_degrees(spec: ModelSpec, memory: Memory, seq_len: int, path: Path) -> tuple[int, ...]:
     degrees = set(_other(memory, "off", spec, seq_len))
-    for index, kind in enumerate(spec.layers):
+    for index, kind in _typed(spec):
         degrees &= set(memory.layers[_layer_key(memory, index, kind, seq_len, path)].by_tp)
     if 1 not in degrees:
         raise ProfileError(f"{path} must hold tp 1 of every layer type and of other_memory_pp_off; profile it anew")
@@ -139,7 +151,7 @@ def _compute(
     seq_len: int,
     path: Path,
 ) -> Iterator[ComputeSample]:
-    for index, kind in enumerate(spec.layers):
+    for index, kind in _typed(spec):
         yield from _unit_samples(
             kind.name, _times(times, str(index), ((kind.tokens(seq_len),),), path), degrees, seq_len
         )
@@ -187,7 +199,7 @@ def _activations(
         head = max(last.get(tp, 0.0), off[tp] - embedding)
         for unit, saved in zip(ENDS, (embedding, head), strict=True):
             yield _sample(unit, tp, seq_len, saved)
-        for index, kind in enumerate(spec.layers):
+        for index, kind in _typed(spec):
             layer = memory.layers[_layer_key(memory, index, kind, seq_len, path)]
             saved = layer.by_tp[tp]
             yield _sample(kind.name, tp, seq_len, saved)

@@ -40,7 +40,7 @@ def chain_of(model: PreTrainedModel, family: Family) -> tuple[Link, ...]:
 def regions_in(layer: nn.Module, stack: Stack) -> tuple[Region, ...]:
     """The regions of ``stack`` that ``layer`` has: its layers may be of several kinds."""
     names = {name for name, _ in layer.named_modules()}
-    return tuple(region for region in stack.regions if region.row in names)
+    return tuple(region for region in stack.regions if {region.row, *region.columns} <= names)
 
 
 def experts_in(layer: nn.Module, stack: Stack) -> Experts | None:

@@ -65,7 +65,8 @@ def count_activations(shape: UnitShape, recompute: Recompute) -> ActivationSampl
         tp=shape.tp,
         recompute=recompute,
         seq_len=shape.seq_len,
-        fixed_bytes=low.saved_bytes - BATCHES[0] * per_sequence + shared,
+        # pairs that are contrasted keep more than a line
+        fixed_bytes=max(low.saved_bytes - BATCHES[0] * per_sequence, 0) + shared,
         bytes_per_sequence=per_sequence,
         workspace_bytes_per_sequence=math.ceil(
             max(c.workspace_bytes / n for c, n in zip((low, high), BATCHES, strict=True))

@@ -46,8 +46,7 @@ class LocalUnit(nn.Module):
     def forward(self, tokens: Tensor, **labels: Tensor) -> Tensor:
         """Ids [B, S] or hidden states [B, S/tp, H] → hidden states [B, S/tp, H] or a scalar loss."""
         output = self.inner(tokens, *self.args, **{**self.kwargs, **labels})
-        hidden, *others = output if isinstance(output, tuple) else (output,)
-        self._handed_on = [other for other in others if isinstance(other, Tensor) and other.requires_grad]
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
     def side_inputs(self) -> list[Tensor]:

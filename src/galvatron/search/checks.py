@@ -20,7 +20,7 @@ from galvatron.plan.rules import listed
 from .baselines import FAMILIES, leanest
 from .limits import Limits
 from .solve import UNLIMITED
-from .space import SpaceBuilder, tasks
+from .space import SpaceBuilder, suits, tasks
 
 DEGREES = ("pp", "tp", "ulysses", "cp", "ep", "dp_shard", "dp_replicate")
 STATE_BYTES = 16  # of a parameter with its gradient and two moments, in float32
@@ -96,7 +96,10 @@ def _has_plans(setting: Setting, limits: Limits, batches: Sequence[int]) -> bool
     """Whether any task has a strategy for every unit, whatever fits."""
     builder = SpaceBuilder(setting, limits, UNLIMITED)
     node = setting.hardware.devices_per_node
-    for task in tasks(setting.hardware.world_size, setting.model.spec.num_layers, batches, limits):
+    spec = setting.model.spec
+    for task in tasks(setting.hardware.world_size, spec.num_layers, batches, limits):
+        if not suits(task, spec):
+            continue
         space = builder.build(task, UNLIMITED)
         if limits.space in FAMILIES:
             if FAMILIES[limits.space].tasks(task) and leanest(space, limits.space, node) is not None:

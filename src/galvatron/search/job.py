@@ -19,7 +19,7 @@ from .baselines import FAMILIES, members
 from .bounds import fastest_s, free_bound_s, lower_bounds_s
 from .limits import Limits
 from .patience import ENDLESS, Patience
-from .space import Space, SpaceBuilder, Task, tasks
+from .space import Space, SpaceBuilder, Task, suits, tasks
 from .tables import Solution
 
 Progress = Callable[[str], None]
@@ -44,8 +44,8 @@ class Job:
         self.patience = patience
         self.batches = tuple(batches)
         self.builder = SpaceBuilder(setting, limits, limit)
-        world, layers = setting.hardware.world_size, setting.model.spec.num_layers
-        self.tasks = list(tasks(world, layers, batches, limits))
+        world, spec = setting.hardware.world_size, setting.model.spec
+        self.tasks = [task for task in tasks(world, spec.num_layers, batches, limits) if suits(task, spec)]
         self.least: list[float] = []
         self.strategies = 0
         self._free: dict[int, float] = {}

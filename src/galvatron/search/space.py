@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from galvatron.core.model import ENDS, UnitName
+from galvatron.core.model import ENDS, ModelSpec, UnitName
 from galvatron.cost.communication import redistribution_s
 from galvatron.cost.memory import UnitMemory, all_unit_memory, bytes_in_flight, usable_bytes
 from galvatron.cost.setting import Setting
@@ -22,7 +22,7 @@ from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.cost.unit import UnitTimes, all_unit_times
 from galvatron.plan.axes import StageAxes, divisors
 from galvatron.plan.plan import Schedule
-from galvatron.plan.rules import check_schedule
+from galvatron.plan.rules import STACKED_SCHEDULES, check_schedule
 from galvatron.plan.schedules import InFlight
 
 from .geometry import Geometry
@@ -69,6 +69,13 @@ def tasks(world_size: int, num_layers: int, batch_sizes: Sequence[int], limits: 
                 yield Task(batch, pp, m)
             else:
                 yield from (Task(batch, pp, m, s, v) for s, v in schedules if _worth(s, v, pp, m, num_layers, limits))
+
+
+def suits(task: Task, spec: ModelSpec) -> bool:
+    """Whether a model can be trained so: several stacks by schedules of one chunk, a contrast by one microbatch."""
+    if spec.task == "contrast" and task.num_microbatches > 1:
+        return False
+    return spec.stacks == 1 or task.pp == 1 or task.schedule in STACKED_SCHEDULES
 
 
 def _worth(schedule: Schedule, chunks: int, pp: int, m: int, num_layers: int, limits: Limits) -> bool:

@@ -1,0 +1,282 @@
+"""The sizes of a family as formulas of its config's keys: which keys there are, and what files leave out.
+
+Takes a type's config, with those within it; gives twins in two sizes, formulas that hold for both, and defaults.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from galvatron.core.errors import ConfigError
+from galvatron.core.family import BEYOND_RINGS, WINDOWS, Family, Shape
+from galvatron.core.formulas import num_patches, value
+from galvatron.core.tasks import CLASSIFICATION, Task
+
+from .load import meta_model
+from .sizes import KV_KEYS
+from .tasks import task_of
+from .twin import twin_config
+
+NAMES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+MORE = (
+    "max_position_embeddings",
+    "ffn_dim",
+    "n_inner",
+    "hidden_dim",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "embedding_size",
+    "type_vocab_size",
+    "num_channels",
+    "patch_size",
+    "mlp_ratio",
+    "d_ff",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "decoder_attention_heads",
+    "relative_attention_num_buckets",
+    "projection_dim",
+    "projection_size",
+)
+LEFT_OUT = (
+    "max_position_embeddings",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "embedding_size",
+    "type_vocab_size",
+    "num_channels",
+    "patch_size",
+    "mlp_ratio",
+    "pad_token_id",
+    "image_size",
+    "relative_attention_num_buckets",
+    "projection_dim",
+    "projection_size",
+)
+"""Sizes that files leave out where they are the type's own."""
+PER_TOKEN = "num_experts_per_tok"
+HEAD_DIM = "hidden_size/num_attention_heads"
+DECODER_HEAD_DIM, DECODER_HEADS = "decoder_head_dim", "decoder_attention_heads"
+TIES = "tie_word_embeddings"
+NO_KEY = "-"
+"""What no file has, for a flag that a type sets whatever files say."""
+DEPTHS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
+"""Keys that may count a stack's layers."""
+WORDS_OF_FLAGS = {"is_gated_act": "feed_forward_proj^gated"}
+"""Flags that a config makes of how the word of another key begins."""
+MAX_FACTOR, MAX_OFFSET = 8, 2
+
+
+def parts_of(config: PretrainedConfig) -> Iterator[tuple[str, PretrainedConfig]]:
+    """``config`` and those within it, each with what goes before its keys."""
+    yield "", config
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PretrainedConfig):
+            yield f"{name}.", part
+
+
+def names_in(config: PretrainedConfig) -> dict[str, str]:
+    """What files call a size, where that is another name."""
+    names = (*NAMES, *MORE, "num_hidden_layers")
+    keys = ((prefix, name, key_of(part, name)) for prefix, part in parts_of(config) for name in names)
+    found = {f"{prefix}{name}": key for prefix, name, key in keys if key and key != name}
+    return found | ({TIES: NO_KEY} if is_always_tied(config) else {})
+
+
+def is_always_tied(config: PretrainedConfig) -> bool:
+    """Whether a type ties embedding and head whatever its files say."""
+    kind: Any = type(config)
+    return TIES in config.to_dict() and bool(kind(**{TIES: False}).to_dict().get(TIES))
+
+
+def with_head_dim(config: PretrainedConfig) -> PretrainedConfig:
+    """With a width of heads of its own, if the modules read one that the type's config leaves open."""
+    if getattr(config, "head_dim", None) is not None or not key_of(config, "num_attention_heads"):
+        return config
+    wide = twin_config(config)
+    shapes = [p.shape for p in meta_model(wide).parameters()]
+    wide.head_dim = 2 * wide.hidden_size // wide.num_attention_heads
+    if [p.shape for p in meta_model(wide).parameters()] != shapes:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    return config
+
+
+def key_of(config: PretrainedConfig, name: str) -> str | None:
+    """What ``config``'s files call a size; None if they have none."""
+    key = config.attribute_map.get(name, name)
+    if name == "num_key_value_heads" and key not in config.to_dict():
+        key = next((k for k in KV_KEYS if k in config.to_dict()), key)
+    return key if key in config.to_dict() else None
+
+
+def two_sizes(config: PretrainedConfig) -> tuple[PretrainedConfig, PretrainedConfig]:
+    """Twins in which no two sizes are equal that need not be."""
+    twins = twin_config(config), twin_config(config)
+    for which, twin in enumerate(twins):
+        for index, (prefix, part) in enumerate(parts_of(twin)):
+            _resize(part, which, index if prefix else 0, task_of(config))
+        if hasattr(twin, "image_seq_length"):
+            vision = twin.vision_config
+            twin.image_seq_length = num_patches(vision.image_size, vision.patch_size)
+    return twins
+
+
+HEADS_OF = ((4, 6), (8, 10), (12, 14))
+"""Of twins in two sizes, by which of their configurations it is."""
+
+
+def _resize(twin: PretrainedConfig, which: int, index: int, task: Task) -> None:
+    """Give ``twin``, a configuration or one within it, sizes that no other has."""
+    explicit = getattr(twin, key_of(twin, "head_dim") or "", None) is not None
+    heads, head_dim, more = HEADS_OF[index][which], (16, 20)[which] + 2 * index, index * (40, 60)[which]
+    ffn, hidden = (56, 88)[which] + more, (72, 140)[which] + more if explicit else heads * head_dim
+    values = {
+        "num_attention_heads": heads,
+        "head_dim": head_dim,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "ffn_dim": ffn,
+        "d_ff": ffn - 2,
+        "encoder_ffn_dim": ffn - 2,
+        "decoder_ffn_dim": ffn - 6,
+        "decoder_attention_heads": 2 * heads if which else heads // 2,
+        "relative_attention_num_buckets": 2 * heads + 2,
+        "projection_dim": 30 + heads,
+        "projection_size": 30 + heads,
+        "n_inner": ffn,
+        "vocab_size": 97 + heads,
+        "max_position_embeddings": 60 + heads,
+        "word_embed_proj_dim": hidden,
+        "moe_intermediate_size": ffn - 4,
+        "num_experts": heads + 3,
+        "num_local_experts": heads + 3,
+        "hidden_dim": ffn,
+        "embedding_size": 20 + heads,
+        "type_vocab_size": 1 + heads // 2,
+        "num_channels": (1, 3)[which],
+        "patch_size": (2, 3)[which],
+        "image_size": (heads // 2) * heads if index == 0 else (2, 3)[which] * heads,
+        "mlp_ratio": heads - 1,
+        "num_labels": heads + 1,
+        **dict.fromkeys(KV_KEYS, heads // 2),
+    }
+    for name, size in values.items():
+        key = key_of(twin, name)
+        if name == "num_labels" and task in CLASSIFICATION:
+            twin.num_labels = size
+        elif key and (name == "n_inner" or isinstance(getattr(twin, key, None), int)):
+            setattr(twin, key, size)
+
+
+def sizes_in(twin: PretrainedConfig) -> dict[str, int]:
+    """Every size of ``twin``, and of the configurations within it, by our names."""
+    found: dict[str, int] = {}
+    for prefix, part in parts_of(twin):
+        found |= {f"{prefix}{name}": size for name, size in _sizes_of(part).items()}
+    if task_of(twin) in CLASSIFICATION:
+        found["num_labels"] = twin.num_labels or 1
+    return found
+
+
+def _sizes_of(part: PretrainedConfig) -> dict[str, int]:
+    """The sizes of one configuration, by our names."""
+    found = {name: getattr(part, key) for name in (*NAMES, *MORE) if (key := key_of(part, name))}
+    sizes = {name: size for name, size in found.items() if isinstance(size, int)}
+    if key_of(part, "image_size"):
+        sizes["num_patches"] = num_patches(part.image_size, part.patch_size)
+    padding: object = getattr(part, "pad_token_id", None)
+    if "max_position_embeddings" in sizes and isinstance(padding, int):
+        sizes["num_positions"] = sizes["max_position_embeddings"] - padding - 1
+    if "num_attention_heads" in sizes:
+        sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
+        sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+    if DECODER_HEADS in sizes:
+        sizes[DECODER_HEAD_DIM] = sizes["hidden_size"] // sizes[DECODER_HEADS]
+    return sizes
+
+
+def find_formula(values: tuple[int, ...], sizes: list[dict[str, int]]) -> str:
+    """The shortest formula that gives ``values`` at the two sizes."""
+    for formula in _candidates(list(sizes[0])):
+        if all(value(formula, size.__getitem__) == wanted for wanted, size in zip(values, sizes, strict=True)):
+            return formula
+    if values[0] == values[1]:
+        return str(values[0])
+    raise ConfigError(f"sizes of {values[0]} and {values[1]} follow from no key of the config; keep it out of the data")
+
+
+def _candidates(names: list[str]) -> Iterator[str]:
+    yield from names
+    yield from (f"{factor}*{name}" for factor in range(2, MAX_FACTOR + 1) for name in names)
+    yield from (f"{name}+{offset}" for offset in range(1, MAX_OFFSET + 1) for name in names)
+    yield from (f"{a}*{b}" for a, b in itertools.combinations(names, 2))
+    yield from (f"3*{a}*{b}" for a, b in itertools.combinations(names, 2))
+    for prefix in (name.removesuffix("num_attention_heads") for name in names if name.endswith("num_attention_heads")):
+        yield f"{prefix}num_attention_heads*{prefix}head_dim+2*{prefix}num_key_value_heads*{prefix}head_dim"
+
+
+def used_keys(units: list[tuple[Shape, ...]], counted: list[dict[str, str]]) -> set[str]:
+    """The keys that formulas read, directly or not."""
+    formulas = [f for unit in units for shape in unit for f in (*shape.shape, *shape.segments)]
+    formulas += [formula for sizes in counted for formula in sizes.values()]
+    names = {n for f in formulas for n in f.replace("+", "*").split("*") if not n.isdigit()} | {PER_TOKEN}
+    made = {"num_patches": ("image_size", "patch_size"), "num_positions": ("max_position_embeddings", "pad_token_id")}
+    prefixed = ((name[: name.rfind(".") + 1], made.get(name.rpartition(".")[2], ())) for name in names)
+    return names | {f"{prefix}{key}" for prefix, keys in prefixed for key in keys}
+
+
+def defaults_in(
+    config: PretrainedConfig, family: Family, used: set[str], flags: Mapping[str, bool]
+) -> dict[str, bool | int | float | str]:
+    """What a file may leave out: keys and values' heads, a head's width, positions, flags."""
+    found: dict[str, bool | int | float | str] = {
+        name: WORDS_OF_FLAGS.get(name, usual) for name, usual in flags.items()
+    }
+    if family.head is not None:
+        found["tie_word_embeddings"] = bool(config.tie_word_embeddings)
+    fresh = type(config)()
+    both_ways = () if family.stacks[0].causal else WINDOWS
+    found |= {name: rate for name in (*BEYOND_RINGS, *both_ways) if (rate := getattr(fresh, name, None))}
+    for prefix, part in parts_of(fresh):
+        found |= {f"{prefix}{name}": value for name, value in _defaults_of(part, prefix, used).items()}
+    if "n_inner" in used:
+        found["n_inner"] = "4*hidden_size"
+    return found
+
+
+def _defaults_of(fresh: PretrainedConfig, prefix: str, used: set[str]) -> dict[str, int | str]:
+    """Sizes that files leave out of a configuration, or of one within it: there, all."""
+    found: dict[str, int | str] = {}
+    kv_key, dim_key = key_of(fresh, "num_key_value_heads"), key_of(fresh, "head_dim")
+    if key_of(fresh, "num_attention_heads"):
+        kv_heads = getattr(fresh, kv_key) if kv_key else None
+        own = kv_key is not None and _is_given(fresh, kv_key)
+        found["num_key_value_heads"] = kv_heads if own and isinstance(kv_heads, int) else f"{prefix}num_attention_heads"
+        head_dim = getattr(fresh, dim_key, None) if dim_key else None
+        is_given = isinstance(head_dim, int) and _is_given(fresh, str(dim_key))
+        found["head_dim"] = head_dim if is_given and head_dim else "/".join(f"{prefix}{n}" for n in HEAD_DIM.split("/"))
+    if f"{prefix}{DECODER_HEAD_DIM}" in used:
+        found[DECODER_HEAD_DIM] = f"hidden_size/{DECODER_HEADS}"
+    for name in (*NAMES, *MORE, *DEPTHS) if prefix else LEFT_OUT:
+        key = key_of(fresh, name) if name not in found and f"{prefix}{name}" in used else None
+        if key and isinstance(getattr(fresh, key), int):
+            found[name] = getattr(fresh, key)
+    if f"{prefix}num_decoder_layers" in used:
+        found["num_decoder_layers"] = "num_hidden_layers"
+    for name in ("pad_token_id", "image_size"):
+        if prefix and f"{prefix}{name}" in used and isinstance(getattr(fresh, name, None), int):
+            found[name] = getattr(fresh, name)
+    return found
+
+
+def _is_given(config: PretrainedConfig, key: str) -> bool:
+    """Whether a type has a number of its own for ``key``, rather than one that follows from others."""
+    heads: dict[str, Any] = {config.attribute_map.get("num_attention_heads", "num_attention_heads"): 2}
+    other = type(config)(**heads)
+    return getattr(other, key) == getattr(config, key) and other.num_attention_heads != config.num_attention_heads
