@@ -105,6 +105,11 @@ class ParameterSpec(Record):
             )
         return self
 
+    @property
+    def num_elements(self) -> int:
+        """Of the whole parameter."""
+        return math.prod(self.shape)
+
     def local_shape(self, tp: int, tp_rank: int = 0, ep: int = 1) -> tuple[int, ...]:
         """The shape that ``tp_rank`` of any of ``ep`` expert ranks holds; tp rank 0 holds the largest."""
         shape = (self.shape[0] // ep, *self.shape[1:]) if self.experts else self.shape

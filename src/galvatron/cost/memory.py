@@ -29,7 +29,7 @@ What torch 2.13 allocates under ZeRO 1 to 3 (``torch/distributed/fsdp/_fully_sha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -84,15 +84,23 @@ class UnitMemory:
         return UnitMemory(*(getattr(self, field.name)[row] for field in fields(self)))
 
 
-def unit_memory(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> UnitMemory:
+def unit_memory(
+    setting: Setting, unit: UnitName, strategy: LayerStrategy, parameters: Sequence[ParameterSpec] | None = None
+) -> UnitMemory:
     """Memory of ``unit`` under one strategy; raises ProfileError when its activations were not counted."""
-    return all_unit_memory(setting, unit, Strategies.of([strategy])).row(0)
+    return all_unit_memory(setting, unit, Strategies.of([strategy]), parameters).row(0)
 
 
-def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) -> UnitMemory:
-    """Memory of ``unit`` under every strategy; raises ProfileError when its activations were not counted."""
+def all_unit_memory(
+    setting: Setting, unit: UnitName, strategies: Strategies, parameters: Sequence[ParameterSpec] | None = None
+) -> UnitMemory:
+    """Memory of ``unit`` under every strategy; raises ProfileError when its activations were not counted.
+
+    ``parameters``: those that it has, if not what ``Setting.parameters`` says.
+    """
     s, (cuts, which) = strategies, strategies.cuts
-    (dense, experts), (trained_dense, trained_experts) = held_and_trained(setting.parameters(unit), s)
+    own = setting.parameters(unit) if parameters is None else parameters
+    (dense, experts), (trained_dense, trained_experts) = held_and_trained(own, s)
     held, trained = dense.held + experts.held, trained_dense.held + trained_experts.held
     whole = trained_dense.whole + trained_experts.whole
     activations, workspace = (column[which] for column in _passing_bytes(setting, unit, cuts))
@@ -112,7 +120,7 @@ def all_unit_memory(setting: Setting, unit: UnitName, strategies: Strategies) ->
     unsharded = np.where(stays, gathered, 0) + _accumulated_bytes(setting, s, whole, gradient)
     transient = passing + flat_buffers + new_gradients + np.maximum(workspace, trained * setting.reduce_bytes)
     is_whole = (s.zero == 0) & (setting.runtime == "galvatron")
-    copies = held * _copied_bytes(setting) + trained * _summed_bytes(setting)
+    copies = held * copied_bytes(setting) + trained * _summed_bytes(setting)
     arriving = np.maximum(trained_dense.largest, trained_experts.largest) * setting.compute_bytes
     if unit == "head" and setting.model.spec.ends == "tokens":
         arriving = _label_bytes(setting, s)  # the projection's gradient goes where it belongs as it is made
@@ -187,7 +195,7 @@ def _image_bytes(setting: Setting, unit: UnitName, s: Strategies) -> Ints:
     return np.ceil(images * setting.tokens(unit) * sum(patches) * MASTER_BYTES).astype(np.int64)
 
 
-def _copied_bytes(setting: Setting) -> int:
+def copied_bytes(setting: Setting) -> int:
     """Bytes of a parameter's copy beside the float32 one, where nothing is sharded."""
     return setting.compute_bytes if setting.compute_bytes != MASTER_BYTES else 0
 

@@ -280,8 +280,13 @@ class Setting:
         return (unit, tp, recompute) in self._activations
 
     def parameters(self, unit: UnitName) -> tuple[ParameterSpec, ...]:
-        """The parameters that a unit holds itself; a head that shares the embedding's weight leaves it out."""
+        """The parameters that a unit holds itself; a head that shares the embedding's weight leaves it out.
+
+        Of a pipeline's embedding those before the first stack: others may be on other stages (``cost.joints``).
+        """
         spec, parameters = self.model.spec, self.model.spec.unit(unit).parameters
+        if unit == "embedding" and self.pp > 1 and spec.joints:
+            return spec.embedding_within(range(0))
         if unit == "head" and self.shares_tied_weight:
             return tuple(p for p in parameters if p.shape != (spec.vocab_size, spec.hidden_size))
         return parameters

@@ -15,6 +15,7 @@ from galvatron.plan.plan import LayerStrategy, Plan
 from galvatron.plan.schedules import InFlight, in_flight
 
 from .communication import redistribution_s, transfer_s
+from .joints import joint_bytes
 from .memory import UnitMemory, all_unit_memory, shared_bytes, tables_share
 from .setting import Setting
 from .strategies import Strategies
@@ -31,7 +32,7 @@ class Chunk:
     ``transfer_s``: the message into the chunk.  ``beside_bytes``: what a microbatch in flight keeps beyond its units'
     activations: the output, until the backward (the next profile does not count it), and what layers share, of which
     every chunk but the first makes its own.  ``sent_bytes``: the gradient of the chunk's input, which may still be on
-    its way while the next microbatch passes.
+    its way while the next microbatch passes.  ``joint_bytes``: what it holds beyond its units (``cost.joints``).
     """
 
     units: Units
@@ -42,6 +43,7 @@ class Chunk:
     beside_bytes: int
     sent_bytes: int
     in_flight: InFlight
+    joint_bytes: int = 0
 
     @cached_property
     def forward_s(self) -> float:
@@ -62,12 +64,13 @@ class Chunk:
     def activation_bytes(self) -> int:
         """Of all microbatches in flight: activations, and what weight passes need."""
         alive = self.in_flight.alive * self.beside_bytes
-        return alive + sum(int(unit.held_bytes(self.in_flight)) for unit in self.memories)
+        return alive + self.joint_bytes + sum(int(unit.held_bytes(self.in_flight)) for unit in self.memories)
 
     @property
     def sure_bytes(self) -> int:
         """What of that is surely alive at once."""
-        return replace(self, in_flight=InFlight(self.in_flight.alive, self.in_flight.waiting)).activation_bytes
+        sure = InFlight(self.in_flight.alive, self.in_flight.waiting)
+        return replace(self, in_flight=sure, joint_bytes=0).activation_bytes
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,13 @@ def stages_of(plan: Plan, setting: Setting) -> tuple[Stage, ...]:
         beside += math.ceil(
             shared_bytes(setting) * (tables if entry else tables - 1)
         )  # the embedding counts them whole
+        layers = plan.chunk_layers(entry % plan.pp, entry // plan.pp)
         transferred_s = transfer_s(setting, units[0][0]) if entry else 0.0
         sent = setting.entering_bytes(units[0][0]) if entry else 0
         held = in_flight(plan.schedule, plan.pp, entry % plan.pp, plan.num_microbatches, plan.model_chunks)
-        chunks.append(Chunk(units, times, memories, moved_s, transferred_s, beside, sent, held[entry // plan.pp]))
+        own = held[entry // plan.pp]
+        joined = joint_bytes(setting, layers, plan.embedding, own.alive)
+        chunks.append(Chunk(units, times, memories, moved_s, transferred_s, beside, sent, own, joined))
     return tuple(Stage(tuple(chunks[stage :: plan.pp])) for stage in range(plan.pp))
 
 

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 
 from galvatron.core.model import ENDS, UnitName
 from galvatron.cost.communication import transfer_s
+from galvatron.cost.joints import joint_bytes
 from galvatron.cost.memory import shared_bytes
 from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints
+from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.schedules import InFlight, in_flight
 
 
@@ -54,8 +56,9 @@ class StageShape:
 class Geometry:
     """The stages of one task."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting, self.pp = setting, setting.pp
+    def __init__(self, setting: Setting, embedding: LayerStrategy | None = None) -> None:
+        """``embedding``: its strategy, which what runs between stacks has too; None leaves that out."""
+        self.setting, self.pp, self.embedding = setting, setting.pp, embedding
         self.kinds = [kind.name for kind in setting.model.spec.kind_of_layers()]
         self.num_layers = len(self.kinds)
         self.one_kind = len(set(self.kinds)) == 1
@@ -174,6 +177,9 @@ class Geometry:
         received[rows, lengths] = (stage > 0) * entering[rows] + np.where(is_last, 0.0, entering[ends])
         shared, sent = (self._shared_bytes, output[rows]) if stage > 0 else (0, 0)
         beside[rows, lengths] = sent + held.alive * (shared + np.where(is_last, 0, output[ends]))
+        if self.embedding is not None:
+            for row, k in zip(rows.tolist(), lengths.tolist(), strict=True):
+                beside[row, k] += joint_bytes(self.setting, range(row, row + k), self.embedding, held.alive)
         return allowed, counts, received, beside
 
     def _segments(self, stage: int) -> list[tuple[int, int]]:

@@ -33,6 +33,10 @@ def smallest(space: Space) -> Solution | None:
 
 
 def _of_any_options(space: Space) -> Solution | None:
+    if space.is_joined and len(space.options["embedding"]) > 1:
+        each = (space.restricted({"embedding": np.array([at])}) for at in range(len(space.options["embedding"])))
+        joined = [solution for solution in map(_of_any_options, each) if solution is not None]
+        return min(joined, key=lambda solution: solution.value, default=None)
     if space.end_pairs is None:
         return _smallest(space)
     pairs = sorted(undominated_pairs(space), key=lambda pair: _pair_bytes(space, pair))[:MAX_PAIRS]

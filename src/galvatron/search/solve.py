@@ -107,6 +107,9 @@ def _joined(space: Space) -> list[Space]:
 
 
 def _parts(space: Space) -> Iterator[tuple[float, Space, Bounds]]:
+    if space.is_joined:
+        yield from _joined_parts(space)
+        return
     interleaved, pairs = space.task.model_chunks > 1, None if space.end_pairs is None else undominated_pairs(space)
     for group in map(space.in_layout, range(len(space.layouts))) if interleaved else [space]:
         if group.is_empty:
@@ -122,6 +125,16 @@ def _parts(space: Space) -> Iterator[tuple[float, Space, Bounds]]:
                 total = least[0] + sum(float(work[at]) for work, at in zip(ends, pair, strict=False))
                 chosen = {end: np.array([at]) for end, at in zip(ENDS, pair, strict=False)}
                 yield bound_of(space.setting, total, least[1]), group.restricted(chosen), bounds
+
+
+def _joined_parts(space: Space) -> Iterator[tuple[float, Space, Bounds]]:
+    """One for every strategy of the embedding, which stages that join stacks have parts of."""
+    for at in range(len(space.options["embedding"])):
+        heads = [j for i, j in space.end_pairs if i == at] if space.end_pairs is not None else None
+        chosen = {"embedding": np.array([at])} | ({} if heads is None else {"head": np.array(heads, dtype=np.int64)})
+        part = space.restricted(chosen)
+        if not part.is_empty:
+            yield 0.0, part, Bounds(part)
 
 
 def _solve_within(

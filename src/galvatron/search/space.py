@@ -144,9 +144,19 @@ class Space:
     usable_bytes: int
     whole: Space | None = None
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether stages hold parts of the embedding that run between stacks, by its strategy."""
+        return self.task.pp > 1 and bool(self.setting.model.spec.joints)
+
     @cached_property
     def geometry(self) -> Geometry:
-        """Of the whole space: what is left of the options makes no difference to it."""
+        """Of the whole space: what is left of the options makes no difference to it, but the embedding's if it is one.
+
+        Where several may be the embedding's, what depends on which is left out: a space of more plans.
+        """
+        if self.is_joined and len(self.options["embedding"]) == 1:
+            return Geometry(self.setting, self.options["embedding"].strategies[0])
         return Geometry(self.setting) if self.whole is None else self.whole.geometry
 
     @property

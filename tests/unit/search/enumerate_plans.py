@@ -195,6 +195,7 @@ def plans_of(setting: Setting, choice: Choice) -> Iterator[tuple[Any, Any]]:
                 if e > 0:
                     work = work + setting.received_s(transfer_s(setting, first))
                     bytes_ = bytes_ + held[e // pp].alive * shared_bytes(setting) + setting.entering_bytes(first)
+                bytes_ = bytes_ + joined(costs, entries[e], held[e // pp].alive)
                 if e < len(entries) - 1:
                     work = work + setting.received_s(transfer_s(setting, after))
                     bytes_ = bytes_ + held[e // pp].alive * setting.entering_bytes(after)
@@ -206,6 +207,31 @@ def plans_of(setting: Setting, choice: Choice) -> Iterator[tuple[Any, Any]]:
         objective = np.maximum(fraction * (fill * total + (m - fill) * largest), m * total / pp)
         full = np.broadcast_arrays(objective, peak, mask)
         yield full[0][full[2]], full[1][full[2]]
+
+
+def joined(costs: Costs, layers: list[int], alive: int) -> Any:
+    """What a stage holds of what runs between stacks, by the embedding's option; and of copied tables."""
+    setting, spec = costs.setting, costs.setting.model.spec
+    if setting.pp == 1 or not spec.joints:
+        return 0
+    (joint,), table = spec.joints, spec.embedding.parameters[0]
+    names = set(joint.parameters) if joint.layer - 1 in layers else set()
+    is_tied_end = spec.tied_embeddings and layers[-1] == spec.num_layers - 1
+    if joint.table and joint.layer - 1 in layers and layers[0] > 0 and not is_tied_end:
+        names.add(table.name)
+    own = tuple(p for p in spec.embedding.parameters if p.name in names)
+    found = []
+    for option in costs.options[0]:
+        memory = unit_memory(setting, "embedding", option.strategy, own) if own else None
+        resident = 0 if memory is None else int(memory.resident_bytes + memory.transient_bytes)
+        passing = 0 if memory is None or layers[0] == 0 else alive * int(memory.activation_bytes)
+        found.append(resident + passing)
+    copies = 0
+    for start, stop in ((0, joint.layer), (joint.layer, spec.num_layers)):
+        if any(start <= layer < stop for layer in layers) and start not in layers:
+            shared = [p for p in spec.kind_of_layers()[start].parameters if p.shared]
+            copies += sum(16 * math.prod(p.shape) for p in shared)  # float32: value, gradient, two moments
+    return costs._axis(0, np.array(found, dtype=np.int64)) + copies
 
 
 def units_of(entry: int, entries: list[list[int]]) -> list[int]:
@@ -225,6 +251,8 @@ def every_task(model: ModelProfile, hardware: HardwareProfile, batch: int, choic
     tasks = [(pp, m, s) for pp, m in degrees for s in (choice.schedules if pp > 1 else (("1f1b", 1),))]
     for pp, m, (schedule, chunks) in tasks:
         if world % pp or batch % m or pp * chunks > layers:
+            continue
+        if model.spec.stacks > 1 and schedule not in ("gpipe", "1f1b"):
             continue
         if (schedule == "interleaved" and m % pp) or (m == 1 and schedule in ("interleaved", "zero_bubble")):
             continue

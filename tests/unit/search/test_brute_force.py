@@ -10,7 +10,7 @@ import pytest
 
 from galvatron.core.errors import InfeasibleError
 from galvatron.core.hardware import HardwareProfile
-from galvatron.core.model import OFFLOADS, RECOMPUTES
+from galvatron.core.model import OFFLOADS, RECOMPUTES, Joint, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.model_profile import ModelProfile
 from galvatron.search import Limits, search
 from unit.profiles import make_hardware, make_model, make_spec
@@ -31,9 +31,27 @@ SHAPES = [  # world size, layers, layers with experts, global batches
 SWITCHED = ("tp", "ulysses", "cp", "ep", "zero", "dp_shard", "selective", "full")
 BETWEEN = ("mlp", "linears")  # one of them where the seed is odd
 OFFLOAD = ("offload",)  # in every third ten of seeds
+STACKED = [2, 5, 8]  # of the shapes, those of two kinds of layers
 FAST, INSTANCES = 60, 600
+TWO_STACKS = [INSTANCES + 10 * n + STACKED[n % 3] for n in range(60)]
+FEW = TWO_STACKS[:9]
 TELLING = {142}  # interleaving two kinds of layers fits where 1F1B does not
 MOST = 200_000  # combinations of strategies that a task of an instance may have
+
+
+def of_two_stacks(spec: ModelSpec, *, table: bool) -> ModelSpec:
+    """Layers of the second kind as another stack: a matrix joins them to the first, and a table of scores is shared."""
+    first, second = spec.layers
+    between = ParameterSpec(name="between", shape=(first.hidden_size, 300))
+    scores = ParameterSpec(name="scores", shape=(8, 40), shared=True)
+    return spec.model_copy(
+        update={
+            "stacks": 2,
+            "joints": (Joint(layer=first.count, parameters=("between",), table=table),),
+            "layers": (first.model_copy(update={"parameters": (*first.parameters, scores)}), second),
+            "embedding": UnitSpec(parameters=(*spec.embedding.parameters, between)),
+        }
+    )
 
 
 def instance(seed: int) -> tuple[ModelProfile, HardwareProfile, tuple[int, ...], Choice, Limits, random.Random]:
@@ -42,6 +60,8 @@ def instance(seed: int) -> tuple[ModelProfile, HardwareProfile, tuple[int, ...],
     world, layers, others, batches = SHAPES[seed % len(SHAPES)]
     tied = shake.random() < 0.4
     spec = make_spec(layers, vocab=shake.choice([30, 250, 1000]), tied=tied, others=others)
+    if seed >= INSTANCES:
+        spec = of_two_stacks(spec, table=shake.random() < 0.5)
     rate, optimizer = 10 ** shake.uniform(9, 11), 10 ** shake.uniform(-9, -7)
     tps = tuple(d for d in (1, 2, 4) if world % d == 0)
     model = make_model(spec, tps=tps, seed=seed, flops_per_s=rate, optimizer_s_per_parameter=optimizer)
@@ -78,7 +98,9 @@ def limits_of(on: list[str], schedules: list[tuple[str, int]]) -> Limits:
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=[] if s < FAST or s in TELLING else [pytest.mark.slow]) for s in range(INSTANCES)]
+    "seed",
+    [pytest.param(s, marks=[] if s < FAST or s in TELLING else [pytest.mark.slow]) for s in range(INSTANCES)]
+    + [pytest.param(s, marks=[] if s in FEW else [pytest.mark.slow]) for s in TWO_STACKS],
 )
 def test_the_search_equals_brute_force(seed: int) -> None:
     model, hardware, batches, choice, limits, shake = instance(seed)
