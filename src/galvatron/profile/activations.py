@@ -161,8 +161,10 @@ def _count(log: StorageLog, unit: LocalUnit, tokens: Tensor, labels: dict[str, T
     # clones, so that inputs count exactly if the unit keeps them; a batch of whole ends is there for all of a step, and
     # another stack's states are there for all layers
     is_batch = isinstance(unit.inner, WholeStage) and unit.inner.is_first
-    kept = {name: v if is_batch or v.is_floating_point() else v.clone() for name, v in labels.items()}
-    output = unit(tokens if is_batch else tokens.clone(), **kept)
+    output = unit(
+        tokens if is_batch else tokens.clone(),
+        **{name: v if is_batch or v.is_floating_point() else v.clone() for name, v in labels.items()},
+    )  # nothing here may hold on to a clone
     log.ignore([output, *unit.early_gradients()])
     between = log.moment()
     if output.requires_grad:  # not where nothing up to here is trainable
