@@ -18,6 +18,8 @@ from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_model
 from galvatron.testing.pool import Pool
 
+DATA_PARALLEL = plan_for((4,), *(LayerStrategy(dp_replicate=4),) * 5)
+
 
 def make(plan: Plan, seed: int = 0, world: World | None = None) -> tuple[ParallelModel, PreTrainedModel]:
     """The same weights under ``plan`` and in one process."""
@@ -50,6 +52,25 @@ def test_gradients_of_several_calls_add_up_to_the_mean_over_all_tokens(pool: Poo
     for (total, expected), errors in pool.run(accumulate, plan, world_size=4):
         assert total == pytest.approx(expected, rel=1e-5)
         assert max(errors) < 1e-5
+
+
+def evaluate_between(plan: Plan) -> None:
+    """An evaluation before the optimizer's step, and one before a call that adds up."""
+    model, _ = make(plan)
+    model.train_step(*batch(0))
+    before = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.evaluate(*batch(1))
+    after = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert not any(stage.early_gradient.tensors() for stage in model.stages)
+    model.zero_grad()
+    model.evaluate(*batch(1))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("plan", [PIPELINE, MIXED, DATA_PARALLEL], ids=["pipeline", "mixed", "unsharded"])
+def test_an_evaluation_leaves_gradients_alone(pool: Pool, plan: Plan) -> None:
+    pool.run(evaluate_between, plan, world_size=4)
 
 
 def trains_with(optimizer_class: type[torch.optim.Optimizer]) -> tuple[float, float]:

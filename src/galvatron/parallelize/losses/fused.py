@@ -190,7 +190,7 @@ def projected_cross_entropy_share(
     """
     assert vocabulary_size is not None or tp.size == 1
     size = weight_VH.shape[0] if vocabulary_size is None else vocabulary_size
-    job = _Job(start, scale, tp, size, terms, early or EarlyGradient())
+    job = _Job(start, scale, tp, size, terms, early or EarlyGradient(), torch.is_grad_enabled())
     share: Tensor = _Projected.apply(hidden_TH, weight_VH, bias_V, labels_T, job)
     return share
 
@@ -205,6 +205,8 @@ class _Job:
     vocabulary_size: int
     terms: LossTerms
     early: EarlyGradient
+    has_backward: bool
+    """Whether one will come: a function's forward, where gradients are made here, is told what would need one."""
 
     @property
     def most_rows(self) -> int:
@@ -215,7 +217,7 @@ class _Job:
 class _Projected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, job: _Job) -> Tensor:
-        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
+        need_hidden, need_weight, need_bias, *_ = (need and job.has_backward for need in ctx.needs_input_grad)
         made = _Gradients(
             torch.empty_like(hidden) if need_hidden else None,
             job.early.opened(weight) if need_weight else None,
