@@ -65,15 +65,17 @@ def joints_of(
 ) -> list[dict[str, Any]]:
     """Of every stack, what ``core.family.Stack`` has of the way to it, ``joined``, and ``pooled``.
 
-    What makes the first stack's input is on the way to it; all else goes with the stack that it runs before.
+    What makes the first stack's input is on the way to it; all else goes with the stack that it runs before, and so does
+    what autograd knows nothing of (positions that are not learnt).
     """
     first = {id(call.module): call for call in reversed(calls)}
     places = {id(call.module): place for place, call in reversed(list(enumerate(calls)))}
     modules = {path: model.get_submodule(path) for path in before}
     starts = [first[id(stack[0])] for stack in stacks]
     found: list[dict[str, Any]] = [{} for _ in stacks]
-    makers = makers_of(starts[0].argument)
-    left = [p for p, m in modules.items() if id(m) in first and first[id(m)].output.grad_fn not in makers]
+    makers, begin = makers_of(starts[0].argument), places[id(stacks[0][0])]
+    made = {path: first[id(module)].output.grad_fn for path, module in modules.items() if id(module) in first}
+    left = [p for p, by in made.items() if by not in makers and (by is not None or places[id(modules[p])] > begin)]
     for nth, (stack, start) in enumerate(zip(stacks, starts, strict=True)):
         if nth == 0:
             continue
