@@ -6,7 +6,7 @@ the meta device.  What is not known is recognised by running a tiny twin.  Knows
 
 from galvatron.core.family import Experts, Family, Region
 
-from .buffers import lasting_buffers
+from .buffers import buffers_after_head, buffers_within, lasting_buffers
 from .chain import Link, argument_names, arguments_by_name, chain_of, experts_in, regions_in, score_table
 from .family import family_of
 from .freeze import check_trains, freeze_parameters
@@ -33,6 +33,8 @@ __all__ = [
     "arguments_by_name",
     "auto_class",
     "blank_inputs",
+    "buffers_after_head",
+    "buffers_within",
     "build_spec",
     "chain_of",
     "check_trains",

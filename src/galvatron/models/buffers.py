@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def lasting_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -13,3 +14,13 @@ def lasting_buffers(module: nn.Module) -> dict[str, Tensor]:
         for name, value in saved.items()
         if not isinstance(value, nn.Parameter) and isinstance(value, Tensor) and value.is_floating_point()
     }
+
+
+def buffers_within(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Those that some module within ``model`` has."""
+    return {name: value for name, value in lasting_buffers(model).items() if "." in name}
+
+
+def buffers_after_head(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Those that no module of ``model`` has but it itself: it adds them to what its head gives (BART's, Marian's)."""
+    return {name: value for name, value in lasting_buffers(model).items() if "." not in name}

@@ -65,8 +65,8 @@ def joints_of(
 ) -> list[dict[str, Any]]:
     """Of every stack, what ``core.family.Stack`` has of the way to it, ``joined``, and ``pooled``.
 
-    What makes the first stack's input is on the way to it; all else goes with the stack that it runs before, and so does
-    what autograd knows nothing of (positions that are not learnt).
+    What makes the first stack's input is on the way to it; all else goes with the stack that it runs before, and so
+    does what autograd knows nothing of (positions that are not learnt).
     """
     first = {id(call.module): call for call in reversed(calls)}
     places = {id(call.module): place for place, call in reversed(list(enumerate(calls)))}

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from galvatron.core.lora import Lora
-from galvatron.models import auto_class, freeze_parameters, lasting_buffers
+from galvatron.models import auto_class, buffers_within, freeze_parameters
 from galvatron.models.lora import attach_lora
 
 WEIGHT_STD = 0.15
@@ -343,6 +343,6 @@ def draw_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         is_norm_weight = parameter.dim() == 1 and name.endswith("weight")
         is_scale = parameter.dim() == 0  # of a contrast: as if all pairs were alike, gradients would cancel
         parameter.copy_(noise + 1 if is_norm_weight else noise + 2 if is_scale else noise)
-    for buffer in lasting_buffers(model).values():
+    for buffer in buffers_within(model).values():  # others have to be zeros
         buffer.copy_(torch.randn(buffer.shape, generator=generator) * WEIGHT_STD)
     return model

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import Precision
 from galvatron.core.tasks import TOKEN_TASKS
-from galvatron.models import Adapter, adapter_of, auto_class, config_of, lasting_buffers, random_inputs, task_of
+from galvatron.models import Adapter, adapter_of, auto_class, buffers_within, config_of, random_inputs, task_of
 from galvatron.models.inputs import words_of
 from galvatron.models.lora import attach
 from galvatron.parallelize.sharding.fsdp import DTYPES
@@ -70,11 +70,9 @@ class Recipe:
         There may be none: all that a rank holds may be frozen.  ``hosted``: those with moments in host memory.
         """
         groups: list[dict[str, Any]] = [{"params": parameters}]
-        options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+        options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "fused": True}
         options["weight_decay"] = self.weight_decay
-        if hosted:
-            return OffloadedAdamW(groups, hosted, fused=True, **options)
-        return torch.optim.AdamW(groups, **options)
+        return OffloadedAdamW(groups, hosted, **options) if hosted else torch.optim.AdamW(groups, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +141,7 @@ def train_reference(
     """
     recipe = recipe or Recipe()
     _refuse_dropout(model)
-    lasting = _snapshot(lasting_buffers(model))
+    lasting = _snapshot(buffers_within(model))
     initial = _snapshot(dict(model.named_parameters())) | lasting
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     config, adapter = config_of(model), adapter_of(model)
@@ -241,7 +239,7 @@ def restore(
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
             parameter.requires_grad_(name not in frozen)
-        for name, buffer in lasting_buffers(model).items():
+        for name, buffer in buffers_within(model).items():
             buffer.copy_(weights[name])
     return model.train()
 

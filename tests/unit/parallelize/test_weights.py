@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from galvatron.core.errors import CheckpointError
+from galvatron.core.errors import CheckpointError, ConfigError
+from galvatron.parallelize.checks.model import check_model
 from galvatron.parallelize.state.pieces import LocalParameter, Piece
 from galvatron.parallelize.state.weights import (
     CompletedWeights,
@@ -155,3 +156,15 @@ def test_adapters_come_from_elsewhere_where_weights_lack_them() -> None:
     whole = CompletedWeights(StateDictWeights({names[0]: base, names[1]: adapter}), StateDictWeights({names[1]: own}))
     assert [whole.find(name) for name in names] == list(names)
     assert torch.equal(whole.read(names[1], (0, 0), (3, 2)), adapter)
+
+
+def test_what_is_added_after_the_head_must_be_zero(tmp_path: Path) -> None:
+    model = tiny_model("bart")
+    model.save_pretrained(tmp_path)
+    check_names(SafetensorsWeights(tmp_path), model, {})
+    model.final_logits_bias[0, 3] = 1.0
+    given = StateDictWeights(model.state_dict())
+    with pytest.raises(CheckpointError, match=r"final_logits_bias of .* is not zero: it is added to logits"):
+        check_names(given, tiny_model("bart"), {})
+    with pytest.raises(ConfigError, match="final_logits_bias is not zero"):
+        check_model(model)

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.internals import has_tensor_hooks, hooks, is_compiled
-from galvatron.models import adapter_of, check_trains, config_of, family_of, meta_model
+from galvatron.models import adapter_of, buffers_after_head, check_trains, config_of, family_of, meta_model
 from galvatron.models.lora import attach, check_adapters
 
 from ..layers.attention import uses_attention
-from ..state.weights import FLOATS
+from ..state.weights import AFTER_HEAD, FLOATS
 
 _RECORDER = "transformers.utils.output_capturing"  # leaves hooks behind that do nothing while nobody records
 _WRAPPED = ("module", "_orig_mod")  # where DistributedDataParallel and torch.compile keep the model
@@ -78,6 +78,8 @@ def _modifications(model: PreTrainedModel) -> Iterator[str]:
         if parameter.dtype not in FLOATS:
             yield f"parameter {name} is {parameter.dtype}, whose numbers need scales; load the model unquantised"
     for name, buffer in model.named_buffers():
+        if "." not in name and name in buffers_after_head(model) and buffer.any():
+            yield f"{name} is {AFTER_HEAD}"
         if buffer.is_meta:
             yield f"buffer {name} is on meta, without values; make the model with galvatron.models.meta_model"
 

@@ -21,13 +21,14 @@ from galvatron.core.lora import is_adapters, plain_name
 from galvatron.core.parsing import parse_json
 from galvatron.core.records import read_text
 from galvatron.internals import needless_names
-from galvatron.models import lasting_buffers
+from galvatron.models import buffers_after_head, lasting_buffers
 
 from ..processes.ranks import rank
 from .pieces import LocalParameter, box, is_finite
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values are plain numbers; 8-bit ones mean something only with their scales."""
+AFTER_HEAD = "not zero: it is added to logits, which losses are made without; zero it, or train another model"
 
 _SHOWN = 3  # names that a sentence gives of many
 
@@ -63,10 +64,11 @@ class GivenWeights(Weights, Protocol):
 
 
 def check_names(weights: GivenWeights, model: PreTrainedModel, twins: Mapping[str, str]) -> dict[str, str]:
-    """Hold the names of ``weights`` against those that ``model``, whole, has; no value is read.
+    """Hold the names of ``weights`` against those that ``model``, whole, has; no value of a parameter is read.
 
     Warns, on rank 0, of tensors that the model has no use for.  Returns those ``twins`` (parameter → the name of
-    its second copy) that ``weights`` has.  Raises CheckpointError where parameters lack.
+    its second copy) that ``weights`` has.  Raises CheckpointError where parameters lack, or where something that losses
+    leave out is not zero.
     """
     found = {name: weights.find(name) for name, _ in model.named_parameters()}
     if missing := [name for name, key in found.items() if key is None]:
@@ -74,6 +76,9 @@ def check_names(weights: GivenWeights, model: PreTrainedModel, twins: Mapping[st
             f"{weights.origin} lacks {len(missing):,} of the model's {len(found):,} parameters: {_examples(missing)}; "
             "give weights of the same model (and, for a head that is its embedding, tie_word_embeddings)"
         )
+    for name, buffer in buffers_after_head(model).items():
+        if weights.find(name) is not None and weights.read(name, (0,) * buffer.dim(), tuple(buffer.shape)).any():
+            raise CheckpointError(f"{name} of {weights.origin} is {AFTER_HEAD}")
     used = {*found.values(), *map(weights.find, (*twins.values(), *lasting_buffers(model)))}
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in needless_names(model)))
     unread = sorted(key for key in weights.keys if key not in used and not ignored.search(key))
