@@ -66,7 +66,7 @@ def test_a_padding_row_starts_at_zero() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"model_type": "mamba"}', "model_type='mamba' "),
+        ('{"model_type": "albert"}', "model_type='albert' "),
         ('{"hidden_size": 3}', "lacks model_type"),
         ("{", "is not JSON"),
     ],

@@ -78,5 +78,5 @@ def test_a_gradient_that_the_whole_has_not_is_named() -> None:
 
 
 def test_what_is_no_such_chain_is_refused_in_words() -> None:
-    with pytest.raises(ConfigError, match="no way that is known"):
-        family_of(AutoConfig.for_model("mamba"))
+    with pytest.raises(ConfigError, match="no stack of equal layers"):
+        family_of(AutoConfig.for_model("albert"))
