@@ -108,7 +108,7 @@ def instant(model: ModelProfile) -> ModelProfile:
 
 def seconds(plan: Plan, model: ModelProfile, op: Op, **link: float) -> list[int]:
     """By stage, of a step of which all but ``op`` is free."""
-    hardware = make_hardware(plan.world_size)
+    hardware = make_hardware(plan.world_size, host_bytes_per_s=4e9)
     free = {"latency_s": 0.0, "seconds_per_byte": 0.0}
     links = tuple(own.model_copy(update={**free, **(link if own.op == op else {})}) for own in hardware.links)
     setting = Setting.of(plan, model, hardware.model_copy(update={"links": links}))

@@ -26,7 +26,7 @@ from galvatron.models import Experts, Region
 from galvatron.models.heads import HEAD_COUNTS, KV_HEAD_COUNTS
 from galvatron.models.lora import base_linear
 
-from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence
+from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence, whole_sequence
 from ..processes.rows import ExpertGroups
 from .adapters import linears_of, run_adapters
 from .experts import HERE, share_experts
@@ -138,7 +138,7 @@ def cut_embedding(embedding: nn.Module, parameter: ParameterSpec, tp: AxisGroup,
         own = (ids_BS >= start) & (ids_BS < stop)
         partial = look_up(torch.where(own, ids_BS - start, 0))
         own_tokens = reduce_scatter_sequence(partial * own.unsqueeze(-1), tp)
-        return gather_sequence(own_tokens, tp) if whole else own_tokens
+        return whole_sequence(own_tokens, tp) if whole else own_tokens
 
     embedding.forward = forward
 

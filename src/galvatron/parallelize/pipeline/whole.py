@@ -29,7 +29,7 @@ from ..losses.contrast import contrast_share
 from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction, own_loss_share
 from ..losses.samples import right_share, sample_loss_share
-from ..processes.collectives import ALONE, AxisGroup, gather_sequence, own_part
+from ..processes.collectives import ALONE, AxisGroup, own_part, whole_sequence
 from .passes import Inbox, Outputs
 from .stage import Stage
 from .standins import Zeros, call_with, end_with, hidden_of, pass_on
@@ -174,7 +174,7 @@ class WholeStage(Stage):
         def whole(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             hidden, *others = output if isinstance(output, tuple) else (output,)
-            hidden = gather_sequence(change(hidden), sequence)
+            hidden = whole_sequence(change(hidden), sequence)
             self.masks.draw_for(1 + index, sequence)
             return (hidden, *others) if isinstance(output, tuple) else hidden
 
@@ -210,7 +210,7 @@ class WholeStage(Stage):
         for path in pooled.intersection(self._entries):
             self.model.get_submodule(path).register_forward_hook(partial(self._ride, path))
         if self._follows_recorded:
-            self.layer(start - 1).forward = lambda *_, **__: gather_sequence(self._open(), whole_of(start))
+            self.layer(start - 1).forward = lambda *_, **__: whole_sequence(self._open(), whole_of(start))
         elif not self.is_first:
             self.receive_in(self.layer(start))
         if not self.is_first:

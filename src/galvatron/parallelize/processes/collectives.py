@@ -61,6 +61,11 @@ def gather_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
     return x_BS if axes.size == 1 else _GatherSequence.apply(x_BS, axes)
 
 
+def whole_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
+    """``gather_sequence`` for what a module returns: no view, of whose hooks FSDP2 warns."""
+    return x_BS if axes.size == 1 else _WholeSequence.apply(x_BS, axes)
+
+
 def own_part(x_BS: Tensor, axes: AxisGroup) -> Tensor:
     """[B, S, ...] → [B, S/k, ...]: this rank's part of sequences that every rank has whole.
 
@@ -116,6 +121,12 @@ class _GatherSequence(torch.autograd.Function):
         return reduce_scatter(split(grad, ctx.axes), ctx.axes), None
 
 
+class _WholeSequence(_GatherSequence):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
+        return internals.owned(_GatherSequence.forward(ctx, x, axes))
+
+
 class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
@@ -131,7 +142,7 @@ class _BatchToSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        return _exchange(split(x, axes), axes).flatten(0, 1)
+        return internals.owned(_exchange(split(x, axes), axes).flatten(0, 1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -142,7 +153,7 @@ class _SequenceToBatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        return join(_exchange(x.unflatten(0, (axes.size, -1)), axes), axes)
+        return internals.owned(join(_exchange(x.unflatten(0, (axes.size, -1)), axes), axes))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -197,7 +208,7 @@ def split(x_BS: Tensor, axes: AxisGroup) -> Tensor:
 
 
 def join(x_kBS: Tensor, axes: AxisGroup) -> Tensor:
-    """[k, B, S/k, ...] → [B, S, ...]: the inverse of ``split``; no view."""
+    """[k, B, S/k, ...] → [B, S, ...]: the inverse of ``split``."""
     n, halves = len(axes.sizes), 1 + axes.folded
     runs = x_kBS.unflatten(2, (halves, axes.pieces, x_kBS.shape[2] // (halves * axes.pieces)))
     runs = runs.unflatten(0, axes.sizes[::-1])
@@ -205,7 +216,7 @@ def join(x_kBS: Tensor, axes: AxisGroup) -> Tensor:
     runs = _mirrored(runs, range(3, n + 3)) if axes.folded else runs
     joined = runs.flatten(1, n + 3)
     whole = joined if axes.filling is None else joined[:, : axes.filling.tokens]
-    return internals.owned(whole.contiguous())
+    return whole.contiguous()
 
 
 def _mirrored(runs: Tensor, dims: range) -> Tensor:
