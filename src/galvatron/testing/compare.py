@@ -94,7 +94,8 @@ def compare_on_rank(path: Path, plan: Plan, engine: str | None = None) -> RankFi
         model.loss_scale = LossScale(scale=FP16_SCALE)
     trained = {p.tensor: p.travels_with for p in model.local_parameters if p.tensor.requires_grad}
     hosted = {tensor: unit for tensor, unit in trained.items() if unit is not None}
-    optimizer = reference.recipe.optimizer(list(trained), hosted)
+    fused = any(strategy.offload != "none" for strategy in plan.strategies())
+    optimizer = reference.recipe.optimizer(list(trained), hosted, fused=fused)
     deviations: list[Deviation] = []
     scalars: list[float] = []
     for index, step in enumerate(reference.steps):

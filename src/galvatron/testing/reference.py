@@ -63,14 +63,19 @@ class Recipe:
     seed: int = 0
 
     def optimizer(
-        self, parameters: list[torch.nn.Parameter], hosted: Mapping[torch.nn.Parameter, str] | None = None
+        self,
+        parameters: list[torch.nn.Parameter],
+        hosted: Mapping[torch.nn.Parameter, str] | None = None,
+        *,
+        fused: bool = False,
     ) -> torch.optim.AdamW:
         """AdamW over ``parameters``, all of them decayed: the rule is elementwise, so any cut must obey it.
 
-        There may be none: all that a rank holds may be frozen.  ``hosted``: those with moments in host memory.
+        There may be none: all that a rank holds may be frozen.  ``hosted``: those with moments in host memory, which
+        the fused kernel updates; ``fused``: it updates the others too, so that ranks without such end with equal bits.
         """
         groups: list[dict[str, Any]] = [{"params": parameters}]
-        options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "fused": True}
+        options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "fused": fused or bool(hosted)}
         options["weight_decay"] = self.weight_decay
         return OffloadedAdamW(groups, hosted, **options) if hosted else torch.optim.AdamW(groups, **options)
 
