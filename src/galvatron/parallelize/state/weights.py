@@ -171,7 +171,8 @@ class CompletedWeights:
         return self._own if self._is_own(name) else self._given
 
     def _is_own(self, name: str) -> bool:
-        return name in self.new or (is_adapters(name) and self._given.find(name) is None)
+        lacks = is_adapters(name) and self._own is not self._given and self._given.find(name) is None
+        return name in self.new or lacks
 
 
 class StateDictWeights:
