@@ -168,3 +168,5 @@ def test_what_is_added_after_the_head_must_be_zero(tmp_path: Path) -> None:
         check_names(given, tiny_model("bart"), {})
     with pytest.raises(ConfigError, match="final_logits_bias is not zero"):
         check_model(model)
+    with pytest.raises(ConfigError, match="buffer final_logits_bias is on meta"):
+        check_model(tiny_model("bart").to("meta"))

@@ -78,10 +78,11 @@ def _modifications(model: PreTrainedModel) -> Iterator[str]:
         if parameter.dtype not in FLOATS:
             yield f"parameter {name} is {parameter.dtype}, whose numbers need scales; load the model unquantised"
     for name, buffer in model.named_buffers():
-        if "." not in name and name in buffers_after_head(model) and buffer.any():
-            yield f"{name} is {AFTER_HEAD}"
         if buffer.is_meta:
             yield f"buffer {name} is on meta, without values; make the model with galvatron.models.meta_model"
+    for name, buffer in buffers_after_head(model).items():
+        if buffer.any():
+            yield f"{name} is {AFTER_HEAD}"
 
 
 def _lookup_problems(where: str, embedding: nn.Embedding) -> Iterator[str]:
