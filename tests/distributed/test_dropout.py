@@ -115,3 +115,31 @@ def test_eval_draws_none_and_a_step_is_told_by_its_number(pool: Pool) -> None:
         assert still == pytest.approx(evaluated, rel=1e-6)
         assert first != pytest.approx(still, rel=1e-4)
         assert again == first
+
+
+def masks_in_windows(plan: Plan) -> tuple[list[bytes], list[float]]:
+    """What three layers of a Swin drop in two steps, elements and whole samples; and the losses."""
+    config = tiny_config("swin", hidden_dropout_prob=RATE, drop_path_rate=0.5)
+    model, masks = parallelize(tiny_model(config), plan, world=init_world("cpu"), seed=0), []
+
+    def note(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        masks.append(((output == 0) & (args[0] != 0)).numpy().tobytes())
+
+    for index in (1, 3, 6) if not any(layer.recompute == "full" for layer in plan.layers) else ():
+        model.stages[0].layer(index).dropout.register_forward_hook(note)
+        model.stages[0].layer(index).drop_path.register_forward_hook(note)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(plan.global_batch_size, 3, 20, 20, generator=generator)
+    labels = torch.randint(5, (plan.global_batch_size,), generator=generator)
+    return masks, [float(model.train_step(pixel_values=images, labels=labels)) for _ in range(2)]
+
+
+def test_layers_of_windows_drop_alike_on_all_ranks_that_see_them_whole(pool: Pool) -> None:
+    plan = pure_plans(build_spec(tiny_config("swin")), 2)["tp"]
+    (masks, losses), other = pool.run(masks_in_windows, plan, world_size=2)
+    assert other == (masks, losses)
+    assert len(masks) == 2 * plan.num_microbatches * 3 * 3  # dropout runs twice a layer, paths are dropped once
+    assert len(set(masks)) > len(masks) // 2  # of four samples several are dropped alike now and then
+    full = tuple(layer.model_copy(update={"recompute": "full"}) for layer in plan.layers)
+    again = pool.run(masks_in_windows, plan.model_copy(update={"layers": full}), world_size=2)
+    assert again[0][1] == pytest.approx(losses, rel=1e-6)

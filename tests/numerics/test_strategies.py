@@ -39,6 +39,7 @@ PER_WORLD = {
 NAMES = [variant.name for variant in VARIANTS]
 WHOLE = [name for name in NAMES if name not in SAMPLED]
 NEEDS_FOUR = {"hsdp1", "hsdp2", "hsdp3"}
+ONE_STACK = {"interleaved", "zero_bubble"}
 SOME = ["1f1b", "zero3", "selective"]
 
 
@@ -99,8 +100,9 @@ def test_four_ranks_in_half_precisions(sweep: Sweep, variant: str, strategy: str
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 @pytest.mark.parametrize("variant", NAMES)
 def test_all_strategies(sweep: Sweep, variant: str, world_size: int) -> None:
-    allowed = set(pure_plans(variant_spec(variant, world_size), world_size))
-    few = NEEDS_FOUR if world_size == 2 else set()
+    spec = variant_spec(variant, world_size)
+    allowed = set(pure_plans(spec, world_size))
+    few = (NEEDS_FOUR if world_size == 2 else set()) | (ONE_STACK if spec.stacks > 1 else set())
     assert set(STRATEGIES) - allowed <= few | (set() if variant in WHOLE else {"tp", "ulysses", "ring"})
     for strategy in allowed:
         _check(sweep, variant, world_size, strategy)

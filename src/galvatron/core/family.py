@@ -29,7 +29,10 @@ class Region(Record):
         row: the linear cut along its input, whose output is reduce-scattered, and what it is cut by.
         wide_norms: norms over the whole width of a column, which need the squares of all ranks, with their blocks.
         by_head: parameters, or modules whose parameters, have an entry a head, with their blocks.
+        by_head_dims: in which dim of those parameters, where it is not the first.
         flat: the entries see tokens in one dim, [B x S, H].
+        windows: the entries see windows of the layer's tokens, [B x windows, tokens of one, H]: the whole layer needs
+            whole sequences, and its rows are summed instead.
         sides: further arguments of the entries that are gathered likewise: states of another stack.
         head_inputs: arguments of the entries that have an entry a head, and in which dim: biases of scores.
     """
@@ -40,7 +43,9 @@ class Region(Record):
     row_blocks: Blocks
     wide_norms: dict[str, Blocks] = Field(default_factory=dict)
     by_head: dict[str, Blocks] = Field(default_factory=dict)
+    by_head_dims: dict[str, Whole] = Field(default_factory=dict)
     flat: StrictBool = False
+    windows: StrictBool = False
     sides: tuple[str, ...] = ()
     head_inputs: dict[str, int] = Field(default_factory=dict)
 
@@ -83,6 +88,11 @@ class Stack(Record):
     recorded: StrictBool = False
     joined: tuple[str, ...] = ()
     pooled: str | None = None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether its layers need whole sequences, of which they see windows."""
+        return any(region.windows for region in self.regions)
 
 
 class Logits(Record):

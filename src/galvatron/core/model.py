@@ -154,6 +154,8 @@ class LayerKind(UnitSpec):
     output); ``carried``: further elements of a sample that do, whatever its length.
     ``regions``: submodules that gather the sequence and scatter it again under tensor parallelism.
     ``attention_span``: tokens that one token attends to at most (a window); None for the whole sequence.
+    ``windowed``: whether windows are of a grid (``core.family.Region``): tensor-parallel ranks gather whole sequences
+    around the layer, and what its regions come to.
     ``drops_attention``: whether dropout falls on what attention weighs, its scores are capped, or a window looks both
     ways: no ring can do these.
     ``asks_for_attention``: whether tokens see each other through an attention that is given to layers alone; layers
@@ -174,6 +176,7 @@ class LayerKind(UnitSpec):
     regions: Count = 2
     causal: StrictBool = True
     attention_span: Count | None = None
+    windowed: StrictBool = False
     drops_attention: StrictBool = False
     asks_for_attention: StrictBool = True
     cuttable: StrictBool = True
@@ -391,5 +394,5 @@ class ModelSpec(Record):
             reached = 2.0 * self.is_reached(kind.name)
             matmuls = (2.0 + reached + 2.0 * kind.trained_share) * kind.active_parameters
             layer = matmuls + (1.0 + reached) * kind.attention_flops_per_token(seq_len)
-            total += kind.count * layer / kind.tokens_divisor
+            total += kind.count * layer * kind.tokens(seq_len) / seq_len
         return total

@@ -155,7 +155,7 @@ def _passes_s(setting: Setting, unit: UnitName, s: Strategies) -> tuple[dict[str
     experts = expert_messages(setting, unit, s, batch)
     tp_forward_s = tp_forward_s + experts.gather_s + experts.scatter_s
     tp_backward_s = tp_backward_s + experts.gather_back_s + experts.scatter_back_s
-    regions = _plain_regions(setting, unit)
+    regions = _plain_regions(setting, unit) + _is_windowed(setting, unit)
     # what runs again asks again for what it takes in; sums are kept by all levels but the last, which needs all but
     # the layer's own
     repeated_s = (s.recompute > NONE) * (regions * gather_s + exchange_s + experts.gather_s)
@@ -232,14 +232,14 @@ def _tensor_parallel_s(
 ) -> tuple[Floats, Floats]:
     """Forward and backward collectives of one microbatch: Megatron sequence parallelism (Korthikanti et al. 2022).
 
-    Every gather of the sequence is a reduce-scatter in backward and the other way round.  Without those of experts.  An
-    embedding that sees whole sequences gathers again what it looked up; where it looks nothing up it takes its part of
-    what every rank has.
+    Every gather of the sequence is a reduce-scatter in backward and the other way round.  Without those of experts.
+    Layers of windows gather it around the layer too, and what they scatter.  An embedding that sees whole sequences
+    gathers again what it looked up; where it looks nothing up it takes its part of what every rank has.
     """
     whole = setting.model.spec.ends == "whole"
     if unit not in ENDS:
-        both_s = _plain_regions(setting, unit) * (gather_s + scatter_s)
-        return both_s, both_s
+        both_s, windowed = _plain_regions(setting, unit) * (gather_s + scatter_s), _is_windowed(setting, unit)
+        return both_s + windowed * gather_s, both_s + windowed * scatter_s
     is_cut = any(p.cut is not None for p in setting.model.spec.unit(unit).parameters)
     if unit == "embedding":
         both_s = is_cut * (gather_s + scatter_s)
@@ -285,6 +285,11 @@ def _attention_share(kind: LayerKind, seq_len: int) -> float:
 
 def _regions(setting: Setting, unit: UnitName) -> int:
     return 0 if unit in ENDS else setting.model.spec.kind(unit).regions
+
+
+def _is_windowed(setting: Setting, unit: UnitName) -> bool:
+    """Whether the sequence is gathered once more, around the layer."""
+    return unit not in ENDS and setting.model.spec.kind(unit).windowed
 
 
 def _plain_regions(setting: Setting, unit: UnitName) -> int:

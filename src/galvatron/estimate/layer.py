@@ -34,7 +34,8 @@ class LocalLayer:
     Elements a token: ``hidden`` between regions; ``query``, ``key_value`` (keys alone, or values alone) and ``ffn``
     of this rank; ``inner``, the normed queries and keys or latents inside attention.  ``routed``: copies of a token
     that ``experts`` take, ``routed_ffn`` their width.  ``kept_ups``: of the MLP's kept elements, how many come out of
-    linears.  ``compiled``: what lies between products is fused.
+    linears.  ``gathers_all``: whole sequences are gathered around the layer.  ``compiled``: what lies between products
+    is fused.
     """
 
     tokens: int
@@ -56,6 +57,7 @@ class LocalLayer:
     rms: bool
     span: int
     windowed: bool
+    gathers_all: bool
     masked_share: float
     compiled: bool
     matrices: tuple[tuple[int, int, int, float], ...]
@@ -63,7 +65,7 @@ class LocalLayer:
     @property
     def chunk(self) -> int:
         """Tokens between regions, patches with what fills them up."""
-        return math.ceil(self.tokens / self.tp)
+        return self.tokens if self.gathers_all else math.ceil(self.tokens / self.tp)
 
     @property
     def attentions(self) -> int:
@@ -103,6 +105,7 @@ def local_layer(kind: LayerKind, family: str, tp: int, seq_len: int, *, compiled
         rms=not any(re.search(r"(norm|ln_\d).*bias$", name.lower()) for name in names),
         span=span,
         windowed=kind.attention_span is not None,
+        gathers_all=kind.windowed,
         masked_share=0.5 if kind.causal and span == tokens else 0.0,
         compiled=compiled,
         matrices=matrices(kind.parameters, tp, kind.experts_per_token),

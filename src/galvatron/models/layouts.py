@@ -60,7 +60,7 @@ def regions_of(layer: Call, calls: list[Call], prefix: str, heads: int, side: st
     found = []
     for row in rows:
         own = [call for call in feeds[row.name].linears if call.name in columns]
-        region = _region(row, own, calls, prefix, heads if feeds[row.name].attends else None, other)
+        region = _region(row, own, calls, prefix, heads if feeds[row.name].attends else None, other, layer)
         if region is None:
             return ()
         found.append(region)
@@ -142,7 +142,13 @@ def _feeds(tensor: Tensor, linears: list[Call], entering: Iterable[object]) -> _
 
 
 def _region(
-    row: Call, columns: list[Call], calls: list[Call], prefix: str, heads: int | None, side: Tensor | None
+    row: Call,
+    columns: list[Call],
+    calls: list[Call],
+    prefix: str,
+    heads: int | None,
+    side: Tensor | None,
+    layer: Call,
 ) -> Region | None:
     norms = {call.name: (call, column) for call in calls for column in columns if _is_wide_norm(call, column)}
     reached = {}
@@ -157,7 +163,8 @@ def _region(
             return None
         layouts[column.name] = layout
     entries, flat = _entries(row, columns, calls, prefix)
-    strip = len(prefix)
+    inner = [call.argument for call in calls if call.name in entries]
+    strip, numbers = len(prefix), _numbers_by_head(row, entries, calls, prefix, heads)
     return Region(
         entries=tuple(name[strip:] for name in entries),
         columns={name[strip:]: layout for name, layout in layouts.items()},
@@ -165,8 +172,10 @@ def _region(
         row_blocks="ffn" if heads is None else "heads",
         wide_norms={name[strip:]: layouts[column.name][0] for name, (_, column) in norms.items()},
         by_head={call.name[strip:]: layouts[of.name][0] for call in calls for of in _heads_of(call, columns)}
-        | _numbers_by_head(row, calls, prefix, heads),
+        | dict.fromkeys(numbers, "heads"),
+        by_head_dims={name: dim for name, dim in numbers.items() if dim},
         flat=flat,
+        windows=any(entered.dim() > 2 and entered.shape[:2] != layer.argument.shape[:2] for entered in inner),
         sides=_sides([call for call in calls if call.name in entries], side),
         head_inputs=_head_inputs([call for call in calls if call.name in entries], heads),
     )
@@ -203,13 +212,19 @@ def _heads_of(call: Call, columns: list[Call]) -> list[Call]:
     return list(_feeds(call.argument, columns, ()).linears)
 
 
-def _numbers_by_head(row: Call, calls: list[Call], prefix: str, heads: int | None) -> dict[str, Blocks]:
-    """Parameters of a number a head that the module around an attention's row has itself: sinks."""
-    around = next((call for call in calls if call.name == row.name.rpartition(".")[0]), None)
-    if heads is None or around is None:
-        return {}
-    own = around.module.named_parameters(recurse=False)
-    return {f"{around.name}.{name}"[len(prefix) :]: "heads" for name, value in own if value.shape == (heads,)}
+def _numbers_by_head(
+    row: Call, entries: list[str], calls: list[Call], prefix: str, heads: int | None
+) -> dict[str, int]:
+    """Parameters with an entry a head, and in which dim, of modules around an attention that multiply by none: sinks,
+    scales, tables of biases."""
+    around = {row.name.rpartition(".")[0], *entries}
+    found = {}
+    for call in calls if heads is not None else ():
+        for path, value in call.module.named_parameters() if call.name in around else ():
+            dims = [dim for dim, size in enumerate(value.shape) if size == heads]
+            if len(dims) == 1 and path.rpartition(".")[2] not in ("weight", "bias"):
+                found[f"{call.name}.{path}"[len(prefix) :]] = dims[0]
+    return found
 
 
 def _is_wide_norm(call: Call, column: Call) -> bool:

@@ -246,11 +246,17 @@ def _stacks(model: PreTrainedModel, trace: _Trace) -> list[nn.ModuleList]:
             continue
         calls = [called[id(member)] for member in module]
         passes_on = all(later.argument is earlier.output for earlier, later in itertools.pairwise(calls))
+        passes_on &= len({call.argument.shape[-1] for call in calls}) == 1  # stages of growing width have own stacks
         if len({type(m) for m in module}) == 1 and passes_on and sum(p.dim() > 1 for p in module[0].parameters()) > 1:
             found.append(module)
     if not found:
         raise _unlike(model.config, "has no stack of equal layers")
-    return sorted(found, key=lambda stack: trace.place(stack[0]))
+    outer = [stack for stack in found if not any(stack is not other and _is_within(stack, other) for other in found)]
+    return sorted(outer, key=lambda stack: trace.place(stack[0]))
+
+
+def _is_within(stack: nn.ModuleList, other: nn.ModuleList) -> bool:
+    return any(module is stack for module in other.modules())
 
 
 def _around(

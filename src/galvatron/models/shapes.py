@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from galvatron.core.family import Family
+from galvatron.core.errors import ConfigError
+from galvatron.core.family import Family, Stack
 
 from .chain import chain_of
 from .images import image_length
@@ -52,33 +53,51 @@ def _reached(twin: PreTrainedModel, family: Family) -> Tensor:
 
 
 def fixed_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
-    """By path, how many tokens stacks see that see as many whatever the length of texts: patches of images, sounds.
+    """By path, how many tokens stacks see that see as many whatever the length of texts: patches of images, sounds;
+    and of windows how many are in one, by the path of the first layer's attention.
 
     A twin of few units, but of images as large as the model's, is run.
+
+    Raises:
+        ConfigError: it cannot be run: images of this size do not fit the model's other sizes.
     """
     if len(family.stacks) == 1:
         return {}
     key: str = config.to_json_string(use_diff=False)
     if key not in _fixed:
-        _fixed[key] = _seen_tokens(config, family)
+        try:
+            _fixed[key] = _seen_tokens(config, family)
+        except RuntimeError as failure:  # what torch raises where shapes are at odds
+            raise ConfigError(
+                f"a {config.model_type} of this config cannot run images of its size ({str(failure).splitlines()[0]}); "
+                "mend its config.json"
+            ) from None
     return _fixed[key]
 
 
+def windowed_path(stack: Stack) -> str:
+    """The path of the attention of a stack's first layer that sees windows; '' where none does."""
+    entries = (region.entries[0] for region in stack.regions if region.windows)
+    return next((f"{stack.path}.0.{entry}" for entry in entries), "")
+
+
 def _seen_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
-    found: dict[str, list[int]] = {stack.path: [] for stack in family.stacks}
     twin = twin_config(config, keep_images=True)
     model, task = twin_model(twin), family.task
     length = (image_length(twin) if task == "vision_language" else 0) + SEQ_LEN + 1
-    for stack in family.stacks:
+    seeing = {stack.path: f"{stack.path}.0" for stack in family.stacks}
+    seeing |= {path: path for path in map(windowed_path, family.stacks) if path}
+    found: dict[str, list[int]] = {name: [] for name in seeing}
+    for name, path in seeing.items():
 
-        def note(module: nn.Module, args: Any, kwargs: Any, path: str = stack.path) -> None:
-            found[path].append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            found[name].append((args[0] if args else kwargs["hidden_states"]).shape[1])
 
-        model.get_submodule(f"{stack.path}.0").register_forward_pre_hook(note, with_kwargs=True)
+        model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         for longer in (0, 2):
             run_twin(model, blank_inputs(twin, task, 1, length + longer))
-    return {path: first for path, (first, second) in found.items() if first == second}
+    return {name: first for name, (first, second) in found.items() if first == second}
 
 
 def _stop(hidden: Tensor, *_: Any, **__: Any) -> None:

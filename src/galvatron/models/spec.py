@@ -25,7 +25,7 @@ from .heads import config_in, heads_in
 from .inputs import words_of
 from .load import meta_model
 from .lora import attach_lora, base_linear
-from .shapes import entering_tokens, fixed_tokens, pooled_width
+from .shapes import entering_tokens, fixed_tokens, pooled_width, windowed_path
 from .sizes import EXPERT_KEYS, TAKEN_KEYS
 from .tasks import config_of
 
@@ -89,7 +89,7 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
         name=name or f"{config.model_type}-{millions:.3g}M",
         family=config.model_type,
         layers=tuple(
-            _kind(name, count, layer, stack, parameters, config, family, tokens.get(stack.path, 0), carried[stack.path])
+            _kind(name, count, layer, stack, parameters, config, family, tokens, carried[stack.path])
             for name, count, layer, stack, parameters in _kinds(layers, config)
         ),
         task=family.task,
@@ -176,7 +176,7 @@ def _kind(
     parameters: tuple[ParameterSpec, ...],
     config: PretrainedConfig,
     family: Family,
-    fixed_tokens: int,
+    tokens: dict[str, int],
     carried: int,
 ) -> LayerKind:
     own, heads = config_in(layer, config), heads_in(layer, config)
@@ -185,16 +185,18 @@ def _kind(
         name=name,
         count=count,
         hidden_size=_width(layer),
-        fixed_tokens=fixed_tokens,
+        fixed_tokens=tokens.get(stack.path, 0),
         ffn_size=_ffn_size(layer, stack, own),
         num_heads=heads["heads"],
         num_kv_heads=heads["kv_heads"],
-        head_dim=getattr(own, "head_dim", None) or getattr(own, "d_kv", None) or own.hidden_size // heads["heads"],
+        head_dim=getattr(own, "head_dim", None) or getattr(own, "d_kv", None) or _width(layer) // heads["heads"],
         drops_attention=_is_beyond_rings(own, stack) or len(family.stacks) > 1,
         side_inputs=int(rides_along),
         carried=carried,
         regions=2 + int(stack.side is not None),
         causal=stack.causal,
+        attention_span=tokens.get(windowed_path(stack)),
+        windowed=stack.windowed,
         asks_for_attention=family.asks_for_attention,
         cuttable=bool(stack.regions),
         parameters=parameters,
@@ -274,7 +276,7 @@ def _cuts(layer: nn.Module, region: Region, counts: dict[Blocks, int]) -> Iterat
     for name, block in (*region.wide_norms.items(), *region.by_head.items()):
         for parameter, _ in layer.named_parameters():
             if parameter == name or parameter.startswith(f"{name}."):
-                yield parameter, Cut(dim=0, segments=(counts[block],))
+                yield parameter, Cut(dim=region.by_head_dims.get(name, 0), segments=(counts[block],))
     row_cut = Cut(dim=0 if isinstance(row, Conv1D) else 1, segments=(counts[region.row_blocks],))
     yield from _linear_cuts(layer, region.row, row_cut, is_row=True)
 

@@ -41,6 +41,7 @@ from .sizes import (
     is_size,
     shrunk,
 )
+from .staged import is_staged, shrink_stages
 from .tasks import auto_class, for_task, known_task, task_of
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -103,7 +104,7 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
     for name in KV_KEYS:
         if name in given and is_size(getattr(twin, name, None)):
             setattr(twin, name, HEADS if "kv_lora_rank" in given else kv_heads)  # latent ones are as many as queries
-    task = known_task(config)
+    task, staged = known_task(config), is_staged(config)
     if task in CLASSIFICATION:
         twin.num_labels = CLASSES
     if task == "text_classification":
@@ -124,10 +125,12 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
                 setattr(twin, name, 0.25 + index / 256)  # a factor of one would hide
         elif is_size(value) and value > SEQ_LEN and any(part in name for part in SPANS):
             setattr(twin, name, SPAN)
-        elif isinstance(value, list) and len(value) == getattr(config, "num_hidden_layers", 0) > 1:
+        elif isinstance(value, list) and len(value) == getattr(config, "num_hidden_layers", 0) > 1 and not staged:
             setattr(twin, name, _kinds_of(value))
         elif isinstance(value, dict) and name.startswith("rope"):
             setattr(twin, name, _plain_rope(getattr(twin, name)))
+    if staged:
+        shrink_stages(twin, config, keep_images=keep_images)
     if "image_seq_length" in given and not keep_images:
         twin.image_seq_length = (IMAGE // PATCH) ** 2
         with suppress(Exception):  # of any kind: a foreign model is run

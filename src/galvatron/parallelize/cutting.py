@@ -98,6 +98,8 @@ def _meet_whole(stage: WholeStage, index: int, grid: Grid, filling: Filling | No
     """Changes of layout around a layer whose stack begins and ends with whole sequences."""
     plan, link, layer = grid.plan, stage.chain[index], stage.layer(index)
     own, before = plan.layers[index].sequence_degree, plan.embedding.sequence_degree
+    if link.stack.windowed:
+        stage.draw_alike(index, grid.axis_group(1, plan.layers[index].tp))
     _enter(layer, grid, before if link.is_first else plan.layers[index - 1].sequence_degree, own, filling)
     if link.is_first:
         stage.enter_from_whole(index, grid.axis_group(1, before, filling=filling))

@@ -191,9 +191,22 @@ _OVERRIDES |= {
     },
     "vit": {**_VIT, "image_size": 16},  # 17 tokens, a prime
     "dinov2": {**_VIT, "num_labels": 5},
+    "swin": {
+        "image_size": 20,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": [2, 3, 2],
+        "num_heads": [8, 8, 8],
+        "window_size": 2,
+        "mlp_ratio": 1.5,
+        "drop_path_rate": 0.0,
+        "num_labels": 5,
+    },  # 100, 25 and 9 tokens: windows are filled up, and so are sequences that are cut
 }
 ENCODERS: tuple[str, ...] = tuple(_OVERRIDES)[len(FAMILIES) :]
 """Those whose ends see whole sequences: of words, and of images."""
+STAGED = ("swin",)
+"""Those with heads by stage, of which tp 8 divides all."""
 _OVERRIDES["deepseek_v3"] = {
     **_LLAMA,
     "num_key_value_heads": 4,
@@ -242,6 +255,8 @@ class Variant:
         gradients of a few tokens then differ by a tenth; in float32 that hardly happens.
         """
         overrides = {**(_SMOOTH.get(self.family, {}) if smooth else {}), **self.overrides}
+        if self.family in STAGED:
+            return tiny_config(self.family, **overrides)
         if num_heads != 6:
             heads = "n_head" if self.family == "gpt2" else "num_attention_heads"
             return tiny_config(self.family, **{heads: num_heads, **overrides})
@@ -295,6 +310,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("siglip", "siglip", freeze=("*k_proj.bias",)),
     Variant("vit", "vit", freeze=("*k_proj.bias",)),
     Variant("dinov2", "dinov2", freeze=("*k_proj.bias", "*mask_token")),
+    Variant("swin", "swin", freeze=("*k_proj.bias",)),
 )
 """GQA and MHA, tied and untied, with and without biases and a padding row, fused and separate projections; frozen
 from below, and here and there (a tied weight, whole layers among others, norms and biases)."""

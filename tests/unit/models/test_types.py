@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig
 
-from galvatron.core.errors import PlanError
-from galvatron.models import family_of, meta_model, spec_of, twin_config
+from galvatron.core.errors import ConfigError, PlanError
+from galvatron.models import build_spec, family_of, meta_model, spec_of, structure_key, twin_config
 from galvatron.models.types import usual_config
 from galvatron.parallelize.proof import Proof, prove
 from galvatron.plan import LayerStrategy, Plan
@@ -86,7 +86,6 @@ def test_twins_shrink_by_what_names_end_in() -> None:
     assert mixed.mamba_n_heads * mixed.mamba_d_head == mixed.mamba_expand * mixed.hidden_size
     assert twin_config(AutoConfig.for_model("electra")).embedding_size < 64  # narrower than hidden states, as its own
     assert twin_config(AutoConfig.for_model("roformer")).embedding_size == 64
-    assert twin_config(AutoConfig.for_model("swinv2")).num_heads == [3, 6, 12, 24]  # of stages, as the widths
 
 
 def test_a_rank_takes_its_heads_of_biases_that_layers_are_given() -> None:
@@ -100,3 +99,35 @@ def test_heads_of_a_part_whose_linears_stay_whole_are_not_divided() -> None:
     config = AutoConfig.for_model("deepseek_v32")  # an indexer has heads of its own
     assert not any("indexer" in name for region in family_of(config).stacks[0].regions for name in region.columns)
     assert prove(config) == Proof()
+
+
+def test_stages_shrink_together() -> None:
+    config = AutoConfig.for_model("swin", depths=[2, 2, 18], num_heads=[4, 8, 16])
+    twin = twin_config(config)
+    assert (twin.depths, twin.num_heads, twin.embed_dim, twin.hidden_size) == ([2, 2, 2], [6, 12, 24], 24, 96)
+    assert twin.image_size // twin.patch_size // 4 > twin.window_size  # several windows, even in the last stage
+    assert structure_key(config) != structure_key(AutoConfig.for_model("swin"))
+    as_large = twin_config(config, keep_images=True)
+    assert (as_large.image_size, as_large.window_size) == (config.image_size, config.window_size)
+
+
+def test_stages_of_growing_width_are_stacks_whose_layers_see_windows() -> None:
+    """Their scores have a table of biases with an entry a head in its second dim."""
+    config = AutoConfig.for_model("swin")
+    stacks = family_of(config).stacks
+    assert [stack.path for stack in stacks] == [f"swin.encoder.layers.{i}.blocks" for i in range(4)]
+    assert [stack.joined for stack in stacks] == [(), *((f"swin.encoder.layers.{i}.downsample",) for i in range(3))]
+    attention = stacks[3].regions[0]
+    assert attention.windows
+    assert stacks[3].windowed
+    assert attention.by_head_dims == {"attention.relative_position_bias.relative_position_bias_table": 1}
+    spec = build_spec(config)
+    assert [(kind.fixed_tokens, kind.attention_span, kind.head_dim) for kind in spec.layers] == [
+        (3136, 49, 32), (784, 49, 32), (196, 49, 32), (49, 49, 32),
+    ]  # fmt: skip
+    assert prove(config) == Proof()
+
+
+def test_images_that_a_model_cannot_run_are_refused() -> None:
+    with pytest.raises(ConfigError, match="a swin of this config cannot run images of its size"):
+        build_spec(AutoConfig.for_model("swin", image_size=32))

@@ -3,7 +3,8 @@
 No two ranks do the same work in layers: between regions hidden states are cut along batch and sequence, within
 attention heads are cut too, and stages have different layers.  So every rank draws masks of its own there; what is
 computed twice is recomputed layers alone, and ``torch.utils.checkpoint`` gives these the random state of their first
-run.  Where ends see whole sequences several ranks do the same work, and draw alike (``AlikeMasks``).
+run.  Where ends see whole sequences several ranks do the same work, and draw alike (``AlikeMasks``); and within layers
+of windows, whose heads draw alike on all tensor-parallel ranks too.
 """
 
 from __future__ import annotations

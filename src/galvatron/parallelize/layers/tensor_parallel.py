@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,8 +26,16 @@ from galvatron.internals import call_attention, called_attention, multiplies_in_
 from galvatron.models import Experts, Region
 from galvatron.models.heads import HEAD_COUNTS, KV_HEAD_COUNTS
 from galvatron.models.lora import base_linear
+from galvatron.plan.filling import Filling
 
-from ..processes.collectives import AxisGroup, gather_sequence, of_spans, reduce_scatter_sequence, whole_sequence
+from ..processes.collectives import (
+    AxisGroup,
+    gather_sequence,
+    of_spans,
+    own_part,
+    reduce_scatter_sequence,
+    whole_sequence,
+)
 from ..processes.rows import ExpertGroups
 from .adapters import linears_of, run_adapters
 from .experts import HERE, share_experts
@@ -53,6 +62,7 @@ def cut_layer(
     shrink(layer, unit.parameters, tp, dealt.ep.size)
     if experts is not None:
         share_experts(layer.get_submodule(experts.module), tp, dealt, experts.cuts)
+    in_windows = any(region.windows for region in regions)
     for region in regions if tp.size > 1 else ():
         for name in region.columns:
             for path, linear in linears_of(layer, name):
@@ -72,9 +82,21 @@ def cut_layer(
                 heads = _weight(unit, region.row).cut
                 assert heads is not None
                 wrap_forward(module, partial(_own_heads_of_inputs, region.head_inputs, heads.blocks, tp))
-            module.forward = _gathered(module.forward, tp, rows if region.flat else None, region.sides)
+            if not in_windows:
+                module.forward = _gathered(module.forward, tp, rows if region.flat else None, region.sides)
         linear = layer.get_submodule(region.row)
-        linear.forward = _row_forward(linear, tp, flat=region.flat)
+        reduce = partial(_summed, tp) if in_windows else partial(_scattered, tp, flat=region.flat)
+        linear.forward = _row_forward(linear, reduce)
+    if in_windows and tp.size > 1:
+        wrap_forward(layer, partial(_see_whole, tp))
+
+
+def _see_whole(tp: AxisGroup, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run a layer of windows on whole sequences; its gradients within are this rank's part of a sum over ranks."""
+    output = forward(gather_sequence(hidden, tp), *args, **kwargs)
+    if isinstance(output, tuple):
+        return (own_part(output[0], tp), *output[1:])
+    return own_part(output, tp)
 
 
 def _linears_of(layer: nn.Module, region: Region) -> set[int]:
@@ -257,8 +279,8 @@ def _own_block(parameter: ParameterSpec, tp: AxisGroup) -> tuple[int, int]:
     return tp.rank * parameter.cut.blocks // tp.size * width, width
 
 
-def _row_forward(linear: nn.Module, tp: AxisGroup, *, flat: bool) -> Callable[[Tensor], Tensor]:
-    """Forward of a row-cut linear: partial product, reduce-scatter along the sequence, then the bias.
+def _row_forward(linear: nn.Module, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Forward of a row-cut linear: partial product, its sum over ranks, then the bias.
 
     What adapters around it add is partial as its own product is, so that one sum is of both.
     """
@@ -273,8 +295,20 @@ def _row_forward(linear: nn.Module, tp: AxisGroup, *, flat: bool) -> Callable[[T
         base.forward, partial = multiply, linear.forward
 
     def forward(x: Tensor) -> Tensor:
-        out = reduce_scatter_sequence(partial(x), tp)
-        out = out.flatten(0, 1) if flat else out
+        out = reduce(partial(x))
         return out if base.bias is None else out + base.bias  # type: ignore[operator]
 
     return forward
+
+
+def _scattered(tp: AxisGroup, x_BS: Tensor, *, flat: bool) -> Tensor:
+    """Partial sums → their sum, cut along the sequence."""
+    out = reduce_scatter_sequence(x_BS, tp)
+    return out.flatten(0, 1) if flat else out
+
+
+def _summed(tp: AxisGroup, x: Tensor) -> Tensor:
+    """Partial sums [..., H] → their sum on all ranks, whose backward is a sum too; as one sequence of tokens."""
+    tokens = x.flatten(0, -2).unsqueeze(0)
+    axes = replace(tp, filling=Filling.up(tokens.shape[1], tp.size))
+    return gather_sequence(reduce_scatter_sequence(tokens, axes), axes).view(x.shape)

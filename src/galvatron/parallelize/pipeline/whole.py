@@ -168,6 +168,18 @@ class WholeStage(Stage):
         start = self.layers.start
         return not self.is_first and self.chain[start].stack.recorded and self._nth(start) == self._nth(start - 1)
 
+    def draw_alike(self, index: int, tp: AxisGroup) -> None:
+        """Let layer ``index``, of windows of whole sequences, draw what all ranks of ``tp`` draw."""
+        place = 1 + len(self.chain) + index
+
+        def alike(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self.masks.draw_for(place, tp)
+            output = forward(*args, **kwargs)
+            self.masks.draw_for(None)
+            return output
+
+        wrap_forward(self.layer(index), alike)
+
     def leave_whole(self, index: int, change: Callable[[Tensor], Tensor], sequence: AxisGroup) -> None:
         """Let layer ``index``, the last of a stack, end with whole sequences, after a ``change`` of layout."""
 

@@ -1,0 +1,39 @@
+"""Twins of types whose layers stand in stages of growing width over fewer and fewer patches (Swin).
+
+Takes a config that says ``depths``; gives sizes of stages, windows and images that fit each other.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from .sizes import LAYERS, PATCH
+
+KEYS = ("depths", "num_heads", "embed_dim")
+HEADS, HEAD_DIM, WINDOW, GRID = 6, 4, 2, 3
+"""Of the first stage; of all; how many patches a side has in the last one: several windows, the last ones filled up."""
+
+
+def is_staged(config: PretrainedConfig) -> bool:
+    """Whether ``config`` says depths and heads by stage, and the first stage's width."""
+    depths, heads, width = (getattr(config, name, None) for name in KEYS)
+    is_listed = all(isinstance(sizes, (list, tuple)) and len(sizes) > 1 for sizes in (depths, heads))
+    return is_listed and isinstance(width, int) and len(depths) == len(heads)  # type: ignore[arg-type]
+
+
+def shrink_stages(twin: PretrainedConfig, config: PretrainedConfig, *, keep_images: bool) -> None:
+    """Give ``twin`` stages as ``config`` has them, each a few narrow layers; ``keep_images``: and windows as they are.
+
+    Heads grow from stage to stage as the config's do, and so does their sum of widths.
+    """
+    stages = len(config.depths)
+    twin.depths = [LAYERS // 2] * stages
+    twin.num_heads = [HEADS * heads // config.num_heads[0] for heads in config.num_heads]
+    twin.embed_dim = HEADS * HEAD_DIM
+    if isinstance(getattr(config, "hidden_size", None), int):
+        twin.hidden_size = twin.embed_dim * config.hidden_size // config.embed_dim
+    if isinstance(getattr(config, "num_layers", None), int):
+        twin.num_layers = config.num_layers
+    if isinstance(getattr(config, "window_size", None), int) and not keep_images:
+        twin.window_size = WINDOW
+        twin.image_size = PATCH * GRID * 2 ** (stages - 1)
