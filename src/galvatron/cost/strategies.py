@@ -68,6 +68,19 @@ class Strategies:
         """Every row as a tuple of its fields."""
         return list(zip(*(getattr(self, field.name).tolist() for field in fields(self)), strict=True))
 
+    def found_in(self, others: Self) -> Ints:
+        """For every row the index of the same one among ``others``, which are distinct, or -1."""
+        number = np.zeros(len(self) + len(others), dtype=np.int64)
+        for field in fields(self):
+            column = np.concatenate([getattr(self, field.name), getattr(others, field.name)])
+            values = np.unique(column)  # a few degrees or levels
+            number = number * len(values) + np.searchsorted(values, column)
+        own, known = number[: len(self)], number[len(self) :]
+        order = np.argsort(known)
+        at = order[np.minimum(np.searchsorted(known, own, sorter=order), len(known) - 1)] if len(known) else own
+        found: Ints = np.where(known[at] == own, at, -1) if len(known) else np.full(len(self), -1)
+        return found
+
     def take(self, at: Ints | NDArray[np.bool_]) -> Self:
         """Some rows, by index or mask."""
         return type(self)(*(getattr(self, field.name)[at] for field in fields(self)))

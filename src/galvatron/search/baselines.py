@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.plan.schedules import in_flight
 
 from .bounds import ROUNDING
-from .space import Space, Task
+from .space import Kept, Space, Task
 
 Members = Callable[[Strategies, int], NDArray[np.bool_]]
 """Which rows belong to a family, given how many devices a node has."""
@@ -72,6 +72,16 @@ class Member:
     chosen: Mapping[UnitName, Ints]
 
 
+def rows_of(name: str, devices_per_node: int) -> Kept | None:
+    """Of all strategies those of the family's members; None where these are all."""
+    family = FAMILIES[name]
+
+    def kept(unit: UnitName, rows: Strategies) -> Strategies:
+        return rows.take(family.members(rows, devices_per_node)) if unit not in ENDS or family.ends_alike else rows
+
+    return None if name == "uniform" else kept
+
+
 def members(space: Space, name: str, devices_per_node: int) -> Iterator[Member]:
     """The family's members in ``space``, best bound first; those that surely do not fit are left out."""
     return _members(space, name, devices_per_node, _bounds_s)
@@ -113,13 +123,12 @@ def _same_rows(space: Space, lead: UnitName, kinds: list[UnitName]) -> Ints:
     """[kind, option of the lead]: the option of every kind with the same strategy (ep 1 without experts), or -1."""
     if len(kinds) == 1:
         return np.arange(len(space.options[lead]), dtype=np.int64)[None]
-    rows, found = space.options[lead].strategies.rows(), []
+    of_lead = space.options[lead].strategies
+    without = replace(of_lead, ep=np.ones_like(of_lead.ep))
+    found = []
     for kind in kinds:
-        if kind == lead:
-            found.append(list(range(len(rows))))
-            continue
-        index, has_experts = space.options[kind].index, space.setting.model.spec.kind(kind).num_experts > 0
-        found.append([index.get(row if has_experts else (*row[:3], 1, *row[4:]), -1) for row in rows])
+        has_experts = space.setting.model.spec.kind(kind).num_experts > 0
+        found.append((of_lead if has_experts else without).found_in(space.options[kind].strategies))
     return np.array(found, dtype=np.int64)
 
 

@@ -15,7 +15,7 @@ from galvatron.cost.step import predict
 from galvatron.plan.plan import Plan
 
 from .ascending import Ascending
-from .baselines import FAMILIES, members
+from .baselines import FAMILIES, members, rows_of
 from .bounds import fastest_s, free_bound_s, lower_bounds_s
 from .limits import Limits
 from .patience import ENDLESS, Patience
@@ -43,11 +43,13 @@ class Job:
         self.setting, self.limits, self.limit, self.progress = setting, limits, limit, progress
         self.patience = patience
         self.batches = tuple(batches)
-        self.builder = SpaceBuilder(setting, limits, limit)
+        self._arguments = setting, limits, limit
+        self.builder = SpaceBuilder(*self._arguments)
         world, spec = setting.hardware.world_size, setting.model.spec
         self.tasks = [task for task in tasks(world, spec.num_layers, batches, limits) if suits(task, spec)]
         self.least: list[float] = []
         self.strategies = 0
+        self._families: dict[str, SpaceBuilder] = {}
         self._free: dict[int, float] = {}
         self._bounds: dict[int, float] = {}
         self._floors: dict[int, float] = {}
@@ -58,6 +60,13 @@ class Job:
     def devices_per_node(self) -> int:
         """Devices of a node."""
         return self.setting.hardware.devices_per_node
+
+    def of_family(self, name: str) -> SpaceBuilder:
+        """Builds spaces of the strategies of a family's members alone."""
+        if name not in self._families:
+            kept = rows_of(name, self.devices_per_node)
+            self._families[name] = self.builder if kept is None else SpaceBuilder(*self._arguments, kept)
+        return self._families[name]
 
     def look_at_all(self) -> None:
         """Bound every task without costing its strategies."""
@@ -85,7 +94,7 @@ class Job:
         """The same by what no plan of a family is below; infinite where a task has none."""
 
         def bound(i: int) -> float:
-            first = next(members(self.builder.build(self.tasks[i]), name, self.devices_per_node), None)
+            first = next(members(self.of_family(name).build(self.tasks[i]), name, self.devices_per_node), None)
             return math.inf if first is None else first.bound_s / self.tasks[i].global_batch_size
 
         belongs = FAMILIES[name].tasks

@@ -29,7 +29,7 @@ def best_of_family(job: Job, name: str) -> Found | None:
     order = job.family(name)
     while (i := order.first(least(best, math.inf))) is not None:
         order.drop()
-        batch, space = job.tasks[i].global_batch_size, job.builder.build(job.tasks[i])
+        batch, space = job.tasks[i].global_batch_size, job.of_family(name).build(job.tasks[i])
         for member in members(space, name, job.devices_per_node):
             limit = least(best, math.inf) * batch
             if member.bound_s >= limit:
@@ -46,7 +46,7 @@ def shortfall_of_family(job: Job, name: str) -> Shortfall | None:
     found = []
     for task in job.tasks:
         if FAMILIES[name].tasks(task) and task.schedule in ("gpipe", "1f1b"):
-            space = job.builder.build(task, UNLIMITED)
+            space = job.of_family(name).build(task, UNLIMITED)
             member = leanest(space, name, job.devices_per_node)
             if member is not None:
                 smaller = space.restricted(member.chosen)
@@ -62,7 +62,7 @@ def unlimited(job: Job, optimum: float) -> Plan | None:
     while (i := order.first(least(best, optimum) * (1 - 1e-9))) is not None:
         order.drop()
         limit = least(best, optimum)
-        batch, space = job.tasks[i].global_batch_size, job.builder.build(job.tasks[i], UNLIMITED)
+        batch, space = job.tasks[i].global_batch_size, job.builder.build(job.tasks[i], UNLIMITED).without_bytes()
         solution = solve(space, limit * batch, patience=job.patience).solution
         if solution is not None and solution.value / batch < limit:
             best = space, solution

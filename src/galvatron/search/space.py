@@ -187,6 +187,15 @@ class Space:
             found = [self.restricted(without_2), self.restricted(with_2)]
         return tuple(space for space in found if not space.is_empty)
 
+    def without_bytes(self) -> Space:
+        """This space where nothing holds anything; of options that take as long those that held less come first."""
+
+        def alone(options: Options) -> Options:
+            first = options.take(np.lexsort((options.resident_bytes + options.activation_bytes, options.work_s)))
+            return replace(first.free(), work_s=first.work_s)
+
+        return replace(self, options={unit: alone(options) for unit, options in self.options.items()}, whole=self)
+
     def with_free_ends(self) -> Space:
         """This space with an embedding and a head that take no time and hold nothing."""
         ends = {end: self.options[end].take(np.zeros(1, dtype=np.int64)).free() for end in ENDS}
@@ -232,18 +241,23 @@ class _Costed:
     layout: Ints
 
 
+Kept = Callable[[UnitName, Strategies], Strategies]
+"""Of a unit's strategies those that are asked about."""
+
+
 class SpaceBuilder:
     """Builds the spaces of a job's tasks; remembers the last few, and what (batch, pp, microbatches) cost.
 
-    ``build(task, usable)``: the space of a task; ``usable`` replaces the memory limit.
+    ``build(task, usable)``: the space of a task; ``usable`` replaces the memory limit.  ``kept``: strategies that are
+    costed, if not all that are allowed.
     """
 
-    def __init__(self, job: Setting, limits: Limits, memory_limit_bytes: int) -> None:
+    def __init__(self, job: Setting, limits: Limits, memory_limit_bytes: int, kept: Kept | None = None) -> None:
         self.job = job
         self.limits = limits.of_tied_ends() if job.model.spec.ends_alike else limits
         self.usable_bytes = usable_bytes(job, memory_limit_bytes)
         self.rows: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(
-            lambda stage_size, unit: allowed_rows(job, self.limits, stage_size, unit)
+            lambda stage_size, unit: (kept or _all)(unit, allowed_rows(job, self.limits, stage_size, unit))
         )
         self._cuts: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(
             lambda stage_size, unit: cuts_of(self.rows(stage_size, unit))
@@ -318,6 +332,10 @@ class SpaceBuilder:
             times, memory = all_unit_times(setting, unit, rows), all_unit_memory(setting, unit, rows)
             costs[unit] = _Costed(rows, times, memory, np.searchsorted(layouts, rows.sequence_degree).astype(np.int64))
         return costs
+
+
+def _all(unit: UnitName, rows: Strategies) -> Strategies:
+    return rows
 
 
 def _to_a_unit(schedule: Schedule) -> Schedule:
