@@ -11,10 +11,10 @@ and adds the product to where W's gradient is summed.  Everything else (biases, 
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -109,6 +109,14 @@ class Later:
 def put_off(layer: nn.Module, tp_size: int, later: Later) -> None:
     """Let ``layer`` leave the gradients of its taps to ``later``; over its recompute and compilation."""
     taps = later.taps[layer]
+    # linears keep their leaves, and the garbage collector does not see what those lead to
+    own_later, own_layer = weakref.ref(later), weakref.ref(layer)
+
+    def deliver(caught: list[Tensor | None]) -> None:
+        later, layer = own_later(), own_layer()
+        assert later is not None
+        assert layer is not None
+        later.put(layer, caught)
 
     def call(forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -116,7 +124,7 @@ def put_off(layer: nn.Module, tp_size: int, later: Later) -> None:
         rows = hidden.shape[0] * hidden.shape[1] * tp_size
         shapes = [(rows, width) for tap in taps for width in tap.widths()]
         anchor = torch.empty((), device=hidden.device, requires_grad=True)
-        leaves = _Leaves.apply(anchor, hidden, shapes, partial(later.put, layer))
+        leaves = _Leaves.apply(anchor, hidden, shapes, deliver)
         for tap, pair in zip(taps, zip(leaves[::2], leaves[1::2], strict=True), strict=True):
             setattr(tap.linear, _LEAVES, pair)
         return forward(hidden, *args, **kwargs)

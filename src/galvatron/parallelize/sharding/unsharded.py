@@ -13,6 +13,7 @@ Losses are shares of the global loss, so it is a plain sum.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from functools import partial
 
@@ -32,7 +33,9 @@ class GradientSlot:
 
     def __init__(self, unit: UnshardedUnit, local: nn.Parameter, gradient: Tensor, *, is_tied: bool) -> None:
         self.local = local
-        self._unit, self._gradient, self._is_tied, self._is_filled = unit, gradient, is_tied, False
+        # a parameter's hook leads here, and the garbage collector does not see what hooks lead to
+        self._unit = weakref.ref(unit)
+        self._gradient, self._is_tied, self._is_filled = gradient, is_tied, False
 
     def add(self, gradient: Tensor) -> None:
         """Add ``gradient``, of the parameter's shape and any dtype."""
@@ -51,8 +54,9 @@ class GradientSlot:
 
     def arrived(self, *, from_autograd: bool = False) -> None:
         """This backward brings no more for this parameter, unless it is tied: then autograd brings the other part."""
-        if from_autograd or not self._is_tied:
-            self._unit.count_arrival()
+        unit = self._unit()
+        if unit is not None and (from_autograd or not self._is_tied):
+            unit.count_arrival()
 
     def begin(self) -> None:
         """A step begins: from zero, or from what ``local.grad`` shows."""
