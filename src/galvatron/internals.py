@@ -71,6 +71,7 @@ __all__ = [
     "multiplies_in_float8",
     "multiply_all_",
     "needless_names",
+    "new_group",
     "norms",
     "owned",
     "put_buffer",
@@ -280,6 +281,29 @@ def _bias(query: torch.Tensor, key: torch.Tensor, *, causal: bool, mask: torch.T
 
 def _as_many_heads(query: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
     return heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1)
+
+
+def new_group(ranks: tuple[int, ...], device: torch.device, purpose: str) -> dist.ProcessGroup:
+    """The group of global ``ranks``, made by its members alone and connected at once on ``device``.
+
+    A default group that is bound to a device makes torch split its communicator for every other group, which all ranks
+    of the world have to take part in: members alone would wait for ever.  So it is not bound meanwhile.
+    """
+    if device.type == "cuda":
+        # messages of one direction between two ranks are meant to go in turn
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
+    default: Any = dist.group.WORLD
+    bound, default.bound_device_id = default.bound_device_id, None
+    try:
+        group: dist.ProcessGroup = dist.new_group(
+            list(ranks),
+            use_local_synchronization=True,
+            group_desc=purpose,
+            device_id=None if device.type == "cpu" else device,
+        )
+    finally:
+        default.bound_device_id = bound
+    return group
 
 
 def default_store() -> Store:

@@ -72,14 +72,19 @@ class Grid:
                 self.replicas(strategy.replicated)
 
     def _neighbours(self, column: tuple[int, ...], which: str) -> tuple[Neighbour | None, Neighbour | None]:
-        """Those before and after this rank in ``column``."""
-        if len(column) == 1:
-            return None, None
-        place = column.index(self.world.rank)
-        # one group a direction: forward and backward messages never queue behind each other
-        groups = [self.world.group(tuple(sorted(column)), way + which) for way in ("forward", "backward")]
-        before = Neighbour(column[place - 1], *groups) if place else None
-        after = Neighbour(column[place + 1], *groups) if place + 1 < len(column) else None
+        """Those before and after this rank in ``column``.
+
+        A group a pair and direction: NCCL serves what goes through one group in turn, so that no message queues behind
+        one of another pair or of the other direction.  Pairs of one parity touch no other, so all ranks have as many.
+        """
+        place, apart = column.index(self.world.rank), range(min(2, len(column) - 1))
+        groups = []
+        for parity in apart:
+            first = place - (place - parity) % 2
+            pair = tuple(sorted(column[max(first, 0) : first + 2]))
+            groups.append([self.world.group(pair, f"{way}{which} {parity}") for way in ("forward", "backward")])
+        before = Neighbour(column[place - 1], *groups[(place - 1) % 2]) if place else None
+        after = Neighbour(column[place + 1], *groups[place % 2]) if place + 1 < len(column) else None
         return before, after
 
     def copies_of(self, layer: int | None, name: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from galvatron.core.errors import ConfigError
-from galvatron.internals import HashStore, Store
+from galvatron.internals import HashStore, Store, new_group
 
 DeviceType = Literal["cpu", "cuda", "auto"]
 
@@ -34,9 +34,7 @@ class World:
         """
         key = (purpose, ranks)
         if key not in self._groups:
-            self._groups[key] = dist.new_group(
-                list(ranks), use_local_synchronization=True, group_desc=f"{purpose}:{','.join(map(str, ranks))}"
-            )
+            self._groups[key] = new_group(ranks, self.device, f"{purpose}:{','.join(map(str, ranks))}")
         return self._groups[key]
 
 
