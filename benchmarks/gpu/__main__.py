@@ -14,7 +14,7 @@ from galvatron.core.files import write_atomic
 from galvatron.core.records import dump_json
 
 from . import __doc__ as questions
-from . import modes, peers, predictions, ranks
+from . import modes, parity, peers, predictions, ranks
 from .children import Child, Clock, CutShortError, Row, Start
 from .report import Parts, cell, tables, targets
 from .sizes import Device, describe
@@ -25,13 +25,14 @@ PARTS: dict[str, tuple[float, Callable[[Device, Clock], Iterator[Row]]]] = {
     "peers 1.2B": (75, partial(peers.run, "1.2B")),
     "peers 3B": (55, partial(peers.run, "3B")),
     "ranks": (20, ranks.run),
+    "parity": (240, parity.run),
 }
 """Every part with its share of the seconds; what one leaves goes to those after it."""
 
 
 def main() -> None:
     parser = measure.parser(questions)
-    parser.add_argument("--seconds", type=float, default=345.0, help="for all parts together")
+    parser.add_argument("--seconds", type=float, default=585.0, help="for all parts together")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, help="by default all; on a CPU there is one model of peers"

@@ -61,12 +61,12 @@ def tables(parts: Parts, *, on_gpu: bool) -> list[Table]:
 def targets(parts: Parts, *, on_gpu: bool) -> list[Target]:
     """What was aimed at beside what came out; a CPU's times are not judged, for others use it too."""
     found = []
-    if "modes" in parts:
-        rows = [row for row in parts["modes"]["rows"] if "holds" in row]
-        held = sum(row["holds"] for row in rows)
-        found.append(
-            _target("modes that equal one CPU process", f"{held} of {len(rows)}", "all", rows, held == len(rows))
-        )
+    for name, what in (("modes", "modes"), ("parity", "plans of several ranks")):
+        if name in parts:
+            rows = [row for row in parts[name]["rows"] if "holds" in row]
+            held = sum(row["holds"] for row in rows)
+            words = f"{what} that equal one CPU process"
+            found.append(_target(words, f"{held} of {len(rows)}", "all", rows, held == len(rows)))
     if "predictions" in parts:
         found += _of_predictions(parts["predictions"]["rows"], on_gpu)
     for model, mfu in MFU.items():
@@ -238,7 +238,20 @@ def _ranks(rows: list[Row]) -> _Shown:
     ]
 
 
-_TABLES = {"modes": _modes, "predictions": _predictions, "peers": _peers, "ranks": _ranks}
+def _parity(rows: list[Row]) -> _Shown:
+    columns = ["model", "plan", "ranks", "precision", "compiled", "loss error", "gradient error", "holds", "seconds"]
+    shown: list[list[object]] = []
+    for row in rows:
+        about = [row[name] for name in columns[:5]]
+        if "skipped" in row:
+            shown.append([*about, None, None, row["skipped"], None])
+            continue
+        errors = [_error(row["worst"][kind]) if "worst" in row else None for kind in ("loss", "gradient")]
+        shown.append([*about, *errors, row.get("reason", row["holds"]), f"{row['seconds']:.1f}"])
+    return columns, shown
+
+
+_TABLES = {"modes": _modes, "parity": _parity, "predictions": _predictions, "peers": _peers, "ranks": _ranks}
 
 
 def _median(values: Iterable[float]) -> float:

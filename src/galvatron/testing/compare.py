@@ -86,10 +86,12 @@ class RankFindings:
 
 
 def compare_on_rank(path: Path, plan: Plan, engine: str | None = None) -> RankFindings:
-    """Run ``plan`` on this rank of an initialised gloo world against the reference saved at ``path``."""
+    """Run ``plan`` on this rank of an initialised world against the reference saved at ``path``."""
     reference = Reference.load(path)
+    torch.backends.cudnn.allow_tf32 = False  # as of products, where that is torch's default
+    world = init_world("cuda" if dist.get_backend() == "nccl" else "cpu")
     with _compiling_by(engine):
-        model = parallelize(reference.model(), plan, world=init_world("cpu"), compile=engine is not None)
+        model = parallelize(reference.model(), plan, world=world, compile=engine is not None)
     if model.loss_scale is not None:
         model.loss_scale = LossScale(scale=FP16_SCALE)
     trained = {p.tensor: p.travels_with for p in model.local_parameters if p.tensor.requires_grad}
@@ -180,7 +182,7 @@ def _error(local: torch.Tensor, parameter: LocalParameter, truth: Tensors) -> fl
     scale = expected.abs().max().item()
     worst = 0.0
     for piece in parameter.pieces:
-        mine = local[_slices((piece.local_offset, piece.size))]
+        mine = local[_slices((piece.local_offset, piece.size))].cpu()
         theirs = expected[_slices((piece.global_offset, piece.size))]
         if mine.numel():
             worst = max(worst, _relative((mine - theirs).abs().max().item(), scale))
@@ -210,7 +212,7 @@ def _holding(parameter: LocalParameter) -> Holding:
         boxes=tuple((tuple(piece.global_offset), tuple(piece.size)) for piece in parameter.pieces),
         replicas=parameter.replicas,
         is_primary=parameter.is_primary,
-        checksum=zlib.crc32(parameter.tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()),
+        checksum=zlib.crc32(parameter.tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()),
     )
 
 

@@ -1,4 +1,4 @@
-"""A pool of gloo worker processes, started once and sent functions.
+"""A pool of worker processes, gloo ones on the CPU or NCCL ones on GPUs, started once and sent functions.
 
 Takes a module-level function and picklable arguments; gives what it returns on every rank.  The workers
 are forked from a server process that has imported torch and transformers and done nothing else, so that
@@ -22,12 +22,13 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+DeviceType = Literal["cpu", "cuda"]
 
 PRELOAD = ("torch.distributed.fsdp", "galvatron.testing.preload")
 """What the fork server imports before the first fork."""
@@ -51,13 +52,19 @@ class WorkerError(RuntimeError):
 
 @dataclass
 class Pool:
-    """Worker processes on this machine; ranks 0 … ``world_size`` - 1 of them form a gloo world for each call.
+    """Worker processes on this machine; ranks 0 … ``world_size`` - 1 of them form a world for each call.
 
     Workers start when a call first needs them.  A fresh default process group for every call costs 12 ms
     (one rank) to 100 ms (eight) on two cores and leaves no groups, threads or files behind.
+
+    ``device``: ``cpu`` is a gloo world; ``cuda`` an NCCL one, whose ranks are dealt the GPUs there are in turn.  Where
+    they share a GPU they tell NCCL that they are hosts of their own, which then talk over sockets: slow, but the code
+    that many GPUs run.  ``start``: ``spawn`` where the fork server cannot import torch without touching CUDA.
     """
 
     timeout_s: float = 120.0
+    device: DeviceType = "cpu"
+    start: Literal["forkserver", "spawn"] = "forkserver"
     _workers: list[tuple[BaseProcess, Connection]] = field(default_factory=list, repr=False)
 
     def run(self, fn: Callable[..., T], *args: Any, world_size: int, timeout_s: float | None = None) -> list[T]:
@@ -65,7 +72,7 @@ class Pool:
 
         Args:
             fn: a function that pickle finds by its name (module level); every rank sees the same ``args``.
-            world_size: ranks of the gloo world.  RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are set.
+            world_size: ranks of the world.  RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are set.
             timeout_s: seconds the whole call may take; default the pool's own.
 
         Raises:
@@ -103,11 +110,12 @@ class Pool:
     def _start(self, count: int) -> None:
         if not all(process.is_alive() for process, _ in self._workers):
             self.close()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
+        context: Any = multiprocessing.get_context(self.start)
+        if self.start == "forkserver":
+            context.set_forkserver_preload(list(PRELOAD))
         for rank in range(len(self._workers), count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, theirs, self.device), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -158,7 +166,7 @@ def _receive(connection: Any) -> Any:
         return _Failure(0.0, "the process ended without an answer")
 
 
-def _serve(rank: int, connection: Connection) -> None:
+def _serve(rank: int, connection: Connection, device: DeviceType) -> None:
     """A worker's life: one task after another until the caller closes the connection."""
     torch.set_num_threads(1)  # many ranks share few cores
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -168,31 +176,45 @@ def _serve(rank: int, connection: Connection) -> None:
         except EOFError:
             return
         sys.path[:] = path  # test modules of the caller are importable here too
-        connection.send_bytes(_answer(rank, task))
+        connection.send_bytes(_answer(rank, task, device))
         _leave_world()  # after a failure only now: ranks that lose their connection must not seem to fail first
 
 
-def _answer(rank: int, message: bytes) -> bytes:
+def _answer(rank: int, message: bytes, device: DeviceType) -> bytes:
     try:
-        return pickle.dumps(_perform(rank, pickle.loads(message)))
+        return pickle.dumps(_perform(rank, pickle.loads(message), device))
     except BaseException:  # whatever it was, the caller hears of it
         return pickle.dumps(_Failure(time.monotonic(), traceback.format_exc()))
 
 
-def _perform(rank: int, task: _Task) -> Any:
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": task.world_size, "LOCAL_WORLD_SIZE": task.world_size}
+def _perform(rank: int, task: _Task, device: DeviceType) -> Any:
+    place = _gpu_of(rank, task.world_size) if device == "cuda" else None
+    local_rank = rank if place is None else place.index
+    ranks = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": task.world_size, "LOCAL_WORLD_SIZE": task.world_size}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     dist.init_process_group(
-        "gloo",
+        "gloo" if place is None else "nccl",
         init_method=f"file://{task.store}",
         rank=rank,
         world_size=task.world_size,
         timeout=timedelta(seconds=task.timeout_s),
+        device_id=place,
     )
     dist.barrier()  # a rank that is done must not leave while another still connects
     result = task.fn(*task.args)
     _leave_world()
     return result
+
+
+def _gpu_of(rank: int, world_size: int) -> torch.device:
+    """The GPU of ``rank``; ranks of one GPU are hosts of their own, for NCCL refuses two of one host."""
+    count = torch.cuda.device_count()
+    if count < world_size:
+        os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+        os.environ |= {"NCCL_MAX_NCHANNELS": "1"}  # every rank's kernels wait for those of others on one GPU
+    place = torch.device("cuda", rank % count)
+    torch.cuda.set_device(place)
+    return place
 
 
 def _leave_world() -> None:

@@ -1,0 +1,114 @@
+"""Part ``parity``: plans of several ranks against one process in float32 on the CPU, over NCCL.
+
+On one GPU the ranks share it (``galvatron.testing.Pool``): what they send each other is slow, what they compute and in
+which order is what many GPUs would.  Pure plans first, then random mixes of every kind of model, in the precisions that
+train, the last ones compiled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from galvatron.core.errors import GalvatronError
+from galvatron.core.model import Precision
+from galvatron.plan import Plan
+from galvatron.testing import Pool, WorkerError
+from galvatron.testing.models import VARIANTS
+from galvatron.testing.plans import pure_plans, random_plans
+from galvatron.testing.sweep import Sweep, seq_len_for, variant_spec
+
+from .children import Clock, Row, reason_of
+from .sizes import Device
+
+PURE = {"llama": 2, "mixtral": 2, "gpt_oss": 2}
+"""Models whose plans of one technique are tried, and on how many ranks."""
+FIRST = (
+    "llama",
+    "mixtral",
+    "t5",
+    "gpt_oss",
+    "clip",
+    "bert",
+    "gemma2",
+    "vit",
+    "qwen3_moe",
+    "llava",
+    "modernbert",
+    "whisper",
+)
+"""Models whose mixes come first; those of all others follow."""
+MODES: tuple[tuple[int, Precision, bool], ...] = (
+    (2, "bf16", False),
+    (4, "fp32", False),
+    (2, "fp32", True),
+    (4, "bf16", False),
+    (2, "bf16", True),
+)
+"""Ranks, precision, and whether layers are compiled, of the mixes of a model in turn."""
+RENAMED = ("dinov2",)
+"""Models whose parameters have other names in the lowest versions of transformers."""
+ENGINES = {"cuda": "inductor", "cpu": "aot_eager"}
+TIMEOUT_S = {False: 45.0, True: 120.0}
+SEED = 2030
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan of a model that a ``Sweep`` can check."""
+
+    variant: str
+    name: str
+    plan: Plan
+    compiled: bool = False
+
+    @property
+    def words(self) -> Row:
+        how = {"precision": self.plan.precision, "compiled": self.compiled}
+        return {"model": self.variant, "plan": self.name, "ranks": self.plan.world_size, **how}
+
+
+def run(device: Device, clock: Clock) -> Iterator[Row]:
+    """A row a plan; a CPU tries the first of either kind."""
+    chosen = itertools.chain(pure(), mixed()) if device.is_gpu else (next(pure()), next(mixed()))
+    with Pool(device=device.type, start=device.start) as pool, tempfile.TemporaryDirectory() as folder:
+        sweep = Sweep(pool, Path(folder))
+        for case in chosen:
+            if clock.left_s <= 0:
+                yield {**case.words, "skipped": "no time left, nor for those that would follow"}
+                return
+            pool.timeout_s = min(TIMEOUT_S[case.compiled], clock.left_s + 10.0)
+            start = time.perf_counter()
+            found = _checked(sweep, case, ENGINES[device.type] if case.compiled else None)
+            yield {**case.words, **found, "seconds": time.perf_counter() - start}
+
+
+def pure() -> Iterator[Case]:
+    """Plans of one technique each, in float32."""
+    for variant, world_size in PURE.items():
+        for name, plan in pure_plans(variant_spec(variant, world_size), world_size).items():
+            yield Case(variant, name, plan)
+
+
+def mixed() -> Iterator[Case]:
+    """Random plans: modes are dealt to all models, five times, so that in the end every model has had each."""
+    names = [*FIRST, *(v.name for v in VARIANTS if v.name not in FIRST and v.name not in RENAMED)]
+    for shift, (place, variant) in itertools.product(range(len(MODES)), enumerate(names)):
+        world_size, precision, compiled = MODES[(place + shift) % len(MODES)]
+        spec = variant_spec(variant, world_size)
+        seq_len = None if spec.task == "image_classification" else seq_len_for(world_size)
+        plan = random_plans(spec, world_size, shift + 1, SEED, seq_len)[shift]
+        yield Case(variant, "a mix", plan.model_copy(update={"precision": precision}), compiled)
+
+
+def _checked(sweep: Sweep, case: Case, engine: str | None) -> Row:
+    try:
+        report = sweep.parity(case.variant, case.plan, engine=engine)
+    except (GalvatronError, WorkerError) as error:
+        return {"holds": False, "found": str(error)[-2000:], "reason": reason_of(error)}
+    found = {} if report.ok else {"found": report.explain()[:2000]}
+    return {"holds": report.ok, "worst": report.worst, **found}
