@@ -46,6 +46,7 @@ __all__ = [
     "TorchDispatchMode",
     "all_gather",
     "all_to_all",
+    "arrived",
     "attend",
     "attend_backward",
     "attend_by_bounds",
@@ -125,8 +126,16 @@ def all_to_all(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def exchange_rows(tensor: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """[sum(received), ...] from every rank in turn, to whom went its number of rows of [sum(sent), ...]."""
-    return _functional.wait_tensor(_functional.all_to_all_single(tensor, received, sent, group.group_name))
+    """[sum(received), ...] from every rank in turn, to whom goes its number of rows of [sum(sent), ...].
+
+    Under way: nobody may look at it before ``arrived``.
+    """
+    return _functional.all_to_all_single(tensor, received, sent, group.group_name)
+
+
+def arrived(tensor: torch.Tensor) -> torch.Tensor:
+    """What ``exchange_rows`` gave, once it is there."""
+    return _functional.wait_tensor(tensor)
 
 
 def group_named(name: str) -> dist.ProcessGroup:

@@ -172,8 +172,13 @@ def _of_messages(parts: int, change: Function, place: int) -> Error:
     """``change`` of a gradient that comes home, of messages of so many parts."""
 
     def error(right: Function) -> Function:
-        wrong = _given(change, 2 + place)(right)
-        return lambda ctx, *grads: (wrong if len(grads) == parts else right)(ctx, *grads)
+        def wrong(*args: Any) -> Any:
+            _, *grads = right(*args)
+            if len(grads) == parts:
+                grads[place] = change(grads[place])
+            return None, *grads
+
+        return wrong
 
     return error
 
@@ -255,9 +260,10 @@ FAULTS = (
     Fault(_RING + "_attend_back", "keys' gradient one hop too far", _MANY, _one_hop_too_far),
     Fault(_RING + "attend_backward", "every block by its own log-sum-exp", _MANY, _own_log_sum),
     Fault(_RING + "_sink_gradient", "sinks' negated", _MANY, _given(torch.neg)),
-    Fault(_OWN + "_Send.backward", "dispatch: tokens confused", _MANY, _of_messages(2, _next_row_s, 0)),
-    Fault(_OWN + "_Send.backward", "dispatch: router weights' lost", _MANY, _of_messages(2, torch.zeros_like, 1)),
-    Fault(_OWN + "_Send.backward", "combine: tokens confused", _MANY, _of_messages(1, _next_row_s, 0)),
+    Fault(_OWN + "_Start.backward", "dispatch: tokens confused", _MANY, _of_messages(2, _next_row_s, 0)),
+    Fault(_OWN + "_Start.backward", "dispatch: router weights' lost", _MANY, _of_messages(2, torch.zeros_like, 1)),
+    Fault(_OWN + "_Start.backward", "combine: tokens confused", _MANY, _of_messages(1, _next_row_s, 0)),
+    Fault(_OWN + "_Finish.backward", "tokens confused", _MANY, _taken(_next_row_s, 1)),
     Fault(_OWN + "_Add.backward", "rows of one token confused", _MANY, _given(_next_row_s)),
     Fault(_OWN + "_Gather.backward", "experts under tp: not summed over ranks", _MANY, _own_rows_alone),
     Fault(_OWN + "_ReduceScatter.backward", "experts under tp: ranks confused", _MANY, _given(_other_rank_s)),

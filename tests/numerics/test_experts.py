@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from galvatron.parallelize import init_world, parallelize
+from galvatron.parallelize.processes.rows import Passage
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.plan import Schedule
 from galvatron.testing.models import tiny_model
@@ -87,6 +89,40 @@ def test_experts_that_nobody_asks(pool: Pool, strategy: LayerStrategy) -> None:
         plan = Plan.model_validate({**plan.model_dump(), "embedding": strategy, "head": strategy})
     report = parity(model, plan, pool=pool)
     assert report.ok, report.explain()
+
+
+def what_runs_in_turn() -> tuple[list[str], list[str]]:
+    """Of a layer with shared experts, dealt out: what leaves and arrives, and what is multiplied between."""
+    events: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("leave", "arrive"):
+            own = getattr(Passage, name)
+            patch.setattr(Passage, name, lambda *args, own=own, name=name: (events.append(name), own(*args))[1])
+        layers = [LayerStrategy(dp_replicate=2), LayerStrategy(ep=2, dp_replicate=2, recompute="full")]
+        model = parallelize(
+            tiny_model("deepseek_v3", num_hidden_layers=2), plan_for(layers, 2, (2,), 1), world=init_world("cpu")
+        )
+        shared = model.stages[0].model.get_submodule("model.layers.1.mlp.shared_experts.down_proj")
+
+        def note(_: object, __: object, product: torch.Tensor) -> None:
+            events.append("shared")
+            if product.requires_grad:
+                product.register_hook(lambda _: events.append("shared"))
+
+        shared.register_forward_hook(note)
+        tokens = torch.randint(0, 97, (4, 16), generator=torch.Generator().manual_seed(0))
+        model.evaluate(tokens, tokens)
+        evaluated, events[:] = [*events], []
+        model.train_step(tokens, tokens)
+    return evaluated, events
+
+
+def test_shared_experts_run_while_tokens_travel(pool: Pool) -> None:
+    """Forward; back from what comes home; forward again, as far as a backward needs it; and back."""
+    beside, alone = ["leave", "shared", "arrive"], ["leave", "arrive"]
+    for evaluated, trained in pool.run(what_runs_in_turn, world_size=2):
+        assert evaluated == [*beside, *alone]
+        assert trained == [*beside, *alone, *alone, *beside, *beside]
 
 
 BALANCED: dict[str, Plan] = {

@@ -6,12 +6,14 @@ as data.  It holds for every size: counts are named (``heads``), never given.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, StrictBool
 
+from .model import ParameterSpec
 from .numbers import Whole
 from .records import FileRecord, Record
 from .tasks import Ends, Task
@@ -58,11 +60,14 @@ class Experts(Record):
         router: what says which, from tokens: its first output is logits [T, E].
         cuts: of a parameter of the module, the dim that counts units of an expert's width, and in how many segments.
             What has none is a bias of the experts' output, added to their products once.
+        beside: what the block around the module gives what it is given itself, after it has asked the experts: shared
+            ones; None where there is none, or it comes first.
     """
 
     module: str
     router: str
     cuts: dict[str, tuple[int, int]]
+    beside: str | None = None
 
 
 class Stack(Record):
@@ -93,6 +98,12 @@ class Stack(Record):
     def windowed(self) -> bool:
         """Whether its layers need whole sequences, of which they see windows."""
         return any(region.windows for region in self.regions)
+
+
+def beside_experts(stack: Stack, parameters: Iterable[ParameterSpec]) -> str | None:
+    """What layers of these ``parameters`` run beside the messages to their experts; None where they have none."""
+    experts = stack.experts
+    return experts.beside if experts is not None and any(p.experts for p in parameters) else None
 
 
 class Logits(Record):

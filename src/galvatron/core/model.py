@@ -160,6 +160,7 @@ class LayerKind(UnitSpec):
     ways: no ring can do these.
     ``asks_for_attention``: whether tokens see each other through an attention that is given to layers alone; layers
     with their own need whole sequences.  ``cuttable``: whether it is known how tensor parallelism cuts them.
+    ``beside_experts``: the module that every token takes while it travels to experts on other ranks, if any.
     """
 
     name: UnitName = "layer"
@@ -182,6 +183,7 @@ class LayerKind(UnitSpec):
     cuttable: StrictBool = True
     num_experts: Whole = 0
     experts_per_token: Whole = 0
+    beside_experts: str | None = None
 
     @model_validator(mode="after")
     def _heads_and_experts_divide(self) -> Self:
@@ -207,6 +209,14 @@ class LayerKind(UnitSpec):
         experts = sum(math.prod(p.shape) for p in self.parameters if p.experts)
         share = self.experts_per_token / self.num_experts if self.num_experts else 1.0
         return self.num_parameters - experts + share * experts
+
+    @property
+    def share_beside_experts(self) -> float:
+        """Which part of ``active_parameters`` is met while tokens travel to their experts."""
+        if self.beside_experts is None:
+            return 0.0
+        beside = (math.prod(p.shape) for p in self.parameters if p.name.startswith(f"{self.beside_experts}."))
+        return sum(beside) / self.active_parameters
 
     def attention_flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs of scores and values for one token, as if nothing were masked: 4 x heads x head_dim x span."""

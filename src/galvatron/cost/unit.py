@@ -153,13 +153,17 @@ def _passes_s(setting: Setting, unit: UnitName, s: Strategies) -> tuple[dict[str
     exchange_s, ring_s, ring_back_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
     context_forward_s, context_backward_s = exchange_s + ring_s, exchange_s + ring_back_s
     experts = expert_messages(setting, unit, s, batch)
+    beside = _share_beside_experts(setting, unit)
+    dispatch_s, dispatch_back_s, dispatch_again_s = (
+        exposed_s(setting, beside * compute_s, experts.dispatch_s) for compute_s in (forward_s, backward_s, again_s)
+    )
     tp_forward_s = tp_forward_s + experts.gather_s + experts.scatter_s
     tp_backward_s = tp_backward_s + experts.gather_back_s + experts.scatter_back_s
     regions = _plain_regions(setting, unit) + _is_windowed(setting, unit)
     # what runs again asks again for what it takes in; sums are kept by all levels but the last, which needs all but
     # the layer's own
     repeated_s = (s.recompute > NONE) * (regions * gather_s + exchange_s + experts.gather_s)
-    repeated_s = repeated_s + (s.recompute > NONE) * (experts.counts_s + experts.dispatch_s)
+    repeated_s = repeated_s + (s.recompute > NONE) * (experts.counts_s + dispatch_again_s)
     repeated_s = repeated_s + (s.recompute == FULL) * ((_regions(setting, unit) - 1) * scatter_s + ring_s)
     reached = setting.model.spec.is_reached(unit)
     again_s, repeated_s, tp_backward_s, context_backward_s = (
@@ -174,8 +178,8 @@ def _passes_s(setting: Setting, unit: UnitName, s: Strategies) -> tuple[dict[str
         "tensor_parallel_backward_s": tp_backward_s,
         "context_parallel_forward_s": context_forward_s,
         "context_parallel_backward_s": context_backward_s,
-        "expert_parallel_forward_s": experts.counts_s + experts.dispatch_s + experts.combine_s,
-        "expert_parallel_backward_s": experts.combine_s + experts.dispatch_s,
+        "expert_parallel_forward_s": experts.counts_s + dispatch_s + experts.combine_s,
+        "expert_parallel_backward_s": experts.combine_s + dispatch_back_s,
     }
     return passes, again_s
 
@@ -281,6 +285,14 @@ def _attention_share(kind: LayerKind, seq_len: int) -> float:
     """Which part of a layer's FLOPs scores and values are."""
     attention = kind.attention_flops_per_token(seq_len) * (0.5 if kind.causal else 1.0)
     return attention / (attention + 2.0 * kind.active_parameters)
+
+
+def _share_beside_experts(setting: Setting, unit: UnitName) -> float:
+    """Which part of a layer's compute runs while tokens travel to their experts: of its linears, shared experts."""
+    if unit in ENDS or not setting.model.spec.kind(unit).num_experts:
+        return 0.0
+    kind = setting.model.spec.kind(unit)
+    return kind.share_beside_experts * (1 - _attention_share(kind, setting.seq_len))
 
 
 def _regions(setting: Setting, unit: UnitName) -> int:

@@ -41,6 +41,7 @@ def deepseek_v3(config: Config, name: str) -> ModelSpec:
             ffn_size=moe_ffn,
             num_experts=config.size("n_routed_experts"),
             experts_per_token=config.size("num_experts_per_tok"),
+            beside_experts="mlp.shared_experts",
             parameters=chain(before, routed, norms),
             **common,
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, WINDOWS, Family, KnownFamily, Shape, Stack, known_family
+from galvatron.core.family import BEYOND_RINGS, WINDOWS, Family, KnownFamily, Shape, Stack, beside_experts, known_family
 from galvatron.core.formulas import num_patches, value
 from galvatron.core.lora import Lora, with_adapters
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
@@ -40,6 +40,7 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
                 drops_attention=_is_beyond_rings(reader, family, stack),
                 side_inputs=int(stack.side is not None),
                 regions=2 + int(stack.side is not None),
+                beside_experts=beside_experts(stack, parameters),
                 parameters=parameters,
                 **every[at],
             )

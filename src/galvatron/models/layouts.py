@@ -114,7 +114,20 @@ def experts_of(layer: nn.Module, calls: list[Call], prefix: str, hidden: int) ->
     if len(routers) != 1:
         return None
     cuts = {key: (dim, own[key].shape[dim] // width if in_order else 1) for key, dim in dims.items()}
-    return Experts(module=name, router=routers[0].removeprefix(prefix), cuts=cuts)
+    router, after = routers[0].removeprefix(prefix), _beside(calls, prefix + name, prefix)
+    return Experts(module=name, router=router, cuts=cuts, beside=after)
+
+
+def _beside(calls: list[Call], experts: str, prefix: str) -> str | None:
+    """What the block around ``experts`` hands its own argument to after them; None unless that is one module."""
+    names = [call.name for call in calls]  # in the order in which calls end
+    around = experts.rpartition(".")[0]
+    if not {experts, around} <= set(names):
+        return None
+    entering = calls[names.index(around)].argument
+    later = calls[names.index(experts) + 1 :]
+    found = [c.name for c in later if c.name.rpartition(".")[0] == around and c.argument is entering]
+    return found[0].removeprefix(prefix) if len(found) == 1 else None
 
 
 def _has_rows(module: nn.Module, rows: int) -> bool:

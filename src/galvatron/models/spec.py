@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, WINDOWS, Blocks, Experts, Family, Region, Stack
+from galvatron.core.family import BEYOND_RINGS, WINDOWS, Blocks, Experts, Family, Region, Stack, beside_experts
 from galvatron.core.lora import Lora, adapter_cuts
 from galvatron.core.model import Cut, Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
@@ -200,6 +200,7 @@ def _kind(
         asks_for_attention=family.asks_for_attention,
         cuttable=bool(stack.regions),
         parameters=parameters,
+        beside_experts=beside_experts(stack, parameters),
         **(_expert_counts(own) if any(p.experts for p in parameters) else {}),
     )
 

@@ -274,3 +274,23 @@ def test_offloaded_moments_leave_the_device_and_travel_at_the_update(device: str
     assert unit_times(case, "layer", hosted).optimizer_s == pytest.approx(expected)
     with pytest.raises(ProfileError, match="host_bytes_per_s"):
         unit_times(setting(device=device), "layer", hosted)
+
+
+def test_on_cuda_tokens_travel_to_experts_while_shared_ones_compute() -> None:
+    """What is beside hides the dispatch, forward and backward; not the way home, nor what is beside nothing."""
+
+    def exposed(device: str, beside: str | None) -> tuple[float, float]:
+        case = setting(device=device)
+        own = case.model.spec.layer
+        named = tuple(p.model_copy(update={"name": f"mlp.{p.name}"}) for p in own.parameters)
+        experts = {"num_experts": 4, "experts_per_token": 2, "beside_experts": beside}
+        layer = own.model_copy(update={"parameters": named, **experts})
+        spec = case.model.spec.model_copy(update={"layers": (layer,)})
+        case = replace(case, model=case.model.model_copy(update={"spec": spec}))
+        times = unit_times(case, "layer", LayerStrategy(ep=4, dp_replicate=4))
+        return float(times.expert_parallel_forward_s), float(times.expert_parallel_backward_s)
+
+    for alone, shared in zip(exposed("cuda", None), exposed("cuda", "mlp"), strict=True):
+        assert 0 < shared < 0.8 * alone
+    assert exposed("cuda", "none.there") == pytest.approx(exposed("cuda", None))
+    assert exposed("cpu", "mlp") == pytest.approx(exposed("cpu", None))

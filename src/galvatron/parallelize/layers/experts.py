@@ -8,11 +8,15 @@ T tokens of hidden size H, each sent to k of E experts with k weights; routers w
   some of its experts, however many, and its sum over those comes back; tensor-parallel ranks send each their own
   tokens, to the rank with their part of the width, and gather what they received.  None is dropped: who sends how many
   to whom is told before.
+
+What every token takes beside its experts (shared ones) runs while tokens travel, and its backward while their gradients
+travel home, where a model asks its experts first (DeepSeek-V3, GLM-4.5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +25,16 @@ from torch import Tensor, nn
 from galvatron.internals import put_parameter
 
 from ..processes.collectives import AxisGroup, all_gather
-from ..processes.rows import ExpertGroups, Traffic, add_rows, gather_rows, reduce_scatter_rows, send_rows
+from ..processes.rows import (
+    ExpertGroups,
+    Traffic,
+    add_rows,
+    finish_rows,
+    gather_rows,
+    reduce_scatter_rows,
+    send_rows,
+    start_rows,
+)
 from .forward import wrap_forward
 
 HERE = ExpertGroups()
@@ -33,10 +46,46 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(tokens [T, H], experts [T, k], weights [T, k]) → [T, H]."""
 
 
-def share_experts(experts: nn.Module, tp: AxisGroup, dealt: ExpertGroups, cut: Collection[str] | None = None) -> None:
+class Beside:
+    """Runs a module on what enters the block around it when asked to, ahead of the block's own call of it.
+
+    The block's call then gives what was made; that of another tensor runs as ever.
+    """
+
+    def __init__(self, block: nn.Module, module: nn.Module) -> None:
+        self._forward: Callable[..., Tensor] = module.forward
+        self._entered: Tensor | None = None
+        self._made: Tensor | None = None
+        wrap_forward(block, self._enter)
+        module.forward = self._take
+
+    def run(self) -> None:
+        """Make the module's output now."""
+        if self._entered is not None:
+            self._made = self._forward(self._entered)
+
+    def _enter(self, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._entered, self._made = hidden, None
+        try:
+            return forward(hidden, *args, **kwargs)
+        finally:
+            self._entered = self._made = None
+
+    def _take(self, hidden: Tensor) -> Tensor:
+        made, self._made = self._made, None
+        return made if made is not None and hidden is self._entered else self._forward(hidden)
+
+
+def share_experts(
+    experts: nn.Module,
+    tp: AxisGroup,
+    dealt: ExpertGroups,
+    cut: Collection[str] | None = None,
+    beside: Beside | None = None,
+) -> None:
     """Let ``experts``, already cut by ``tp`` and ``dealt`` out, take all ranks' tokens and give this rank's.
 
-    ``cut``: the parameters that tensor parallelism cuts, by default all.
+    ``cut``: the parameters that tensor parallelism cuts, by default all.  ``beside``: what runs while tokens travel.
     """
     whole = [name for name, _ in experts.named_parameters(recurse=False) if cut is not None and name not in cut]
     if whole and tp.rank > 0:
@@ -46,7 +95,7 @@ def share_experts(experts: nn.Module, tp: AxisGroup, dealt: ExpertGroups, cut: C
         return
     count: int = experts.num_experts // dealt.ep.size  # type: ignore[operator, assignment]
     experts.num_experts = count  # type: ignore[assignment]
-    wrap_forward(experts, _of_dealt(tp, dealt, count))
+    wrap_forward(experts, _of_dealt(tp, dealt, count, beside))
 
 
 def _without(experts: nn.Module, names: list[str]) -> Callable[..., Tensor]:
@@ -75,13 +124,16 @@ def _of_cut(tp: AxisGroup) -> Callable[..., Tensor]:
     return share
 
 
-def _of_dealt(tp: AxisGroup, dealt: ExpertGroups, count: int) -> Callable[..., Tensor]:
+def _of_dealt(tp: AxisGroup, dealt: ExpertGroups, count: int, beside: Beside | None) -> Callable[..., Tensor]:
     first = dealt.ep.rank * count
 
     def share(forward: Forward, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         token_R, traffic, most = _addresses(top_k_index // count, tp, dealt)
         sent = hidden_states[token_R], _routes(top_k_index, top_k_weights)[token_R]
-        hidden_RH, routes_R2k = send_rows(sent, traffic, dealt.ep)
+        under_way = start_rows(sent, traffic, dealt.ep)
+        if beside is not None:
+            beside.run()
+        hidden_RH, routes_R2k = finish_rows(*under_way)
         rows, missing = len(hidden_RH), most - len(hidden_RH)
         if tp.size > 1:
             hidden_RH = gather_rows(F.pad(hidden_RH, (0, 0, 0, missing)), tp)

@@ -38,7 +38,7 @@ from ..processes.collectives import (
 )
 from ..processes.rows import ExpertGroups
 from .adapters import linears_of, run_adapters
-from .experts import HERE, share_experts
+from .experts import HERE, Beside, share_experts
 from .forward import wrap_forward
 from .later import Tap, product, tapped
 from .wide_norms import wide_norm_forward
@@ -60,8 +60,6 @@ def cut_layer(
     if tp.size == dealt.ep.size == 1:
         return
     shrink(layer, unit.parameters, tp, dealt.ep.size)
-    if experts is not None:
-        share_experts(layer.get_submodule(experts.module), tp, dealt, experts.cuts)
     in_windows = any(region.windows for region in regions)
     for region in regions if tp.size > 1 else ():
         for name in region.columns:
@@ -87,6 +85,9 @@ def cut_layer(
         linear = layer.get_submodule(region.row)
         reduce = partial(_summed, tp) if in_windows else partial(_scattered, tp, flat=region.flat)
         linear.forward = _row_forward(linear, reduce)
+    if experts is not None:  # last: what runs beside them is cut by now
+        beside = _beside(layer, experts) if dealt.ep.size > 1 else None
+        share_experts(layer.get_submodule(experts.module), tp, dealt, experts.cuts, beside)
     if in_windows and tp.size > 1:
         wrap_forward(layer, partial(_see_whole, tp))
 
@@ -97,6 +98,13 @@ def _see_whole(tp: AxisGroup, forward: Callable[..., Any], hidden: Tensor, *args
     if isinstance(output, tuple):
         return (own_part(output[0], tp), *output[1:])
     return own_part(output, tp)
+
+
+def _beside(layer: nn.Module, experts: Experts) -> Beside | None:
+    if experts.beside is None:
+        return None
+    block = layer.get_submodule(experts.module.rpartition(".")[0])
+    return Beside(block, layer.get_submodule(experts.beside))
 
 
 def _linears_of(layer: nn.Module, region: Region) -> set[int]:

@@ -5,7 +5,6 @@ As in ``collectives``, every function is a linear map over all ranks of a group 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from galvatron.internals import exchange_rows
+from galvatron.internals import arrived, exchange_rows
 
 from .collectives import ALONE, AxisGroup, all_gather, reduce_scatter
 
@@ -49,13 +48,52 @@ def reduce_scatter_rows(x_N: Tensor, axes: AxisGroup) -> Tensor:
     return x_N if axes.size == 1 else _ReduceScatter.apply(x_N, axes)
 
 
+class Passage:
+    """Rows on their way to the ranks of a group, and later their gradients on the way home: one message each way."""
+
+    def __init__(self, traffic: Traffic, axes: AxisGroup) -> None:
+        assert isinstance(axes.group, dist.ProcessGroup)
+        self.traffic, self._group = traffic, axes.group
+        self._message: Tensor | None = None
+        self._dtypes: list[torch.dtype] = []
+        self._widths: list[int] = []
+
+    def leave(self, parts: tuple[Tensor, ...], traffic: Traffic) -> None:
+        """Send the rows of all ``parts`` side by side; as bytes, for they may be of different dtypes."""
+        rows = [part.contiguous().view(torch.uint8) for part in parts]
+        self._dtypes, self._widths = [part.dtype for part in parts], [row.shape[1] for row in rows]
+        self._message = exchange_rows(torch.cat(rows, dim=1), [*traffic.sent], [*traffic.received], self._group)
+
+    def arrive(self) -> tuple[Tensor, ...]:
+        """Wait for the rows that others sent."""
+        assert self._message is not None
+        received, self._message = arrived(self._message), None
+        columns = received.split(self._widths, dim=1)
+        return tuple(rows.contiguous().view(dtype) for rows, dtype in zip(columns, self._dtypes, strict=True))
+
+
+def start_rows(parts: tuple[Tensor, ...], traffic: Traffic, axes: AxisGroup) -> tuple[Passage, Tensor]:
+    """Send [rows sent, n] of every tensor; what ``finish_rows`` takes.
+
+    What is computed before that runs beside the message; and its backward beside that of the gradients on their way
+    home, since autograd begins with what was computed last.
+    """
+    passage = Passage(traffic, axes)
+    return passage, _Start.apply(passage, *parts)
+
+
+def finish_rows(passage: Passage, token: Tensor) -> tuple[Tensor, ...]:
+    """[rows received, n] of every tensor, by rank of the other side."""
+    received: tuple[Tensor, ...] = _Finish.apply(token, passage)
+    return received
+
+
 def send_rows(parts: tuple[Tensor, ...], traffic: Traffic, axes: AxisGroup) -> tuple[Tensor, ...]:
     """[rows sent, n] of every tensor → [rows received, n], by rank of the other side; one message for all of them.
 
     Backward sends the gradients home.
     """
-    sent: tuple[Tensor, ...] = _Send.apply(traffic, axes, *parts)
-    return sent
+    return finish_rows(*start_rows(parts, traffic, axes))
 
 
 def add_rows(values_NH: Tensor, row_N: Tensor, rows: int) -> Tensor:
@@ -75,27 +113,29 @@ class _Add(torch.autograd.Function):
         return grad[ctx.row_N], None, None
 
 
-class _Send(torch.autograd.Function):
+class _Start(torch.autograd.Function):
+    # gives a number that stands for the message, so that autograd knows who ends what this begins
     @staticmethod
-    def forward(ctx: Any, traffic: Traffic, axes: AxisGroup, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.traffic, ctx.axes = traffic, axes
-        return _send(parts, traffic, axes)
+    def forward(ctx: Any, passage: Passage, *parts: Tensor) -> Tensor:
+        ctx.passage = passage
+        passage.leave(parts, passage.traffic)
+        return parts[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_send(grads, ctx.traffic.back, ctx.axes)
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.passage.arrive()
 
 
-def _send(parts: tuple[Tensor, ...], traffic: Traffic, axes: AxisGroup) -> tuple[Tensor, ...]:
-    """As bytes, side by side: parts may be of different dtypes."""
-    assert isinstance(axes.group, dist.ProcessGroup)
-    rows = [part.contiguous().view(torch.uint8) for part in parts]
-    received = exchange_rows(torch.cat(rows, dim=1), [*traffic.sent], [*traffic.received], axes.group)
-    ends = [0, *itertools.accumulate(row.shape[1] for row in rows)]
-    return tuple(
-        received[:, start:end].contiguous().view(part.dtype)
-        for part, (start, end) in zip(parts, itertools.pairwise(ends), strict=True)
-    )
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, passage: Passage) -> tuple[Tensor, ...]:
+        ctx.passage = passage
+        return passage.arrive()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.passage.leave(grads, ctx.passage.traffic.back)
+        return grads[0].new_zeros(()), None
 
 
 class _Gather(torch.autograd.Function):
