@@ -5,6 +5,7 @@ Takes a Space; gives the members of a family in it with their bounds.  Knows not
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,9 @@ from galvatron.plan.schedules import in_flight
 
 from .bounds import ROUNDING
 from .space import Kept, Space, Task
+from .stages import by_ends
+
+BLOCK = 64  # members that are looked at together
 
 Members = Callable[[Strategies, int], NDArray[np.bool_]]
 """Which rows belong to a family, given how many devices a node has."""
@@ -84,33 +88,67 @@ def rows_of(name: str, devices_per_node: int) -> Kept | None:
 
 def members(space: Space, name: str, devices_per_node: int) -> Iterator[Member]:
     """The family's members in ``space``, best bound first; those that surely do not fit are left out."""
-    return _members(space, name, devices_per_node, _bounds_s)
+    kinds = [kind.name for kind in space.setting.model.spec.layers]
+    bounds_s, rows = _ranked(space, name, devices_per_node, _bounds_s)
+    for first in range(0, len(bounds_s), BLOCK):
+        block = rows[:, first : first + BLOCK]
+        for at in np.flatnonzero(_fit(space, kinds, block)).tolist():
+            yield from _member(space, name, float(bounds_s[first + at]), rows[:, first + at])
 
 
 def leanest(space: Space, name: str, devices_per_node: int) -> Member | None:
     """The family's member that holds least, by the layers of one stage; None when the family is empty here."""
-    return next(_members(space, name, devices_per_node, _stage_bytes), None)
+    bytes_, rows = _ranked(space, name, devices_per_node, _stage_bytes)
+    found = (_member(space, name, float(least), rows[:, at]) for at, least in enumerate(bytes_))
+    return next(itertools.chain.from_iterable(found), None)
 
 
 Measure = Callable[[Space, list[UnitName], Ints], Floats]
 
 
-def _members(space: Space, name: str, devices_per_node: int, measure: Measure) -> Iterator[Member]:
-    """Members by ascending ``measure``, without those of which it is infinite."""
+def _ranked(space: Space, name: str, devices_per_node: int, measure: Measure) -> tuple[Floats, Ints]:
+    """Ascending ``measure`` of strategies of the family, where it is finite, and [kind, strategy]: their options."""
     family, kinds = FAMILIES[name], [kind.name for kind in space.setting.model.spec.layers]
     if space.is_empty or not family.tasks(space.task):
-        return
+        return np.zeros(0), np.zeros((len(kinds), 0), dtype=np.int64)
     lead = _lead(space)
     rows = _same_rows(space, lead, kinds)
     matched = np.flatnonzero(family.members(space.options[lead].strategies, devices_per_node) & (rows >= 0).all(axis=0))
     measured = measure(space, kinds, rows[:, matched])
-    for at in np.argsort(measured, kind="stable"):
-        if math.isinf(measured[at]):
-            return
-        chosen: dict[UnitName, Ints] = {kind: rows[i, matched[at : at + 1]] for i, kind in enumerate(kinds)}
-        ends = _ends_like(space, lead, int(matched[at])) if family.ends_alike else {}
-        if ends is not None:
-            yield Member(float(measured[at]), chosen | ends)
+    order = np.argsort(measured, kind="stable")[: np.count_nonzero(np.isfinite(measured))]
+    return measured[order], rows[:, matched[order]]
+
+
+def _member(space: Space, name: str, bound_s: float, rows: Ints) -> Iterator[Member]:
+    """The member with the options ``rows`` of the kinds, unless ends have to be like layers and cannot."""
+    kinds = [kind.name for kind in space.setting.model.spec.layers]
+    chosen: dict[UnitName, Ints] = {kind: rows[i : i + 1] for i, kind in enumerate(kinds)}
+    lead = _lead(space)
+    ends = _ends_like(space, lead, int(chosen[lead][0])) if FAMILIES[name].ends_alike else {}
+    if ends is not None:
+        yield Member(bound_s, chosen | ends)
+
+
+def _fit(space: Space, kinds: list[UnitName], rows: Ints) -> NDArray[np.bool_]:
+    """Of every member whether some division fits if the ends were what holds least, and nothing passed there."""
+    layers, options = space.geometry.num_layers, [space.options[kind] for kind in kinds]
+    room = space.usable_bytes - np.min([o.transient_bytes[at] for o, at in zip(options, rows, strict=True)], axis=0)
+    reached: NDArray[np.bool_] = np.zeros((rows.shape[1], layers + 1), dtype=bool)
+    reached[:, 0] = True
+    for shape in space.geometry.stages:
+        held = [
+            space.options[unit.unit].held_bytes(unit.in_flight)[rows[kinds.index(unit.unit)]]
+            if unit.unit in kinds
+            else np.full(rows.shape[1], space.options[unit.unit].held_bytes(unit.in_flight).min())
+            for unit in shape.classes
+        ]
+        segments = np.nonzero(shape.allowed)
+        needed = shape.counts[segments] @ np.array(held) + shape.beside_bytes[segments][:, None]  # [segment, member]
+        free = np.full((rows.shape[1], *shape.allowed.shape), np.inf)
+        free[:, shape.allowed] = np.where(needed <= room, 0.0, np.inf).T
+        through = np.isfinite([by_ends(own, layers) for own in free])
+        reached = np.any(reached[:, :, None] & through, axis=1)
+    return reached[:, layers]
 
 
 def _lead(space: Space) -> UnitName:

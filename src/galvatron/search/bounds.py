@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from .stages import BY_ENDS, Division, Tables, by_ends, divide, least_total_and_
 ROUNDING = 1e-12  # relative; keeps float rounding from lifting a bound above the optimum that attains it
 NUM_PRICES = 24
 NUM_LEVELS = 16
+FINE, FINER = 2e-3, 8  # on one stage levels whose bound is so near the least are divided, and into so many
 NEVER, NEVER_S = 2**50, 1e15  # bytes and seconds of an option that does not exist
 
 
@@ -52,6 +54,11 @@ class StageBound:
     level_s: Floats
     bound_s: Floats
 
+    @cached_property
+    def matrix(self) -> Floats:
+        """``bound_s`` by [first layer, end]."""
+        return by_ends(self.bound_s, self.bound_s.shape[1] - 1)
+
 
 class Bounds:
     """The bounds of spaces that have the layers of one space and some of its ends.
@@ -69,7 +76,50 @@ class Bounds:
     def of(self, part: Space) -> list[StageBound]:
         """Of every stage of ``part``."""
         own = self._layers | {end: _Staircase.of(part.options[end], self._edges) for end in ENDS}
-        return [self._stage(stage, shape, own) for stage, shape in enumerate(part.geometry.stages)]
+        found = [self._stage(stage, shape, own) for stage, shape in enumerate(part.geometry.stages)]
+        return found if len(found) > 1 else [self._finely(part, found[0])]
+
+    def _finely(self, part: Space, coarse: StageBound) -> StageBound:
+        """The only stage's once more with finer levels where the bound is least: chains are longest there."""
+        level_s, edges = coarse.level_s[:, 0, -1], self._edges
+        near = np.flatnonzero(level_s <= level_s.min() * (1 + FINE))
+        if not np.isfinite(level_s.min()):
+            return coarse
+        transients = np.unique(np.concatenate([o.transient_bytes for o in part.options.values()]))
+        level = np.searchsorted(edges, transients)
+        finer = np.unique(np.concatenate([edges, *(_quantiles(transients[level == q], FINER) for q in near)]))
+        own = {unit: _Staircase.of(options, finer) for unit, options in part.options.items()}
+        return self._bound(coarse.shape, own, finer)
+
+    def with_each(self, shape: StageShape, end: Options) -> Floats:
+        """[option, first layer, k]: the bound of a stage's segments with each of the options of its one end.
+
+        What is received included.
+        """
+        inner = [at for at, unit in enumerate(shape.classes) if unit.unit not in ENDS]
+        (place,) = set(range(len(shape.classes))) - set(inner)
+        classes, edges = [shape.classes[at] for at in inner], self._edges
+        own = [self._layers[unit.unit] for unit in classes]
+        columns = [(o.options.work_s, o.options.held_bytes(c.in_flight)) for o, c in zip(own, classes, strict=True)]
+        prices = _prices([self._hull(unit, *column) for unit, column in zip(classes, columns, strict=True)])
+        least_s, least_held, transient = _leasts(own, columns, prices, edges)
+        segments = np.nonzero(shape.allowed)
+        counts, room = shape.counts[segments][:, inner].T, self._space.usable_bytes - shape.beside_bytes[segments]
+        rest_s = least_s.transpose(0, 2, 1) @ counts.astype(np.float64) - prices[:, None] * room
+        rest = least_held @ counts
+        level, held = np.searchsorted(edges, end.transient_bytes), end.held_bytes(shape.classes[place].in_flight)
+        least = np.full((len(end), len(room)), np.inf)
+        for q in range(len(edges)):
+            passing = np.where(level == q, np.minimum(end.transient_bytes, transient[q]), transient[q])
+            at = np.flatnonzero((level <= q) & (passing < NEVER))
+            taken = held[at] + passing[at]
+            work_s = (rest_s[q] + (end.work_s[at, None] + np.outer(taken, prices))[:, :, None]).max(axis=1)
+            fits = rest[q] + taken[:, None] <= room
+            least[at] = np.minimum(least[at], np.where(fits, work_s, np.inf))
+        least = np.where(least < np.inf, least * (1 - ROUNDING * np.sign(least)), np.inf) + shape.received_s[segments]
+        bound = np.full((len(end), *shape.allowed.shape), np.inf)
+        bound[:, shape.allowed] = least
+        return bound
 
     def _stage(self, stage: int, shape: StageShape, staircases: dict[str, _Staircase]) -> StageBound:
         if 0 < stage < self._space.task.pp - 1:
@@ -78,13 +128,14 @@ class Bounds:
             return self._between[stage]
         return self._bound(shape, staircases)
 
-    def _bound(self, shape: StageShape, staircases: dict[str, _Staircase]) -> StageBound:
+    def _bound(self, shape: StageShape, staircases: dict[str, _Staircase], edges: Ints | None = None) -> StageBound:
         own = [staircases[c.unit] for c in shape.classes]
         columns = [
             (o.options.work_s, o.options.held_bytes(c.in_flight)) for o, c in zip(own, shape.classes, strict=True)
         ]
         hulls = [self._hull(unit, *column) for unit, column in zip(shape.classes, columns, strict=True)]
-        return _stage_bound(self._space.usable_bytes, shape, own, columns, _prices(hulls), self._edges)
+        levels = self._edges if edges is None else edges
+        return _stage_bound(self._space.usable_bytes, shape, own, columns, _prices(hulls), levels)
 
     def _hull(self, unit: UnitClass, work_s: Floats, held: Ints) -> Floats:
         if unit.unit in ENDS:
@@ -100,10 +151,14 @@ def stage_bounds(space: Space) -> list[StageBound]:
 
 
 def _level_edges(options: list[Options]) -> Ints:
-    """Transients, ascending, at which the bound distinguishes levels: ``NUM_LEVELS`` quantiles and the largest."""
-    transients = np.unique(np.concatenate([o.transient_bytes for o in options]))
-    at = np.linspace(0, len(transients) - 1, min(NUM_LEVELS, len(transients))).astype(int)
-    edges: Ints = transients[np.unique(at)]
+    """Transients, ascending, at which the bound distinguishes levels."""
+    return _quantiles(np.unique(np.concatenate([o.transient_bytes for o in options])))
+
+
+def _quantiles(ascending: Ints, most: int = NUM_LEVELS) -> Ints:
+    """``most`` of them, the largest among them."""
+    at = np.linspace(0, len(ascending) - 1, min(most, len(ascending))).astype(int)
+    edges: Ints = ascending[np.unique(at)]
     return edges
 
 
@@ -176,6 +231,25 @@ def _stage_bound(
     edges: Ints,
 ) -> StageBound:
     """``own``, ``columns``: the options of every class, and their (work, held bytes); ``edges``: of the levels."""
+    least_s, least_held, transient = _leasts(own, columns, prices, edges)
+    segments = np.nonzero(shape.allowed)
+    counts, room = shape.counts[segments].T, usable_bytes - shape.beside_bytes[segments] - transient[:, None]
+    work_s = least_s.transpose(0, 2, 1) @ counts.astype(np.float64)  # [level, price, segment]
+    work_s -= prices[:, None] * room[:, None]
+    fits = (least_held @ counts <= room) & (transient < NEVER)[:, None]
+    bound = np.full((len(edges), *shape.allowed.shape), np.inf)
+    bound[:, shape.allowed] = np.where(fits, work_s.max(axis=1), np.inf)
+    level_s = np.where(bound < np.inf, bound * (1 - ROUNDING * np.sign(bound)) + shape.received_s, np.inf)
+    return StageBound(shape, prices, least_s, least_held, edges, transient, level_s, level_s.min(axis=0))
+
+
+def _leasts(
+    own: list[_Staircase], columns: list[tuple[Floats, Ints]], prices: Floats, edges: Ints
+) -> tuple[Floats, Ints, Ints]:
+    """(least_s[level, class, λ], least_held[level, class], least_transient[level]) as in ``StageBound``.
+
+    A plan whose largest transient is of level q has the options up to q and loses at least the least of level q.
+    """
     levels = len(edges)
     least_s = np.full((levels, len(own), len(prices)), NEVER_S)
     least_held = np.full((levels, len(own)), NEVER, dtype=np.int64)
@@ -184,17 +258,7 @@ def _stage_bound(
         np.minimum.at(least_held[:, at], staircase.level, held)
     np.minimum.accumulate(least_s, axis=0, out=least_s)
     np.minimum.accumulate(least_held, axis=0, out=least_held)
-    # a plan whose largest transient is of level q has the options up to q and loses at least the least of level q
-    transient = np.min([staircase.least_transient for staircase in own], axis=0)
-    segments = np.nonzero(shape.allowed)
-    counts, room = shape.counts[segments].T, usable_bytes - shape.beside_bytes[segments] - transient[:, None]
-    work_s = least_s.transpose(0, 2, 1) @ counts.astype(np.float64)  # [level, price, segment]
-    work_s -= prices[:, None] * room[:, None]
-    fits = (least_held @ counts <= room) & (transient < NEVER)[:, None]
-    bound = np.full((levels, *shape.allowed.shape), np.inf)
-    bound[:, shape.allowed] = np.where(fits, work_s.max(axis=1), np.inf)
-    level_s = np.where(bound < np.inf, bound * (1 - ROUNDING * np.sign(bound)) + shape.received_s, np.inf)
-    return StageBound(shape, prices, least_s, least_held, edges, transient, level_s, level_s.min(axis=0))
+    return least_s, least_held, np.min([staircase.least_transient for staircase in own], axis=0)
 
 
 def _prices(hulls: list[Floats]) -> Floats:
@@ -225,12 +289,12 @@ def _turns(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
 
 def relaxed_division(space: Space, bounds: list[StageBound]) -> Division | None:
     """The best division if every segment took its bound; its value bounds the task, None: nothing fits."""
-    return divide(bound_tables(bounds, space.geometry.num_layers), space.geometry.num_layers, space.setting)
+    return divide(bound_tables(bounds), space.geometry.num_layers, space.setting)
 
 
-def bound_tables(bounds: list[StageBound], num_layers: int) -> list[Tables]:
+def bound_tables(bounds: list[StageBound]) -> list[Tables]:
     """Every segment at its bound, whatever the layouts."""
-    return [{BY_ENDS: by_ends(bound.bound_s, num_layers)[None]} for bound in bounds]
+    return [{BY_ENDS: bound.matrix[None]} for bound in bounds]
 
 
 def lower_bounds_s(space: Space, *settings: Setting) -> list[float]:
@@ -244,23 +308,31 @@ def lower_bounds_s(space: Space, *settings: Setting) -> list[float]:
     if space.is_empty:
         return [math.inf] * (1 + len(settings))
     bounds = stage_bounds(space)
-    found = [_least_s(space, space.setting, bound_tables(bounds, space.geometry.num_layers))]
+    found = [_least_s(space, space.setting, bound_tables(bounds))]
     if settings:
         without = [replace(bound, bound_s=bound.bound_s - bound.shape.received_s) for bound in bounds]
-        tables = bound_tables(without, space.geometry.num_layers)
+        tables = bound_tables(without)
         found += [_least_s(space, setting, tables) for setting in settings]
     return found
 
 
 def least_works_s(space: Space, bounds: Bounds) -> tuple[float, float] | None:
     """What Σ and max of the stages' work cannot go below, each on its own; None: nothing fits."""
-    layers = space.geometry.num_layers
-    return least_total_and_largest(bound_tables(bounds.of(space), layers), layers)
+    return least_total_and_largest(bound_tables(bounds.of(space)), space.geometry.num_layers)
 
 
 def bound_of(setting: Setting, total_s: float, largest_s: float) -> float:
     """Seconds that the objective cannot go below where Σ and max of the work cannot go below these."""
     return float(setting.combined_s(total_s, max(largest_s, total_s / setting.pp))) * (1 - ROUNDING)
+
+
+def bounds_of(setting: Setting, total_s: Floats, largest_s: Floats) -> Floats:
+    """The same of many; infinite where either is."""
+    known = np.isfinite(total_s) & np.isfinite(largest_s)
+    total, largest = total_s[known], largest_s[known]
+    found = np.full(len(total_s), np.inf)
+    found[known] = setting.combined_s(total, np.maximum(largest, total / setting.pp)) * (1 - ROUNDING)
+    return found
 
 
 def _least_s(space: Space, setting: Setting, tables: list[Tables]) -> float:

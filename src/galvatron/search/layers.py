@@ -38,13 +38,15 @@ class Effort:
     Beyond it the answer is no longer proven exact.  ``bounds``: the fastest of nearly equal bytes stands for the
     others as if it held the least of them, so that what the chains come to is a bound, and what of them truly fits an
     answer.  Else half of those that stay are such fastest ones, half those of the lowest dual bounds, all with bytes
-    of their own: it finds better answers among few labels but bounds nothing.
+    of their own: it finds better answers among few labels but bounds nothing.  ``whole``: beyond it TooManyLabels is
+    raised.
     """
 
     labels: int
     least: int
     most: int
     bounds: bool
+    whole: bool = False
 
     def of_each(self, lengths: int) -> int:
         """Labels of one length."""
@@ -54,6 +56,11 @@ class Effort:
 FULL_EFFORT = Effort(100_000, 2_000, 5_000, True)
 GREAT_EFFORT = Effort(400_000, 8_000, 20_000, True)
 LITTLE_EFFORT = Effort(5_000, 100, 1_000, False)
+WHOLE_EFFORT = replace(FULL_EFFORT, whole=True)
+
+
+class TooManyLabels(Exception):
+    """A chain cannot be solved with the labels that it may have without taking some as one."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +189,8 @@ def _at_most(grown: Grown, labels: Labels, excess: Floats, most: int) -> tuple[L
     """The labels, merged where they are too many."""
     if len(labels) <= most:
         return labels, excess
+    if grown.chain.effort.whole:
+        raise TooManyLabels
     grown.merged, chain = True, grown.chain
     if chain.effort.bounds:
         kept, held, rank = fastest(labels, chain.transients, chain.num_layouts, most)

@@ -17,7 +17,7 @@ from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.schedules import InFlight
 
 from .geometry import StageShape
-from .solve import undominated_pairs
+from .pairs import undominated_pairs
 from .space import Space
 from .stages import Tables, largest_only
 from .tables import Solution

@@ -8,17 +8,19 @@ it was too low and is raised.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 
-from galvatron.core.model import ENDS
+from galvatron.core.model import ENDS, UnitName
+from galvatron.cost.strategies import Ints
 
 from .ascending import Ascending
 from .bounds import Bounds, StageBound, bound_of, least_works_s, relaxed_division, without_beaten
-from .layers import FULL_EFFORT, GREAT_EFFORT, LITTLE_EFFORT, Effort
+from .layers import FULL_EFFORT, GREAT_EFFORT, LITTLE_EFFORT, WHOLE_EFFORT, Effort, TooManyLabels
+from .pairs import floors_s, undominated_pairs
 from .patience import ENDLESS, Patience
 from .space import Space
 from .stages import Division
@@ -29,6 +31,8 @@ GUESSES = (2e-3, 8e-3, 1.6e-2, 4e-2, 1e-1, 1.0, math.inf)
 """By how much the optimum may exceed its bound before more of the space is let in: labels multiply with it."""
 
 COARSE_GUESSES, NEAR_GUESSES = GUESSES[2:], GUESSES[1:4]
+LONG = 64  # layers a stage
+GOOD = 1e-3  # a gap that is good where chains are long
 PROVEN = 1e-4  # a gap that is not worth a search
 NEAR = 1e-2  # what a further part must save where the best is not asked for
 
@@ -55,25 +59,25 @@ def solve(
         TimeUp: ``patience`` came to its end.
     """
     best: Solution | None = None
-    lower, found = math.inf, list(parts(without_beaten(space)))
+    lower, found = math.inf, list(parts(without_beaten(space), at_most))
 
     @lru_cache(maxsize=4)
-    def bounded(i: int) -> tuple[list[StageBound], Division | None]:
-        part, bounds = found[i][1:]
-        own = bounds.of(part)
-        return own, relaxed_division(part, own)
+    def bounded(i: int) -> tuple[Space, list[StageBound], Division | None]:
+        part = found[i].space
+        own = found[i].bounds.of(part)
+        return part, own, relaxed_division(part, own)
 
     def relaxed_s(i: int) -> float:
         patience.check()
-        relaxed = bounded(i)[1]
+        relaxed = bounded(i)[2]
         return math.inf if relaxed is None else relaxed.value * (1 - 1e-12)
 
-    order, worth = Ascending([floor for floor, _, _ in found], (relaxed_s,)), at_most
+    order, worth = Ascending([part.floor_s for part in found], (relaxed_s,)), at_most
     while (i := order.first(worth)) is not None:
         order.drop()
-        own, relaxed = bounded(i)
+        part, own, relaxed = bounded(i)
         assert relaxed is not None
-        solved = _solve_within(found[i][1], own, relaxed, worth, effort, patience)
+        solved = _solve_within(part, own, relaxed, worth, effort, patience)
         lower = min(lower, solved.lower_bound_s)
         if solved.solution is not None and (best is None or solved.solution.value < best.value):
             best = solved.solution
@@ -84,19 +88,40 @@ def solve(
     return Solved(best, lower if best is None else min(lower, best.value))
 
 
-def parts(space: Space) -> Iterator[tuple[float, Space, Bounds]]:
-    """Spaces that are ``space`` together, in each of which any options go together, with bounds for them.
+@dataclass(frozen=True)
+class Part:
+    """A part of a space in which any options go together: ``group``, or what is ``chosen`` of it.
 
-    With each comes what none of its plans is below.  Tied ends have equal strategies: every pair is a part, or, on one
-    stage, all pairs of a layout, whose bytes and seconds add up.  Interleaved layers are all in one layout, so that
-    chunks meet without redistribution.
+    ``floor_s``: what none of its plans is below; ``bounds``: for it, and shared with others of the group.
+    """
+
+    floor_s: float
+    group: Space
+    bounds: Bounds
+    chosen: Mapping[UnitName, Ints] = field(default_factory=dict)
+
+    @property
+    def space(self) -> Space:
+        """Of the part alone."""
+        return self.group.restricted(self.chosen) if self.chosen else self.group
+
+
+def parts(space: Space, at_most: float = math.inf) -> Iterator[Part]:
+    """Parts that are ``space`` together; what has no plan of value ``at_most`` anyway stays together.
+
+    Tied ends have equal strategies: every pair is a part, or, on one stage, all pairs of a layout, whose bytes and
+    seconds add up.  Interleaved layers are all in one layout, so that chunks meet without redistribution.
     """
     for alternative in space.alternatives:
         if alternative.end_pairs is not None and space.task.pp == 1:
-            for joined in _joined(alternative):
-                yield 0.0, joined, Bounds(joined)
+            yield from (Part(0.0, joined, Bounds(joined)) for joined in _joined(alternative))
+        elif alternative.is_joined:
+            yield from _joined_parts(alternative)
+        elif alternative.task.model_chunks > 1:
+            groups = map(alternative.in_layout, range(len(space.layouts)))
+            yield from (part for group in groups if not group.is_empty for part in _parts(group, at_most))
         else:
-            yield from _parts(alternative)
+            yield from _parts(alternative, at_most)
 
 
 def _joined(space: Space) -> list[Space]:
@@ -106,35 +131,29 @@ def _joined(space: Space) -> list[Space]:
     return [space.with_joined_ends([pair for pair in pairs if layout[pair[0]] == at]) for at in layouts]
 
 
-def _parts(space: Space) -> Iterator[tuple[float, Space, Bounds]]:
-    if space.is_joined:
-        yield from _joined_parts(space)
+def _parts(group: Space, at_most: float) -> Iterator[Part]:
+    bounds, tied = Bounds(group), group.end_pairs is not None
+    if not tied and group.task.model_chunks == 1:
+        yield Part(0.0, group, bounds)
         return
-    interleaved, pairs = space.task.model_chunks > 1, None if space.end_pairs is None else undominated_pairs(space)
-    for group in map(space.in_layout, range(len(space.layouts))) if interleaved else [space]:
-        if group.is_empty:
-            continue
-        bounds = Bounds(group)
-        if pairs is None and not interleaved:
-            yield 0.0, group, bounds
-            continue
-        ends = [group.options[end].work_s for end in ENDS]
-        least = least_works_s(group if pairs is None else group.with_free_ends(), bounds)
-        for pair in [()] if pairs is None else pairs:
-            if least is not None:
-                total = least[0] + sum(float(work[at]) for work, at in zip(ends, pair, strict=False))
-                chosen = {end: np.array([at]) for end, at in zip(ENDS, pair, strict=False)}
-                yield bound_of(space.setting, total, least[1]), group.restricted(chosen), bounds
+    least = least_works_s(group.with_free_ends() if tied else group, bounds)
+    floor = math.inf if least is None else bound_of(group.setting, *least)
+    if not tied or floor > at_most:
+        yield Part(floor, group, bounds)
+        return
+    pairs = undominated_pairs(group)
+    for pair, floor_s in zip(pairs, floors_s(group, bounds, pairs).tolist(), strict=True):
+        yield Part(floor_s, group, bounds, {end: np.array([at]) for end, at in zip(ENDS, pair, strict=True)})
 
 
-def _joined_parts(space: Space) -> Iterator[tuple[float, Space, Bounds]]:
+def _joined_parts(space: Space) -> Iterator[Part]:
     """One for every strategy of the embedding, which stages that join stacks have parts of."""
     for at in range(len(space.options["embedding"])):
         heads = [j for i, j in space.end_pairs if i == at] if space.end_pairs is not None else None
         chosen = {"embedding": np.array([at])} | ({} if heads is None else {"head": np.array(heads, dtype=np.int64)})
         part = space.restricted(chosen)
         if not part.is_empty:
-            yield 0.0, part, Bounds(part)
+            yield Part(0.0, part, Bounds(part))
 
 
 def _solve_within(
@@ -142,6 +161,10 @@ def _solve_within(
 ) -> Solved:
     """The same for one part: guesses rise from its bound until one is not too low."""
     lower = relaxed.value * (1 - 1e-12)
+    if effort.bounds and space.geometry.num_layers > LONG * space.task.pp:
+        solved = _solve_long(space, bounds, relaxed.value, at_most, patience)
+        if solved is not None:
+            return solved
     best: Solution | None = None
     guesses = GUESSES if effort.bounds else COARSE_GUESSES
     for stretch in guesses if at_most > relaxed.value * (1 + GUESSES[1]) else (math.inf,):
@@ -163,6 +186,23 @@ def _solve_within(
     if best is None or best.value > at_most * ROUNDING:
         return Solved(None, lower)
     return _retried(space, bounds, best, lower, patience) if effort.bounds else Solved(best, lower)
+
+
+def _solve_long(
+    space: Space, bounds: list[StageBound], relaxed_s: float, at_most: float, patience: Patience
+) -> Solved | None:
+    """Long chains, whose labels are the most: None where a little effort comes to nothing that is ``GOOD``.
+
+    What is good is taken as it is where labels would have to be merged, which takes long and seldom proves more.
+    """
+    best, lower = _solve_near(space, bounds, relaxed_s, at_most, patience), relaxed_s * (1 - 1e-12)
+    if best is None or best.value > lower * (1 + GOOD):
+        return None
+    try:
+        best = _better(best, TaskSolver(space, bounds, best.value, WHOLE_EFFORT, patience).solve()) or best
+    except TooManyLabels:
+        return Solved(best, min(lower, best.value))
+    return Solved(best, best.value)
 
 
 def _solve_near(
@@ -188,23 +228,3 @@ def _retried(space: Space, bounds: list[StageBound], best: Solution, lower: floa
         best = _better(best, solver.solve()) or best
         lower = max(lower, min(solver.bound_s, guess))
     return Solved(best, min(lower, best.value))
-
-
-def undominated_pairs(space: Space) -> list[tuple[int, int]]:
-    """Pairs that no other of the same layout equals or beats in work and bytes of both ends."""
-    assert space.end_pairs is not None
-    pairs = np.array(space.end_pairs)
-    embedding, head = space.options["embedding"].take(pairs[:, 0]), space.options["head"].take(pairs[:, 1])
-    columns = [
-        column
-        for o in (embedding, head)
-        for column in (o.work_s, o.resident_bytes, o.activation_bytes, o.transient_bytes)
-    ]
-    table = np.array([*columns, embedding.layout], dtype=np.float64).T
-    kept: list[int] = []
-    for at in np.lexsort((*table.T[:0:-1], table[:, 0] + table[:, 4])):
-        rivals = table[kept]
-        same = rivals[:, 8] == table[at, 8] if len(kept) else np.zeros(0, dtype=bool)
-        if not (same & (rivals[:, :8] <= table[at, :8]).all(axis=1)).any():
-            kept.append(int(at))
-    return [(int(pairs[at, 0]), int(pairs[at, 1])) for at in kept]

@@ -169,6 +169,8 @@ class Space:
         """The (embedding, head) options of equal strategies, where ends have to be alike; None when any pair may be."""
         if not (self.setting.model.spec.ends_alike or self.setting.runtime == "hetu"):
             return None
+        if self.whole is not None and all(self.options[end] is self.whole.options[end] for end in ENDS):
+            return self.whole.end_pairs
         head = self.options["head"].index
         pairs = ((i, head.get(strategy)) for strategy, i in self.options["embedding"].index.items())
         return tuple((i, j) for i, j in pairs if j is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -129,32 +130,38 @@ def _rows(table: Tables, num_layers: int) -> Floats:
 
 def _single_layout_path(matrices: list[Floats], num_layers: int, join: Join, limit: float) -> Division | None:
     """The same where a stage is a matrix over (first layer, end)."""
-    value, history = np.full(num_layers + 1, np.inf), []
+    value = np.full(num_layers + 1, np.inf)
     value[0] = 0.0
-    ends = np.arange(num_layers + 1)
-    for work in matrices:
-        through = join(value[:, None], np.where(work <= limit, work, np.inf))
-        start = through.argmin(axis=0)
-        value = through[start, ends]
-        history.append((start, work[start, ends]))
-    if not np.isfinite(value[num_layers]):
+    values, works = [value], [work if limit == np.inf else np.where(work <= limit, work, np.inf) for work in matrices]
+    for work in works:
+        values.append(join(values[-1][:, None], work).min(axis=0))
+    if not np.isfinite(values[-1][num_layers]):
         return None
-    end, segments, works = num_layers, [], []
-    for start, work in reversed(history):
-        first = int(start[end])
+    end, segments, taken = num_layers, [], []
+    for before, work in zip(reversed(values[:-1]), reversed(works), strict=True):
+        first = int(join(before, work[:, end]).argmin())
         segments.append((first, end - first, 0, 0))
-        works.append(float(work[end]))
+        taken.append(float(work[first, end]))
         end = first
-    total = float(sum(reversed(works)))
-    return Division(max(works), total, max(works), tuple(reversed(segments)))
+    total = float(sum(reversed(taken)))
+    return Division(max(taken), total, max(taken), tuple(reversed(segments)))
 
 
 def by_ends(work: Floats, num_layers: int) -> Floats:
     """work[first layer, end] from work[row, k]; infinite where a segment would end before it begins."""
-    start, end = np.ogrid[: num_layers + 1, : num_layers + 1]
-    row = np.zeros_like(start) if len(work) == 1 else np.minimum(start, len(work) - 1)
-    matrix: Floats = np.where((end >= start) & ((len(work) == 1) | (start == row)), work[row, end - start], np.inf)
+    matrix: Floats = np.append(work, np.inf)[_places(len(work), num_layers)]
     return matrix
+
+
+@lru_cache(maxsize=64)
+def _places(rows: int, num_layers: int) -> Ints:
+    """Where each (first layer, end) is among work[row, k] and what is appended to it."""
+    start, end = np.ogrid[: num_layers + 1, : num_layers + 1]
+    row = np.zeros_like(start) if rows == 1 else np.minimum(start, rows - 1)
+    found: Ints = np.where(
+        (end >= start) & ((rows == 1) | (start == row)), row * (num_layers + 1) + end - start, rows * (num_layers + 1)
+    )
+    return found
 
 
 def _advance(

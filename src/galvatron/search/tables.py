@@ -23,7 +23,7 @@ from .geometry import Geometry
 from .layers import ANY, FULL_EFFORT, Chain, ClassOptions, Effort, Goal, Grown, grow, undominated_options
 from .patience import ENDLESS, Patience
 from .space import Options, Space
-from .stages import Division, Join, Tables, by_ends, divide
+from .stages import Division, Join, Tables, divide
 
 Found = dict[tuple[int, int], list[Grown]]
 """By (row, k) the chains of a segment."""
@@ -114,7 +114,7 @@ class TaskSolver:
     def _stage(self, stage: int, entries: Ints) -> Found:
         """By (row, k) the chains of one stage's segments, of every level of the largest transient one."""
         found: Found = {}
-        for level in range(len(self.bounds[stage].largest)):
+        for level in np.argsort(self.bounds[stage].level_s.min(axis=(1, 2)), kind="stable").tolist():
             for members in self._alike(stage, level):
                 self.patience.check()
                 chain = self._chain(stage, level, members, entries)
@@ -124,7 +124,13 @@ class TaskSolver:
                     for row, k in members:
                         if k in result.work_s:
                             found.setdefault((row, k), []).append(result)
+                            self._tighten(row, k, float(result.work_s[k].min()))
         return found
+
+    def _tighten(self, row: int, k: int, work_s: float) -> None:
+        """On one stage what was found is the most that others may take."""
+        if len(self.bounds) == 1:
+            self.most_s[0][row, k] = min(self.most_s[0][row, k], work_s * ROUNDING)
 
     def _table(self, stage: int, found: Found, of: Literal["work_s", "bound_s"]) -> Tables:
         """The table of one stage from its chains: the best that were found, or what none is below."""
@@ -290,7 +296,7 @@ def _other_stages_s(geometry: Geometry, bounds: list[StageBound], join: Join) ->
     Infinite where they cannot divide the rest.
     """
     layers = geometry.num_layers
-    matrices = [by_ends(bound.bound_s, layers) for bound in bounds]
+    matrices = [bound.matrix for bound in bounds]
     before, after = [_unreached(layers, 0)], [_unreached(layers, layers)]
     for matrix in matrices[:-1]:
         before.append(join(before[-1][:, None], matrix).min(axis=0))

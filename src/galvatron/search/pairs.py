@@ -1,0 +1,72 @@
+"""Pairs of tied ends: which need be looked at, and what no plan with each of them is below.
+
+Takes a Space whose ends have equal strategies; gives pairs of options and seconds.  Knows nothing of how a plan is
+found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from galvatron.cost.strategies import Floats, Ints
+
+from .bounds import Bounds, bounds_of
+from .space import Space
+from .stages import Join
+
+Pairs = Sequence[tuple[int, int]]
+"""(embedding, head) as indices of their options."""
+
+
+def floors_s(space: Space, bounds: Bounds, pairs: Pairs) -> Floats:
+    """Seconds that no plan of several stages with each pair is below: Σ and max at their least, each on its own."""
+    first, last = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    stages, layers = space.geometry.stages, space.geometry.num_layers
+    own, of_first = np.unique(first, return_inverse=True)
+    with_embedding = bounds.with_each(stages[0], space.options["embedding"].take(own))[:, 0]  # [option, end]
+    own, of_last = np.unique(last, return_inverse=True)
+    ending = bounds.with_each(stages[-1], space.options["head"].take(own))
+    starts = np.arange(layers + 1)
+    row = np.zeros_like(starts) if space.geometry.rows == 1 else np.minimum(starts, ending.shape[1] - 1)
+    with_head = ending[:, row, layers - starts]  # [option, start]
+    between = [bound.matrix for bound in bounds.of(space.with_free_ends())[1:-1]]
+    total, largest = (
+        _joined(with_embedding, between, with_head, of_first, of_last, join) for join in (np.add, np.maximum)
+    )
+    return bounds_of(space.setting, total, largest)
+
+
+def _joined(first: Floats, between: list[Floats], last: Floats, of_first: Ints, of_last: Ints, join: Join) -> Floats:
+    """For every pair the least sum (or maximum) over all divisions; infinite where there is none."""
+    reached = np.flatnonzero(np.isfinite(first).any(axis=0))
+    through = np.full((len(reached), first.shape[1]), np.inf)  # [layers before, layers after those between]
+    through[np.arange(len(reached)), reached] = 0.0
+    for work in between:
+        through = join(through[:, :, None], work).min(axis=1)
+    least = np.full(len(of_first), np.inf)
+    for start in np.flatnonzero(np.isfinite(last).any(axis=0) & np.isfinite(through).any(axis=0)):
+        before = join(first[:, reached], through[:, start]).min(axis=1)
+        np.minimum(least, join(before[of_first], last[of_last, start]), out=least)
+    return least
+
+
+def undominated_pairs(space: Space) -> list[tuple[int, int]]:
+    """Pairs that no other of the same layout equals or beats in work and bytes of both ends."""
+    assert space.end_pairs is not None
+    pairs = np.array(space.end_pairs)
+    embedding, head = space.options["embedding"].take(pairs[:, 0]), space.options["head"].take(pairs[:, 1])
+    columns = [
+        column
+        for o in (embedding, head)
+        for column in (o.work_s, o.resident_bytes, o.activation_bytes, o.transient_bytes)
+    ]
+    table = np.array([*columns, embedding.layout], dtype=np.float64).T
+    kept: list[int] = []
+    for at in np.lexsort((*table.T[:0:-1], table[:, 0] + table[:, 4])):
+        rivals = table[kept]
+        same = rivals[:, 8] == table[at, 8] if len(kept) else np.zeros(0, dtype=bool)
+        if not (same & (rivals[:, :8] <= table[at, :8]).all(axis=1)).any():
+            kept.append(int(at))
+    return [(int(pairs[at, 0]), int(pairs[at, 1])) for at in kept]
