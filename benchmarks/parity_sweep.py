@@ -4,8 +4,9 @@
 
 Random plans are dealt the modes in turn: fp32, fp16 and bf16 against one process in the same precision (models without
 jumps, see ``Variant.config``), and compiled layers in fp32 against one that compiles nothing.  Writes JSON: for every
-variant, world and mode the number of plans that hold, the worst error of each kind, and each plan that fails with what
-was found.  Ends with exit code 1 if any fails.
+variant, world and mode the number of plans that hold, the worst error of each kind, the largest error of a gradient by
+plan, and each plan that fails with what was found; and as Markdown beside it who holds under which technique.
+Ends with exit code 1 if any fails.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from galvatron.testing.sweep import Sweep, seq_len_for, variant_spec
 
 CLIPPED = Recipe(max_grad_norm=0.1)
 COMPILED = "compiled"
+RANDOM = "random"
 DEALS = 7
 TIMEOUT_S = 1200.0  # compiling on a busy machine
 Case = tuple[str, str, Plan, Recipe]
@@ -81,7 +83,7 @@ def cases(
             yield name, "fp32", plan, Recipe()
     plans = random_plans(spec, world_size, first + options.plans, options.seed, seq_len)
     for index, plan in list(enumerate(plans))[first:]:
-        yield f"random {index}", next(modes), plan, CLIPPED if index % 4 == 3 else Recipe()
+        yield f"{RANDOM} {index}", next(modes), plan, CLIPPED if index % 4 == 3 else Recipe()
 
 
 def rows(sweep: Sweep, variant: str, world_size: int, chosen: list[Case], engine: str) -> Iterator[dict[str, Any]]:
@@ -89,11 +91,12 @@ def rows(sweep: Sweep, variant: str, world_size: int, chosen: list[Case], engine
     for mode in sorted({case[1] for case in chosen}):
         own = [case for case in chosen if case[1] == mode]
         worst = dict.fromkeys(KINDS, 0.0)
-        failures = []
+        failures, gradients = [], {}
         start = time.perf_counter()
         for name, _, plan, recipe in own:
             errors, found = check(sweep, variant, mode, plan, recipe, engine)
             worst = {kind: max(worst[kind], errors.get(kind, 0.0)) for kind in worst}
+            gradients[name] = None if found else errors["gradient"]
             if found:
                 failures.append({"plan_name": name, "found": found, "plan": json.loads(plan.to_json())})
         yield {
@@ -103,9 +106,36 @@ def rows(sweep: Sweep, variant: str, world_size: int, chosen: list[Case], engine
             "num_plans": len(own),
             "num_failed": len(failures),
             "worst": {kind: error if math.isfinite(error) else None for kind, error in worst.items()},
+            "gradient_errors": gradients,
             "elapsed_s": time.perf_counter() - start,
             "failures": failures,
         }
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """Models x techniques: the largest gradient error of the pure plans; "-" where the rules forbid one; and mixes."""
+    techniques = dict.fromkeys(name for row in found for name in row["gradient_errors"] if not name.startswith(RANDOM))
+    lines = [["model", "ranks", *techniques, "mixes"]]
+    for variant, world_size in dict.fromkeys((row["variant"], row["world_size"]) for row in found):
+        errors: dict[str, float | None] = {}
+        for row in found:
+            if (row["variant"], row["world_size"]) == (variant, world_size):
+                errors |= {
+                    f"{name} {row['mode']}" if name.startswith(RANDOM) else name: error
+                    for name, error in row["gradient_errors"].items()
+                }
+        mixes = [error for name, error in errors.items() if name.startswith(RANDOM)]
+        held = f"{sum(error is not None for error in mixes)} of {len(mixes)}" if mixes else "-"
+        lines.append([variant, str(world_size), *(_cell(errors, name) for name in techniques), held])
+    rule = ["---"] * len(lines[0])
+    return "".join("| " + " | ".join(line) + " |\n" for line in (lines[0], rule, *lines[1:]))
+
+
+def _cell(errors: dict[str, float | None], name: str) -> str:
+    if name not in errors:
+        return "-"
+    error = errors[name]
+    return "FAILS" if error is None else f"{error:.0e}"
 
 
 def main() -> int:
@@ -131,6 +161,7 @@ def main() -> int:
                     "rows": found,
                 }
                 write_atomic(options.out, dump_json(report))
+                write_atomic(options.out.with_suffix(".md"), markdown(found))
                 counts = f"{row['num_failed']} of {row['num_plans']} failed"
                 print(variant, world_size, row["mode"], counts, f"{row['elapsed_s']:.0f} s", flush=True)
     return int(any(row["num_failed"] for row in found))
