@@ -13,35 +13,48 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from galvatron.core.model import Precision
 from galvatron.parallelize import World, parallelize
 from galvatron.plan import Plan
-from galvatron.testing.models import tiny_model
-from galvatron.testing.plans import pure_plans
+from galvatron.testing.models import Variant
+from galvatron.testing.plans import pure_plans, random_plans
 from galvatron.testing.reference import Recipe, make_batches
 from galvatron.testing.sweep import variant_spec
 
 
-def trained_and_dropped(plan: Plan, precision: Precision) -> list[weakref.ref[torch.Tensor]]:
+def trained_and_dropped(variant: str, plan: Plan) -> list[weakref.ref[torch.Tensor]]:
     """Train rank 0 of ``plan`` for two steps; references to what the modules had and to what was optimised."""
-    model = tiny_model("llama", num_hidden_layers=5)
+    model = Variant.named(variant).model()
     batches = make_batches(Recipe(num_steps=2), model.config, plan.global_batch_size, plan.seq_len)
-    plan, place = plan.model_copy(update={"precision": precision}), torch.device("cpu")
-    trained = parallelize(model, plan, world=World(0, plan.world_size, 0, place, "gloo"), compile=False)
+    world = World(0, plan.world_size, 0, torch.device("cpu"), "gloo")
+    trained = parallelize(model, plan, world=world, compile=False)
     optimizer = torch.optim.AdamW([p.tensor for p in trained.local_parameters])
     for inputs, labels in batches:
-        trained.train_step(inputs["input_ids"], labels)
+        trained.train_step(labels=labels, **inputs)
         trained.clip_grad_norm_(None)
         optimizer.step()
         trained.zero_grad()
     return [weakref.ref(p) for p in (*trained.parameters(), *(p.tensor for p in trained.local_parameters))]
 
 
+def left_by(variant: str, plan: Plan) -> int:
+    """How many parameters are still there after ``plan`` was run on a fake world and dropped."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=plan.world_size)
+    try:
+        references = trained_and_dropped(variant, plan)
+        gc.collect()
+        return sum(reference() is not None for reference in references)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["full", "zero3", "tp", "ring", "offload", "1f1b", "interleaved", "zero_bubble"])
 def test_what_is_dropped_is_freed(name: str, precision: Precision) -> None:
     plan = pure_plans(variant_spec("llama", 2), 2)[name]
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        left = trained_and_dropped(plan, precision)
-        gc.collect()
-        assert sum(reference() is not None for reference in left) == 0
-    finally:
-        dist.destroy_process_group()
+    assert left_by("llama", plan.model_copy(update={"precision": precision})) == 0
+
+
+@pytest.mark.parametrize(("variant", "place"), [("t5", 0), ("llama", 2), ("mixtral", 2)])
+def test_mixes_that_are_dropped_are_freed(variant: str, place: int) -> None:
+    """T5 with what all its decoder's layers see, beside FSDP2; zero bubble beside it."""
+    world_size = 4 if variant == "mixtral" else 2
+    plan = random_plans(variant_spec(variant, world_size), world_size, 3, seed=1)[place]
+    assert left_by(variant, plan) == 0

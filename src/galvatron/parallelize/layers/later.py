@@ -124,7 +124,7 @@ def put_off(layer: nn.Module, tp_size: int, later: Later) -> None:
         rows = hidden.shape[0] * hidden.shape[1] * tp_size
         shapes = [(rows, width) for tap in taps for width in tap.widths()]
         anchor = torch.empty((), device=hidden.device, requires_grad=True)
-        leaves = _Leaves.apply(anchor, hidden, shapes, deliver)
+        leaves = _Leaves.apply(anchor, hidden.detach(), shapes, deliver)
         for tap, pair in zip(taps, zip(leaves[::2], leaves[1::2], strict=True), strict=True):
             setattr(tap.linear, _LEAVES, pair)
         return forward(hidden, *args, **kwargs)

@@ -46,6 +46,10 @@ class OwnSide:
 
         wrap_forward(layer, call)
 
+    def forget(self) -> None:
+        """Let go of what layers saw."""
+        self._source, self._own = None, None
+
     def _of(self, whole: Tensor) -> Tensor:
         source = whole if self._received is None else self._received()
         if source is not self._source or self._own is None:

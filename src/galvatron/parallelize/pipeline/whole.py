@@ -321,6 +321,9 @@ class WholeStage(Stage):
         finally:
             self.masks.draw_for(None)
             self._riding.clear()
+            self._received = None
+            for side in self._sides.values():
+                side.forget()
         assert labels is not None
         if self.family.task == "contrast":
             bias = getattr(self.model, "logit_bias", None)
