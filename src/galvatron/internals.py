@@ -19,6 +19,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import TORCH_INIT_FUNCTIONS
 
 __all__ = [
     "ATTENTION",
@@ -66,14 +68,17 @@ __all__ = [
     "hooks",
     "is_compiled",
     "keep_graphs",
+    "keep_made",
     "leave_out_advice",
     "local_part",
+    "made_value",
     "materialise_shards",
     "multiplies_in_float8",
     "multiply_all_",
     "needless_names",
     "new_group",
     "norms",
+    "noted_initialisers",
     "owned",
     "put_buffer",
     "put_parameter",
@@ -480,8 +485,35 @@ def changes_in_place(op: Any) -> bool:
 
 
 def takes_generator(op: Any) -> bool:
-    """Whether a dispatched operation draws random numbers from a generator it is given."""
-    return any(argument.name == "generator" for argument in op._schema.arguments)
+    """Whether an operation, dispatched or of ``torch.nn.init``, draws random numbers from a generator it is given."""
+    schema = getattr(op, "_schema", None)
+    if schema is None:
+        return "generator" in inspect.signature(op).parameters
+    return any(argument.name == "generator" for argument in schema.arguments)
+
+
+@contextmanager
+def noted_initialisers(note: Callable[..., None]) -> Iterator[None]:
+    """Within, transformers' calls of what torch does not run on meta go to ``note`` (function, tensor, options)."""
+    functions: dict[str, Any] = TORCH_INIT_FUNCTIONS
+    usual = {name: functions[name] for name in ("trunc_normal_", "orthogonal_", "dirac_", "sparse_")}
+    for name, function in usual.items():
+        functions[name] = partial(note, function)
+    try:
+        yield
+    finally:
+        functions.update(usual)
+
+
+def keep_made(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Let a ``parameter`` on meta keep the ``value`` that its module made it with."""
+    parameter.galvatron_made = value  # type: ignore[attr-defined]
+
+
+def made_value(parameter: torch.Tensor) -> torch.Tensor | None:
+    """What ``keep_made`` kept."""
+    value: torch.Tensor | None = getattr(parameter, "galvatron_made", None)
+    return value
 
 
 def viewed(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -19,13 +19,15 @@ from galvatron.core.numbers import MAX_LAYERS
 from galvatron.core.parsing import is_file, parse_json, read_text
 from galvatron.core.tasks import Task
 from galvatron.core.words import shown
-from galvatron.internals import put_parameter
+from galvatron.internals import keep_made, put_parameter
 
 from .family import family_of
 from .tasks import auto_class, for_task, task_of
 
 LAYER_COUNTS = frozenset({"num_hidden_layers", "n_layer"})
 MAX_REASON = 200  # characters of a library's message
+MAX_KEPT = 1 << 16
+"""Elements of a value that a module is made with, which is its initial one if nothing else is (a contrast's scale)."""
 
 
 def load_config(path: str | Path, task: Task | None = None, num_labels: int | None = None) -> PretrainedConfig:
@@ -156,7 +158,10 @@ def _parameters_on_meta() -> Iterator[None]:
         original(module, name, param)
         # a tied parameter is on meta already and stays shared
         if param is not None and not param.is_meta and threading.get_ident() == thread:
-            put_parameter(module, name, nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad))
+            moved = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            if param.numel() <= MAX_KEPT:
+                keep_made(moved, param.detach())
+            put_parameter(module, name, moved)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:

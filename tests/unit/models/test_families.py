@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.models import InitialWeights, build_spec, load_config, meta_model
+from galvatron.models import InitialWeights, auto_class, build_spec, load_config, meta_model
 from galvatron.testing.models import FAMILIES, tiny_config, tiny_model
 
 
@@ -54,6 +54,28 @@ def test_initial_weights_follow_hugging_face_and_the_name_alone() -> None:
     assert not torch.equal(InitialWeights(meta_model(config), seed=4).read(name, (0, 0), shape), whole)
     assert not torch.equal(weights.read("transformer.h.0.mlp.c_proj.weight", (0, 0), shape), whole)
     assert torch.equal(weights.read("transformer.h.0.ln_1.weight", (0,), (64,)), torch.ones(64))
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "vit", "dinov2", "modernbert", "t5", "bart", "gpt2"])
+def test_initial_weights_are_drawn_as_hugging_face_draws_them(family: str) -> None:
+    """Those too that torch does not draw on meta (truncated normals), or that a module is made with (scales)."""
+    config = tiny_config(family)
+    weights = InitialWeights(meta_model(config), seed=3)
+    for name, parameter in auto_class(config).from_config(config).requires_grad_(False).named_parameters():
+        shape = tuple(parameter.shape)
+        ours = weights.read(name, (0,) * len(shape), shape)
+        if parameter.numel() == 1 or float(parameter.std()) == 0:
+            assert torch.equal(ours, parameter), name
+        else:
+            spread = 6 / parameter.numel() ** 0.5
+            assert float(ours.std()) == pytest.approx(float(parameter.std()), rel=spread), name
+
+
+def test_a_value_that_a_model_on_meta_has_lost_is_refused() -> None:
+    with torch.device("meta"):
+        model = auto_class(config := tiny_config("clip")).from_config(config)
+    with pytest.raises(ConfigError, match="CLIPModel gives logit_scale no initial value but when it is made"):
+        InitialWeights(model, seed=0).read("logit_scale", (), ())
 
 
 def test_a_padding_row_starts_at_zero() -> None:
