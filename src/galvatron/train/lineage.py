@@ -7,7 +7,7 @@ nothing of weights: their names and shapes are the checkpoint's own check.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -157,7 +157,7 @@ def _other_samples(before: Lineage, now: Lineage) -> Iterator[Change]:
     yield from _differences(before, now, ("eval_fraction",))
     if before.data is not None and now.data is not None:
         yield from _differences(before.data, now.data, _SAID)
-        for name in ("tokenizer", "chat_template"):
+        for name in ("tokenizer", "chat_template", "processor"):
             was, is_now = getattr(before.data, name) or "", getattr(now.data, name) or ""
             if Path(was).name != Path(is_now).name:
                 yield Change(name, was, is_now)
@@ -172,14 +172,28 @@ def _other_model(before: Lineage, now: Lineage) -> Iterator[Change]:
 
 
 def _config_changes(before: Lineage, now: Lineage) -> Iterator[Change]:
-    for name in sorted((before.config.keys() | now.config.keys()) - _UNREAD):
-        if before.config.get(name) != now.config.get(name):
-            yield Change(name, before.config.get(name), now.config.get(name))
+    was, is_now = _read(before.config), _read(now.config)
+    for name in sorted(was.keys() | is_now.keys()):
+        if was.get(name) != is_now.get(name):
+            yield Change(name, was.get(name), is_now.get(name))
+
+
+def _read(config: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """What training reads of a configuration; of one within it (``text_config``) by both names."""
+    found: dict[str, Any] = {}
+    for name in config.keys() - _UNREAD:
+        value = config[name]
+        found |= _read(value, f"{within}{name}.") if _is_config(value) else {within + name: value}
+    return found
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, dict) and "model_type" in value
 
 
 def _is_of_versions(change: Change, before: Lineage, now: Lineage) -> bool:
     """Whether a key that one side lacks is one that the other side's version of transformers added or dropped."""
-    is_new = (change.name in before.config) != (change.name in now.config)
+    is_new = (change.name in _read(before.config)) != (change.name in _read(now.config))
     return is_new and before.versions.get("transformers") != now.versions.get("transformers")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from train_fakes import lineage_for, section
-from transformers import LlamaConfig
+from transformers import CLIPConfig, LlamaConfig
 
 from galvatron.core.errors import CheckpointError
 from galvatron.core.job import DataSection, Job, ModelSection
@@ -51,6 +51,19 @@ def llama(**changes: Any) -> LlamaConfig:
 def test_what_would_not_go_on_is_refused_by_name(now: Lineage, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         check_goes_on(lineage(), now, WHERE)
+
+
+def test_configs_within_a_config_are_compared_as_it_is() -> None:
+    def clip(**text: Any) -> Any:
+        return CLIPConfig(text_config={"hidden_size": 32, **text})
+
+    as_built = clip()
+    as_built.text_config.dtype = "float32"  # which transformers writes into a config that it builds a model of
+    check_goes_on(lineage(as_built), lineage(clip()), WHERE)
+    with pytest.raises(
+        CheckpointError, match=r"with text_config\.attention_dropout=0\.0 but the job has text_config\."
+    ):
+        check_goes_on(lineage(as_built), lineage(clip(attention_dropout=0.5)), WHERE)
 
 
 def test_all_differences_are_named_at_once() -> None:
