@@ -187,17 +187,35 @@ def test_ranks_that_do_the_same_work_at_an_end_draw_alike(pool: Pool) -> None:
         (
             {"attention_mask": torch.ones(2, SEQ_LEN, dtype=torch.int64)},
             UnsupportedError,
-            "rows of clip.*cannot be padded",
+            "layers of siglip do not keep padding apart .* leave attention_mask out of tokenizer.model_input_names",
         ),
     ],
 )
 def test_what_a_contrast_has_no_place_for_is_refused(
     settings: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    whole = tiny_model("clip")
+    whole = tiny_model("siglip")
     spec = spec_of(whole)
     plan = pure_plans(spec, 1)["dp"]
     inputs = random_inputs(whole.config, spec.task, plan.global_batch_size, plan.seq_len, torch.Generator())
     model = parallelize(whole, plan, world=init_world("cpu"))
     with pytest.raises(error, match=words):
         model.train_step(**inputs, **settings)
+
+
+def test_padding_behind_texts_that_are_contrasted_is_seen_by_none() -> None:
+    """CLIP's are causal, and end with a token that its mask does not hide."""
+    whole, plain = tiny_model("clip"), tiny_model("clip")
+    plan = pure_plans(spec_of(whole), 1)["dp"]
+    inputs = random_inputs(whole.config, "contrast", plan.global_batch_size, plan.seq_len, torch.Generator(), lowest=3)
+    lengths = torch.tensor(LENGTHS[: plan.global_batch_size])
+    inputs["attention_mask"] = (torch.arange(plan.seq_len) < lengths.unsqueeze(1)).long()
+    inputs["input_ids"] *= inputs["attention_mask"]
+    inputs["input_ids"][torch.arange(len(lengths)), lengths - 1] = 96  # the end, which is the highest of all
+    wanted = plain(**inputs, return_loss=True)
+    model = parallelize(whole, plan, world=init_world("cpu"))
+    loss, right = model.evaluate_classes(**inputs)
+    assert float(loss) == pytest.approx(float(wanted.loss.detach()), rel=1e-6)
+    own = torch.arange(len(lengths))
+    shares = [(of.argmax(1) == own).float().mean() for of in (wanted.logits_per_text, wanted.logits_per_image)]
+    assert float(right) == pytest.approx(float(sum(shares)) / 2)

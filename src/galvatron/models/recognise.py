@@ -45,6 +45,7 @@ class _Trace:
         return next(i for i, call in enumerate(self.calls) if call.module is module)
 
 
+@torch.enable_grad()
 def recognise(config: PretrainedConfig) -> Family:
     """The family of ``config``'s type and flags.
 

@@ -197,9 +197,9 @@ class ParallelModel:
         inputs = named({"input_ids": input_ids, "position_ids": position_ids, **others})
         return self._evaluate(inputs, labels, loss_fn)
 
-    def evaluate_classes(self, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate_classes(self, labels: Tensor | None = None, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """As ``evaluate``, where samples have classes: the mean loss, and which share of them has the largest logit at
-        its own class.
+        its own class; of a contrast, which has no labels, which share of texts and of images goes best with its own.
         """
         if self.spec.task in TOKEN_TASKS:
             raise ConfigError(f"{self.spec.name} is trained for {self.spec.task}, which has no classes; call evaluate")
@@ -384,6 +384,8 @@ class ParallelModel:
 
         Causal layers need not be told: what counts is before it.
         """
+        if self.spec.task == "contrast":
+            inputs.pop("attention_mask", None)  # which says nothing there (checks.packing)
         positions, mask = inputs.pop("position_ids", None), inputs.get("attention_mask")
         if mask is not None and not all(kind.causal for kind in self.spec.layers):
             positions = positions_beside_padding(mask)

@@ -1,6 +1,7 @@
 """Do layers of a type keep packed documents apart, and padding?  A tiny twin decides.
 
-It sees two documents, together and alone; or padded rows, as ``transformers`` masks them and as documents.
+It sees two documents, together and alone; or padded rows, as ``transformers`` masks them and as documents, or where
+images and texts are contrasted without a mask.
 
 Takes a config; knows nothing of plans.  A type whose layers do not hand on what they are told of documents, or that
 positions enter by another way, would train on wrong numbers.
@@ -18,6 +19,7 @@ from galvatron.models.twin import run_twin, twin_inputs
 
 from ..layers.attention import use_attention
 from ..layers.documents import OwnPlaces, Packed, documents_of, positions_beside_padding
+from ..losses.fused import IGNORED
 
 TOLERANCE = 1e-4
 """Of the largest hidden state; what is right differs by 1e-6 of it."""
@@ -47,18 +49,20 @@ def check_packing(config: PretrainedConfig) -> None:
 
 def check_padding(config: PretrainedConfig) -> None:
     """Raise UnsupportedError unless models of ``config`` are given padded rows right; looked at once a process."""
-    if task_of(config) in ("contrast", "vision_language"):
+    if task_of(config) == "vision_language":
         raise UnsupportedError(
-            f"rows of {config.model_type}, which sees images beside texts, cannot be padded; give rows of one length, "
-            "and no attention_mask"
+            f"rows of {config.model_type} need no attention_mask: no token sees what is behind it; pad on the right, "
+            f"mark labels of padding by {IGNORED}, and leave attention_mask out"
         )
     key = structure_key(config)
     if key not in _known_padding:
         _known_padding[key] = _padding_problem(config)
     if _known_padding[key] is not None:
+        remedy = "give rows without padding, and no attention_mask"
+        if task_of(config) == "contrast":
+            remedy = "leave attention_mask out of tokenizer.model_input_names where padding is seen like words (SigLIP)"
         raise UnsupportedError(
-            f"layers of {config.model_type} do not keep padding apart ({_known_padding[key]}); give rows without "
-            "padding, and no attention_mask"
+            f"layers of {config.model_type} do not keep padding apart ({_known_padding[key]}); {remedy}"
         )
 
 
@@ -69,17 +73,23 @@ def _padding_problem(config: PretrainedConfig) -> str | None:
     inputs = twin_inputs(twin, rows)
     if "input_ids" not in inputs:
         return "it takes no tokens"
-    if not family.asks_for_attention:
+    if not family.asks_for_attention and family.task != "contrast":
         return "they attend by themselves"
     mask = (torch.arange(inputs["input_ids"].shape[1]) < torch.tensor(PADDED).unsqueeze(1)).long()
-    padding = 0 if twin.pad_token_id is None else twin.pad_token_id
+    padding = getattr(twin.get_text_config(), "pad_token_id", None) or 0
     inputs |= {"input_ids": torch.where(mask == 1, inputs["input_ids"], padding), "attention_mask": mask}
-    ours, packed = twin_model(twin), Packed()
-    _take_documents(ours, family, range(rows), packed)
-    if not all(stack.causal for stack in family.stacks):
-        packed.now = {range(rows): documents_of(positions_beside_padding(mask), torch.device("cpu"))}
+    ours, packed, seen = twin_model(twin), Packed(), inputs
+    if family.task == "contrast":
+        inputs["input_ids"][torch.arange(rows), mask.sum(dim=1) - 1] = getattr(
+            twin.get_text_config(), "eos_token_id", 0
+        )
+        seen = {name: values for name, values in inputs.items() if name != "attention_mask"}
+    else:
+        _take_documents(ours, family, range(rows), packed)
+        if not all(stack.causal for stack in family.stacks):
+            packed.now = {range(rows): documents_of(positions_beside_padding(mask), torch.device("cpu"))}
     try:
-        wanted, found = run_twin(twin_model(twin), inputs), run_twin(ours, inputs)
+        wanted, found = run_twin(twin_model(twin), inputs), run_twin(ours, seen)
     except Exception as failure:  # of any kind: a foreign model runs there
         return _in_words(failure)
     if task_of(config) in TOKEN_TASKS:

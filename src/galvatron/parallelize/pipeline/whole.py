@@ -25,7 +25,7 @@ from galvatron.plan import LayerStrategy
 from ..layers.forward import wrap_forward
 from ..layers.randomness import AlikeMasks
 from ..layers.sides import OwnSide
-from ..losses.contrast import contrast_share
+from ..losses.contrast import pairs_of
 from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction, own_loss_share
 from ..losses.samples import right_share, sample_loss_share
@@ -296,7 +296,7 @@ class WholeStage(Stage):
             weight: what a label's loss counts for in the global loss.
             loss_fn: the loss of labels, in place of cross entropy.
             terms: what cross entropy is made of.
-            scores: whether to count also what is told right, where samples have classes.
+            scores: whether to count also what is told right, where samples have classes or are contrasted.
 
         Returns:
             The hidden chunk for the next stage with what rides along, or this rank's share of the loss (float32 scalar;
@@ -327,8 +327,9 @@ class WholeStage(Stage):
         assert labels is not None
         if self.family.task == "contrast":
             bias = getattr(self.model, "logit_bias", None)
-            share = contrast_share(outputs, self.model.logit_scale, bias, weight, self.pairs)  # type: ignore[arg-type]
-            return share / self.head_tp.size
+            pairs = pairs_of(outputs, self.model.logit_scale, bias, self.pairs)  # type: ignore[arg-type]
+            shares = pairs.loss_share(weight), pairs.right_share(weight)
+            return (torch.stack(shares) if scores else shares[0]) / self.head_tp.size
         share = sample_loss_share(outputs.logits, labels, weight, terms, loss_fn, self.head_tp)
         return torch.stack((share, right_share(outputs.logits, labels, weight, self.head_tp))) if scores else share
 
