@@ -29,6 +29,8 @@ CASES: dict[str, tuple[str, Task]] = {
     "roberta-classes": ("roberta", "text_classification"),
     "llama-classes": ("llama", "text_classification"),
     "llama": ("llama", "causal_lm"),
+    "t5": ("t5", "seq2seq_lm"),
+    "bart": ("bart", "seq2seq_lm"),
 }
 
 
@@ -37,7 +39,8 @@ def model_of(case: str, **overrides: object) -> torch.nn.Module:
     extra = {"pad_token_id": 1, "num_labels": 5} if task == "text_classification" else {}
     config = for_task(tiny_config(family, **extra, **overrides), task)
     model = draw_weights(auto_class(config).from_config(config, dtype=torch.float32), 0)
-    freeze_parameters(model, ("*key.bias",) if family in ("bert", "roberta") else ())  # whose true gradient is zero
+    keys = {"bert": ("*key.bias",), "roberta": ("*key.bias",), "bart": ("*k_proj.bias",)}
+    freeze_parameters(model, keys.get(family, ()))  # whose true gradient is zero
     return model
 
 
@@ -46,7 +49,12 @@ def padded_batch(case: str, rows: int) -> dict[str, Tensor]:
     mask = (torch.arange(SEQ_LEN) < torch.tensor([LENGTHS[row % len(LENGTHS)] for row in range(rows)])[:, None]).long()
     ids = torch.randint(4, 97, (rows, SEQ_LEN), generator=generator)
     ids[mask == 0] = 1
-    labels = torch.randint(97, (rows, SEQ_LEN), generator=generator).masked_fill(mask == 0, IGNORED_LABEL)
+    labels = torch.randint(97, (rows, SEQ_LEN), generator=generator)
+    if CASES[case][1] == "seq2seq_lm":  # whose answers are of other lengths
+        before = torch.randint(97, (rows, SEQ_LEN), generator=generator)
+        labels[mask.flip(0) == 0] = IGNORED_LABEL
+        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": before, "labels": labels}
+    labels = labels.masked_fill(mask == 0, IGNORED_LABEL)
     if CASES[case][1] == "text_classification":
         labels = torch.randint(5, (rows,), generator=generator)
         labels[-1] = IGNORED_LABEL
@@ -57,8 +65,8 @@ def padded_batch(case: str, rows: int) -> dict[str, Tensor]:
 def truth(case: str, rows: int) -> tuple[torch.nn.Module, float, float]:
     """Plain transformers with gradients of the mean, that loss, and which share is told right."""
     plain, batch = model_of(case), padded_batch(case, rows)
-    options = {} if CASES[case][0] != "llama" else {"use_cache": False}
-    logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options).logits
+    options = {"use_cache": False} if CASES[case][0] in ("llama", "t5", "bart") else {}
+    logits = plain(**{name: value for name, value in batch.items() if name != "labels"}, **options).logits
     loss = F.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten())
     loss.backward()
     right = (logits.argmax(-1) == batch["labels"]).sum() / (batch["labels"] != IGNORED_LABEL).sum()
@@ -94,7 +102,11 @@ def check(pool: Pool, plans: list[tuple[str, Plan]], world_size: int) -> None:
 def test_padding_is_seen_by_no_token(pool: Pool) -> None:
     names = ("tp", "ulysses", "ring", "zero3", "1f1b")
     pure = [("bert", plan) for name, plan in pure_plans(spec_of(model_of("bert")), 2).items() if name in names]
-    others = [(case, pure_plans(spec_of(model_of(case)), 2)["tp"]) for case in CASES if case != "bert"]
+    others = [
+        (case, pure_plans(spec_of(model_of(case)), 2)["1f1b" if case == "bart" else "tp"])
+        for case in CASES
+        if case != "bert"
+    ]
     check(pool, [*pure, *others], 2)
 
 

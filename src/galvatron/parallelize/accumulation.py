@@ -96,8 +96,9 @@ class Gradients:
         for parameter in self._parameters:
             if parameter.name in self._shards and parameter.tensor.requires_grad:
                 gradient = self._shards[parameter.name].grad
-                assert isinstance(gradient, DTensor), parameter.name
-                parameter.tensor.grad = local_part(gradient)
+                assert gradient is None or isinstance(gradient, DTensor), parameter.name
+                # none where the loss does not depend on it (a tower's last layer in LLaVA): zero, as where units sum it
+                parameter.tensor.grad = torch.zeros_like(parameter.tensor) if gradient is None else local_part(gradient)
         for replicated in self._replicated:
             sum_over(replicated.group, _there(replicated.parameters))
         for parameter in self._parameters:

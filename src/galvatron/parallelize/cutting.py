@@ -70,7 +70,7 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
             compiler(layer, (kinds[index].name, strategy))
         if stage.later is not None:
             put_off(layer, tp.size, stage.later)
-        places[strategy].enter(layer)
+        places[strategy].enter(layer, of_side=stage.chain[index].stack.side is not None)
         if isinstance(stage, WholeStage):
             _meet_whole(stage, index, grid, filling)
         else:

@@ -137,7 +137,7 @@ def _before_its_tokens(mask: Tensor) -> str | None:
 
 def _padded_label(batch: Mapping[str, Tensor]) -> str | None:
     mask, labels = batch.get("attention_mask"), batch["labels"]
-    if mask is None or labels.shape != mask.shape:
+    if mask is None or labels.shape != mask.shape or "decoder_input_ids" in batch:  # of which the mask says nothing
         return None
     wrong = ((mask == 0) & (labels != IGNORED)).nonzero().tolist()
     if not wrong:

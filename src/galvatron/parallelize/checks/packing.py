@@ -17,7 +17,7 @@ from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.models import Family, family_of, structure_key, task_of, twin_config, twin_model
 from galvatron.models.twin import run_twin, twin_inputs
 
-from ..layers.attention import use_attention
+from ..layers.attention import Context, attend_across, use_attention
 from ..layers.documents import OwnPlaces, Packed, documents_of, positions_beside_padding
 from ..losses.fused import IGNORED
 
@@ -92,7 +92,7 @@ def _padding_problem(config: PretrainedConfig) -> str | None:
         wanted, found = run_twin(twin_model(twin), inputs), run_twin(ours, seen)
     except Exception as failure:  # of any kind: a foreign model runs there
         return _in_words(failure)
-    if task_of(config) in TOKEN_TASKS:
+    if task_of(config) in TOKEN_TASKS - {"seq2seq_lm"}:
         wanted, found = wanted[mask == 1], found[mask == 1]
     return _difference(found, wanted, "outputs")
 
@@ -101,7 +101,8 @@ def _take_documents(model: PreTrainedModel, family: Family, rows: range, packed:
     use_attention(model, family)
     for stack in family.stacks:
         for layer in model.get_submodule(stack.path).children():
-            OwnPlaces(rows, rows, None, packed).enter(layer)
+            attend_across(layer, Context())
+            OwnPlaces(rows, rows, None, packed).enter(layer, of_side=stack.side is not None)
 
 
 def _in_words(failure: Exception) -> str:

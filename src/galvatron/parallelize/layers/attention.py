@@ -29,7 +29,7 @@ from galvatron.internals import attend_by_bounds, attends_by_bounds, call_attent
 
 from ..processes.collectives import ALONE, AxisGroup
 from .bias import own_heads, whole_bias, with_bias
-from .documents import Documents, see_each_other
+from .documents import Documents, see_each_other, see_first
 from .ring import ring_attention
 from .softcap import capped_attention
 from .ulysses import collect_heads, deal_heads, own_sinks
@@ -133,7 +133,8 @@ def attention(
 
     ``is_causal``: by default what the module says, and causal where it says nothing.
 
-    ``documents``: of the whole sequences, however many ranks cut them.  ``s_aux`` [N]: a sink for every head.
+    ``documents``: of the whole sequences, however many ranks cut them; those of a side say nothing of a sequence that
+    attends to itself, which is causal then.  ``s_aux`` [N]: a sink for every head.
 
     Raises:
         ConfigError: it is asked for anything but attention of whole sequences.
@@ -146,6 +147,7 @@ def attention(
     causal: bool = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal:
         _check_whole(query_BNSD.shape[2], key_BKSD.shape[2])
+        documents = None if documents is not None and documents.of_side else documents
     bias = own_heads(position_bias, context.tp, context.ulysses)
     local = query_BNSD.transpose(1, 2), key_BKSD.transpose(1, 2), value_BKSD.transpose(1, 2)
     query, key, value = (heads.transpose(1, 2) for heads in deal_heads(*local, context.ulysses))
@@ -195,6 +197,8 @@ def _mask(
     ``causal``; None: all up to itself, or all."""
     if window is None and documents is None:
         return None
+    if documents is not None and documents.of_side:
+        return see_first(documents.starts)
     distance = torch.arange(seq_len, device=device)[:, None] - torch.arange(seq_len, device=device)[None, :]
     window = window or seq_len
     sees = (distance < window) & (distance >= 0 if causal else distance > -window)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,12 @@ class Documents(NamedTuple):
         starts: int32 [B, S], the position at which each token's document begins.
         bounds: int32 [documents + 1], where documents begin in all rows, one row after the other, and where the last
             ends; on CUDA alone.
+        of_side: whether they are the rows of another stack, whose states queries see: those of first documents alone.
     """
 
     starts: Tensor
     bounds: Tensor | None
+    of_side: bool = False
 
 
 def documents_of(position_ids_BS: Tensor, device: torch.device) -> Documents:
@@ -43,6 +46,11 @@ def positions_beside_padding(attention_mask_BS: Tensor) -> Tensor:
     mask = attention_mask_BS.cpu().long()
     positions, lengths = torch.arange(mask.shape[1]).expand(mask.shape), mask.sum(dim=1, keepdim=True)
     return torch.where(positions < lengths, positions, positions - lengths)
+
+
+def see_first(starts_BK: Tensor) -> Tensor:
+    """[B, 1, 1, K]: whether a key is of its row's first document."""
+    return (starts_BK == 0)[:, None, None, :]
 
 
 def see_each_other(starts_BQ: Tensor, starts_BK: Tensor) -> Tensor:
@@ -87,16 +95,19 @@ class OwnPlaces:
         self._whole: tuple[Tensor, ...] = ()
         self._own: tuple[Tensor, ...] = ()
 
-    def enter(self, module: nn.Module) -> None:
-        """Let ``module`` see the tables [1 or rows, S, D] that it is given cut down to these places."""
-        wrap_forward(module, self._call)
+    def enter(self, module: nn.Module, *, of_side: bool = False) -> None:
+        """Let ``module`` see the tables [1 or rows, S, D] that it is given cut down to these places.
 
-    def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        ``of_side``: whether documents are those of states that it is given beside its own.
+        """
+        wrap_forward(module, partial(self._call, of_side))
+
+    def _call(self, of_side: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         tables = kwargs.get("position_embeddings")
         if tables is not None:
             kwargs["position_embeddings"] = self._of(tables)
         if self._packed.now is not None:
-            kwargs["documents"] = self._packed.now[self._rows]
+            kwargs["documents"] = self._packed.now[self._rows]._replace(of_side=of_side)
         return forward(*args, **kwargs)
 
     def _of(self, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -56,6 +57,8 @@ def shard_unit(
     modules = unit.modules[0] if len(unit.modules) == 1 else list(unit.modules)
     frees = unit.strategy.zero == 3 and not unit.turns
     num_shards = mesh.size(-1)
+    for module in unit.modules:
+        module.forward = partial(_owned_output, module.forward)
     fully_shard(
         modules,
         mesh=mesh,
@@ -70,6 +73,12 @@ def shard_unit(
     # gloo has no pre-multiplied sum; with factor 1 a sum is what is meant anyway
     face.set_force_sum_reduction_for_comms(True)
     face.set_gradient_divide_factor(1.0)
+
+
+def _owned_output(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """No view of another tensor, whose hooks FSDP2 may lose: LLaVA's projector gives one of a part of the states."""
+    output = forward(*args, **kwargs)
+    return internals.owned(output) if isinstance(output, Tensor) and internals.viewed(output) is not None else output
 
 
 def shard_root(root: nn.Module, mesh: DeviceMesh, unsharded: Iterable[nn.Parameter], last: ShardedUnit) -> None:
