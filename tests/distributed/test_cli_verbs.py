@@ -438,3 +438,27 @@ def test_images_are_learnt_and_classes_exported_by_name(folder: Path, galvatron:
     assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert found["eval_accuracy"] == pytest.approx(accuracy)
     assert load_config(folder / "exported").id2label == {0: "a", 1: "b"}
+
+
+T5 = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 260, "d_model": 32, "d_kv": 8,
+    "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "pad_token_id": 256, "eos_token_id": 256,
+    "decoder_start_token_id": 256,
+}  # fmt: skip
+
+
+def test_completions_are_learnt_by_a_decoder_of_what_its_encoder_reads(
+    folder: Path, galvatron: Verb, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [{"prompt": "ab" * (1 + n % 7), "completion": "ba" * (1 + n % 3)} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (folder / "config.json").write_text(json.dumps(T5))
+    data = 'source = "pairs.jsonl"\nrecords = "pairs"\neval_fraction = 0.2'
+    (folder / "seq2seq.toml").write_text(JOB.replace('source = "text.txt"', data))
+    layers = (LayerStrategy(),) * 4
+    PIPELINE.model_copy(update={"layers_per_stage": (4,), "world_size": 1, "layers": layers}).save(folder / "one.json")
+    assert galvatron("train", "seq2seq.toml", "--plan", "one.json", "--nproc", "1") == 0, capfd.readouterr().err
+    (found,) = [row for row in read_metrics(folder / "runs/seq2seq/metrics.jsonl") if "eval_loss" in row]
+    assert galvatron("convert", "to-hf", "runs/seq2seq", "exported") == 0
+    loss, _ = evaluated_by_transformers(folder / "exported", Job.load(folder / "seq2seq.toml"), folder / "again")
+    assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)

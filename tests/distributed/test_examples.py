@@ -45,7 +45,12 @@ SHOWN = (
     Shown("kinds_of_text", "validation_loss", "validation_accuracy", least=0.8, base="masked_words_model"),
     Shown("missing_spans", "eval_loss", "eval_perplexity", most=75),
     Shown("digits", "validation_loss", "validation_accuracy", least=0.95),
+    Shown("captions", "validation_loss", "validation_accuracy", least=0.85),
+    Shown("questions", "validation_loss", "validation_perplexity", most=1.5),
 )
+DRAWN = ("captions", "questions")
+"""Whose pictures are as many as asked for."""
+WITH_DIGITS = ("digits", *DRAWN)
 SHORTER = (("num_steps", 3), ("warmup_steps", 1), ("eval_every", 0), ("eval_batches", 2), ("global_batch_size", 8))
 
 
@@ -63,9 +68,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_example_trains_under_two_plans_and_is_exported(
     shown: Shown, folder: Path, galvatron: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if shown.name == "digits":
+    if shown.name in WITH_DIGITS:
         pytest.importorskip("sklearn")
-    importlib.import_module(shown.name).prepare()
+    importlib.import_module(shown.name).prepare(**({"train": 64, "held_out": 24} if shown.name in DRAWN else {}))
     if shown.base is not None:
         importlib.import_module("masked_words").prepare()
         config = load_config(folder / "examples" / shown.base)
@@ -93,7 +98,7 @@ def test_an_example_trains_under_two_plans_and_is_exported(
 @pytest.mark.slow
 @pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.name)
 def test_a_whole_example_learns(shown: Shown, folder: Path) -> None:
-    if shown.name == "digits":
+    if shown.name in WITH_DIGITS:
         pytest.importorskip("sklearn")
     words = [sys.executable, f"examples/{shown.name}.py"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

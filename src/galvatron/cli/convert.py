@@ -55,16 +55,14 @@ def to_hf(
 
 
 def _own_processing(checkpoint: Path) -> Any:
-    """The tokenizer of the run that saved ``checkpoint``, or its image processor; None, which is said, without one."""
-    from galvatron.train import load_tokenizer, read_state
-    from galvatron.train.load import load_processor
+    """What read the inputs of the run that saved ``checkpoint``; None, which is said, without it."""
+    from galvatron.models import load_config, task_of
+    from galvatron.train import processing_of, read_state
 
     data = read_state(checkpoint).run.data
     try:
-        if data is not None and data.processor is not None:
-            return load_processor(data)
         if data is not None:
-            return load_tokenizer(data.tokenizer, data.chat_template).for_transformers()
+            return processing_of(data, task_of(load_config(checkpoint)))
         say("no tokenizer is written, as the run had no job file; give --tokenizer to add one")
     except DataError as error:
         say(f"no tokenizer is written: {error}; give --tokenizer to add one")

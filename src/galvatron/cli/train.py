@@ -180,7 +180,7 @@ def check_inputs(
     ranks: Processes, job: Job, run: RunDirectory, config: Any, spec: ModelSpec, checkpoint: str | None
 ) -> None:
     """Make the tokens, and find what is wrong with them, and with weights to start from or a checkpoint to resume."""
-    from galvatron.models import class_names, meta_model
+    from galvatron.models import meta_model
     from galvatron.parallelize.state.weights import check_names
     from galvatron.train import Lineage, check_goes_on, load_dataset, read_state
 
@@ -193,8 +193,7 @@ def check_inputs(
         for warning in left_out:
             say(f"warning: {warning.message}")
     ranks.on_main(lambda: prepare_data(job, run, spec.task))
-    names = class_names(config)
-    dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path, task=spec.task, class_names=names))
+    dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path, config=config))
     vocab_size = max(given.vocab_size for given in (dataset, dataset.validation) if given is not None)
     if vocab_size > spec.vocab_size:
         raise DataError(
@@ -233,7 +232,7 @@ def _what_is_kept(run: RunDirectory) -> str:
 def _train(world: World, leg: Leg) -> TrainResult:
     """One rank's part."""
     from galvatron import train
-    from galvatron.models import class_names, model_to_train, name_classes, task_of
+    from galvatron.models import model_to_train, name_classes
     from galvatron.parallelize import parallelize
 
     from .progress import ConsoleReporter
@@ -241,8 +240,7 @@ def _train(world: World, leg: Leg) -> TrainResult:
     section = leg.job.train
     peak_memory = train.PeakMemory(world.device)
     config = config_of_job(leg.job)
-    names, task = class_names(config), task_of(config)
-    dataset = train.load_dataset(leg.job.data, section, leg.run.path, task=task, class_names=names)
+    dataset = train.load_dataset(leg.job.data, section, leg.run.path, config=config)
     if dataset.class_names:
         name_classes(config, dataset.class_names)
     weights = first_weights(leg.job, config) if leg.job.model.weights and leg.resume is None else None
@@ -262,7 +260,9 @@ def _train(world: World, leg: Leg) -> TrainResult:
     unlike = leg.plan.prediction and leg.plan.prediction.unlike(compiled=model.compiled)
     if unlike:
         say(unlike)
-    packed = leg.job.data.is_apart or model.spec.task == "text_classification"
+    task = model.spec.task
+    masked = task == "text_classification" or (task == "seq2seq_lm" and leg.job.data.records == "pairs")
+    packed = masked or (task == "causal_lm" and leg.job.data.is_apart)
     if model.compiled:
         say(f"layers compiled in {format_seconds(model.warm_up(packed=packed))}")
     reporter = ConsoleReporter(on_start=lambda: _keep_plan(leg))

@@ -22,6 +22,8 @@ TOKEN_TASKS: frozenset[Task] = frozenset({"causal_lm", "masked_lm", "seq2seq_lm"
 """Those with a label for every token, int64 [batch, sequence]; the others have one for every sample, [batch]."""
 CLASSIFICATION: frozenset[Task] = frozenset({"text_classification", "image_classification"})
 """Those whose head gives a sample its classes."""
+WITH_IMAGES: frozenset[Task] = frozenset({"image_classification", "contrast", "vision_language"})
+"""Those whose samples have an image."""
 ENDINGS: dict[str, Task] = {
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",

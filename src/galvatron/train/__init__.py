@@ -13,6 +13,7 @@ from .load import load_dataset, prepare_source
 from .memory import PeakMemory
 from .metrics import StepMetrics, read_metrics
 from .optimizer import build_optimizer, lr_at
+from .processing import processing_of
 from .rows import DocumentRows, StreamRows
 from .start import train
 from .tokenizer import ByteTokenizer, load_tokenizer
@@ -43,6 +44,7 @@ __all__ = [
     "notable_changes",
     "prepare_source",
     "prepare_tokens",
+    "processing_of",
     "read_metrics",
     "read_state",
     "save_checkpoint",

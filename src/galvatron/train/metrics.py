@@ -43,7 +43,7 @@ class StepMetrics(Record):
 
 
 class Metric(NamedTuple):
-    """What an evaluation says beside the loss: ``accuracy`` of classes from 0 to 1, or ``perplexity`` of tokens."""
+    """What an evaluation says beside the loss: ``accuracy`` of classes or pairs (0 to 1), ``perplexity`` of tokens."""
 
     name: Literal["accuracy", "perplexity"]
     value: float

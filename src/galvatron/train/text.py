@@ -74,7 +74,7 @@ def read_blocks(
         DataError: the source does not exist or cannot be read, or a record is not what ``data`` says of it.
     """
     skipped, path = skipped or Skipped(), Path(data.source)
-    read = _reader(data, template)
+    read = reader(data, template)
     if data.source == PYTHON_DOCS:
         from pydoc_data.topics import topics
 
@@ -141,8 +141,8 @@ def _record_blocks(records: Iterator[Found], read: Read, data: DataSection, skip
                 yield Block(text, where, learnt=learnt)
 
 
-def _reader(data: DataSection, template: ChatTemplate | None) -> Read:
-    """What a record's text is, and what of it is learnt."""
+def reader(data: DataSection, template: ChatTemplate | None = None) -> Read:
+    """What a record's text is, and what of it is learnt; ``template`` renders conversations."""
 
     def pair(record: dict[str, Any]) -> tuple[str, Spans | None]:
         prompt = _text(record, data.prompt_field, "data.prompt_field")
@@ -178,10 +178,10 @@ def _text(record: dict[str, Any], field: str, setting: str) -> str:
     return _whole(record[field], field)
 
 
-def text_in(record: dict[str, Any], field: str, where: str) -> str:
-    """The text in a field of ``record``.  Raises DataError with ``where`` it stands."""
+def said_in(record: dict[str, Any], read: Read, where: str) -> tuple[str, Spans | None]:
+    """What ``read`` finds in ``record``.  Raises DataError with ``where`` it stands."""
     try:
-        return _text(record, field, "data.text_field")
+        return read(record)
     except _BadRecord as bad:
         raise DataError(f"{where} {bad}") from None
 

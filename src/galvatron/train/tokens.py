@@ -76,7 +76,7 @@ def prepare_tokens(
         tokenizer = load_tokenizer(data.tokenizer, data.chat_template)
         renders = data.records == "conversations"
         template = ChatTemplate(tokenizer.for_transformers()) if renders else None
-        encoder = _Encoder(data, tokenizer, longest, skipped)
+        encoder = Encoder(data, tokenizer, longest, skipped)
         info = _write_tokens(part, note, encoder, read_blocks(data, skipped, template), progress)
         if info.num_tokens == 0:
             why = f", as its {skipped.count} records are bad ({skipped.first})" if skipped.count else ""
@@ -148,7 +148,7 @@ def ids_of(tokens: np.ndarray) -> np.ndarray:
 
 
 def _write_tokens(
-    part: Path, note: Path, encoder: _Encoder, blocks: Iterator[Block], progress: Progress | None
+    part: Path, note: Path, encoder: Encoder, blocks: Iterator[Block], progress: Progress | None
 ) -> TokenInfo:
     """Tokens of ``blocks`` in order, in ``part``."""
     dtype = encoder.dtype
@@ -192,7 +192,7 @@ def _batches(blocks: Iterator[Block]) -> Iterator[list[Block]]:
         yield batch
 
 
-class _Encoder:
+class Encoder:
     """Blocks to tokens, with what ``data`` asks to be said of them; counts what is too long and may be left out."""
 
     def __init__(self, data: DataSection, tokenizer: Tokenizer, longest: int | None, skipped: Skipped) -> None:

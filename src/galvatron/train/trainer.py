@@ -194,7 +194,8 @@ class Trainer:
         total, right, count = 0.0, 0.0, 0
         for index in range(min(self.section.eval_batches, dataset.num_eval_batches)):
             batch = dataset.eval_batch(index)
-            counted = int((batch["labels"] != IGNORED_LABEL).sum())
+            labels = batch.get("labels")
+            counted = dataset.global_batch_size if labels is None else int((labels != IGNORED_LABEL).sum())
             if of_tokens:
                 loss = self.model.evaluate(**batch)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,27 @@ from PIL import Image
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
-from galvatron.train.data import IGNORED_LABEL, Dataset, Samples
+from galvatron.train.data import IGNORED_LABEL, Dataset, Draw, Samples
 from galvatron.train.tasks import (
     INPUTS,
+    AnsweredTexts,
     Augmentation,
+    ImageTokens,
     LabelledImages,
     LabelledTexts,
     MaskedRows,
     SpanRows,
     TitledImages,
+    ToldImages,
     check_pictures,
     find_pictures,
 )
 from galvatron.train.tasks.classes import classes_of, named_classes
 from galvatron.train.tasks.pictures import Fields
 from galvatron.train.tasks.spans import lengths_of
+from galvatron.train.text import reader
+from galvatron.train.tokenizer import HuggingFaceTokenizer
+from galvatron.train.tokens import UNLEARNT
 
 WORDS, SENTINELS = 200, 100
 
@@ -81,6 +88,9 @@ def folder(tmp_path: Path) -> Path:
 def samples_of(name: str, tokenizer: Any, processor: Any, folder: Path) -> Samples:
     tokens = np.random.RandomState(0).randint(6 + SENTINELS, 6 + SENTINELS + WORDS, 4000)
     pictures = find_pictures(folder)
+    if name == "pairs":
+        answers = [[9, 10, 4], [11, 4]] * 6
+        return AnsweredTexts([[7, 8, 4], [9, 4]] * 6, answers, 8, start=5, padding=0)
     if name == "masked_lm":
         return MaskedRows(tokens, 32, tokenizer)
     if name == "seq2seq_lm":
@@ -89,11 +99,13 @@ def samples_of(name: str, tokenizer: Any, processor: Any, folder: Path) -> Sampl
         return LabelledTexts(["w1 w2 w3", "w4"] * 6, ["good", "bad"] * 6, 8, tokenizer)
     if name == "image_classification":
         return LabelledImages(pictures, processor, Augmentation())
-    titled = [type(p)(p.where, p.read, None, f"w{i} w{i}") for i, p in enumerate(pictures)]
+    titled = [replace(picture, text=f"w{i} w{i}") for i, picture in enumerate(pictures)]
+    if name == "vision_language":
+        return ToldImages(titled, [np.arange(100, 105)] * 9, processor, 8, ImageTokens(6, 4), 4, Augmentation())
     return TitledImages(titled, processor, tokenizer, 8, Augmentation())
 
 
-@pytest.mark.parametrize("name", [name for name in INPUTS if name != "causal_lm"])
+@pytest.mark.parametrize("name", [*(name for name in INPUTS if name != "causal_lm"), "pairs"])
 def test_batches_are_what_the_record_says_and_depend_on_seed_and_index_alone(
     name: str, tokenizer: Any, processor: Any, folder: Path
 ) -> None:
@@ -103,8 +115,11 @@ def test_batches_are_what_the_record_says_and_depend_on_seed_and_index_alone(
     again = Dataset(samples, global_batch_size=2, seed=7, eval_fraction=0.2)
     for step, batch in batches.items():
         halves = [again.batch(2 * step), again.batch(2 * step + 1)]
-        assert list(batch) == [given.name for given in INPUTS[name].inputs]
-        for given in INPUTS[name].inputs:
+        record = INPUTS["seq2seq_lm" if name == "pairs" else name]
+        optional = record.optional if name in ("pairs", "contrast") else ()
+        inputs = (*record.inputs, *optional)
+        assert set(batch) == {given.name for given in inputs}
+        for given in inputs:
             assert batch[given.name].dtype == given.dtype
             assert batch[given.name].dim() == len(given.shape)
             assert len(batch[given.name]) == 4
@@ -241,7 +256,7 @@ def test_pictures_are_the_same_from_every_source(name: str, folder: Path) -> Non
     source = make_sources(folder, images)[name]
     found = find_pictures(source)
     assert [(picture.label, picture.read()) for picture in found] == [(p.label, p.read()) for p in plain]
-    titled = find_pictures(source, Fields(text="text"))
+    titled = find_pictures(source, Fields(read=reader(DataSection(source=str(source)))))
     assert [picture.text for picture in titled] == [f"w{i}" for i in range(9)]
     check_pictures(found)
 
@@ -307,3 +322,48 @@ def test_an_image_without_a_class_or_a_text_is_named(folder: Path, processor: An
         LabelledImages(find_pictures(folder), processor)
     with pytest.raises(DataError, match=r"must have a text; say which field it is in"):
         TitledImages(find_pictures(folder), processor, tokenizer, 8)
+
+
+def test_a_mask_of_padding_is_given_where_the_tokenizers_models_take_one(
+    folder: Path, processor: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titled = [replace(picture, text="w0 w1") for picture in find_pictures(folder)]
+    batch = TitledImages(titled, processor, tokenizer, 4).gather([0], [Draw(0, 2, 0)])
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0]]
+    assert batch["input_ids"][0, 2:].tolist() == [tokenizer.pad_token_id] * 2
+    monkeypatch.setattr(tokenizer, "model_input_names", ["input_ids"])
+    assert "attention_mask" not in TitledImages(titled, processor, tokenizer, 4).gather([0], [Draw(0, 2, 0)])
+
+
+def test_an_image_stands_where_its_text_names_it_and_answers_alone_are_learnt(folder: Path, processor: Any) -> None:
+    picture, *_ = find_pictures(folder)
+    told = np.array([20, 6, 21, 22, 23], np.uint32)  # 6 names the image
+    told[:3] |= UNLEARNT
+    samples = ToldImages([picture], [told], processor, 9, ImageTokens(6, 3), padding=4)
+    batch = samples.gather([0], [Draw(0, 2, 0)])
+    assert batch["input_ids"].tolist() == [[20, 6, 6, 6, 21, 22, 4, 4, 4]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, -100, 22, 23, -100, -100, -100]]
+    assert samples.vocab_size == 24
+    unnamed = ToldImages([picture], [told[2:]], processor, 9, ImageTokens(6, 3), padding=4)
+    assert unnamed.gather([0], [Draw(0, 2, 0)])["input_ids"].tolist() == [[6, 6, 6, 21, 22, 4, 4, 4, 4]]
+    with pytest.raises(DataError, match=r"names 2 images, but a sample has one; mend that text"):
+        ToldImages([picture], [np.array([6, 6])], processor, 9, ImageTokens(6, 3), padding=4)
+    with pytest.raises(DataError, match=r"has 7 tokens, 3 of them its image's, of which a row of seq_len=5 has no"):
+        ToldImages([picture], [told], processor, 5, ImageTokens(6, 3), padding=4)
+
+
+def test_pairs_are_padded_on_both_sides_and_what_is_too_long_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "a.jsonl"
+    pairs = [{"prompt": "w0 w1 w2", "completion": "w3"}, {"prompt": "w4", "completion": "w5 w6"}]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = DataSection(source=str(path), records="pairs")
+    samples = AnsweredTexts.read(data, 5, HuggingFaceTokenizer(tokenizer, "own"), start=7)
+    first, end, said = tokenizer.convert_tokens_to_ids("w0"), tokenizer.eos_token_id, IGNORED_LABEL
+    batch = samples.gather([0, 1], [])
+    assert batch["input_ids"].tolist() == [[first, first + 1, first + 2, end, 0], [first + 4, end, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[first + 3, end, said, said, said], [first + 5, first + 6, end, said, said]]
+    assert batch["decoder_input_ids"].tolist() == [[7, first + 3, end, 0, 0], [7, first + 5, first + 6, end, 0]]
+    assert samples.vocab_size == first + 7
+    with pytest.raises(DataError, match=r"a\.jsonl:1 has a prompt or a completion of 4 tokens, .* seq_len=3 has no"):
+        AnsweredTexts.read(data, 3, HuggingFaceTokenizer(tokenizer, "own"), start=7)

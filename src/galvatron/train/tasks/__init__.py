@@ -13,15 +13,19 @@ import torch
 
 from galvatron.core.tasks import Task
 
+from .answered import AnsweredTexts
 from .classes import LabelledTexts
 from .images import Augmentation, LabelledImages, TitledImages
 from .masked import MaskedRows
 from .pictures import Picture, check_pictures, find_pictures
 from .spans import SpanRows
+from .told import ImageTokens, ToldImages
 
 __all__ = [
     "INPUTS",
+    "AnsweredTexts",
     "Augmentation",
+    "ImageTokens",
     "Input",
     "LabelledImages",
     "LabelledTexts",
@@ -30,6 +34,7 @@ __all__ = [
     "SpanRows",
     "TaskInputs",
     "TitledImages",
+    "ToldImages",
     "check_pictures",
     "find_pictures",
 ]
@@ -63,12 +68,13 @@ def _tokens(name: str, length: str = "sequence") -> Input:
     return Input(name, torch.int64, ("batch", length), "batch and sequence")
 
 
+def _whole(name: str) -> Input:
+    return Input(name, torch.int64, ("batch", "sequence"), "batch")
+
+
 _PIXELS = Input("pixel_values", torch.float32, ("batch", "channels", "height", "width"), "batch")
 _CLASS = Input("labels", torch.int64, ("batch",), "batch")
-_TEXT = (
-    Input("input_ids", torch.int64, ("batch", "sequence"), "batch"),
-    Input("attention_mask", torch.int64, ("batch", "sequence"), "batch"),
-)
+_TEXT = (_whole("input_ids"), _whole("attention_mask"))
 
 INPUTS: dict[Task, TaskInputs] = {
     given.task: given
@@ -76,11 +82,14 @@ INPUTS: dict[Task, TaskInputs] = {
         TaskInputs("causal_lm", (_tokens("input_ids"), _tokens("labels")), (_tokens("position_ids"),)),
         TaskInputs("masked_lm", (_tokens("input_ids"), _tokens("labels"))),
         TaskInputs(
-            "seq2seq_lm", (_tokens("input_ids"), _tokens("decoder_input_ids", "target"), _tokens("labels", "target"))
+            "seq2seq_lm",
+            (_tokens("input_ids"), _tokens("decoder_input_ids", "target"), _tokens("labels", "target")),
+            (_whole("attention_mask"),),
         ),
         TaskInputs("text_classification", (*_TEXT, _CLASS)),
         TaskInputs("image_classification", (_PIXELS, _CLASS)),
-        TaskInputs("contrast", (_PIXELS, *_TEXT)),
+        TaskInputs("contrast", (_PIXELS, _TEXT[0]), (_TEXT[1],)),
+        TaskInputs("vision_language", (_PIXELS, _whole("input_ids"), _whole("labels"))),
     )
 }
 """By task.  Labels of -100 do not count; those of ``causal_lm`` are shifted by one already."""

@@ -19,7 +19,7 @@ from galvatron.core.job import DataSection
 from galvatron.core.words import shown
 
 from ..sources import read_records
-from ..text import text_in
+from ..text import reader, said_in
 
 Class = str | int
 Numbering = Callable[[Iterable[Class]], dict[Class, int]]
@@ -70,6 +70,8 @@ def class_in(record: dict[str, Any], field: str, where: str) -> Class:
 class LabelledTexts:
     """``texts`` with the tokenizer's own special tokens, cut off and padded at ``seq_len``, and their classes.
 
+    All ids are at most ``highest``.
+
     Raises:
         DataError: the ``tokenizer`` (of ``transformers``) has no padding token, or ``number`` leaves a label out.
     """
@@ -94,6 +96,7 @@ class LabelledTexts:
             tokenizer(list(texts), truncation=True, max_length=seq_len)["input_ids"],
             tokenizer.pad_token_id,
         )
+        self.highest = max((max(ids, default=0) for ids in self._ids), default=0)
 
     @classmethod
     def read(
@@ -106,9 +109,9 @@ class LabelledTexts:
         number: Numbering = classes_of,
     ) -> Self:
         """Of the records of ``data.source``: texts in ``data.text_field``, classes in ``label_field``."""
-        texts, labels = [], []
+        texts, labels, read = [], [], reader(data)
         for where, record in read_records(data):
-            texts.append(text_in(record, data.text_field, where))
+            texts.append(said_in(record, read, where)[0])
             labels.append(class_in(record, label_field, where))
         return cls(texts, labels, seq_len, tokenizer, number)
 

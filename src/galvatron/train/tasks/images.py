@@ -54,7 +54,7 @@ class Augmentation:
         return left, top, left + width, top + height
 
 
-class _Images:
+class Images:
     """``pictures`` through ``processor`` (an image processor of ``transformers``)."""
 
     def __init__(self, pictures: Sequence[Picture], processor: Any, augmentation: Augmentation | None) -> None:
@@ -80,7 +80,7 @@ class _Images:
         return self.augmentation.of(image, draw.generator())
 
 
-class LabelledImages(_Images):
+class LabelledImages(Images):
     """Images and the classes they are of.
 
     Raises:
@@ -112,8 +112,10 @@ class LabelledImages(_Images):
         return {"pixel_values": self.pixels(rows, draws), "labels": self._labels[list(rows)]}
 
 
-class TitledImages(_Images):
+class TitledImages(Images):
     """Images and the texts that belong to them, for contrast: every other pair of the whole batch is a wrong one.
+
+    All ids are at most ``highest``.
 
     Raises:
         DataError: a picture has no text, or the ``tokenizer`` (of ``transformers``) no padding token.
@@ -137,11 +139,17 @@ class TitledImages(_Images):
         texts = [_text_of(picture) for picture in pictures]
         self.seq_len, self._pad = seq_len, tokenizer.pad_token_id
         self._ids = tokenizer(texts, truncation=True, max_length=seq_len)["input_ids"]
+        self._is_masked = "attention_mask" in tokenizer.model_input_names
+        self.highest = max(max(ids, default=0) for ids in self._ids)
 
     def gather(self, rows: Sequence[int], draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """``pixel_values`` [rows, channels, height, width]; ``input_ids`` and ``attention_mask`` [rows, seq_len]."""
+        """``pixel_values`` [rows, channels, height, width]; ``input_ids`` and ``attention_mask`` [rows, seq_len].
+
+        No mask where the tokenizer's models take none (SigLIP's, which see padding like words).
+        """
         ids, mask = padded([self._ids[row] for row in rows], self.seq_len, self._pad)
-        return {"pixel_values": self.pixels(rows, draws), "input_ids": ids, "attention_mask": mask}
+        masks = {"attention_mask": mask} if self._is_masked else {}
+        return {"pixel_values": self.pixels(rows, draws), "input_ids": ids, **masks}
 
 
 def _text_of(picture: Picture) -> str:

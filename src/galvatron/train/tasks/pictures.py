@@ -18,6 +18,7 @@ from galvatron.core.errors import DataError
 from galvatron.core.words import shown
 
 from ..sources import kind_of, records_of
+from ..text import Read, Spans, said_in
 from .classes import Class, class_in
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -33,6 +34,8 @@ class Picture:
     read: Callable[[], bytes]
     label: Class | None = None
     text: str | None = None
+    learnt: Spans | None = None
+    """From which to before which character of the text a model shall learn; None: all, and that it ends there."""
 
     def open(self) -> Any:
         """The image, in RGB.  Raises DataError if it cannot be read."""
@@ -46,11 +49,15 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What records call an image (a path from beside them; in parquet its bytes), its class and its text, if any."""
+    """What records call an image (a path from beside them; in parquet its bytes), its class and its text.
+
+    ``read``: what a record says beside an image that has a text; None where images have classes.
+    """
 
     image: str = "image"
-    label: str | None = "label"
-    text: str | None = None
+    label: str = "label"
+    text: str = "text"
+    read: Read | None = None
 
 
 def find_pictures(source: Path, fields: Fields | None = None) -> list[Picture]:
@@ -141,15 +148,10 @@ def _cell(path: Path, group: int, row: int, name: str) -> bytes:
 
 
 def _picture(where: str, read: Callable[[], bytes], record: dict[str, Any], fields: Fields) -> Picture:
-    if fields.text is not None:
-        return Picture(where, read, text=_text(record.get(fields.text), where, fields.text))
-    return Picture(where, read, None if fields.label is None else class_in(record, fields.label, where))
-
-
-def _text(text: Any, where: str, field: str) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"{where} must have a text in field {field!r}, got {shown(text)}; mend it")
-    return text
+    if fields.read is None:
+        return Picture(where, read, class_in(record, fields.label, where))
+    text, learnt = said_in(record, fields.read, where)
+    return Picture(where, read, text=text, learnt=learnt)
 
 
 def _of_tar(path: Path, fields: Fields) -> Iterator[Picture]:
@@ -175,9 +177,9 @@ def _said(path: Path, parts: dict[str, tarfile.TarInfo], fields: Fields, where: 
     """The fields of a sample."""
     try:
         record = json.loads(_part(path, parts[".json"])()) if ".json" in parts else {}
-        if ".cls" in parts and fields.label is not None:
+        if ".cls" in parts:
             record[fields.label] = int(_part(path, parts[".cls"])())
-        if ".txt" in parts and fields.text is not None:
+        if ".txt" in parts:
             record[fields.text] = _part(path, parts[".txt"])().decode()
     except (ValueError, TypeError) as error:
         raise DataError(f"{where} has a class or fields that cannot be read ({error}); mend it") from None

@@ -1,0 +1,214 @@
+"""The samples of a task: one function a kind, from a job's data and the config of the model that learns from them.
+
+Knows nothing of batches and ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from galvatron.core.errors import DataError
+from galvatron.core.job import DataSection
+from galvatron.core.tasks import Task
+from galvatron.models.images import image_length, image_token
+from galvatron.models.inputs import words_of
+
+from .chat import ChatTemplate
+from .data import Samples
+from .processing import load_processor
+from .rows import DocumentRows, StreamRows
+from .tasks import (
+    AnsweredTexts,
+    Augmentation,
+    ImageTokens,
+    LabelledImages,
+    LabelledTexts,
+    MaskedRows,
+    Picture,
+    SpanRows,
+    TitledImages,
+    ToldImages,
+    check_pictures,
+    find_pictures,
+)
+from .tasks.classes import Class, Numbering
+from .tasks.pictures import Fields
+from .text import Block, Skipped, reader
+from .tokenizer import Tokenizer, load_tokenizer
+from .tokens import Encoder
+
+RECORDS: dict[Task, tuple[str, ...]] = {
+    "causal_lm": ("text", "conversations", "pairs"),
+    "masked_lm": ("text",),
+    "seq2seq_lm": ("text", "pairs"),
+    "text_classification": ("text",),
+    "image_classification": ("text",),
+    "contrast": ("text",),
+    "vision_language": ("text", "conversations", "pairs"),
+}
+"""What records may be, by the task of the jobs that take them; images have these texts beside them."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Samples; below which number their ids or classes are; what tells them apart; their classes, if they have some."""
+
+    samples: Samples
+    vocab_size: int
+    fingerprint: str
+    classes: dict[Class, int] = field(default_factory=dict)
+
+
+class Wanted(NamedTuple):
+    """What a model wants of samples: how many tokens each has, what its config says, and how it numbers classes."""
+
+    seq_len: int
+    config: PretrainedConfig
+    number: Numbering
+
+
+def check_task(data: DataSection, task: Task) -> None:
+    """Raise DataError if a job makes no samples of ``data`` for ``task``."""
+    if task not in RECORDS:
+        raise DataError(
+            f"a job makes samples for {', '.join(RECORDS)}, not for {task}; train it in a loop of "
+            "your own (galvatron.train.tasks makes samples)"
+        )
+    if data.records not in RECORDS[task] or (data.separate_documents and task != "causal_lm"):
+        raise DataError(
+            f"{task} takes records={' or '.join(RECORDS[task])}, and separate_documents is for causal_lm alone; leave "
+            f"out records={data.records} or separate_documents"
+        )
+
+
+def check_images(data: DataSection, task: Task) -> None:
+    """Read every record and the head of every image of ``data``; raises DataError with the first that is bad."""
+    check_pictures(_pictures(data, task))
+
+
+# Of tokens, which one file holds.
+
+
+def of_tokens(data: DataSection, task: Task, tokens: np.ndarray, seq_len: int) -> Samples:
+    """Rows of ``tokens`` as ``task`` takes them."""
+    if task == "masked_lm":
+        return MaskedRows(tokens, seq_len, _for_transformers(data))
+    if task == "seq2seq_lm":
+        return SpanRows(tokens, seq_len, _for_transformers(data), target_len=seq_len)
+    return DocumentRows(tokens, seq_len) if data.is_apart else StreamRows(tokens, seq_len)
+
+
+# Of records, which are in memory, images where they lie.
+
+
+def _classed_images(data: DataSection, wanted: Wanted) -> Loaded:
+    pictures = _pictures(data, "image_classification")
+    samples = LabelledImages(pictures, load_processor(data), _augmentation(data), wanted.number)
+    parts = [(Path(p.where).name, samples.classes[p.label]) for p in pictures if p.label is not None]
+    return Loaded(samples, len(samples.classes), _digest(parts), samples.classes)
+
+
+def _classed_texts(data: DataSection, wanted: Wanted) -> Loaded:
+    found = LabelledTexts.read(
+        data, wanted.seq_len, _for_transformers(data), label_field=data.label_field, number=wanted.number
+    )
+    _check_words(data, found.highest, wanted.config)
+    return Loaded(found, len(found.classes), found.fingerprint(), found.classes)
+
+
+def _titled_images(data: DataSection, wanted: Wanted) -> Loaded:
+    pictures, tokenizer = _pictures(data, "contrast"), _for_transformers(data)
+    samples = TitledImages(pictures, load_processor(data), tokenizer, wanted.seq_len, _augmentation(data))
+    _check_words(data, samples.highest, wanted.config)
+    return Loaded(samples, 0, _digest([(Path(p.where).name, p.text) for p in pictures]))
+
+
+def _told_images(data: DataSection, wanted: Wanted) -> Loaded:
+    token = image_token(wanted.config)
+    if token is None:
+        raise DataError(
+            f"{wanted.config.model_type} names no token that stands for an image; train it in a loop of your own"
+        )
+    pictures, tokenizer = _pictures(data, "vision_language"), _tokenizer(data)
+    samples = ToldImages(
+        pictures,
+        _encoded(data, tokenizer, pictures),
+        load_processor(data),
+        wanted.seq_len,
+        ImageTokens(token, image_length(wanted.config)),
+        tokenizer.end_of_text,
+        _augmentation(data),
+    )
+    parts = [(Path(p.where).name, p.text, p.learnt) for p in pictures]
+    return Loaded(samples, samples.vocab_size, _digest(parts))
+
+
+def _answered_texts(data: DataSection, wanted: Wanted) -> Loaded:
+    start = getattr(wanted.config, "decoder_start_token_id", None)
+    if start is None:
+        raise DataError(
+            f"{wanted.config.model_type} names no token that its decoder begins with; set decoder_start_token_id in "
+            "its config"
+        )
+    found = AnsweredTexts.read(data, wanted.seq_len, _tokenizer(data), start)
+    return Loaded(found, found.vocab_size, found.fingerprint())
+
+
+Kind = Callable[[DataSection, Wanted], Loaded]
+"""How samples are made.  All raise DataError."""
+_IN_MEMORY: dict[Task, Kind] = {
+    "image_classification": _classed_images,
+    "text_classification": _classed_texts,
+    "contrast": _titled_images,
+    "vision_language": _told_images,
+}
+
+
+def kind_in_memory(data: DataSection, task: Task) -> Kind | None:
+    """How the samples are made, unless they are rows of tokens."""
+    return _answered_texts if (task, data.records) == ("seq2seq_lm", "pairs") else _IN_MEMORY.get(task)
+
+
+def _pictures(data: DataSection, task: Task) -> list[Picture]:
+    read = None
+    if task != "image_classification":
+        is_chat = data.records == "conversations"
+        read = reader(data, ChatTemplate(_for_transformers(data)) if is_chat else None)
+    return find_pictures(Path(data.source), Fields(data.image_field, data.label_field, data.text_field, read))
+
+
+def _encoded(data: DataSection, tokenizer: Tokenizer, pictures: Sequence[Picture]) -> list[np.ndarray]:
+    """The tokens of what belongs to each picture, with what is said of them."""
+    blocks = [Block(str(picture.text), picture.where, learnt=picture.learnt) for picture in pictures]
+    return list(Encoder(data, tokenizer, None, Skipped()).encode(blocks))
+
+
+def _augmentation(data: DataSection) -> Augmentation | None:
+    return Augmentation() if data.augment else None
+
+
+def _check_words(data: DataSection, highest: int, config: PretrainedConfig) -> None:
+    if highest >= words_of(config):
+        raise DataError(
+            f"tokenizer {data.tokenizer} has {highest + 1} tokens but the model's vocabulary only {words_of(config)}; "
+            "use the model's own tokenizer or a larger vocab_size"
+        )
+
+
+def _digest(parts: Sequence[object]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _tokenizer(data: DataSection) -> Tokenizer:
+    return load_tokenizer(data.tokenizer, data.chat_template)
+
+
+def _for_transformers(data: DataSection) -> Any:
+    return _tokenizer(data).for_transformers()

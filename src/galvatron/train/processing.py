@@ -1,0 +1,57 @@
+"""What reads a model's inputs, of transformers: tokenizers and image processors, for a run and beside its exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from galvatron.core.errors import DataError
+from galvatron.core.job import DataSection
+from galvatron.core.tasks import WITH_IMAGES, Task
+
+from .tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Processing:
+    """Several that are saved into one directory, the later over the earlier ones."""
+
+    parts: tuple[Any, ...]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write them as ``from_pretrained`` of AutoProcessor, AutoImageProcessor and AutoTokenizer takes them."""
+        for part in self.parts:
+            part.save_pretrained(directory)
+
+
+def processing_of(data: DataSection, task: Task) -> Processing:
+    """What read the inputs of a model trained for ``task``.  Raises DataError if it does not load."""
+    parts = []
+    if task in WITH_IMAGES:
+        from transformers import AutoProcessor
+
+        parts.append(_loaded(data, AutoProcessor.from_pretrained))
+    if task != "image_classification":
+        parts.append(load_tokenizer(data.tokenizer, data.chat_template).for_transformers())
+    return Processing(tuple(parts))
+
+
+def load_processor(data: DataSection) -> Any:
+    """The image processor of a job.  Raises DataError if there is none that loads."""
+    from transformers import AutoImageProcessor
+
+    return _loaded(data, AutoImageProcessor.from_pretrained)
+
+
+def _loaded(data: DataSection, load: Callable[[str], Any]) -> Any:
+    if data.processor is None:
+        raise DataError("images need an image processor; set data.processor to the model's directory or hub name")
+    try:
+        return load(data.processor)
+    except Exception as error:  # the library raises many kinds; each means that there is no such processor
+        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        raise DataError(
+            f"data.processor={data.processor!r} is no image processor that loads ({reason}); give one"
+        ) from None

@@ -1,0 +1,95 @@
+"""Sequence to sequence: texts that an encoder reads and what its decoder is to say of each (translations, summaries).
+
+Takes records with a prompt and a completion; gives token ids, padded on both sides; padding is neither seen nor learnt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from galvatron.core.errors import DataError
+from galvatron.core.job import DataSection
+
+from ..rows import IGNORED_LABEL
+from ..sources import read_records
+from ..text import reader, said_in
+from ..tokenizer import Tokenizer
+from .classes import padded
+
+
+class AnsweredTexts:
+    """``texts`` and ``answers`` as ids [tokens], filled up to ``seq_len`` each.
+
+    ``start``: what a decoder begins with; ``padding``: what both are filled up with.
+    """
+
+    labelled = True
+
+    def __init__(
+        self, texts: Sequence[list[int]], answers: Sequence[list[int]], seq_len: int, *, start: int, padding: int
+    ) -> None:
+        self._texts, self._answers, self.seq_len, self._start, self._padding = texts, answers, seq_len, start, padding
+
+    @classmethod
+    def read(cls, data: DataSection, seq_len: int, tokenizer: Tokenizer, start: int) -> Self:
+        """Of the pairs of ``data.source``, with the tokenizer's own special tokens; both end with its end of text.
+
+        Raises:
+            DataError: a record is no pair, or longer than ``seq_len``, whose end would be lost.
+        """
+        places, prompts, completions, read = [], [], [], reader(data)
+        for where, record in read_records(data):
+            text, learnt = said_in(record, read, where)
+            assert learnt is not None
+            places.append(where)
+            prompts.append(text[: learnt[0][0]])
+            completions.append(text[learnt[0][0] :])
+        own, end = tokenizer.for_transformers(), tokenizer.end_of_text
+        texts = [_ended(ids, end) for ids in own(prompts, verbose=False)["input_ids"]]
+        answers = [_ended(ids, end) for ids in own(text_target=completions, verbose=False)["input_ids"]]
+        for where, both in zip(places, zip(texts, answers, strict=True), strict=True):
+            if (longest := max(map(len, both))) > seq_len:
+                raise DataError(
+                    f"{where} has a prompt or a completion of {longest} tokens, for all of which a row of "
+                    f"seq_len={seq_len} has no place; raise seq_len or shorten it"
+                )
+        padding = end if own.pad_token_id is None else own.pad_token_id
+        return cls(texts, answers, seq_len, start=start, padding=padding)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids are below it."""
+        return 1 + max((max(ids, default=0) for ids in (*self._texts, *self._answers)), default=0)
+
+    def fingerprint(self) -> str:
+        """What tells these ids from others."""
+        return hashlib.sha256(repr((self._texts, self._answers)).encode()).hexdigest()
+
+    def need(self, rows: int) -> str:
+        """What ``rows`` rows take, and what there is, in words."""
+        return f"{rows} pairs but the source has {len(self)}"
+
+    def gather(self, rows: Sequence[int], draws: Sequence[object]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``decoder_input_ids`` and ``labels`` int64 [rows, seq_len].
+
+        A decoder is given what it should have said before; after the end nothing counts.
+        """
+        ids, mask = padded([self._texts[row] for row in rows], self.seq_len, self._padding)
+        said, counts = padded([self._answers[row] for row in rows], self.seq_len, self._padding)
+        before = torch.from_numpy(np.full((len(rows), self.seq_len), self._start))
+        before[:, 1:] = said[:, :-1]
+        labels = said.masked_fill(counts == 0, IGNORED_LABEL)
+        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": before, "labels": labels}
+
+
+def _ended(ids: list[int], end: int) -> list[int]:
+    return ids if ids[-1:] == [end] else [*ids, end]
