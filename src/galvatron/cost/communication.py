@@ -27,10 +27,13 @@ def redistribution_s(setting: Setting, unit: UnitName, before: int, after: int) 
 
     It runs over just the axes between the two degrees; every rank puts in all it holds.
     """
-    if before == after:
-        return 0.0
-    inner, outer = sorted((before, after))
-    return setting.link("all_to_all", outer // inner, inner).time_s(setting.entering_bytes(unit))
+    return float(redistributions_s(setting, unit, np.array([before, after], dtype=np.int64))[0, 1])
+
+
+def redistributions_s(setting: Setting, unit: UnitName, degrees: Ints) -> Floats:
+    """The same between any two of ``degrees``: [before, after]."""
+    inner, outer = np.minimum.outer(degrees, degrees), np.maximum.outer(degrees, degrees)
+    return collective_s(setting, "all_to_all", outer // inner, inner, setting.entering_bytes(unit))
 
 
 def transfer_s(setting: Setting, unit: UnitName) -> float:

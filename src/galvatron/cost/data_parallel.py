@@ -18,22 +18,19 @@ from .sizes import ShardSize, held_and_trained, shard_sizes
 from .strategies import Floats, Ints, Strategies
 
 
-def data_parallel_s(
+def messages_s(
     setting: Setting,
     unit: UnitName,
     s: Strategies,
     held: tuple[ShardSize, ShardSize],
     trained: tuple[ShardSize, ShardSize],
-    forward_s: Floats,
-    backward_s: Floats,
-) -> tuple[Floats, ...]:
-    """Exposed (forward, backward) per microbatch, then what ``UnitTimes`` has once a step, from ``first_s`` on.
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """(gather, scatter, sum over replicas, of the scatter what arrives last) of all that a unit has.
 
-    All that is ``held`` (dense, experts) is gathered, and under ZeRO 3 perhaps again for the backward; what is
-    ``trained`` of it is reduced.  A head in one group with the embedding adds bytes to the messages of that.
+    All that is ``held`` (dense, experts) is gathered, what is ``trained`` of it is reduced.  A head in one group with
+    the embedding adds bytes to the messages of that.
     """
     joins = unit == "head" and setting.shares_tied_weight
-    twice = setting.model.spec.is_reached(unit) and setting.gathers_twice(unit)
     # replicas add up over microbatches what they reduce, zeros where nothing is
     late = held_and_trained(setting.arriving_last(unit), s)[1][0].held * setting.reduce_bytes * (s.replicas == 1)
 
@@ -51,8 +48,24 @@ def data_parallel_s(
             reduced = of_trained.held * setting.reduce_bytes
             scatter_s = scatter_s + message_s("reduce_scatter", shard, inner, reduced * shard)
             replicate_s = replicate_s + message_s("all_reduce", replicas, inner * shard, reduced)
+    return gather_s, scatter_s, replicate_s, late * s.shard * setting.links("reduce_scatter", s.shard, s.tp)[1]
+
+
+def data_parallel_s(
+    setting: Setting,
+    unit: UnitName,
+    s: Strategies,
+    messages: tuple[Floats, Floats, Floats, Floats],
+    forward_s: Floats,
+    backward_s: Floats,
+) -> tuple[Floats, ...]:
+    """Exposed (forward, backward) per microbatch, then what ``UnitTimes`` has once a step, from ``first_s`` on.
+
+    ``messages``: what ``messages_s`` gives; under ZeRO 3 gathers come perhaps again for the backward.
+    """
+    gather_s, scatter_s, replicate_s, late_s = messages
+    twice = setting.model.spec.is_reached(unit) and setting.gathers_twice(unit)
     every_gather_s = np.where(s.zero == 3, gather_s, 0.0)
-    late_s = late * s.shard * setting.links("reduce_scatter", s.shard, s.tp)[1]
     # under ZeRO 2 and 3 FSDP2 reduces within the backward, replicas at its last; under ZeRO 1 a stage that sends back
     # reduces after its message; without ZeRO reductions run beside the backward and hold up nothing
     within = (s.zero >= 2) & (not setting.reduces_once)

@@ -100,7 +100,10 @@ def all_unit_memory(
     """
     s, (cuts, which) = strategies, strategies.cuts
     own = setting.parameters(unit) if parameters is None else parameters
-    (dense, experts), (trained_dense, trained_experts) = held_and_trained(own, s)
+    parts, kept = s.parameter_cuts
+    (dense, experts), (trained_dense, trained_experts) = (
+        (of_dense.take(kept), of_experts.take(kept)) for of_dense, of_experts in held_and_trained(own, parts)
+    )
     held, trained = dense.held + experts.held, trained_dense.held + trained_experts.held
     whole = trained_dense.whole + trained_experts.whole
     activations, workspace = (column[which] for column in _passing_bytes(setting, unit, cuts))

@@ -30,6 +30,10 @@ class ShardSize:
     largest: Ints
     uncut: Ints
 
+    def take(self, at: Ints) -> ShardSize:
+        """Some rows."""
+        return ShardSize(self.held[at], self.whole[at], self.largest[at], self.uncut[at])
+
 
 def shard_sizes(parameters: Iterable[ParameterSpec], strategies: Strategies) -> tuple[ShardSize, ShardSize]:
     """Sums over ``parameters`` of what rank 0, the fullest, holds of each: of all but experts, and of experts.

@@ -19,6 +19,7 @@ from galvatron.plan.plan import LayerStrategy
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 DEGREES = ("tp", "ulysses", "cp", "ep", "dp_shard", "dp_replicate", "zero")
+MAX_KEYED = 2**15  # four degrees below it make one whole number
 NONE, SELECTIVE, MLP, LINEARS, FULL = range(len(RECOMPUTES))
 
 
@@ -106,6 +107,19 @@ class Strategies:
             return self, np.arange(len(ranks))
         base, levels = int(max(ranks[0], self.ep.max())) + 1, len(RECOMPUTES)
         key = (((self.tp * base + self.ulysses) * base + self.cp) * base + self.ep) * levels + self.recompute
+        _, first, which = np.unique(key, return_index=True, return_inverse=True)
+        return self.take(first), which
+
+    @cached_property
+    def parameter_cuts(self) -> tuple[Self, Ints]:
+        """One row for every way to cut and keep parameters, and of every row which it is of those.
+
+        What is held, gathered and summed depends on nothing else but whether it is every microbatch's.
+        """
+        base = int(max(column.max(initial=0) for column in (self.tp, self.ep, self.shard, self.replicas))) + 1
+        if base > MAX_KEYED:
+            return self, np.arange(len(self))
+        key = ((self.tp * base + self.ep) * base + self.shard) * base + self.replicas
         _, first, which = np.unique(key, return_index=True, return_inverse=True)
         return self.take(first), which
 

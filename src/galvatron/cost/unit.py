@@ -17,7 +17,7 @@ from galvatron.plan.plan import LayerStrategy
 
 from .communication import collective_s, exposed_s
 from .compute import interpolate
-from .data_parallel import data_parallel_s, replicated_bytes_s, tied_s
+from .data_parallel import data_parallel_s, messages_s, replicated_bytes_s, tied_s
 from .experts import expert_messages
 from .memory import MASTER_BYTES
 from .setting import Setting
@@ -127,8 +127,11 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
     passes, again_s = _passes_s(setting, unit, cuts)
     passes, again_s = {name: seconds[which] for name, seconds in passes.items()}, again_s[which]
     forward_s, backward_s = passes["compute_forward_s"], passes["compute_backward_s"]
-    held, trained = held_and_trained(setting.parameters(unit), s)
-    shard = data_parallel_s(setting, unit, s, held, trained, forward_s, backward_s + again_s)
+    own, kept = s.parameter_cuts
+    held, trained = held_and_trained(setting.parameters(unit), own)
+    gather_s, scatter_s, replicate_s, late_s = (m[kept] for m in messages_s(setting, unit, own, held, trained))
+    messages = gather_s, scatter_s, replicate_s, late_s
+    shard = data_parallel_s(setting, unit, s, messages, forward_s, backward_s + again_s)
     return UnitTimes(
         **passes,
         data_parallel_forward_s=shard[0],
@@ -138,9 +141,9 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> 
         last_s=shard[4],
         reductions_s=shard[5],
         delayed_s=shard[6],
-        replicated_s=replicated_bytes_s(setting, s, *trained),
-        tied_s=tied_s(setting, unit, s),
-        optimizer_s=_optimizer_s(setting, s, trained[0].held + trained[1].held),
+        replicated_s=replicated_bytes_s(setting, own, *trained)[kept],
+        tied_s=tied_s(setting, unit, own)[kept],
+        optimizer_s=_optimizer_s(setting, s, (trained[0].held + trained[1].held)[kept]),
     )
 
 

@@ -18,7 +18,7 @@ from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.plan.schedules import in_flight
 
 from .bounds import ROUNDING
-from .space import Kept, Space, Task
+from .space import Rows, Space, Task
 from .stages import by_ends
 
 BLOCK = 64  # members that are looked at together
@@ -76,14 +76,16 @@ class Member:
     chosen: Mapping[UnitName, Ints]
 
 
-def rows_of(name: str, devices_per_node: int) -> Kept | None:
-    """Of all strategies those of the family's members; None where these are all."""
+def rows_of(name: str, devices_per_node: int, every: Rows) -> Rows:
+    """Of ``every`` strategy those of the family's members."""
     family = FAMILIES[name]
 
-    def kept(unit: UnitName, rows: Strategies) -> Strategies:
-        return rows.take(family.members(rows, devices_per_node)) if unit not in ENDS or family.ends_alike else rows
+    def rows(stage_size: int, unit: UnitName) -> Strategies:
+        found = every(stage_size, unit)
+        whole = unit in ENDS and not family.ends_alike
+        return found if whole else found.take(family.members(found, devices_per_node))
 
-    return None if name == "uniform" else kept
+    return rows
 
 
 def members(space: Space, name: str, devices_per_node: int) -> Iterator[Member]:

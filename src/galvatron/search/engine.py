@@ -155,7 +155,7 @@ def _worst(job: Job, found: _Found, num_candidates: int) -> float:
 
 def _solve_one(job: Job, found: _Found, i: int, bound: float, num_candidates: int) -> None:
     task, worst = job.tasks[i], _worst(job, found, num_candidates)
-    space = job.builder.build(task)
+    space = job.space(i)
     solved = Solved(None, bound * task.global_batch_size)
     if bound <= found.best():
         solved = solve(space, found.best() * task.global_batch_size, FULL_EFFORT, job.patience)

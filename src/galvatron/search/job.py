@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 from galvatron.core.units import counted
 from galvatron.cost.setting import Setting
@@ -16,13 +18,15 @@ from galvatron.plan.plan import Plan
 
 from .ascending import Ascending
 from .baselines import FAMILIES, members, rows_of
-from .bounds import fastest_s, free_bound_s, lower_bounds_s
+from .bounds import fastest_s, free_bound_s, lower_bounds_s, without_beaten
 from .limits import Limits
 from .patience import ENDLESS, Patience
 from .space import Space, SpaceBuilder, Task, suits, tasks
 from .tables import Solution
 
 Progress = Callable[[str], None]
+
+LEAN = 32  # tasks whose spaces are remembered without what is beaten in them
 
 
 class Job:
@@ -49,6 +53,9 @@ class Job:
         self.tasks = [task for task in tasks(world, spec.num_layers, batches, limits) if suits(task, spec)]
         self.least: list[float] = []
         self.strategies = 0
+        self._lean = lru_cache(maxsize=LEAN)(
+            lambda i: replace(without_beaten(self.builder.build(self.tasks[i])), whole=None)
+        )
         self._families: dict[str, SpaceBuilder] = {}
         self._free: dict[int, float] = {}
         self._bounds: dict[int, float] = {}
@@ -64,9 +71,13 @@ class Job:
     def of_family(self, name: str) -> SpaceBuilder:
         """Builds spaces of the strategies of a family's members alone."""
         if name not in self._families:
-            kept = rows_of(name, self.devices_per_node)
-            self._families[name] = self.builder if kept is None else SpaceBuilder(*self._arguments, kept)
+            rows = rows_of(name, self.devices_per_node, self.builder.rows)
+            self._families[name] = self.builder if name == "uniform" else SpaceBuilder(*self._arguments, rows)
         return self._families[name]
+
+    def space(self, i: int) -> Space:
+        """Of task i, without options that are beaten by others."""
+        return self._lean(i)
 
     def look_at_all(self) -> None:
         """Bound every task without costing its strategies."""
@@ -120,7 +131,7 @@ class Job:
                 self.progress(f"bounded {len(self._bounds)} of {len(self.tasks)} combinations")
             kin, batch = [j for j, plain in self._plain.items() if plain == i], self.tasks[i].global_batch_size
             settings = [self.builder.setting(self.tasks[j]) for j in kin]
-            own, *others = lower_bounds_s(self.builder.build(self.tasks[i]), *settings)
+            own, *others = lower_bounds_s(self.space(i), *settings)
             self._bounds[i] = own / batch
             self._floors |= {j: floor / batch for j, floor in zip(kin, others, strict=True)}
         return self._bounds[i]

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from galvatron.core.model import ENDS, ModelSpec, UnitName
-from galvatron.cost.communication import redistribution_s
+from galvatron.cost.communication import redistributions_s
 from galvatron.cost.memory import UnitMemory, all_unit_memory, bytes_in_flight, usable_bytes
 from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints, Strategies
@@ -243,26 +243,29 @@ class _Costed:
     layout: Ints
 
 
-Kept = Callable[[UnitName, Strategies], Strategies]
-"""Of a unit's strategies those that are asked about."""
+Rows = Callable[[int, UnitName], Strategies]
+"""The strategies of a unit in a stage of some devices."""
 
 
 class SpaceBuilder:
     """Builds the spaces of a job's tasks; remembers the last few, and what (batch, pp, microbatches) cost.
 
-    ``build(task, usable)``: the space of a task; ``usable`` replaces the memory limit.  ``kept``: strategies that are
-    costed, if not all that are allowed.
+    ``build(task, usable)``: the space of a task; ``usable`` replaces the memory limit.  ``rows``: what is costed,
+    if not all that is allowed.
     """
 
-    def __init__(self, job: Setting, limits: Limits, memory_limit_bytes: int, kept: Kept | None = None) -> None:
+    def __init__(self, job: Setting, limits: Limits, memory_limit_bytes: int, rows: Rows | None = None) -> None:
         self.job = job
         self.limits = limits.of_tied_ends() if job.model.spec.ends_alike else limits
         self.usable_bytes = usable_bytes(job, memory_limit_bytes)
-        self.rows: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(
-            lambda stage_size, unit: (kept or _all)(unit, allowed_rows(job, self.limits, stage_size, unit))
+        self.rows: Rows = lru_cache(maxsize=None)(
+            rows or (lambda stage_size, unit: allowed_rows(job, self.limits, stage_size, unit))
         )
         self._cuts: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(
             lambda stage_size, unit: cuts_of(self.rows(stage_size, unit))
+        )
+        self._degrees: Callable[[int, UnitName], tuple[Ints, Ints]] = lru_cache(maxsize=None)(
+            lambda stage_size, unit: np.unique(self.rows(stage_size, unit).dp, return_counts=True)
         )
         num_rows = sum(len(self.rows(job.hardware.world_size, unit)) for unit in job.model.spec.units)
         remembered = lru_cache(maxsize=max(MIN_CACHED, MAX_CACHED_ROWS // (num_rows + 1)))
@@ -301,11 +304,11 @@ class SpaceBuilder:
 
     def num_options(self, task: Task) -> int:
         """The most strategies that a unit has."""
-        setting = self.setting(task)
-        return max(
-            int(np.count_nonzero(setting.micro_batch_size % self.rows(setting.stage_size, unit).dp == 0))
-            for unit in setting.model.spec.units
-        )
+        setting, most = self.setting(task), 0
+        for unit in setting.model.spec.units:
+            degrees, counts = self._degrees(setting.stage_size, unit)
+            most = max(most, int(counts[setting.micro_batch_size % degrees == 0].sum()))
+        return most
 
     def least_work_s(self, task: Task) -> dict[UnitName, float]:
         """Of every unit what no option's work is less than: its passes alone, a row for every way to cut it.
@@ -336,15 +339,11 @@ class SpaceBuilder:
         return costs
 
 
-def _all(unit: UnitName, rows: Strategies) -> Strategies:
-    return rows
-
-
 def _to_a_unit(schedule: Schedule) -> Schedule:
     """A schedule whose units cost the same."""
     return schedule if schedule in ("gpipe", "zero_bubble") else "1f1b"
 
 
 def _moves_s(setting: Setting, unit: UnitName, layouts: tuple[int, ...]) -> Floats:
-    one_way = [[redistribution_s(setting, unit, a, b) for b in layouts] for a in layouts]
-    return 2 * setting.whole_fill * np.array(one_way, dtype=np.float64)
+    moves: Floats = 2 * setting.whole_fill * redistributions_s(setting, unit, np.array(layouts, dtype=np.int64))
+    return moves

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,10 +11,17 @@ from tests.unit.search.test_brute_force import instance
 from galvatron.cost.memory import UnitMemory, all_unit_memory, unit_memory
 from galvatron.cost.setting import Setting
 from galvatron.cost.unit import UnitTimes, all_unit_times, unit_times
-from galvatron.search.bounds import without_beaten
+from galvatron.search.baselines import members
+from galvatron.search.bounds import relaxed_division, without_beaten
 from galvatron.search.job import Job
+from galvatron.search.smallest import smallest
+from galvatron.search.solve import UNLIMITED, parts, solve
+from galvatron.search.space import Space
 
 SEEDS = (3, 14, 21, 40)  # 14: two of five tasks have no strategy
+
+
+TIED = (3, 4, 7, 8, 13, 14, 16, 25, 28, 36, 39)
 
 
 def job(seed: int) -> Job:
@@ -62,3 +69,37 @@ def test_of_options_that_are_left_out_another_is_left(seed: int) -> None:
                 names = ("resident_bytes", "activation_bytes", "waiting_bytes", "transient_bytes")
                 less = [getattr(left, name) <= getattr(every, name)[i] for name in names]
                 assert (same & np.all(less, axis=0)).any()
+
+
+def spaces(seed: int) -> list[Space]:
+    """Of the tasks of an instance, with a little more room than the smallest plan needs."""
+    found = job(seed)
+    unlimited = [found.builder.build(task, UNLIMITED) for task in found.tasks]
+    least = [(space, smallest(space)) for space in unlimited]
+    return [replace(space, usable_bytes=int(1.1 * plan.value)) for space, plan in least if plan is not None]
+
+
+def test_what_is_said_of_all_pairs_of_tied_ends_is_what_each_says_of_itself() -> None:
+    ratios = []
+    for seed in TIED:
+        for space in (space for space in spaces(seed) if space.task.pp > 1 and space.end_pairs is not None):
+            for part in parts(without_beaten(space)):
+                relaxed = relaxed_division(part.space, part.bounds.of(part.space))
+                if relaxed is not None:
+                    ratios.append(part.floor_s / relaxed.value)
+                else:
+                    assert part.floor_s > 0
+    assert max(ratios) <= 1 + 1e-9
+    assert np.median(ratios) > 0.99, "worth having"
+    assert len(ratios) > 20
+
+
+def test_simple_plans_that_are_left_out_do_not_fit() -> None:
+    out = 0
+    for space in (space for seed in SEEDS for space in spaces(seed)[:2]):
+        (kind, *others) = (kind.name for kind in space.setting.model.spec.layers)
+        left = {int(member.chosen[kind][0]) for member in members(space, "uniform", 4)}
+        for at in set(range(len(space.options[kind]))) - left if not others else ():
+            out += 1
+            assert solve(space.restricted({kind: np.array([at])})).solution is None
+    assert out > 0

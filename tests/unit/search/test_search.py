@@ -326,7 +326,7 @@ def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
         least = smallest(spaces.build(task))
         for factor in (1.1, 1.3, 1.7) if least is not None else ():
             space = spaces.build(task, int(least.value * factor))  # type: ignore[union-attr]
-            unguessed = [TaskSolver(part, bounds.of(part), math.inf) for _, part, bounds in parts(space)]
+            unguessed = [TaskSolver(p.space, p.bounds.of(p.space), math.inf) for p in parts(space)]
             best, solved = [found.value for solver in unguessed if (found := solver.solve())], solve(space)
             assert not any(solver.merged for solver in unguessed)
             assert solved.solution is not None
@@ -372,7 +372,7 @@ def test_merged_labels_give_plans_that_fit_and_bounds_that_hold(seed: int, bound
         least = smallest(spaces.build(task))
         assert least is not None
         for usable in (int(least.value * factor) for factor in (1.05, 1.3, 1.7)):
-            for _, space, _ in parts(spaces.build(task, usable)):
+            for space in (part.space for part in parts(spaces.build(task, usable))):
                 exact = solve(space)
                 solver = TaskSolver(space, stage_bounds(space), math.inf, Effort(0, 12, 12, bounds))
                 found = solver.solve()
