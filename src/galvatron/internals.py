@@ -96,6 +96,7 @@ __all__ = [
 ]
 
 
+_c10d: Any = torch.distributed.distributed_c10d
 _functional = torch.ops._c10d_functional
 REDUCE_SCATTER: Any = _functional.reduce_scatter_tensor.default
 """The dispatched operation of ``reduce_scatter``."""
@@ -302,12 +303,18 @@ def new_group(ranks: tuple[int, ...], device: torch.device, purpose: str) -> dis
 
     A default group that is bound to a device makes torch split its communicator for every other group, which all ranks
     of the world have to take part in: members alone would wait for ever.  So it is not bound meanwhile.
+
+    Such a group's name torch makes of its ranks and of how many groups a rank has, which must then be equal on all of
+    its members.  Those of two stages differ, so here the count is of groups of the same ranks and ``purpose``.
     """
     if device.type == "cuda":
         # messages of one direction between two ranks are meant to go in turn
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
     default: Any = dist.group.WORLD
     bound, default.bound_device_id = default.bound_device_id, None
+    alike = f"{purpose} of {','.join(map(str, ranks))}, "
+    made = sum(name.startswith(alike) for name in _c10d._world.pg_names.values())
+    usual, _c10d._process_group_name = _c10d._process_group_name, lambda *_, **__: f"{alike}{made}"
     try:
         group: dist.ProcessGroup = dist.new_group(
             list(ranks),
@@ -316,7 +323,7 @@ def new_group(ranks: tuple[int, ...], device: torch.device, purpose: str) -> dis
             device_id=None if device.type == "cpu" else device,
         )
     finally:
-        default.bound_device_id = bound
+        default.bound_device_id, _c10d._process_group_name = bound, usual
     return group
 
 
