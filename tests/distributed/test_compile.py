@@ -26,7 +26,15 @@ LEVELS: tuple[Recompute, ...] = ("linears", "selective", "full", "linears")
 PLANS = {
     "one device": (1, tuple(S(recompute=level) for level in LEVELS)),
     "tp": (2, tuple(S(tp=2, recompute=level) for level in LEVELS)),
-    "zero bubble": (2, (S(tp=2, recompute="full"), S(tp=2), S(dp_shard=2, zero=3), S(tp=2, recompute="selective"))),
+    "zero bubble": (
+        2,
+        (
+            S(tp=2, recompute="full"),
+            S(dp_shard=2, zero=3, recompute="mlp"),
+            S(cp=2, recompute="selective"),
+            S(ulysses=2),
+        ),
+    ),
     "mixed": (
         2,
         (
@@ -126,7 +134,9 @@ def test_a_compiled_collective_keeps_its_gradient(collective: Callable[..., torc
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["one device", pytest.param("tp", marks=pytest.mark.slow), "mixed", "zero bubble"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("tp", "mixed"))) for name in PLANS]
+)
 def test_compiled_layers_compute_the_same_in_graphs_made_once(pool: Pool, name: str) -> None:
     check(pool, name, "aot_eager_decomp_partition")
 

@@ -20,6 +20,8 @@ from galvatron.testing.pool import Pool
 RATE = 0.25
 PLANS = {name: plan for name, plan in pure_plans(build_spec(tiny_config("gpt2")), 4).items() if plan.layers[0].cp == 1}
 """Ring attention refuses dropout."""
+LIKE_ANOTHER = {"zero1", "hsdp1", "hsdp3", "gpipe", "offload"}
+"""What draws as zero2, hsdp2, 1f1b and zero3 do."""
 CUT_BY_BATCH = [name for name, plan in PLANS.items() if plan.pp == plan.layers[0].sequence_degree == 1]
 
 
@@ -36,9 +38,9 @@ def batch(plan: Plan) -> tuple[Tensor, Tensor]:
 
 def losses_of(world: World, plan: Plan, rate: float = RATE) -> list[float]:
     model = model_for(plan, rate=rate, world=world)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, eps=1e-4)
     losses = []
-    for _ in range(3):
+    for _ in range(2):
         torch.manual_seed(0)  # as everyone does, on every rank
         losses.append(float(model.train_step(*batch(plan))))
         optimizer.step()
@@ -47,20 +49,22 @@ def losses_of(world: World, plan: Plan, rate: float = RATE) -> list[float]:
 
 def losses_under_every_strategy() -> tuple[dict[str, list[float]], list[float]]:
     world = init_world("cpu")
-    return {name: losses_of(world, plan) for name, plan in PLANS.items()}, losses_of(world, PLANS["dp"], rate=0.0)
+    plans = {name: plan for name, plan in PLANS.items() if name not in LIKE_ANOTHER}
+    return {name: losses_of(world, plan) for name, plan in plans.items()}, losses_of(world, PLANS["dp"], rate=0.0)
 
 
 def test_training_goes_on_under_every_strategy_and_recomputes_with_equal_masks(pool: Pool) -> None:
     results = pool.run(losses_under_every_strategy, world_size=4)
     assert all(result == results[0] for result in results)
     losses, plain = results[0]
-    assert {*RECOMPUTES[1:], "zero3", "hsdp2"} < set(CUT_BY_BATCH) < set(losses)
+    alike = set(CUT_BY_BATCH) - LIKE_ANOTHER
+    assert {*RECOMPUTES[1:], "zero3", "hsdp2"} < alike < set(losses)
     for name, values in losses.items():
         assert all(math.isfinite(value) for value in values), name
         assert abs(values[0] - plain[0]) < 0.3, name
         assert values[0] != pytest.approx(plain[0], rel=1e-4), name
         assert values[-1] < values[0] - 0.1, name
-    for name in CUT_BY_BATCH:  # the same rows on the same ranks: only what draws masks anew would differ
+    for name in alike:  # the same rows on the same ranks: only what draws masks anew would differ
         assert losses[name] == pytest.approx(losses["dp"], rel=1e-5), name
 
 

@@ -47,15 +47,23 @@ def curve(model: ParallelModel, num_steps: int) -> list[float]:
     return losses
 
 
-def curves(plan: Plan) -> dict[str, list[float]]:
-    return {precision: curve(make(plan, precision), 40) for precision in ("fp32", "bf16", "fp16")}
+def curves(plan: Plan, num_steps: int) -> dict[str, list[float]]:
+    return {precision: curve(make(plan, precision), num_steps) for precision in ("fp32", "bf16", "fp16")}
 
 
-@pytest.mark.parametrize("plan", [PIPELINE, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["pipeline", "mixed"])
-def test_losses_stay_beside_those_of_fp32_over_40_steps(pool: Pool, plan: Plan) -> None:
-    found, *others = pool.run(curves, plan, world_size=4)
+@pytest.mark.parametrize(
+    ("plan", "num_steps"),
+    [
+        (PIPELINE, 16),
+        pytest.param(PIPELINE, 40, marks=pytest.mark.slow),
+        pytest.param(MIXED, 40, marks=pytest.mark.slow),
+    ],
+    ids=["pipeline", "pipeline, longer", "mixed"],
+)
+def test_losses_stay_beside_those_of_fp32(pool: Pool, plan: Plan, num_steps: int) -> None:
+    found, *others = pool.run(curves, plan, num_steps, world_size=4)
     assert all(other == found for other in others)
-    assert found["fp32"][-1] < found["fp32"][0] / 2
+    assert found["fp32"][-1] < found["fp32"][0] * (0.5 if num_steps == 40 else 0.8)
     for precision, allowed in (("fp16", 0.004), ("bf16", 0.02)):
         assert found[precision] == pytest.approx(found["fp32"], abs=allowed)
 

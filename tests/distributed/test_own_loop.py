@@ -38,7 +38,7 @@ def plain() -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, model.state_dict()
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_its_losses_and_weights_are_those_of_one_process(
     tmp_path: Path, plain: tuple[list[float], dict[str, torch.Tensor]], num_processes: int
 ) -> None:

@@ -22,9 +22,9 @@ from galvatron.train.data import IGNORED_LABEL
 
 LENGTHS = ((16,), (5, 11), (1, 1, 6, 8), (9, 7), (15, 1), (2, 13, 1), (8, 8), (4, 4, 4, 4))
 """Of the documents in each row of a batch: inside, at and across the cuts of a sequence, and of one token."""
-FAMILIES = {"llama": 3, "mistral": 1, "gpt2": 2, "gemma2": 2, "gpt_oss": 2}
+FAMILIES = {"llama": 1, "mistral": 1, "gpt2": 1, "gemma2": 1, "gpt_oss": 1}
 """And how many mixes of each the default run takes: rotary and learnt positions, windows, capped scores, sinks."""
-PURE = ("tp", "ulysses", "ring", "zero3", "full", "1f1b", "interleaved", "zero_bubble")
+PURE = ("tp", "ulysses", "ring", "full", "1f1b", "zero_bubble")
 RANKS_AT_ONCE = 12
 """Of the plans in a call of the pool, which has a limit of time, all together."""
 

@@ -26,7 +26,6 @@ SAMPLE = (
     "galvatron data prepare job.toml",
     "galvatron convert to-hf runs/job exported",
     "galvatron convert from-hf openai-community/gpt2 models/gpt2",
-    "torchrun --nproc-per-node 8 --no-python galvatron train job.toml --plan plan.json",
 )
 """What `make test` runs; the others are slow."""
 SRUN = """#!{python}

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from galvatron.core.model import Precision
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import SAMPLED, VARIANTS
 from galvatron.testing.plans import random_plans
-from galvatron.testing.reference import Recipe
 from galvatron.testing.sweep import Sweep, variant_spec
 
 SEED = 2026
 NAMES = [variant.name for variant in VARIANTS]
 WHOLE = [name for name in NAMES if name not in SAMPLED]
-SAMPLES = {2: 2, 4: 3, 8: 1}
-"""Plans per variant in the default run."""
+SAMPLES = {2: 1, 4: 2}
+"""Plans per variant in the default run, beside one on eight ranks for some."""
 
 
 def _check(sweep: Sweep, variant: str, world_size: int, first: int, last: int) -> None:
     plans = random_plans(variant_spec(variant, world_size), world_size, last, SEED)[first:]
     failures = []
     for index, plan in enumerate(plans, start=first):
-        recipe = Recipe(max_grad_norm=0.1) if index % 4 == 3 else Recipe()
+        recipe = replace(sweep.recipe, max_grad_norm=0.1) if index % 4 == 3 else sweep.recipe
         report = sweep.parity(variant, plan, recipe)
         if not report.ok:
             failures.append(f"plan {index}: {report.explain()}")
@@ -123,6 +124,11 @@ def test_a_few_mixed_plans(sweep: Sweep, variant: str, world_size: int) -> None:
     _check(sweep, variant, world_size, 0, SAMPLES[world_size])
 
 
+@pytest.mark.parametrize("variant", ["gpt2", "llama-tied-one-kv-head", "qwen3"])
+def test_a_mixed_plan_of_eight_ranks(sweep: Sweep, variant: str) -> None:
+    _check(sweep, variant, 8, 0, 1)
+
+
 @pytest.mark.parametrize("variant", ["gemma2", "phi3", "gpt_neox", "opt"])
 def test_a_mixed_plan_of_other_families(sweep: Sweep, variant: str) -> None:
     _check(sweep, variant, 4, 0, 1)
@@ -130,7 +136,7 @@ def test_a_mixed_plan_of_other_families(sweep: Sweep, variant: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("world_size", SAMPLES)
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 @pytest.mark.parametrize("variant", NAMES)
 def test_forty_mixed_plans(sweep: Sweep, variant: str, world_size: int) -> None:
-    _check(sweep, variant, world_size, SAMPLES[world_size], 40)
+    _check(sweep, variant, world_size, SAMPLES.get(world_size, 0), 40)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from galvatron.core.model import Precision
@@ -110,4 +112,4 @@ def test_all_strategies(sweep: Sweep, variant: str, world_size: int) -> None:
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3", "tp", "1f1b"])
 def test_clipping_uses_the_global_norm(sweep: Sweep, strategy: str) -> None:
-    _check(sweep, "qwen2", 2, strategy, Recipe(max_grad_norm=0.1))
+    _check(sweep, "qwen2", 2, strategy, replace(sweep.recipe, max_grad_norm=0.1))

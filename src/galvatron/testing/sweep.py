@@ -5,7 +5,7 @@ Takes variants and plans; gives reports.  Used by the tests and by ``benchmarks/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -39,21 +39,22 @@ def variant_spec(variant: str, world_size: int) -> ModelSpec:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A pool, and a folder where references are kept once trained."""
+    """A pool, a folder where references are kept once trained, and how they are unless another recipe is given."""
 
     pool: Pool
     folder: Path
+    recipe: Recipe = field(default_factory=Recipe)
 
     def parity(
         self, variant: str, plan: Plan, recipe: Recipe | None = None, *, engine: str | None = None
     ) -> ParityReport:
         """``testing.parity`` of the variant of that name (in halves the smooth one); WorkerError where a rank fails."""
-        return parity_with(self._reference(variant, plan, recipe or Recipe()), plan, self.pool, engine=engine)
+        return parity_with(self._reference(variant, plan, recipe or self.recipe), plan, self.pool, engine=engine)
 
     def _reference(self, variant: str, plan: Plan, recipe: Recipe) -> Path:
         heads = heads_for(plan.world_size)
         clip = recipe.max_grad_norm
-        name = f"{variant}-{heads}-{plan.global_batch_size}x{plan.seq_len}-{clip}-{recipe.seed}"
+        name = f"{variant}-{heads}-{plan.global_batch_size}x{plan.seq_len}-{clip}-{recipe.num_steps}-{recipe.seed}"
         path = self.folder / f"{name}-{plan.precision}.pt"
         if not path.exists():
             model = Variant.named(variant).model(heads, recipe.seed, smooth=plan.precision != "fp32")

@@ -179,7 +179,9 @@ def every_task(batch: int, layers: int = 4, limits: Limits | None = None) -> lis
     return list(tasks(4, layers, [batch], limits or Limits()))
 
 
-@pytest.mark.parametrize("seq_len", [64, 2048, 8192])  # parameters or, ever more, activations fill the memory
+@pytest.mark.parametrize(
+    "seq_len", [64, 2048, pytest.param(8192, marks=pytest.mark.slow)]
+)  # parameters or, ever more, activations fill the memory
 def test_no_bound_exceeds_its_task_s_optimum(seq_len: int) -> None:
     model, compared = make_model(small_spec(), seq_len=seq_len, flops_per_s=2e11), 0
     spaces = builder(model, 4)
@@ -316,7 +318,9 @@ def test_progress_and_counts() -> None:
     assert any("microbatch" in line for line in lines)
 
 
-@pytest.mark.parametrize("seed", [2, 4, 5, 11, 13])  # where plans a little beyond the first guess are not the best
+@pytest.mark.parametrize(
+    "seed", [*(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 4, 11)), 5, 13]
+)  # where plans a little beyond the first guess are not the best
 def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
     model = make_model(make_spec(6, hidden=256, ffn=768, vocab=300), seq_len=2048, flops_per_s=2e11, seed=seed)
     hardware, limits = make_hardware(4, "cuda", seed=seed, memory_bytes=2**40), Limits("all")
@@ -334,8 +338,13 @@ def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
             assert solved.lower_bound_s == solved.solution.value
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("world_size", [4, 6, 8])
+@pytest.mark.parametrize(
+    ("world_size", "device"),
+    [
+        *((4, "cpu"), (6, "cuda"), (8, "cuda")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, "cuda"), (6, "cpu"), (8, "cpu"))),
+    ],
+)
 def test_1f1b_bounds_its_interleaved_kin(world_size: int, device: str) -> None:
     model = make_model(make_spec(12, hidden=256, ffn=768, vocab=300), seq_len=2048, flops_per_s=2e11)
     hardware = make_hardware(world_size, device, memory_bytes=2**40)
@@ -361,7 +370,7 @@ def tensor_bytes(stage: StagePrediction) -> int:
     return kept + stage.unsharded_bytes + stage.workspace_bytes
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 @pytest.mark.parametrize("bounds", [True, False])
 def test_merged_labels_give_plans_that_fit_and_bounds_that_hold(seed: int, bounds: bool) -> None:
     model = make_model(make_spec(6, hidden=256, ffn=768, vocab=300), seq_len=2048, flops_per_s=2e11, seed=seed)
