@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from galvatron.core.errors import ConfigError, GalvatronError
-from galvatron.core.family import Experts
+from galvatron.core.family import Blocks, Experts, Stack
 from galvatron.core.files import write_output
 
 from .console import say
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from galvatron.core.tasks import Task
 
-HEADINGS = ("type", "task", "attention", "MLP", "between embedding and layers", "proved with transformers")
+HEADINGS = ("type", "task", "attention", "MLP", "outside the layers", "lines of data", "proved with transformers")
 DASHES = ("---",) * len(HEADINGS)
 
 app = typer.Typer(name="models", help="List known models, and check others.", no_args_is_help=True)
@@ -51,18 +52,26 @@ def list_(
 
 
 def _row(name: str) -> tuple[str, ...]:
-    from galvatron.core.family import known_families
+    from galvatron.core.family import FOLDER, known_families
 
     known = known_families()[name]
-    cuts = {"heads": "whole", "ffn": "whole"}
-    for region in known.family.stacks[0].regions:
-        cuts[region.row_blocks] = ", ".join(
-            f"{path.rpartition('.')[2]} ({' + '.join(blocks)})" for path, blocks in region.columns.items()
-        )
-    if (experts := known.family.stacks[0].experts) is not None:
-        cuts["ffn"] = f"experts: {_cuts_of(experts)}"
-    before = ", ".join(path.rpartition(".")[2] for path in known.family.before) or "-"
-    return known.family.model_type, known.family.task, cuts["heads"], cuts["ffn"], before, known.transformers
+    stacks = known.family.stacks
+    attention, mlp = (_columns(stacks, blocks) for blocks in ("heads", "ffn"))
+    experts = [f"experts: {_cuts_of(stack.experts)}" for stack in stacks if stack.experts is not None]
+    before = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in known.family.before)) or "-"
+    cuts = ("; ".join(found) or "whole" for found in (attention, [*mlp, *experts]))
+    lines = (FOLDER / f"{name}.json").read_text(encoding="utf-8").count("\n")
+    return known.family.model_type, known.family.task, *cuts, before, str(lines), known.transformers
+
+
+def _columns(stacks: Iterable[Stack], blocks: Blocks) -> list[str]:
+    """The columns of every region that is cut by ``blocks``, each kind once."""
+    regions = (region for stack in stacks for region in stack.regions if region.row_blocks == blocks)
+    rows = (
+        ", ".join(f"{path.rpartition('.')[2]} ({' + '.join(cut)})" for path, cut in region.columns.items())
+        for region in regions
+    )
+    return list(dict.fromkeys(rows))
 
 
 def _cuts_of(experts: Experts) -> str:
@@ -87,6 +96,9 @@ def check(
     ] = None,
 ) -> None:
     """Recognise models and compare the gradients of tiny twins, cut and in stages, with those of the whole."""
+    import torch
+
+    torch.set_num_threads(1)  # of what is tiny they wait for each other longer than they work
     wrong = False
     for name in names:
         try:

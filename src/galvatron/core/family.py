@@ -160,8 +160,9 @@ class Family(Record):
 class Shape(Record):
     """A ParameterSpec whose numbers are formulas (``core.formulas``); it exists where the flags of ``when`` are so.
 
-    ``stack``: whose layers have it.  ``after``: layers, the first ones of the stack, that lack it; ``until``: those
-    that alone have it, if not 0.
+    ``stack``: whose layers have it; of an embedding's, on the way to which it is, and ``again``: on the way to which
+    it is looked up too.  ``after``: how many layers, the first ones of the stack, lack it; ``until``: how many alone
+    have it, if not 0; formulas of numbers that may be 0.  ``shared`` and ``trainable``: see ``ParameterSpec``.
     """
 
     name: str
@@ -170,9 +171,12 @@ class Shape(Record):
     segments: tuple[str, ...] = ()
     uneven: Literal["refuse", "whole", "ceil"] = "refuse"
     experts: StrictBool = False
+    shared: StrictBool = False
+    trainable: StrictBool = True
     stack: Whole = 0
-    after: Whole = 0
-    until: Whole = 0
+    again: tuple[Whole, ...] = ()
+    after: str = "0"
+    until: str = "0"
     when: dict[str, bool] = Field(default_factory=dict)
 
 
@@ -186,7 +190,8 @@ class KnownFamily(FileRecord):
         defaults: what the type takes for a key that a file leaves out: a number, a flag, a formula, or ``key^begins``,
             a flag that is set where the word of another key begins so.
         fixed: values under which the shapes hold.
-        sizes: those of ``ModelSpec``, and of ``LayerKind`` for the first stack.
+        sizes: those of ``ModelSpec``, and of ``LayerKind`` for the first stack; ``dense_ffn_size`` of layers without
+            experts in a stack with some.
         further: those of ``LayerKind`` for each stack after it.
     """
 

@@ -18,16 +18,13 @@ from galvatron.core.model import ModelSpec
 from galvatron.core.tasks import Task, task_named
 from galvatron.core.words import shown
 
-from .deepseek import deepseek_v3
-from .encoders import swin, t5
+from .encoders import swin
 from .known import spec_of_known
 from .parts import Config
 
 Family = Callable[[Config, str], ModelSpec]
 # Defaults are those of the library's config classes (transformers 5), for keys that files leave out.
 FAMILIES: dict[str, tuple[Family, dict[str, Any]]] = {
-    "deepseek_v3": (deepseek_v3, {}),
-    "t5": (t5, {"tie_word_embeddings": True}),
     "swin": (swin, {"num_channels": 3, "num_labels": 1000, "mlp_ratio": 4.0, "patch_size": 4}),
 }
 

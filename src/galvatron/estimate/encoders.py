@@ -1,4 +1,4 @@
-"""Shapes of families of several stacks that are planned for and not trained: T5 and Swin.
+"""Shapes of the family that is planned for and not trained: Swin.
 
 Takes a Config; gives a ModelSpec whose parameters have Hugging Face's names.  Of vision models a sequence is the
 image's patches, and the vocabulary is the classes.
@@ -12,7 +12,6 @@ from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitS
 from .parts import Config, attention, chain, column, layer_norm, multi_head, row, vocabulary, whole
 
 SELF = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
-T5_NAMES = ("q", "k", "v", "o")
 
 
 def swin(config: Config, name: str) -> ModelSpec:
@@ -66,70 +65,6 @@ def _swin_merge(index: int, hidden: int) -> tuple[ParameterSpec, ...]:
     return chain(
         [whole(f"{prefix}.reduction.weight", 2 * hidden, 4 * hidden)], layer_norm(f"{prefix}.norm", 4 * hidden)
     )
-
-
-def t5(config: Config, name: str) -> ModelSpec:
-    """T5: an encoder, then a decoder that is handed the encoder's output; no biases, relative positions.
-
-    Each stack's table of relative positions counts with the embedding, both final norms with the head.  Encoder and
-    decoder sequences are equally long.
-    """
-    hidden, heads, words = config.size("d_model"), config.size("num_heads"), config.size("vocab_size")
-    common = {"hidden_size": hidden, "ffn_size": config.size("d_ff"), "num_heads": heads, "num_kv_heads": heads}
-    count, buckets = config.size("num_layers"), config.get("relative_attention_num_buckets", 32)
-    tables = (
-        whole(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", buckets, heads)
-        for stack in ("encoder", "decoder")
-    )
-    norms = (whole(f"{stack}.final_layer_norm.weight", hidden) for stack in ("encoder", "decoder"))
-    kinds = (
-        LayerKind(
-            name="encoder",
-            count=count,
-            head_dim=config.size("d_kv"),
-            causal=False,
-            parameters=_t5_layer(config, ("SelfAttention",)),
-            **common,
-        ),
-        LayerKind(
-            name="decoder",
-            count=config.get("num_decoder_layers", count),
-            head_dim=config.size("d_kv"),
-            side_inputs=1,
-            regions=3,
-            parameters=_t5_layer(config, ("SelfAttention", "EncDecAttention")),
-            **common,
-        ),
-    )
-    return ModelSpec(
-        name=name,
-        family="t5",
-        layers=kinds,
-        vocab_size=words,
-        max_seq_len=config.get("n_positions", 512),
-        tied_embeddings=config.get("tie_word_embeddings", True),
-        embedding=UnitSpec(parameters=(vocabulary("shared.weight", words, hidden), *tables)),
-        head=UnitSpec(parameters=(*norms, vocabulary("lm_head.weight", words, hidden))),
-    )
-
-
-def _t5_layer(config: Config, attentions: tuple[str, ...]) -> tuple[ParameterSpec, ...]:
-    hidden, ffn, heads = config.size("d_model"), config.size("d_ff"), config.size("num_heads")
-    head_dim, last = config.size("d_kv"), f"layer.{len(attentions)}"
-    gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
-    regions = (
-        chain(
-            attention(f"layer.{i}.{module}.", T5_NAMES, hidden, heads, heads, head_dim),
-            [whole(f"layer.{i}.layer_norm.weight", hidden)],
-        )
-        for i, module in enumerate(attentions)
-    )
-    ups = (
-        column(f"{last}.DenseReluDense.{wi}", ffn, hidden, Cut(dim=0, segments=(ffn,)))
-        for wi in (("wi_0", "wi_1") if gated else ("wi",))
-    )
-    down = row(f"{last}.DenseReluDense.wo", hidden, ffn, ffn)
-    return chain(*regions, *ups, down, [whole(f"{last}.layer_norm.weight", hidden)])
 
 
 def _encoder_layer(

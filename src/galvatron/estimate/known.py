@@ -8,7 +8,7 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.family import BEYOND_RINGS, WINDOWS, Family, KnownFamily, Shape, Stack, beside_experts, known_family
 from galvatron.core.formulas import num_patches, value
 from galvatron.core.lora import Lora, with_adapters
-from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.core.model import Cut, Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
 from galvatron.core.words import shown
 
@@ -30,6 +30,7 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
         task=family.task,
         ends=family.ends,
         stacks=len(family.stacks),
+        joints=tuple(_joint(reader, known, stack, sum(counts[:stack])) for stack in range(1, len(family.stacks))),
         layers=tuple(
             LayerKind(
                 name="layer" if len(run) == sum(counts) else f"layers {run.start}-{run.stop - 1}",
@@ -38,11 +39,11 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
                 cuttable=family.is_cuttable,
                 causal=stack.causal,
                 drops_attention=_is_beyond_rings(reader, family, stack),
-                side_inputs=int(stack.side is not None),
+                side_inputs=int(stack.side is not None and "carried" not in every[at]),
                 regions=2 + int(stack.side is not None),
                 beside_experts=beside_experts(stack, parameters),
                 parameters=parameters,
-                **every[at],
+                **_sizes_of_run(every[at], parameters),
             )
             for at, stack in enumerate(family.stacks)
             for run, parameters in _runs(reader, known, at, sum(counts[:at]), counts[at])
@@ -53,6 +54,13 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
         embedding=UnitSpec(parameters=reader.unit(known.embedding)),
         head=UnitSpec(parameters=reader.unit(known.head)),
     )
+
+
+def _joint(reader: _Reader, known: KnownFamily, stack: int, layer: int) -> Joint:
+    """The way to ``stack``, whose first layer is ``layer``."""
+    own = tuple(shape for shape in known.embedding if shape.stack == stack)
+    table = any(stack in shape.again for shape in known.embedding)
+    return Joint(layer=layer, parameters=tuple(p.name for p in reader.unit(own)), table=table)
 
 
 def _is_beyond_rings(reader: _Reader, family: Family, stack: Stack) -> bool:
@@ -66,15 +74,26 @@ def _runs(
 ) -> Iterator[tuple[range, tuple[ParameterSpec, ...]]]:
     """(which layers, parameters) of every run of a stack's layers that have the same; ``start``: of all, its first."""
     shapes = tuple(shape for shape in known.layer if shape.stack == stack)
-    first = min(max(max(shape.after, shape.until) for shape in shapes), layers)
+    first = min(max(max(map(reader.count, (shape.after, shape.until))) for shape in shapes), layers)
     runs = [run for run in (range(first), range(first, layers)) if run]
-    had = [
-        reader.unit(tuple(s for s in shapes if s.after <= run.start and not 0 < s.until <= run.start)) for run in runs
-    ]
+    had = [reader.unit(tuple(s for s in shapes if _has(reader, s, run.start))) for run in runs]
     if len(set(had)) == 1:
         runs = [range(layers)]
     for run, parameters in zip(runs, had, strict=False):
         yield range(start + run.start, start + run.stop), parameters
+
+
+def _sizes_of_run(sizes: dict[str, int], parameters: tuple[ParameterSpec, ...]) -> dict[str, int]:
+    """A stack's ``sizes`` as layers with ``parameters`` have them: without experts their MLP is another."""
+    own = {name: size for name, size in sizes.items() if name != "dense_ffn_size"}
+    if "dense_ffn_size" not in sizes or any(p.experts for p in parameters):
+        return own
+    return own | {"ffn_size": sizes["dense_ffn_size"], "num_experts": 0, "experts_per_token": 0}
+
+
+def _has(reader: _Reader, shape: Shape, layer: int) -> bool:
+    """Whether layer ``layer`` of its stack has a parameter of ``shape``."""
+    return reader.count(shape.after) <= layer and (shape.until == "0" or layer < reader.count(shape.until))
 
 
 def adapted_spec(spec: ModelSpec, lora: Lora) -> ModelSpec:
@@ -88,7 +107,7 @@ def adapted_spec(spec: ModelSpec, lora: Lora) -> ModelSpec:
     return with_adapters(spec, known.family, lora)
 
 
-MADE = ("num_labels", "num_patches", "num_positions")
+MADE = ("num_labels", "num_patches", "num_positions", "latent_head_dim")
 """Names in formulas that are no keys of a config."""
 
 
@@ -101,6 +120,10 @@ class _Reader:
     def size(self, formula: str) -> int:
         """The value of a formula."""
         return value(formula, self._named)
+
+    def count(self, formula: str) -> int:
+        """The value of one whose numbers may be 0."""
+        return value(formula, self._whole)
 
     def flag(self, name: str) -> bool:
         """A flag, or its default."""
@@ -133,10 +156,14 @@ class _Reader:
                 )
 
     def _part(self, name: str) -> tuple[Config, str]:
-        """The configuration that has ``name``, and how it calls it."""
+        """The configuration that has ``name``, and how it calls it: as its type does, or as most types do."""
         part, _, own = name.rpartition(".")
-        key = self._known.names.get(name, own)
-        return (self._config.part(part) if part else self._config), key
+        config, key = self._config.part(part) if part else self._config, self._known.names.get(name, own)
+        return config, own if own in config and key not in config else key
+
+    def _whole(self, name: str) -> int:
+        config, key = self._part(name)
+        return config.whole(key) if key in config else int(self._known.defaults[name])
 
     def _named(self, name: str) -> int:
         if name.rpartition(".")[2] in MADE:
@@ -168,10 +195,19 @@ class _Reader:
                     f"patch_size={patch[0]} must not exceed image_size={image[0]}; give a Hugging Face config.json"
                 )
             return num_patches(image, patch)
+        if own == "latent_head_dim":
+            return (self._named(f"{prefix}qk_head_dim") + self._named(f"{prefix}v_head_dim")) // 2
         return self._named("max_position_embeddings") - int(self.rate("pad_token_id")) - 1
 
     def _parameter(self, shape: Shape) -> ParameterSpec:
         cut = None
         if shape.dim is not None:
             cut = Cut(dim=shape.dim, segments=tuple(map(self.size, shape.segments)), uneven=shape.uneven)
-        return ParameterSpec(name=shape.name, shape=tuple(map(self.size, shape.shape)), cut=cut, experts=shape.experts)
+        return ParameterSpec(
+            name=shape.name,
+            shape=tuple(map(self.size, shape.shape)),
+            cut=cut,
+            experts=shape.experts,
+            shared=shape.shared,
+            trainable=shape.trainable,
+        )

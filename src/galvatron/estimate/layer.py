@@ -23,7 +23,8 @@ KEPT_GATED_COMPILED = 3
 MOVED_GATED, MOVED_GELU_NEW, MOVED_PLAIN = 5, 18, 2
 MOVED_GATED_COMPILED = 3
 WITHOUT_ROTARY = frozenset({"gpt2", "opt", "bloom", "t5", "bart", "swin", "vit", "deit", "dinov2"}) | {
-    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "clip", "siglip")
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "clip", "siglip"),
+    *("whisper", "marian", "pegasus"),
 }
 
 
@@ -101,7 +102,7 @@ def local_layer(kind: LayerKind, family: str, tp: int, seq_len: int, *, compiled
         kept=kept,
         kept_ups=2 if gated else 1,
         moved=moved,
-        rotary=family not in WITHOUT_ROTARY,
+        rotary=family not in WITHOUT_ROTARY and not kind.fixed_tokens,  # as towers beside texts have none
         rms=not any(re.search(r"(norm|ln_\d).*bias$", name.lower()) for name in names),
         span=span,
         windowed=kind.attention_span is not None,

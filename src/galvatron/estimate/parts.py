@@ -76,6 +76,12 @@ class Config:
         own: dict[str, Any] = self.get(key, {})
         return Config(own)
 
+    def whole(self, key: str) -> int:
+        """A whole number, which may be 0."""
+        if self._data.get(key) == 0 and not isinstance(self._data[key], bool):
+            return 0
+        return self.size(key)
+
     def raw(self, key: str) -> float | None:
         """A number of any sign; None if it is missing, or null."""
         value = self._data.get(key)
@@ -151,23 +157,6 @@ def attention(
     yield from column(f"{prefix}{key}", kv_heads * head_dim, hidden, kv_cut, bias)
     yield from column(f"{prefix}{value}", kv_heads * head_dim, hidden, kv_cut, bias)
     yield from row(f"{prefix}{output}", hidden, heads * head_dim, heads, bias if output_bias is None else output_bias)
-
-
-def gated_mlp(prefix: str, hidden: int, ffn: int, bias: bool = False) -> Iterator[ParameterSpec]:
-    """Gate, up and down."""
-    cut = Cut(dim=0, segments=(ffn,))
-    yield from column(f"{prefix}gate_proj", ffn, hidden, cut, bias)
-    yield from column(f"{prefix}up_proj", ffn, hidden, cut, bias)
-    yield from row(f"{prefix}down_proj", hidden, ffn, ffn, bias)
-
-
-def experts(prefix: str, count: int, hidden: int, ffn: int) -> Iterator[ParameterSpec]:
-    """The router, and the experts' gate, up and down, batched over experts."""
-    gate_up = Cut(dim=1, segments=(ffn, ffn))
-    down = Cut(dim=2, segments=(ffn,))
-    yield whole(f"{prefix}gate.weight", count, hidden)
-    yield ParameterSpec(name=f"{prefix}experts.gate_up_proj", shape=(count, 2 * ffn, hidden), cut=gate_up, experts=True)
-    yield ParameterSpec(name=f"{prefix}experts.down_proj", shape=(count, hidden, ffn), cut=down, experts=True)
 
 
 def chain(*groups: Iterable[ParameterSpec]) -> tuple[ParameterSpec, ...]:

@@ -16,8 +16,8 @@ from galvatron.core.family import BEYOND_RINGS, WINDOWS, Family, Shape
 from galvatron.core.formulas import num_patches, value
 from galvatron.core.tasks import CLASSIFICATION, Task
 
+from .heads import kv_names
 from .load import meta_model
-from .sizes import KV_KEYS
 from .tasks import task_of
 from .twin import twin_config
 
@@ -41,7 +41,18 @@ MORE = (
     "decoder_attention_heads",
     "relative_attention_num_buckets",
     "projection_dim",
-    "projection_size",
+    "decoder_vocab_size",
+    "max_source_positions",
+    "max_target_positions",
+    "num_mel_bins",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "qk_head_dim",
+    "v_head_dim",
+    "n_shared_experts",
+    "first_k_dense_replace",
 )
 LEFT_OUT = (
     "max_position_embeddings",
@@ -57,9 +68,18 @@ LEFT_OUT = (
     "image_size",
     "relative_attention_num_buckets",
     "projection_dim",
-    "projection_size",
+    "max_source_positions",
+    "max_target_positions",
+    "num_mel_bins",
 )
 """Sizes that files leave out where they are the type's own."""
+OTHERS = {
+    "num_decoder_layers": "num_hidden_layers",
+    "decoder_vocab_size": "vocab_size",
+    "n_inner": "4*hidden_size",
+    "qk_head_dim": "qk_nope_head_dim+qk_rope_head_dim",
+}
+"""Sizes that follow from others where files leave them out."""
 PER_TOKEN = "num_experts_per_tok"
 HEAD_DIM = "hidden_size/num_attention_heads"
 DECODER_HEAD_DIM, DECODER_HEADS = "decoder_head_dim", "decoder_attention_heads"
@@ -109,10 +129,9 @@ def with_head_dim(config: PretrainedConfig) -> PretrainedConfig:
 
 def key_of(config: PretrainedConfig, name: str) -> str | None:
     """What ``config``'s files call a size; None if they have none."""
-    key = config.attribute_map.get(name, name)
-    if name == "num_key_value_heads" and key not in config.to_dict():
-        key = next((k for k in KV_KEYS if k in config.to_dict()), key)
-    return key if key in config.to_dict() else None
+    names = kv_names(config) if name == "num_key_value_heads" else (name,)
+    keys = (config.attribute_map.get(own, own) for own in names)
+    return next((key for key in keys if key in config.to_dict()), None)
 
 
 def two_sizes(config: PretrainedConfig) -> tuple[PretrainedConfig, PretrainedConfig]:
@@ -121,9 +140,11 @@ def two_sizes(config: PretrainedConfig) -> tuple[PretrainedConfig, PretrainedCon
     for which, twin in enumerate(twins):
         for index, (prefix, part) in enumerate(parts_of(twin)):
             _resize(part, which, index if prefix else 0, task_of(config))
+        vision, text = (getattr(twin, f"{name}_config", twin) for name in ("vision", "text"))
         if hasattr(twin, "image_seq_length"):
-            vision = twin.vision_config
             twin.image_seq_length = num_patches(vision.image_size, vision.patch_size)
+        if hasattr(text, "projection_size"):
+            text.projection_size = vision.hidden_size
     return twins
 
 
@@ -148,14 +169,25 @@ def _resize(twin: PretrainedConfig, which: int, index: int, task: Task) -> None:
         "decoder_attention_heads": 2 * heads if which else heads // 2,
         "relative_attention_num_buckets": 2 * heads + 2,
         "projection_dim": 30 + heads,
-        "projection_size": 30 + heads,
+        "decoder_vocab_size": 117 + heads,
+        "max_source_positions": (11, 13)[which],
+        "max_target_positions": 70 + heads,
+        "num_mel_bins": (5, 7)[which],
         "n_inner": ffn,
         "vocab_size": 97 + heads,
         "max_position_embeddings": 60 + heads,
         "word_embed_proj_dim": hidden,
         "moe_intermediate_size": ffn - 4,
         "num_experts": heads + 3,
-        "num_local_experts": heads + 3,
+        "num_local_experts": 2 * heads + 6,
+        "q_lora_rank": 30 + heads,
+        "kv_lora_rank": 20 + heads,
+        "qk_nope_head_dim": head_dim - 6,
+        "qk_rope_head_dim": head_dim,
+        "qk_head_dim": 2 * head_dim - 6,
+        "v_head_dim": head_dim - 4,
+        "n_shared_experts": 1 + which,
+        "first_k_dense_replace": 2 - which,
         "hidden_dim": ffn,
         "embedding_size": 20 + heads,
         "type_vocab_size": 1 + heads // 2,
@@ -164,7 +196,7 @@ def _resize(twin: PretrainedConfig, which: int, index: int, task: Task) -> None:
         "image_size": (heads // 2) * heads if index == 0 else (2, 3)[which] * heads,
         "mlp_ratio": heads - 1,
         "num_labels": heads + 1,
-        **dict.fromkeys(KV_KEYS, heads // 2),
+        "num_key_value_heads": heads if key_of(twin, "kv_lora_rank") else heads // 2,
     }
     for name, size in values.items():
         key = key_of(twin, name)
@@ -196,6 +228,9 @@ def _sizes_of(part: PretrainedConfig) -> dict[str, int]:
     if "num_attention_heads" in sizes:
         sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
         sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+    if "qk_rope_head_dim" in sizes:  # which the type calls head_dim, and files do not
+        sizes.pop("head_dim")
+        sizes["latent_head_dim"] = (sizes["qk_head_dim"] + sizes["v_head_dim"]) // 2
     if DECODER_HEADS in sizes:
         sizes[DECODER_HEAD_DIM] = sizes["hidden_size"] // sizes[DECODER_HEADS]
     return sizes
@@ -217,6 +252,9 @@ def _candidates(names: list[str]) -> Iterator[str]:
     yield from (f"{name}+{offset}" for offset in range(1, MAX_OFFSET + 1) for name in names)
     yield from (f"{a}*{b}" for a, b in itertools.combinations(names, 2))
     yield from (f"3*{a}*{b}" for a, b in itertools.combinations(names, 2))
+    latents = [name for name in names if name.startswith(("kv_lora", "qk_", "v_head"))]
+    yield from (f"{a}+{b}" for a, b in itertools.combinations(latents, 2))
+    yield from (f"num_attention_heads*{a}+num_attention_heads*{b}" for a, b in itertools.combinations(latents, 2))
     for prefix in (name.removesuffix("num_attention_heads") for name in names if name.endswith("num_attention_heads")):
         yield f"{prefix}num_attention_heads*{prefix}head_dim+2*{prefix}num_key_value_heads*{prefix}head_dim"
 
@@ -226,7 +264,11 @@ def used_keys(units: list[tuple[Shape, ...]], counted: list[dict[str, str]]) -> 
     formulas = [f for unit in units for shape in unit for f in (*shape.shape, *shape.segments)]
     formulas += [formula for sizes in counted for formula in sizes.values()]
     names = {n for f in formulas for n in f.replace("+", "*").split("*") if not n.isdigit()} | {PER_TOKEN}
-    made = {"num_patches": ("image_size", "patch_size"), "num_positions": ("max_position_embeddings", "pad_token_id")}
+    made = {
+        "num_patches": ("image_size", "patch_size"),
+        "num_positions": ("max_position_embeddings", "pad_token_id"),
+        "latent_head_dim": ("qk_head_dim", "v_head_dim"),
+    }
     prefixed = ((name[: name.rfind(".") + 1], made.get(name.rpartition(".")[2], ())) for name in names)
     return names | {f"{prefix}{key}" for prefix, keys in prefixed for key in keys}
 
@@ -245,13 +287,15 @@ def defaults_in(
     found |= {name: rate for name in (*BEYOND_RINGS, *both_ways) if (rate := getattr(fresh, name, None))}
     for prefix, part in parts_of(fresh):
         found |= {f"{prefix}{name}": value for name, value in _defaults_of(part, prefix, used).items()}
-    if "n_inner" in used:
-        found["n_inner"] = "4*hidden_size"
-    return found
+    return found | {name: formula for name, formula in OTHERS.items() if name in used}
 
 
 def _defaults_of(fresh: PretrainedConfig, prefix: str, used: set[str]) -> dict[str, int | str]:
-    """Sizes that files leave out of a configuration, or of one within it: there, all."""
+    """Sizes that files leave out of a configuration, or of one within it: there, all that are those of its own type.
+
+    A type may give a whole part, if files leave it out, other sizes than those of the part's type; these are asked for.
+    """
+    usual = type(fresh)()
     found: dict[str, int | str] = {}
     kv_key, dim_key = key_of(fresh, "num_key_value_heads"), key_of(fresh, "head_dim")
     if key_of(fresh, "num_attention_heads"):
@@ -265,13 +309,12 @@ def _defaults_of(fresh: PretrainedConfig, prefix: str, used: set[str]) -> dict[s
         found[DECODER_HEAD_DIM] = f"hidden_size/{DECODER_HEADS}"
     for name in (*NAMES, *MORE, *DEPTHS) if prefix else LEFT_OUT:
         key = key_of(fresh, name) if name not in found and f"{prefix}{name}" in used else None
-        if key and isinstance(getattr(fresh, key), int):
+        if key and isinstance(getattr(fresh, key), int) and getattr(usual, key) == getattr(fresh, key):
             found[name] = getattr(fresh, key)
-    if f"{prefix}num_decoder_layers" in used:
-        found["num_decoder_layers"] = "num_hidden_layers"
     for name in ("pad_token_id", "image_size"):
-        if prefix and f"{prefix}{name}" in used and isinstance(getattr(fresh, name, None), int):
-            found[name] = getattr(fresh, name)
+        size = getattr(fresh, name, None)
+        if prefix and f"{prefix}{name}" in used and isinstance(size, int) and getattr(usual, name) == size:
+            found[name] = size
     return found
 
 

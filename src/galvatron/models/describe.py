@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import transformers
 from transformers import PretrainedConfig
@@ -36,6 +37,7 @@ from .by_formula import (
 )
 from .family import family_of
 from .load import meta_model
+from .recognise import recognise
 from .spec import spec_of
 from .twin import twin_config
 
@@ -61,12 +63,9 @@ def describe(config: PretrainedConfig, proved: Mapping[str, str]) -> KnownFamily
     twins = two_sizes(config)
     sizes = [sizes_in(twin) for twin in twins]
     flags, fixed = _flags(config, family)
-    ends = [_conditional(twins, family, flags, sizes, unit) for unit in ("embedding", "head")]
-    layer = [
-        shape
-        for stack in range(len(family.stacks))
-        for shape in _conditional(twins, family, flags, sizes, "layer", stack)
-    ]
+    settings = _settings(twins, family, flags)
+    ends = [_conditional(settings, sizes, unit) for unit in ("embedding", "head")]
+    layer = [shape for stack in range(len(family.stacks)) for shape in _conditional(settings, sizes, "layer", stack)]
     specs = [spec_of(meta_model(twin), "x", family) for twin in twins]
     counted, *further = _layer_sizes(specs, twins, family, sizes, config)
     used = used_keys([ends[0], tuple(layer), ends[1]], [counted, *further])
@@ -86,10 +85,10 @@ def describe(config: PretrainedConfig, proved: Mapping[str, str]) -> KnownFamily
 
 
 def _with_variants(config: PretrainedConfig) -> Family:
-    """The family of ``config``, with the regions that its layers have where the word of a key is another."""
-    family = family_of(config)
+    """The family of ``config`` as it is found now, with the regions that layers have where a key's word is another."""
+    family = recognise(config)
     for flag in WORDS_OF_FLAGS.keys() & config.to_dict().keys():
-        other = family_of(_with(config, {flag: not getattr(config, flag)}))
+        other = recognise(_with(config, {flag: not getattr(config, flag)}))
         further = [
             tuple(r for r in b.regions if r not in a.regions) for a, b in zip(family.stacks, other.stacks, strict=True)
         ]
@@ -110,6 +109,8 @@ def _flags(config: PretrainedConfig, family: Family) -> tuple[dict[str, bool], d
     for prefix, part, own in flags:
         name, usual = f"{prefix}{own}", part.to_dict()[own]
         may_untie = family.ends == "whole" and not prefix and not is_always_tied(config)
+        if name in sizes_in(twin):
+            continue
         if own in NOT_STRUCTURAL and not (own == TIES and may_untie):
             continue
         if not (isinstance(usual, bool) or usual == [] or (usual == 1 and isinstance(usual, int))):
@@ -138,40 +139,56 @@ def _by_name(twin: PretrainedConfig, family: Family) -> dict[str, ParameterSpec]
     return ends | {f"{at}.{p.name}": p for at, kind in enumerate(spec.layers) for p in kind.parameters}
 
 
-def _conditional(
-    twins: tuple[PretrainedConfig, ...],
-    family: Family,
-    flags: Mapping[str, bool],
-    sizes: list[dict[str, int]],
-    unit: str,
-    stack: int = 0,
-) -> tuple[Shape, ...]:
+Setting = tuple[dict[str, bool], list[ModelSpec]]
+"""Values of flags, and the twins under them."""
+
+
+def _settings(twins: tuple[PretrainedConfig, ...], family: Family, flags: Mapping[str, bool]) -> list[Setting]:
+    """All values of ``flags``."""
+    every = (dict(zip(flags, values, strict=True)) for values in itertools.product((False, True), repeat=len(flags)))
+    return [(one, [spec_of(meta_model(_with(twin, one)), "x", family) for twin in twins]) for one in every]
+
+
+def _conditional(settings: list[Setting], sizes: list[dict[str, int]], unit: str, stack: int = 0) -> tuple[Shape, ...]:
     """Every parameter of a unit (of a ``stack``'s layers) under any flags, in the order of the model with most."""
     found: dict[str, tuple[ParameterSpec, ...]] = {}
     order: list[str] = []
-    lacking: dict[str, int] = {}
-    alone: dict[str, int] = {}
+    lacking: dict[str, str] = {}
+    alone: dict[str, str] = {}
     under: dict[str, list[dict[str, bool]]] = {}
-    for values in itertools.product((False, True), repeat=len(flags)):
-        setting = dict(zip(flags, values, strict=True))
-        specs = [spec_of(meta_model(_with(twin, setting)), "x", family) for twin in twins]
+    for setting, specs in settings:
         if unit == "layer":
-            kinds = [_kinds_of_stack(spec, twin, family, stack) for spec, twin in zip(specs, twins, strict=True)]
-            rows = [max((kind.parameters for kind in own), key=len) for own in kinds]
-            lacking |= _lacked_at_first(kinds[0])
-            alone |= _at_first_alone(kinds[0])
+            kinds = [_kinds_of_stack(spec, stack) for spec in specs]
+            rows = [_all_parameters(own) for own in kinds]
+            lacking |= _counts(map(_lacked_at_first, kinds), sizes)
+            alone |= _counts(map(_at_first_alone, kinds), sizes)
         else:
             rows = [spec.unit(unit).parameters for spec in specs]
         for alike in zip(*rows, strict=True):
             found.setdefault(alike[0].name, alike)
             under.setdefault(alike[0].name, []).append(setting)
         _put_in_order(order, [p.name for p in rows[0]])
-    every = 2 ** len(flags)
-    shapes = (_shape(alike, sizes, _when(under[name], every)) for name in order for alike in [found[name]])
+    shapes = (_shape(alike, sizes, _when(under[name], len(settings))) for name in order for alike in [found[name]])
+    if unit == "embedding":
+        return _with_ways(tuple(shapes), [specs[0] for _, specs in settings])
     return tuple(
         shape.model_copy(
-            update={"stack": stack, "after": lacking.get(shape.name, 0), "until": alone.get(shape.name, 0)}
+            update={"stack": stack, "after": lacking.get(shape.name, "0"), "until": alone.get(shape.name, "0")}
         )
+        for shape in shapes
+    )
+
+
+def _with_ways(shapes: tuple[Shape, ...], specs: list[ModelSpec]) -> tuple[Shape, ...]:
+    """An embedding's parameters with the stacks on the way to which they are; the first is the vocabulary's table."""
+    ways: dict[str, int] = {}
+    again: dict[str, tuple[int, ...]] = {}
+    for spec in specs:
+        ways |= {name: stack for stack, joint in enumerate(spec.joints, 1) for name in joint.parameters}
+        tables = tuple(stack for stack, joint in enumerate(spec.joints, 1) if joint.table)
+        again |= {p.name: tables for p in spec.embedding.parameters[:1]}
+    return tuple(
+        shape.model_copy(update={"stack": ways.get(shape.name, 0), "again": again.get(shape.name, ())})
         for shape in shapes
     )
 
@@ -189,10 +206,25 @@ def _depths(twin: PretrainedConfig, family: Family) -> list[int]:
     return [len(list(model.get_submodule(stack.path).children())) for stack in family.stacks]
 
 
-def _kinds_of_stack(spec: ModelSpec, twin: PretrainedConfig, family: Family, stack: int) -> list[LayerKind]:
+def _kinds_of_stack(spec: ModelSpec, stack: int) -> list[LayerKind]:
     """The kinds of a stack's layers, in order."""
-    depths, kinds = _depths(twin, family), spec.kind_of_layers()
-    return list(dict.fromkeys(kinds[sum(depths[:stack]) : sum(depths[: stack + 1])]))
+    layers = spec.stack_ranges[stack]
+    return list(dict.fromkeys(spec.kind_of_layers()[layers.start : layers.stop]))
+
+
+def _all_parameters(kinds: list[LayerKind]) -> tuple[ParameterSpec, ...]:
+    """Those of every kind, in the order of the kinds that have them."""
+    order: list[str] = []
+    for kind in kinds:
+        _put_in_order(order, [p.name for p in kind.parameters])
+    found = {p.name: p for kind in kinds for p in kind.parameters}
+    return tuple(found[name] for name in order)
+
+
+def _counts(found: Iterable[dict[str, int]], sizes: list[dict[str, int]]) -> dict[str, str]:
+    """Formulas of what was ``found`` of each twin."""
+    rows = list(found)
+    return {name: find_formula(tuple(row[name] for row in rows), sizes) for name in rows[0]}
 
 
 def _at_first_alone(kinds: list[LayerKind]) -> dict[str, int]:
@@ -229,18 +261,11 @@ def _shape(alike: tuple[ParameterSpec, ...], sizes: list[dict[str, int]], when: 
     first = alike[0]
     shape = tuple(find_formula(dims, sizes) for dims in zip(*(p.shape for p in alike), strict=True))
     cuts = [p.cut for p in alike if p.cut is not None]
+    common: dict[str, Any] = {name: getattr(first, name) for name in ("name", "experts", "shared", "trainable")}
     if not cuts:
-        return Shape(name=first.name, shape=shape, experts=first.experts, when=when)
+        return Shape(shape=shape, when=when, **common)
     segments = tuple(find_formula(blocks, sizes) for blocks in zip(*(cut.segments for cut in cuts), strict=True))
-    return Shape(
-        name=first.name,
-        shape=shape,
-        dim=cuts[0].dim,
-        segments=segments,
-        uneven=cuts[0].uneven,
-        experts=first.experts,
-        when=when,
-    )
+    return Shape(shape=shape, dim=cuts[0].dim, segments=segments, uneven=cuts[0].uneven, when=when, **common)
 
 
 def _layer_sizes(
@@ -251,24 +276,23 @@ def _layer_sizes(
     config: PretrainedConfig,
 ) -> list[dict[str, str]]:
     """Formulas of every stack's sizes; the first one's with the model's."""
-    lasts = [
-        [_kinds_of_stack(spec, twin, family, stack)[-1] for spec, twin in zip(specs, twins, strict=True)]
-        for stack in range(len(family.stacks))
-    ]
+    lasts = [[_kinds_of_stack(spec, stack)[-1] for spec in specs] for stack in range(len(family.stacks))]
     found: list[dict[str, str]] = []
     for key, kinds in zip(_depth_keys(twins[0], family), lasts, strict=True):
         own = {"num_layers": key, "hidden_size": find_formula(tuple(kind.hidden_size for kind in kinds), sizes)}
         if not found:
             own["vocab_size"] = find_formula(tuple(spec.vocab_size for spec in specs), sizes)
-        names = ("ffn_size", "num_heads", "num_kv_heads", "head_dim", "fixed_tokens")
-        for name in names if kinds[0].fixed_tokens else names[:-1]:
+        names = ("ffn_size", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*names, *(name for name in ("fixed_tokens", "carried") if getattr(kinds[0], name))):
             own[name] = find_formula(tuple(getattr(kind, name) for kind in kinds), sizes)
         found.append(own)
     if (longest := tuple(spec.max_seq_len for spec in specs)) != (MAX_TOKENS, MAX_TOKENS):
         found[0]["max_seq_len"] = find_formula(longest, sizes)
-    if specs[0].layers[0].num_experts:
-        found[0]["num_experts"] = find_formula(tuple(spec.layers[0].num_experts for spec in specs), sizes)
+    if specs[0].layers[-1].num_experts:
+        found[0]["num_experts"] = find_formula(tuple(spec.layers[-1].num_experts for spec in specs), sizes)
         found[0]["experts_per_token"] = PER_TOKEN
+        if not specs[0].layers[0].num_experts:
+            found[0]["dense_ffn_size"] = find_formula(tuple(spec.layers[0].ffn_size for spec in specs), sizes)
     return found
 
 
@@ -278,7 +302,7 @@ def _depth_keys(twin: PretrainedConfig, family: Family) -> list[str]:
     for prefix, part in parts_of(twin):
         for name in DEPTHS:
             if (key := key_of(part, name)) and isinstance(usual := getattr(part, key), int):
-                setattr(part, key, usual + 1)
+                setattr(part, key, usual - 1)  # lists of kinds of layers are no longer
                 after = _depths(twin, family)
                 setattr(part, key, usual)
                 found = [

@@ -139,11 +139,21 @@ def _reason(error: Exception) -> str:
     return lines[0][:MAX_REASON] if lines else type(error).__name__
 
 
+DRAWS = ("normal_", "uniform_", "trunc_normal_", "xavier_uniform_", "kaiming_uniform_")
+"""What draws values, of tensors and of torch.nn.init."""
+
+
 class _EmptyOnMeta(TorchFunctionMode):
-    """Within, new parameters take no memory even before they are registered."""
+    """Within, new parameters take no memory even before they are registered.
+
+    On meta there is nothing to draw, which torch takes a millisecond a parameter for.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        drawn = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") in DRAWS and isinstance(drawn, torch.Tensor) and drawn.is_meta:
+            return drawn
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)

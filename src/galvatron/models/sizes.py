@@ -118,7 +118,6 @@ MOST = {"n_group": 2, "num_expert_group": 2, "topk_group": 1}
 """Sizes that may be smaller: groups of experts."""
 SPANS = ("window", "chunk", "topk", "block_size")
 """In keys of what limits whom a token sees: a twin's sequences are longer, or it would not show."""
-KV_KEYS = ("num_key_value_heads", "num_kv_heads")
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TAKEN_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 EXPANDED = {

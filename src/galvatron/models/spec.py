@@ -21,13 +21,16 @@ from galvatron.core.numbers import MAX_TOKENS
 from .chain import chain_of, experts_in, regions_in, score_table
 from .family import family_of
 from .freeze import freeze_parameters
-from .heads import config_in, heads_in
+from .heads import config_in, head_width, heads_in
 from .inputs import words_of
 from .load import meta_model
 from .lora import attach_lora, base_linear
 from .shapes import entering_tokens, fixed_tokens, pooled_width, windowed_path
 from .sizes import EXPERT_KEYS, TAKEN_KEYS
 from .tasks import config_of
+
+POSITIONS = ("max_position_embeddings", "max_target_positions")
+"""Keys of configs for how long a text can be."""
 
 
 def build_spec(
@@ -105,16 +108,18 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
 
 
 def _joints(model: PreTrainedModel, family: Family) -> Iterator[Joint]:
-    """Of every stack but the first."""
+    """Of every stack but the first; parameters in the embedding's order."""
     names, layer = _names(model), 0
+    every = [p.name for p in _embedding_parameters(model, family)]
     joined = {path for stack in family.stacks for path in stack.joined}
     first = {p for path in family.before if path not in joined for p in model.get_submodule(path).parameters()}
     table = None if family.embedding is None else model.get_submodule(family.embedding).get_parameter("weight")
     for before, stack in itertools.pairwise(family.stacks):
         layer += len(model.get_submodule(before.path))  # type: ignore[arg-type]
         own = dict.fromkeys(p for path in stack.joined for p in model.get_submodule(path).parameters())
-        alone = tuple(names[p] for p in own if p not in first)
-        yield Joint(layer=layer, parameters=alone, table=table in own and table in first)
+        alone = {names[p] for p in own if p not in first}
+        parameters = tuple(name for name in every if name in alone)
+        yield Joint(layer=layer, parameters=parameters, table=table in own and table in first)
 
 
 def _carried(model: PreTrainedModel, family: Family, tokens: dict[str, int]) -> dict[str, int]:
@@ -128,13 +133,15 @@ def _carried(model: PreTrainedModel, family: Family, tokens: dict[str, int]) -> 
             width += pooled_width(model, before.pooled, family)
         fixed = tokens.get(before.path, 0) if stack.side is not None else 0
         first = model.get_submodule(f"{before.path}.0")
-        found[stack.path] = width + fixed * (_width(first) if fixed else 0)
+        found[stack.path] = width + fixed * (_width(first, before) if fixed else 0)
     return found
 
 
-def _width(layer: nn.Module) -> int:
-    """Of hidden states."""
-    return next(weight_sizes(m)[0] for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D)))
+def _width(layer: nn.Module, stack: Stack) -> int:
+    """Of hidden states: what a region gives, or what the first linear takes."""
+    rows = (weight_sizes(layer.get_submodule(region.row))[1] for region in regions_in(layer, stack))
+    linears = (weight_sizes(m)[0] for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D)))
+    return next(itertools.chain(rows, linears))
 
 
 def _is_beyond_rings(config: PretrainedConfig, stack: Stack) -> bool:
@@ -156,7 +163,8 @@ def _most_tokens(model: PreTrainedModel, family: Family) -> int:
     """
     if family.task == "image_classification":
         return entering_tokens(model, family)
-    most: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
+    text = model.config.get_text_config()
+    most: int = next((n for key in POSITIONS if (n := getattr(text, key, None))), MAX_TOKENS)
     before = (module for name in family.before for module in model.get_submodule(name).modules())
     tables = (m for m in before if isinstance(m, nn.Embedding) and m.num_embeddings == most)
     return most - max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
@@ -179,17 +187,17 @@ def _kind(
     tokens: dict[str, int],
     carried: int,
 ) -> LayerKind:
-    own, heads = config_in(layer, config), heads_in(layer, config)
+    own, heads, hidden = config_in(layer, config), heads_in(layer, config), _width(layer, stack)
     rides_along = stack.side is not None and not carried
     return LayerKind(
         name=name,
         count=count,
-        hidden_size=_width(layer),
+        hidden_size=hidden,
         fixed_tokens=tokens.get(stack.path, 0),
-        ffn_size=_ffn_size(layer, stack, own),
+        ffn_size=_expert_width(parameters) or _ffn_size(layer, stack, own),
         num_heads=heads["heads"],
         num_kv_heads=heads["kv_heads"],
-        head_dim=getattr(own, "head_dim", None) or getattr(own, "d_kv", None) or _width(layer) // heads["heads"],
+        head_dim=head_width(own, heads["heads"], hidden),
         drops_attention=_is_beyond_rings(own, stack) or len(family.stacks) > 1,
         side_inputs=int(rides_along),
         carried=carried,
@@ -219,10 +227,15 @@ def _kinds(
 
 
 def _ffn_size(layer: nn.Module, stack: Stack, config: PretrainedConfig) -> int:
-    """The width of the MLP; of layers of experts, that of one."""
+    """The width of the MLP; of layers of experts that are not cut, that of one."""
     widths = (weight_sizes(layer.get_submodule(r.row))[0] for r in regions_in(layer, stack) if r.row_blocks == "ffn")
     named = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size", "hidden_size"))
     return next(width for width in itertools.chain(widths, named) if width)
+
+
+def _expert_width(parameters: tuple[ParameterSpec, ...]) -> int:
+    """The width of one expert, if there are some and it is known how they are cut; 0 if not."""
+    return min((p.cut.segments[0] for p in parameters if p.experts and p.cut is not None), default=0)
 
 
 def _expert_counts(config: PretrainedConfig) -> dict[str, int]:

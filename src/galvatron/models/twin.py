@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.internals import call_attention
 
+from .heads import kv_names
 from .images import IMAGE_TOKENS, made_length
 from .inputs import random_inputs
 from .sizes import (
@@ -28,7 +29,6 @@ from .sizes import (
     HEADS,
     HIDDEN,
     IMAGE_SIZES,
-    KV_KEYS,
     LAYERS,
     PATCH,
     SEQ_LEN,
@@ -101,7 +101,7 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
         part = getattr(twin, name, None)
         if isinstance(part, PretrainedConfig):
             setattr(twin, name, twin_config(part, kv_heads, keep_images=keep_images))
-    for name in KV_KEYS:
+    for name in kv_names(twin):
         if name in given and is_size(getattr(twin, name, None)):
             setattr(twin, name, HEADS if "kv_lora_rank" in given else kv_heads)  # latent ones are as many as queries
     task, staged = known_task(config), is_staged(config)

@@ -15,7 +15,7 @@ from .plan import LayerStrategy, Plan, Schedule
 RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 STACKED_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
 """Those of models of several stacks."""
-PLANNED_ALONE = ("deepseek_v3", "swin", "t5")
+PLANNED_ALONE = ("swin",)
 """Families that estimates describe and the runtime does not build as they do; what it built has its own stacks."""
 MAX_LISTED = 8
 

@@ -45,10 +45,16 @@ def test_kinds_of_layers():
     kinds = {kind.name: kind for kind in model_spec("swin-h").layers}
     assert [kind.tokens(3136) for kind in kinds.values()] == [3136, 784, 196, 49]
     assert [kind.hidden_size for kind in kinds.values()] == [320, 640, 1280, 2560]
-    decoder = model_spec("t5-3b").kind("decoder")
-    assert (decoder.side_inputs, decoder.regions, decoder.causal) == (1, 3, True)
-    assert not model_spec("t5-3b").kind("encoder").causal
-    assert [kind.count for kind in model_spec("deepseek-v3").layers] == [3, 58]
+    t5 = model_spec("t5-3b")
+    assert [kind.count for kind in t5.layers] == [1, 23, 1, 23]  # first layers have the table of scores' bias
+    assert [(kind.side_inputs, kind.regions, kind.causal) for kind in t5.layers[1::2]] == [(0, 2, False), (1, 3, True)]
+    (joint,) = t5.joints
+    assert (joint.layer, joint.parameters, joint.table) == (24, ("encoder.final_layer_norm.weight",), True)
+    kinds = model_spec("deepseek-v3").layers
+    assert [(kind.count, kind.ffn_size, kind.num_experts, kind.head_dim) for kind in kinds] == [
+        (3, 18432, 0, 160),
+        (58, 2048, 256, 160),
+    ]
     experts = [p for p in model_spec("mixtral-8x7b").layer.parameters if p.experts]
     assert [p.local_shape(2, ep=4) for p in experts] == [(2, 14336, 4096), (2, 4096, 7168)]
 

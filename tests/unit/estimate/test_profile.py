@@ -247,7 +247,7 @@ def test_small_layers_wait_for_the_host_and_large_ones_do_not():
     spec = model_spec("t5-3b")
     slow, fast = (estimate_model(spec, name, seq_len=512, max_batch=64) for name in ("a100", "b200"))
     one, many = (
-        [s.forward_s for p in (slow, fast) for s in p.compute if (s.unit, s.tp, s.batch) == ("decoder", 1, batch)]
+        [s.forward_s for p in (slow, fast) for s in p.compute if (s.unit, s.tp, s.batch) == ("layers 25-47", 1, batch)]
         for batch in (1, 64)
     )
     assert one[0] == one[1]

@@ -13,20 +13,52 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.family import known_families
 from galvatron.estimate import spec_of_config
 from galvatron.models import build_spec, family_of, for_task, structure_key
+from galvatron.models.describe import describe
 from galvatron.models.recognise import recognise
+from galvatron.models.types import usual_config
 from galvatron.testing.models import VARIANTS, tiny_config
 
 DOCS = Path(__file__).parents[3] / "docs" / "models.md"
 
 
 CUT_OTHERWISE = ("cohere-head-norms",)  # than their type's own config
-SHIPPED = [v for v in VARIANTS if v.name not in CUT_OTHERWISE and v.family in known_families()]
+SHIPPED = {v.name: v.config() for v in VARIANTS if v.name not in CUT_OTHERWISE and v.family in known_families()}
+SHIPPED["deepseek_v3"] = tiny_config("deepseek_v3")
+SHIPPED["deepseek_v3 with experts alone"] = tiny_config("deepseek_v3", first_k_dense_replace=0)
 
 
-@pytest.mark.parametrize("variant", SHIPPED, ids=lambda v: v.name)
-def test_shapes_by_formula_are_those_of_the_model(variant) -> None:
-    config = variant.config()
-    assert spec_of_config(config.to_dict(), "x") == build_spec(config, "x")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shapes_by_formula_are_those_of_the_model(name: str) -> None:
+    config = SHIPPED[name]
+    spec = build_spec(config, "x")
+    assert spec_of_config(config.to_dict(), "x") == spec
+    assert spec_of_config({"model_type": config.model_type, **config.to_diff_dict()}, "x") == spec
+
+
+@pytest.mark.parametrize("name", known_families())
+def test_what_ships_is_proved_of_the_type_as_it_is(name: str) -> None:
+    """Its configuration may have other keys in another version, and everybody would prove it anew."""
+    known = known_families()[name]
+    assert structure_key(for_task(usual_config(known.family.model_type), known.family.task)) in known.proved
+
+
+MADE_AGAIN = ("clip",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in MADE_AGAIN else pytest.mark.slow) for n in known_families()]
+)
+def test_what_ships_is_what_the_command_makes(name: str) -> None:
+    known = known_families()[name]
+    config = for_task(usual_config(known.family.model_type), known.family.task)
+    assert describe(config, known.proved) == known
+
+
+def test_a_size_is_read_by_the_name_of_a_file_or_by_ours() -> None:
+    """Qwen3-MoE's files count num_experts, which transformers calls num_local_experts."""
+    config = tiny_config("qwen3_moe").to_dict()
+    config["num_experts"] = config.pop("num_local_experts")
+    assert spec_of_config(config, "x") == build_spec(tiny_config("qwen3_moe"), "x")
 
 
 @pytest.mark.parametrize("name", [name for name, known in known_families().items() if known.family.ends == "whole"])
@@ -34,7 +66,8 @@ def test_shapes_of_whole_ends_and_every_task_are_those_of_the_model(name: str) -
     """By the architecture that a file names, and by the task that is asked for."""
     family = known_families()[name].family
     config = AutoConfig.for_model(family.model_type)
-    config.num_hidden_layers = 3
+    for depth in {"num_hidden_layers", "decoder_layers"} & {*config.to_dict(), *config.attribute_map}:
+        setattr(config, depth, 3)
     if family.task == "text_classification":
         config.pad_token_id, config.num_labels = 1, 7
     named = for_task(config, family.task)
