@@ -27,12 +27,13 @@ from galvatron.cost.strategies import Floats, Ints
 from .geometry import StageShape, UnitClass
 from .space import Options, Space
 from .stages import BY_ENDS, Division, Tables, by_ends, divide, least_total_and_largest
+from .unbeaten import NEVER, Staircase
 
 ROUNDING = 1e-12  # relative; keeps float rounding from lifting a bound above the optimum that attains it
 NUM_PRICES = 24
 NUM_LEVELS = 16
 FINE, FINER = 2e-3, 8  # on one stage levels whose bound is so near the least are divided, and into so many
-NEVER, NEVER_S = 2**50, 1e15  # bytes and seconds of an option that does not exist
+NEVER_S = 1e15  # seconds of an option that does not exist
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class Bounds:
     def __init__(self, space: Space) -> None:
         self._space, self._edges = space, _level_edges(list(space.options.values()))
         kinds = (kind.name for kind in space.setting.model.spec.layers)
-        self._layers = {kind: _Staircase.of(space.options[kind], self._edges) for kind in kinds}
+        self._layers = {kind: Staircase.of(space.options[kind], self._edges) for kind in kinds}
         self._slopes: dict[UnitClass, Floats] = {}
         self._between: dict[int, StageBound] = {}
 
     def of(self, part: Space) -> list[StageBound]:
         """Of every stage of ``part``."""
-        own = self._layers | {end: _Staircase.of(part.options[end], self._edges) for end in ENDS}
+        own = self._layers | {end: Staircase.of(part.options[end], self._edges) for end in ENDS}
         found = [self._stage(stage, shape, own) for stage, shape in enumerate(part.geometry.stages)]
         return found if len(found) > 1 else [self._finely(part, found[0])]
 
@@ -88,7 +89,7 @@ class Bounds:
         transients = np.unique(np.concatenate([o.transient_bytes for o in part.options.values()]))
         level = np.searchsorted(edges, transients)
         finer = np.unique(np.concatenate([edges, *(_quantiles(transients[level == q], FINER) for q in near)]))
-        own = {unit: _Staircase.of(options, finer) for unit, options in part.options.items()}
+        own = {unit: Staircase.of(options, finer) for unit, options in part.options.items()}
         return self._bound(coarse.shape, own, finer)
 
     def with_each(self, shape: StageShape, end: Options) -> Floats:
@@ -121,14 +122,14 @@ class Bounds:
         bound[:, shape.allowed] = least
         return bound
 
-    def _stage(self, stage: int, shape: StageShape, staircases: dict[str, _Staircase]) -> StageBound:
+    def _stage(self, stage: int, shape: StageShape, staircases: dict[str, Staircase]) -> StageBound:
         if 0 < stage < self._space.task.pp - 1:
             if stage not in self._between:
                 self._between[stage] = self._bound(shape, staircases)
             return self._between[stage]
         return self._bound(shape, staircases)
 
-    def _bound(self, shape: StageShape, staircases: dict[str, _Staircase], edges: Ints | None = None) -> StageBound:
+    def _bound(self, shape: StageShape, staircases: dict[str, Staircase], edges: Ints | None = None) -> StageBound:
         own = [staircases[c.unit] for c in shape.classes]
         columns = [
             (o.options.work_s, o.options.held_bytes(c.in_flight)) for o, c in zip(own, shape.classes, strict=True)
@@ -162,70 +163,10 @@ def _quantiles(ascending: Ints, most: int = NUM_LEVELS) -> Ints:
     return edges
 
 
-@dataclass(frozen=True)
-class _Staircase:
-    """Options that no other equals or beats in work and resident bytes of those of equal activations and level.
-
-    Activations take few values (they follow tp and recompute), so that this leaves few options, and among them
-    whatever is cheapest at any price of bytes and any number of microbatches in flight.  ``least_transient[level]``:
-    of all options of that level.
-    """
-
-    options: Options
-    level: Ints
-    least_transient: Ints
-
-    @classmethod
-    def of(cls, options: Options, edges: Ints) -> _Staircase:
-        level = np.searchsorted(edges, options.transient_bytes)
-        kept = unbeaten(options, _numbered(_numbered(options.activation_bytes, options.waiting_bytes), level))
-        least = np.full(len(edges), NEVER, dtype=np.int64)
-        np.minimum.at(least, level, options.transient_bytes)
-        return cls(options.take(kept), level[kept], least)
-
-
-def without_beaten(space: Space) -> Space:
-    """The same without options of layers that another of equal layout and passing bytes equals or beats.
-
-    That is nine of ten of many, which would else be looked at for every stage and level.
-    """
-    chosen: dict[UnitName, Ints] = {}
-    for kind in space.setting.model.spec.layers:
-        options = space.options[kind.name]
-        passing = _numbered(options.activation_bytes, options.waiting_bytes)
-        alike = _numbered(_numbered(passing, options.transient_bytes), options.layout)
-        chosen[kind.name] = np.sort(unbeaten(options, alike))
-    return space.restricted(chosen)
-
-
-def unbeaten(options: Options, group: Ints) -> Ints:
-    """Indices of the options that no other of the same group, a number from 0, equals or beats in work and bytes."""
-    order = np.lexsort((options.resident_bytes, options.work_s, group))
-    kept: Ints = order[_falls(options.resident_bytes[order], group[order])]
-    return kept
-
-
-def _numbered(a: Ints, b: Ints) -> Ints:
-    """A number from 0 for every pair of values that occurs, ascending."""
-    own, at = np.unique(b, return_inverse=True)
-    pairs: Ints = np.unique(np.unique(a, return_inverse=True)[1] * len(own) + at, return_inverse=True)[1]
-    return pairs
-
-
-def _falls(values: Ints, group: Ints) -> np.ndarray:
-    """Where ``values`` fall below all before them in their group (groups ascending)."""
-    if not len(values):
-        return np.zeros(0, dtype=bool)
-    step = int(values.max() - values.min()) + 1
-    lowered = values - group.astype(np.int64) * step
-    least = np.minimum.accumulate(lowered)
-    return np.concatenate(([True], lowered[1:] < least[:-1]))
-
-
 def _stage_bound(
     usable_bytes: int,
     shape: StageShape,
-    own: list[_Staircase],
+    own: list[Staircase],
     columns: list[tuple[Floats, Ints]],
     prices: Floats,
     edges: Ints,
@@ -244,7 +185,7 @@ def _stage_bound(
 
 
 def _leasts(
-    own: list[_Staircase], columns: list[tuple[Floats, Ints]], prices: Floats, edges: Ints
+    own: list[Staircase], columns: list[tuple[Floats, Ints]], prices: Floats, edges: Ints
 ) -> tuple[Floats, Ints, Ints]:
     """(least_s[level, class, λ], least_held[level, class], least_transient[level]) as in ``StageBound``.
 

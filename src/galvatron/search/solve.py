@@ -18,13 +18,14 @@ from galvatron.core.model import ENDS, UnitName
 from galvatron.cost.strategies import Ints
 
 from .ascending import Ascending
-from .bounds import Bounds, StageBound, bound_of, least_works_s, relaxed_division, without_beaten
+from .bounds import Bounds, StageBound, bound_of, least_works_s, relaxed_division
 from .layers import FULL_EFFORT, GREAT_EFFORT, LITTLE_EFFORT, WHOLE_EFFORT, Effort, TooManyLabels
 from .pairs import floors_s, undominated_pairs
 from .patience import ENDLESS, Patience
 from .space import Space
 from .stages import Division
 from .tables import ROUNDING, Solution, TaskSolver
+from .unbeaten import without_beaten
 
 UNLIMITED = 2**62
 GUESSES = (2e-3, 8e-3, 1.6e-2, 4e-2, 1e-1, 1.0, math.inf)

@@ -12,11 +12,12 @@ from galvatron.cost.memory import UnitMemory, all_unit_memory, unit_memory
 from galvatron.cost.setting import Setting
 from galvatron.cost.unit import UnitTimes, all_unit_times, unit_times
 from galvatron.search.baselines import members
-from galvatron.search.bounds import relaxed_division, without_beaten
+from galvatron.search.bounds import relaxed_division
 from galvatron.search.job import Job
 from galvatron.search.smallest import smallest
 from galvatron.search.solve import UNLIMITED, parts, solve
 from galvatron.search.space import Space
+from galvatron.search.unbeaten import without_beaten
 
 SEEDS = (3, 14, 21, 40)  # 14: two of five tasks have no strategy
 
