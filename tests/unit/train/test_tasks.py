@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from galvatron.core.errors import DataError
-from galvatron.core.job import DataSection
+from galvatron.core.job import DataSection, TrainSection
+from galvatron.testing.models import tiny_config
 from galvatron.train.data import IGNORED_LABEL, Dataset, Draw, Samples
+from galvatron.train.load import load_dataset
 from galvatron.train.tasks import (
     INPUTS,
     AnsweredTexts,
@@ -367,3 +369,34 @@ def test_pairs_are_padded_on_both_sides_and_what_is_too_long_is_refused(tmp_path
     assert samples.vocab_size == first + 7
     with pytest.raises(DataError, match=r"a\.jsonl:1 has a prompt or a completion of 4 tokens, .* seq_len=3 has no"):
         AnsweredTexts.read(data, 3, HuggingFaceTokenizer(tokenizer, "own"), start=7)
+
+
+def test_conversations_about_images_are_rendered_and_their_answers_learnt(
+    folder: Path, tmp_path: Path, processor: Any, tokenizer: Any
+) -> None:
+    """By a template that names an image where a message has one; the model says how many tokens one is."""
+    template = "{% for m in messages %}{% for p in m.content %}{{ '?' if p.type == 'image' else p.text }} {% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template + "{% endfor %}")
+    asked = [{"type": "image"}, {"type": "text", "text": "w0"}]
+    turns = [("user", asked), ("assistant", [{"type": "text", "text": "w1"}])]
+    record = {"image": "red/0.png", "messages": [{"role": role, "content": content} for role, content in turns]}
+    (folder / "a.jsonl").write_text(json.dumps(record) + "\n")
+    tokenizer.save_pretrained(tmp_path / "processor")
+    processor.save_pretrained(tmp_path / "processor")
+    places = {name: str(tmp_path / "processor") for name in ("processor", "tokenizer")}
+    data = DataSection(
+        source=str(folder / "a.jsonl"),
+        records="conversations",
+        chat_template=str(tmp_path / "chat.jinja"),
+        eval_fraction=0.0,
+        **places,
+    )
+    image, first = tokenizer.convert_tokens_to_ids("?"), tokenizer.convert_tokens_to_ids("w0")
+    config = tiny_config("llava", image_token_id=image, image_seq_length=3)
+    train = TrainSection(global_batch_size=1, seq_len=6, num_steps=1)
+    batch = load_dataset(data, train, tmp_path, config=config).batch(0)
+    assert batch["input_ids"][0, :4].tolist() == [image, image, image, first]
+    assert batch["labels"].tolist() == [[-100, -100, -100, first + 1, -100, -100]]
+    titled = data.model_copy(update={"records": "pairs", "chat_template": None})
+    with pytest.raises(DataError, match="contrast takes records=text"):
+        load_dataset(titled, train, tmp_path, config=tiny_config("clip"))
