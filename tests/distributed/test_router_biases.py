@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from distributed.small_runs import worst_error
 from galvatron.core.errors import ConfigError
+from galvatron.core.job import TrainSection
 from galvatron.models import meta_model
 from galvatron.models.buffers import lasting_buffers
 from galvatron.parallelize import init_world, parallelize
@@ -20,6 +22,8 @@ from galvatron.parallelize.state.weights import SafetensorsWeights
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.pool import Pool
+from galvatron.train import Dataset, StreamRows, train
+from galvatron.train.index import CheckpointIndex, read_tensor
 
 RATE, STEPS, ROWS, SEQ_LEN = 0.2, 3, 12, 16
 DEALT, AGAIN = LayerStrategy(ep=2, dp_replicate=2), LayerStrategy(dp_shard=2, zero=3, recompute="full")
@@ -110,6 +114,37 @@ def test_biases_move_and_are_kept_as_in_one_process(pool: Pool, tmp_path: Path) 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     for name, bias in lasting_buffers(truth()).items():
         assert torch.allclose(lasting_buffers(loaded)[name], bias, atol=1e-6)
+
+
+def trained(plan: Plan, run_dir: Path, options: dict[str, Any]) -> None:
+    model = parallelize(tiny_model("deepseek_v3", num_hidden_layers=2), plan, world=init_world("cpu"))
+    stream = np.random.RandomState(0).randint(0, 97, size=2000)
+    dataset = Dataset(StreamRows(stream, SEQ_LEN), global_batch_size=ROWS, fingerprint="x")
+    section = TrainSection(
+        global_batch_size=ROWS, seq_len=SEQ_LEN, num_steps=5, lr=1e-3, eps=1e-4, router_bias_rate=RATE
+    )
+    train(model, section, dataset, plan=plan, run_dir=run_dir, **options)
+
+
+def test_biases_go_on_under_another_plan_bit_for_bit(pool: Pool, tmp_path: Path) -> None:
+    whole, cut = LayerStrategy(dp_replicate=2), LayerStrategy(tp=2, recompute="full")
+    ends = {"model": "x", "world_size": 2, "global_batch_size": ROWS, "seq_len": SEQ_LEN}
+    dealt = LayerStrategy(ep=2, dp_shard=2, zero=3)
+    first = Plan(layers_per_stage=(2,), embedding=whole, layers=(whole, dealt), head=whole, **ends)
+    second = Plan(layers_per_stage=(2,), embedding=whole, layers=(whole, cut), head=whole, num_microbatches=2, **ends)
+    pool.run(trained, first, tmp_path / "straight", {}, world_size=2)
+    pool.run(trained, first, tmp_path / "cut", {"stop_after": 2}, world_size=2)
+    pool.run(trained, second, tmp_path / "cut", {"resume": "latest"}, world_size=2)
+    steps = [("straight", 5), ("cut", 2), ("cut", 5)]  # of an odd number of moves, which cannot cancel
+    at_the_end, before, again = (biases(tmp_path / name / "checkpoints" / f"step-{step:06}") for name, step in steps)
+    assert torch.equal(again, at_the_end)
+    assert float((again - before).abs().max()) > RATE / 2
+
+
+def biases(checkpoint: Path) -> Tensor:
+    stored = CheckpointIndex.load(checkpoint / "metadata.json").tensors
+    (name,) = (name for name in stored if "e_score_correction_bias" in name)
+    return read_tensor(checkpoint, name, stored[name])
 
 
 def test_routers_without_biases_are_left_alone() -> None:
