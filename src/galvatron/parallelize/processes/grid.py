@@ -58,15 +58,9 @@ class Grid:
             # the last stage hands on to the first one's next chunk: with two stages they are neighbours twice
             around = self._neighbours((ends[1], ends[0]), " again")
             self.before, self.after = self.before or around[0], self.after or around[1]
-        between = column[1:-1]
-        if between and world.rank in between:
-            # torch names a group by its ranks and by how many groups a rank has, so all ranks must have as many
-            for purpose in ["forward again", "backward again"] * (plan.model_chunks > 1):
-                world.group(between, f"{purpose}, between")
         for stages in sorted(set(self.copied.values())):
-            for members, purpose in ((stages, "copies"), (set(range(plan.pp)).difference(stages), "no copies")):
-                if self.stage in members:
-                    world.group(tuple(column[stage] for stage in sorted(members)), f"{purpose} {stages}")
+            if self.stage in stages:
+                self.group_of_copies(stages)
         if any(layer is not None for layer, _ in self.copied):
             for strategy in sorted(set(plan.strategies()), key=str):
                 self.replicas(strategy.replicated)
@@ -75,16 +69,16 @@ class Grid:
         """Those before and after this rank in ``column``.
 
         A group a pair and direction: NCCL serves what goes through one group in turn, so that no message queues behind
-        one of another pair or of the other direction.  Pairs of one parity touch no other, so all ranks have as many.
+        one of another pair or of the other direction.
         """
-        place, apart = column.index(self.world.rank), range(min(2, len(column) - 1))
-        groups = []
-        for parity in apart:
-            first = place - (place - parity) % 2
-            pair = tuple(sorted(column[max(first, 0) : first + 2]))
-            groups.append([self.world.group(pair, f"{way}{which} {parity}") for way in ("forward", "backward")])
-        before = Neighbour(column[place - 1], *groups[(place - 1) % 2]) if place else None
-        after = Neighbour(column[place + 1], *groups[place % 2]) if place + 1 < len(column) else None
+        place = column.index(self.world.rank)
+
+        def groups(first: int) -> list[dist.ProcessGroup]:
+            pair = tuple(sorted(column[first : first + 2]))
+            return [self.world.group(pair, way + which) for way in ("forward", "backward")]
+
+        before = Neighbour(column[place - 1], *groups(place - 1)) if place else None
+        after = Neighbour(column[place + 1], *groups(place)) if place + 1 < len(column) else None
         return before, after
 
     def copies_of(self, layer: int | None, name: str) -> tuple[int, ...]:
