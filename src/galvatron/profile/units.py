@@ -132,12 +132,14 @@ class UnitShape:
         return torch.empty(shape, dtype=self.dtype, device=device).normal_()
 
     def _sides(self, kind: LayerKind, batch: int, device: torch.device) -> dict[str, Tensor]:
-        """What layers of ``kind`` see of the states that the first stack ends with."""
-        sides = {stack.side for stack in family_of(self.config).stacks if stack.side} if kind.side_inputs else set()
-        return {
-            side: self._states(self.spec.layers[0], batch, device).requires_grad_(self.spec.is_reached(kind.name))
-            for side in sides
-        }
+        """What layers of ``kind`` see of the states that the first stack ends with, as many tokens as these have."""
+        first = [k.name for k in self.spec.kind_of_layers()].index(kind.name)
+        stack = next(nth for nth, layers in enumerate(self.spec.stack_ranges) if first in layers)
+        side = family_of(self.config).stacks[stack].side
+        if side is None:
+            return {}
+        states = self._states(self.spec.layers[0], batch, device)
+        return {side: states.requires_grad_(self.spec.is_reached(kind.name))}
 
     def _freeze(self, model: PreTrainedModel, family: Family) -> None:
         """Let the unit's parameters require gradients as the specification says."""

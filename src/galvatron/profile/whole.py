@@ -50,8 +50,12 @@ class WholeUnit(LocalUnit):
         return loss
 
     def of_rows(self, of_one: Any) -> Any:
-        """What is of one row, of as many as the unit has been given; it takes no memory."""
-        return tree_map_only(Tensor, lambda row: row.expand(self.rows, *row.shape[1:]), of_one)
+        """What is of one row, of as many as the unit has been given, in no memory; positions may have no rows."""
+
+        def many(row: Tensor) -> Tensor:
+            return row.expand(self.rows, *row.shape[1:]) if len(row) == 1 else row
+
+        return tree_map_only(Tensor, many, of_one)
 
     def learnt_inputs(self) -> list[Tensor]:
         """What other stacks end with."""
