@@ -29,7 +29,7 @@ def evaluated_by_transformers(exported: Path, job: Job, folder: Path) -> tuple[f
 
 
 def of_pairs(outputs: list[Any]) -> tuple[float, float]:
-    """The mean of the losses, and how often a text or an image goes best with its own."""
+    """The mean of the losses, and how often nothing goes better with a text, or an image, than its own."""
     scores = [both for output in outputs for both in (output.logits_per_text, output.logits_per_image)]
-    right = [(each >= each.diagonal().unsqueeze(1)).sum(dim=1) == 1 for each in scores]
+    right = [(each.diagonal().unsqueeze(1) >= each).all(dim=1) for each in scores]
     return torch.stack([output.loss for output in outputs]).mean().item(), torch.cat(right).float().mean().item()
