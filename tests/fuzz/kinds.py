@@ -23,7 +23,6 @@ from galvatron.estimate import estimate_model, model_spec
 from galvatron.exchange import export_plan, import_plan, to_megatron, to_torchtitan
 from galvatron.models import build_spec, load_config
 from galvatron.plan import LayerStrategy, Plan, check_runnable
-from galvatron.plan.rules import PLANNED_ALONE
 from galvatron.report import explain, explain_prediction
 from galvatron.report.diff import diff_plans
 from galvatron.search import Limits, search
@@ -267,16 +266,14 @@ def use_config(folder: Path) -> None:
     refusal: GalvatronError | None = None
     try:
         spec = model_spec(str(path))
-        merged = max(kind.tokens_divisor for kind in spec.layers)
-        seq_len = max(min(spec.max_seq_len, 16) // merged, 1) * merged
+        seq_len = spec.max_seq_len if spec.task == "image_classification" else min(spec.max_seq_len, 16)
         profile = estimate_model(spec, "h100", seq_len=seq_len, tp_degrees=[1, 2], max_batch=2)
         assert all(sample.forward_s > 0 and sample.backward_s > 0 for sample in profile.compute)
     except GalvatronError as error:
         refusal = error
-    if path.stem not in PLANNED_ALONE:
-        built = _unless_refused(lambda: build_spec(load_config(path), path.stem))
-        if built is not None and spec is not None:
-            assert built == spec
+    built = _unless_refused(lambda: build_spec(load_config(path), path.stem))
+    if built is not None and spec is not None:
+        assert built == spec
     if refusal is not None:
         raise refusal
 

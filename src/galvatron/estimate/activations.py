@@ -19,7 +19,6 @@ from .layer import LocalLayer, local_layer, uses_rms
 
 FLOAT = DTYPE_BYTES["fp32"]
 TOKEN_ID = 8  # bytes of an int64
-PLANNED_VISION = "swin"
 EMBEDDING_COPIES, NORMED_COPIES = 2.0, 3.5
 """Hidden states of whole sequences at the peak of an embedding's backward: of sums alone; with a norm over them.
 [Empirical: 2026-11, counted on fake tensors of BERT's, RoBERTa's, ViT's and DINOv2's]"""
@@ -140,8 +139,7 @@ def _whole_embedding(spec: ModelSpec, tp: int, seq_len: int, size: int, ids: int
 
 def head_tokens(spec: ModelSpec, seq_len: int) -> int:
     """Tokens of a sequence that are projected: a classifier and a contrast see one."""
-    is_of_samples = spec.task not in TOKEN_TASKS or spec.family == PLANNED_VISION
-    return 1 if is_of_samples else spec.layers[-1].tokens(seq_len)
+    return spec.layers[-1].tokens(seq_len) if spec.task in TOKEN_TASKS else 1
 
 
 def head_cut(spec: ModelSpec, tp: int) -> int:

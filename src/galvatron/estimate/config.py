@@ -24,8 +24,8 @@ from .parts import Config
 
 Family = Callable[[Config, str], ModelSpec]
 # Defaults are those of the library's config classes (transformers 5), for keys that files leave out.
-FAMILIES: dict[str, tuple[Family, dict[str, Any]]] = {
-    "swin": (swin, {"num_channels": 3, "num_labels": 1000, "mlp_ratio": 4.0, "patch_size": 4}),
+FAMILIES: dict[str, tuple[Family, Task, dict[str, Any]]] = {
+    "swin": (swin, "image_classification", {"num_channels": 3, "patch_size": 4, "window_size": 7}),
 }
 
 
@@ -46,7 +46,7 @@ def spec_of_config(config: Mapping[str, Any], name: str, task: Task | None = Non
             f"model_type={shown(model_type)} has no shapes here; choose one of {', '.join(sorted(types))}"
         )
     known = known_family(model_type, task or task_named(config))
-    if known is None and (model_type not in FAMILIES or task is not None):
+    if known is None and (model_type not in FAMILIES or task not in (None, FAMILIES[model_type][1])):
         tasks = sorted(
             known.family.task for known in known_families().values() if known.family.model_type == model_type
         )
@@ -57,7 +57,7 @@ def spec_of_config(config: Mapping[str, Any], name: str, task: Task | None = Non
     try:
         if known is not None:
             return spec_of_known(known, Config(config), name)
-        family, defaults = FAMILIES[model_type]
+        family, _, defaults = FAMILIES[model_type]
         return family(Config(config, **defaults), name)
     except ValidationError as failure:
         raise ConfigError(f"model {name}: {sentence(ModelSpec, failure)}; give a Hugging Face config.json") from None

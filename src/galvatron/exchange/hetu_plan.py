@@ -88,7 +88,7 @@ def import_plan(
             f"{source}: pp_division must list pp_deg={file.pp_deg} stages, got {plan.pp}; change one of them"
         )
     plan.validate(spec)
-    return plan.model_copy(update={"what_if": tuple(beyond_runtime(plan, spec))})
+    return plan.model_copy(update={"what_if": tuple(beyond_runtime(plan))})
 
 
 def _nearest_divisors(number: int, of: int) -> str:

@@ -87,7 +87,10 @@ def _typed(spec: ModelSpec) -> list[tuple[int, LayerKind]]:
 
     Kinds of equal sizes, which a table alone tells apart (of positions, in T5's first layers), are of one type.
     """
-    sizes = [(k.hidden_size, k.ffn_size, k.num_heads, k.tokens_divisor, k.side_inputs, k.causal) for k in spec.layers]
+    sizes = [
+        (k.hidden_size, k.ffn_size, k.num_heads, k.tokens_divisor, k.fixed_tokens, k.side_inputs, k.causal)
+        for k in spec.layers
+    ]
     types = list(dict.fromkeys(sizes))
     return [(types.index(size), kind) for size, kind in zip(sizes, spec.layers, strict=True)]
 

@@ -22,6 +22,7 @@ from galvatron.core.words import shown
 from galvatron.internals import keep_made, put_parameter
 
 from .family import family_of
+from .staged import check_stages
 from .tasks import auto_class, for_task, task_of
 
 LAYER_COUNTS = frozenset({"num_hidden_layers", "n_layer"})
@@ -117,6 +118,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if (count := getattr(part, "num_hidden_layers", None)) is not None:
             _check_layers(count)
+    check_stages(config)
     return _on_meta(
         lambda: auto_class(config).from_config(for_task(config, task_of(config)), dtype=torch.float32), config
     )

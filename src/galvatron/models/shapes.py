@@ -56,7 +56,7 @@ def fixed_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
     """By path, how many tokens stacks see that see as many whatever the length of texts: patches of images, sounds;
     and of windows how many are in one, by the path of the first layer's attention.
 
-    A twin of few units, but of images as large as the model's, is run.
+    A twin of few units, but of images as large as the model's, is run; on meta where it takes nothing but images.
 
     Raises:
         ConfigError: it cannot be run: images of this size do not fit the model's other sizes.
@@ -83,7 +83,9 @@ def windowed_path(stack: Stack) -> str:
 
 def _seen_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
     twin = twin_config(config, keep_images=True)
-    model, task = twin_model(twin), family.task
+    task = family.task
+    device = "meta" if task == "image_classification" else "cpu"
+    model = twin_model(twin).to(device)  # type: ignore[arg-type]
     length = (image_length(twin) if task == "vision_language" else 0) + SEQ_LEN + 1
     seeing = {stack.path: f"{stack.path}.0" for stack in family.stacks}
     seeing |= {path: path for path in map(windowed_path, family.stacks) if path}
@@ -96,7 +98,7 @@ def _seen_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
         model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         for longer in (0, 2):
-            run_twin(model, blank_inputs(twin, task, 1, length + longer))
+            run_twin(model, blank_inputs(twin, task, 1, length + longer, device))
     return {name: first for name, (first, second) in found.items() if first == second}
 
 

@@ -15,8 +15,6 @@ from .plan import LayerStrategy, Plan, Schedule
 RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 STACKED_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
 """Those of models of several stacks."""
-PLANNED_ALONE = ("swin",)
-"""Families that estimates describe and the runtime does not build as they do; what it built has its own stacks."""
 MAX_LISTED = 8
 
 
@@ -104,10 +102,8 @@ def check_runnable(plan: Plan) -> None:
         )
 
 
-def beyond_runtime(plan: Plan, spec: ModelSpec | None = None) -> Iterator[str]:
+def beyond_runtime(plan: Plan) -> Iterator[str]:
     """What the runtime cannot run yet of ``plan``, a phrase each."""
-    if spec is not None and spec.family in PLANNED_ALONE and spec.stacks == 1:
-        yield f"family {spec.family}"
     if plan.schedule not in RUNTIME_SCHEDULES:
         yield f"schedule {plan.schedule}"
 

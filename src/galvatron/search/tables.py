@@ -59,7 +59,7 @@ class Solution:
             layers=self.layers,
             head=self.head,
         )
-        return plan.model_copy(update={"what_if": tuple(beyond_runtime(plan, setting.model.spec))})
+        return plan.model_copy(update={"what_if": tuple(beyond_runtime(plan))})
 
 
 class TaskSolver:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from galvatron.core.errors import ConfigError
 from galvatron.estimate import spec_of_config
@@ -56,12 +56,31 @@ def test_a_size_that_is_none_is_refused(value):
         spec_of_config({"model_type": "llama", **SMALL, "hidden_size": value}, "small")
 
 
-def test_swin_needs_heads_for_every_stage():
-    keys = {"embed_dim": 32, "window_size": 7, "image_size": 224}
-    with pytest.raises(ConfigError, match="one entry a stage each"):
-        spec_of_config({"model_type": "swin", **keys, "depths": [2, 2], "num_heads": [2]}, "small")
+SWIN = {"model_type": "swin", "embed_dim": 32, "window_size": 7, "image_size": 224, "depths": [2, 2]}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_heads": [2, 4]},
+        {"num_heads": [2, 4, 8], "depths": [2, 3, 1], "qkv_bias": False, "use_absolute_embeddings": True},
+        {"num_heads": [4, 8], "image_size": [100, 62], "mlp_ratio": 2.5, "num_labels": 7},  # 25 x 16 patches, 13 x 8
+    ],
+)
+def test_what_is_planned_of_swin_is_what_trains(overrides):
+    config = {**SWIN, **overrides}
+    assert spec_of_config(config, "small") == build_spec(AutoConfig.for_model(**config), "small")
+
+
+def test_swin_needs_heads_for_every_stage_and_windows_that_fit():
+    with pytest.raises(ConfigError, match="one entry for each of two stages or more"):
+        spec_of_config({**SWIN, "num_heads": [2]}, "small")
     with pytest.raises(ConfigError, match="depths of a swin config must be a list"):
-        spec_of_config({"model_type": "swin", **keys, "depths": 2, "num_heads": [2]}, "small")
+        spec_of_config({**SWIN, "depths": 2, "num_heads": [2]}, "small")
+    with pytest.raises(
+        ConfigError, match="window_size=7 must not exceed the 4 patches a side that the last of 2 stages"
+    ):
+        spec_of_config({**SWIN, "num_heads": [2, 4], "image_size": 32}, "small")
 
 
 def test_dense_layers_among_experts_are_refused():

@@ -39,10 +39,14 @@ GPT2 = GPT2Config(
 )  # fmt: skip
 
 
+def _length(spec, most=512):
+    return spec.max_seq_len if spec.task == "image_classification" else min(spec.max_seq_len, most)
+
+
 @pytest.mark.parametrize("name", CARDS)
 def test_every_card_has_samples_of_every_unit_and_survives_its_file(name):
     spec = model_spec(name)
-    profile = estimate_model(spec, "h100", seq_len=min(spec.max_seq_len, 2048), max_batch=4)
+    profile = estimate_model(spec, "h100", seq_len=_length(spec, 2048), max_batch=4)
     assert ModelProfile.from_json(profile.to_json()) == profile
     assert profile.origin == "estimated"
     assert 1 in profile.tp_degrees()
@@ -191,7 +195,7 @@ def test_a_faster_device_is_never_slower(name, field):
     device = preset("a100")
     faster = device.model_copy(update={field: Constant(value=1.2 * getattr(device, field).value, source="made up")})
     spec = model_spec(name)
-    seq_len = min(spec.max_seq_len, 512)
+    seq_len = _length(spec)
     before, after = (estimate_model(spec, d, seq_len=seq_len, max_batch=8) for d in (device, faster))
     for slow, fast in zip(before.compute, after.compute, strict=True):
         assert fast.forward_s <= slow.forward_s
@@ -286,10 +290,18 @@ def test_a_device_without_a_preset_is_estimated_by_its_rate_alone():
         estimate_model(model_spec("llama2-7b"), xeon, seq_len=512)
 
 
-def test_sequences_that_a_stage_would_merge_to_nothing_are_refused():
+def test_a_sequence_of_another_length_than_an_image_has_is_refused():
+    with pytest.raises(ConfigError, match="seq_len=49 must be 3136, what an image is to swin-h; choose that"):
+        estimate_model(model_spec("swin-h"), "h100", seq_len=49)
+
+
+def test_layers_of_windows_keep_whole_sequences_beside_what_is_cut():
+    """Two norms of whole sequences are not divided by tp; queries, keys, values and the MLP are."""
     spec = model_spec("swin-h")
-    with pytest.raises(ConfigError, match="seq_len=49 must be a multiple of 64, as swin-h merges tokens; choose 64"):
-        estimate_model(spec, "h100", seq_len=49)
-    with pytest.raises(ConfigError, match=r"seq_len=100 must be a multiple of 64, .*; choose 64"):
-        estimate_model(spec, "h100", seq_len=100)
-    assert estimate_model(spec, "h100", seq_len=64, tp_degrees=[1], max_batch=1).seq_len == 64
+    profile = estimate_model(spec, "h100", seq_len=3136, tp_degrees=[1, 2], max_batch=1)
+    name = spec.layers[0].name
+    one, two = (
+        next(a for a in profile.activations if (a.unit, a.tp, a.recompute) == (name, tp, "none")) for tp in (1, 2)
+    )
+    hidden = 3136 * 320 * 2
+    assert one.bytes_per_sequence / 2 + hidden < two.bytes_per_sequence < one.bytes_per_sequence

@@ -104,7 +104,7 @@ def test_heads_of_a_part_whose_linears_stay_whole_are_not_divided() -> None:
 def test_stages_shrink_together() -> None:
     config = AutoConfig.for_model("swin", depths=[2, 2, 18], num_heads=[4, 8, 16])
     twin = twin_config(config)
-    assert (twin.depths, twin.num_heads, twin.embed_dim, twin.hidden_size) == ([2, 2, 2], [6, 12, 24], 24, 96)
+    assert (twin.depths, twin.num_heads, twin.embed_dim, twin.hidden_size) == ([2, 2, 2], [6, 12, 24], 12, 48)
     assert twin.image_size // twin.patch_size // 4 > twin.window_size  # several windows, even in the last stage
     assert structure_key(config) != structure_key(AutoConfig.for_model("swin"))
     as_large = twin_config(config, keep_images=True)
