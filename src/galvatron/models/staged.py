@@ -8,11 +8,12 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.numbers import MAX_LAYERS
 
 from .sizes import LAYERS, PATCH
 
 KEYS = ("depths", "num_heads", "embed_dim")
-HEADS, HEAD_DIM, WINDOW, GRID = 6, 2, 2, 3
+HEADS, HEAD_DIM, WINDOW, GRID = 6, 4, 2, 3
 """Of the first stage; of all; how many patches a side has in the last one: several windows, the last ones filled up."""
 
 
@@ -27,14 +28,14 @@ def check_stages(config: PretrainedConfig) -> None:
     """Raise ConfigError where a stage of ``config`` has no layers, or a window is larger than any image's grid."""
     if not is_staged(config):
         return
-    if any(depth < 1 for depth in config.depths):
+    if any(depth < 1 for depth in config.depths) or sum(config.depths) > MAX_LAYERS:
         raise ConfigError(
-            f"depths={list(config.depths)} of a {config.model_type} config must be one layer or more each; mend its "
-            "config.json"
+            f"depths={list(config.depths)} of a {config.model_type} config must be one layer or more each, and "
+            f"{MAX_LAYERS:,} together at most; mend its config.json"
         )
-    sides = [getattr(config, name, None) for name in ("image_size", "patch_size", "window_size")]
-    image, patch, window = (max(side) if isinstance(side, (list, tuple)) else side for side in sides)
-    if all(isinstance(size, int) for size in (image, patch, window)) and window * patch > image:
+    sides = [getattr(config, name, 0) for name in ("image_size", "patch_size", "window_size")]
+    image, patch, window = (max(side) if isinstance(side, (list, tuple)) else int(side) for side in sides)
+    if window * patch > image:
         raise ConfigError(
             f"window_size={window} of a {config.model_type} config must not exceed the {image // patch} patches a side "
             f"of its image_size={image}; mend its config.json"

@@ -104,7 +104,7 @@ def test_heads_of_a_part_whose_linears_stay_whole_are_not_divided() -> None:
 def test_stages_shrink_together() -> None:
     config = AutoConfig.for_model("swin", depths=[2, 2, 18], num_heads=[4, 8, 16])
     twin = twin_config(config)
-    assert (twin.depths, twin.num_heads, twin.embed_dim, twin.hidden_size) == ([2, 2, 2], [6, 12, 24], 12, 48)
+    assert (twin.depths, twin.num_heads, twin.embed_dim, twin.hidden_size) == ([2, 2, 2], [6, 12, 24], 24, 96)
     assert twin.image_size // twin.patch_size // 4 > twin.window_size  # several windows, even in the last stage
     assert structure_key(config) != structure_key(AutoConfig.for_model("swin"))
     as_large = twin_config(config, keep_images=True)
@@ -126,6 +126,21 @@ def test_stages_of_growing_width_are_stacks_whose_layers_see_windows() -> None:
         (3136, 49, 32), (784, 49, 32), (196, 49, 32), (49, 49, 32),
     ]  # fmt: skip
     assert prove(config) == Proof()
+
+
+def test_scores_scaled_by_head_and_positions_of_windows_by_a_network() -> None:
+    config = AutoConfig.for_model("swinv2")
+    attention = family_of(config).stacks[0].regions[0]
+    assert attention.by_head == {"attention.self.logit_scale": "heads"}
+    assert attention.columns["attention.self.continuous_position_bias_mlp.2"] == ("heads",)
+    assert [kind.hidden_size for kind in build_spec(config).layers] == [96, 192, 384, 768]
+    assert prove(config) == Proof()
+
+
+@pytest.mark.parametrize("depths", [[0, 2], [2, 2**31]])
+def test_stages_of_no_layers_or_too_many_are_refused(depths: list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"must be one layer or more each, and 16,384 together at most"):
+        meta_model(AutoConfig.for_model("swin", depths=depths, num_heads=[3, 6]))
 
 
 def test_images_that_a_model_cannot_run_are_refused() -> None:
