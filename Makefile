@@ -18,7 +18,7 @@ quickstart: $(INSTALLED)
 	rm -rf runs/quickstart
 	$(BIN)/galvatron run examples/quickstart.toml
 
-# Six minutes on one GPU (on a CPU small): right, as predicted, and how fast beside others?
+# Ten minutes on one GPU (on a CPU small): right, as predicted, and how fast beside others?
 gpu: $(INSTALLED)
 	mkdir -p runs
 	$(BIN)/python -m benchmarks.gpu --out runs/gpu.json
