@@ -16,6 +16,7 @@ from galvatron.plan import Plan
 from galvatron.testing.models import tiny_config, tiny_model
 from galvatron.testing.plans import pure_plans
 from galvatron.testing.pool import Pool
+from galvatron.testing.reference import Recipe, make_batches
 
 RATE = 0.25
 PLANS = {name: plan for name, plan in pure_plans(build_spec(tiny_config("gpt2")), 4).items() if plan.layers[0].cp == 1}
@@ -146,4 +147,29 @@ def test_layers_of_windows_drop_alike_on_all_ranks_that_see_them_whole(pool: Poo
     assert len(set(masks)) > len(masks) // 2  # of four samples several are dropped alike now and then
     full = tuple(layer.model_copy(update={"recompute": "full"}) for layer in plan.layers)
     again = pool.run(masks_in_windows, plan.model_copy(update={"layers": full}), world_size=2)
+    assert again[0][1] == pytest.approx(losses, rel=1e-6)
+
+
+def paths_dropped(plan: Plan) -> tuple[list[list[bool]], list[float]]:
+    """Whose paths a DINOv2's second layer drops in two steps; and the losses."""
+    config = tiny_config("dinov2", drop_path_rate=0.5)
+    model, dropped = parallelize(tiny_model(config), plan, world=init_world("cpu"), seed=0), []
+
+    def note(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        dropped.append((output == 0).flatten(1).all(dim=1).tolist())
+
+    if not any(layer.recompute == "full" for layer in plan.layers):
+        model.stages[0].layer(1).drop_path.register_forward_hook(note)
+    inputs, labels = make_batches(Recipe(num_steps=1), config, plan.global_batch_size, plan.seq_len)[0]
+    return dropped, [float(model.train_step(labels=labels, **inputs)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("axis", ["tp", "ulysses"])
+def test_ranks_that_share_sequences_drop_the_paths_of_the_same_samples(pool: Pool, axis: str) -> None:
+    plan = pure_plans(build_spec(tiny_config("dinov2")), 2)[axis]
+    (dropped, losses), other = pool.run(paths_dropped, plan, world_size=2)
+    assert other == (dropped, losses)
+    assert {kept for microbatch in dropped for kept in microbatch} == {True, False}
+    full = tuple(layer.model_copy(update={"recompute": "full"}) for layer in plan.layers)
+    again = pool.run(paths_dropped, plan.model_copy(update={"layers": full}), world_size=2)
     assert again[0][1] == pytest.approx(losses, rel=1e-6)

@@ -22,6 +22,7 @@ from .layers.attention import Context, attend_across
 from .layers.bias import hand_on
 from .layers.compile import LayerCompiler
 from .layers.documents import OwnPlaces
+from .layers.drop_path import drop_alike
 from .layers.forward import change_layout, enter_with_layout
 from .layers.later import Later, put_off
 from .layers.recompute import recompute_in_backward
@@ -63,6 +64,8 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
         if stage.later is not None:
             stage.later.taps[layer] = tap_linears(layer, regions, kinds[index], tp)
         cut_layer(layer, regions, kinds[index], tp, experts, grid.experts(strategy))
+        if not stack.windowed:
+            drop_alike(layer, grid.axis_group(1, strategy.sequence_degree))
         attend_across(layer, Context(grid.ulysses(strategy, filling), grid.ring(strategy), tp))
         if spec.is_layer_reached(index):  # nothing is kept of other layers, and compilers fail on such a checkpoint
             recompute_in_backward(layer, regions, tp, strategy.recompute, has_experts=experts is not None)
