@@ -34,6 +34,10 @@ class Documents(NamedTuple):
     bounds: Tensor | None
     of_side: bool = False
 
+    def given(self, *, of_side: bool) -> Documents:
+        """The same, said to be those of another stack or not."""
+        return Documents(self.starts, self.bounds, of_side)
+
 
 def documents_of(position_ids_BS: Tensor, device: torch.device) -> Documents:
     """The documents of rows by their positions, int64 on the CPU."""
@@ -107,7 +111,7 @@ class OwnPlaces:
         if tables is not None:
             kwargs["position_embeddings"] = self._of(tables)
         if self._packed.now is not None:
-            kwargs["documents"] = self._packed.now[self._rows]._replace(of_side=of_side)
+            kwargs["documents"] = self._packed.now[self._rows].given(of_side=of_side)
         return forward(*args, **kwargs)
 
     def _of(self, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
