@@ -19,8 +19,9 @@ from galvatron.core.model import ModelSpec
 from galvatron.core.model_profile import ModelProfile
 from galvatron.cost.setting import Setting
 from galvatron.cost.stages import Stage, messages_s, replicated_s, stages_of
+from galvatron.models import random_inputs
 from galvatron.parallelize import init_world, parallelize
-from galvatron.plan import Plan
+from galvatron.plan import LayerStrategy, Plan, copies
 from galvatron.testing.messages import Message, Messages
 from galvatron.testing.models import Variant
 from galvatron.testing.plans import random_plans
@@ -43,10 +44,13 @@ Totals = dict[Op, tuple[int, int]]
 def sent(variant: str, plan: Plan) -> list[Message]:
     """Of a second step: FSDP2 prepares itself in the first."""
     model = parallelize(Variant.named(variant).model(heads_for(plan.world_size)), plan, world=init_world("cpu"))
-    tokens = torch.zeros(plan.global_batch_size, plan.seq_len, dtype=torch.int64)
-    model.train_step(tokens, tokens)
+    task, rows = model.spec.task, plan.global_batch_size
+    batch = random_inputs(model.config, task, rows, plan.seq_len, torch.Generator().manual_seed(0))
+    if task != "contrast":
+        batch["labels"] = torch.zeros(rows, plan.seq_len, dtype=torch.int64)
+    model.train_step(**batch)
     with Messages() as log:
-        model.train_step(tokens, tokens)
+        model.train_step(**batch)
     return log.started
 
 
@@ -75,6 +79,10 @@ def costed(variant: str, plan: Plan) -> list[Totals]:
         if spec.tied_embeddings and plan.pp > 2 and index in (0, plan.pp - 1):
             n, b = stage["all_reduce"]
             stage["all_reduce"] = (n + 1, b + tied_bytes(plan, spec))
+    for key, users in copies(spec, plan).items():
+        for index in users if key[0] is not None else ():
+            n, b = stages[index]["all_reduce"]
+            stages[index]["all_reduce"] = (n, b + scores_bytes(spec, *key))
     return stages
 
 
@@ -97,6 +105,15 @@ def tied_bytes(plan: Plan, spec: ModelSpec) -> int:
     """Of the sum over the first and the last of several stages, whose link no profile has: it is costed as messages."""
     rows, width = spec.embedding.parameters[0].local_shape(plan.embedding.tp)
     return 4 * -(-rows // plan.embedding.shard_degree) * width
+
+
+def scores_bytes(spec: ModelSpec, layer: int | None, name: str) -> int:
+    """Of a table of scores that layers on several stages look up, which is too small to be costed.
+
+    Its gradient goes with the tied weight's, which tests of it have.
+    """
+    assert layer is not None
+    return 4 * sum(math.prod(p.shape) for p in spec.kind_of_layers()[layer].parameters if p.name == name)
 
 
 def instant(model: ModelProfile) -> ModelProfile:
@@ -148,6 +165,21 @@ def check(pool: Pool, variant: str, plan: Plan) -> None:
 @pytest.mark.parametrize(("variant", "world_size", "index"), SAMPLES)
 def test_messages_are_those_that_are_costed(pool: Pool, variant: str, world_size: int, index: int) -> None:
     check(pool, variant, mixes(variant, world_size, index + 1)[index])
+
+
+@pytest.mark.parametrize(
+    ("variant", "stages", "microbatches"), [("t5", (3, 1), 4), ("t5", (2, 2), 2), ("clip", (4, 1), 1)]
+)
+def test_what_rides_along_between_stacks_is_costed(
+    pool: Pool, variant: str, stages: tuple[int, ...], microbatches: int
+) -> None:
+    """A decoder's stages get the encoder's output as a message of its own, a second tower's what the first came to."""
+    one = LayerStrategy()
+    plan = Plan(
+        model="tiny", world_size=2, layers_per_stage=stages, num_microbatches=microbatches, embedding=one, head=one,
+        layers=(one,) * sum(stages), global_batch_size=8, seq_len=16,
+    )  # fmt: skip
+    check(pool, variant, plan)
 
 
 @pytest.mark.slow

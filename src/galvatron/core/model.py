@@ -199,9 +199,14 @@ class LayerKind(UnitSpec):
         """Tokens of one sequence in these layers."""
         return self.fixed_tokens or seq_len // self.tokens_divisor
 
-    def entering_elements(self, seq_len: int) -> int:
-        """Elements of one sequence that enter one of these layers: hidden states, and those that ride along."""
-        return self.tokens(seq_len) * self.hidden_size * (1 + self.side_inputs) + self.carried
+    def entering_elements(self, tokens: int) -> int:
+        """Elements of a sequence of ``tokens`` here that enter a layer: hidden states, and those that ride along."""
+        return tokens * self.hidden_size * (1 + self.side_inputs) + self.carried
+
+    @property
+    def entering_tensors(self) -> int:
+        """In how many tensors these elements are."""
+        return 1 + self.side_inputs + bool(self.carried)
 
     @property
     def active_parameters(self) -> float:

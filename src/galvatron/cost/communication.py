@@ -37,10 +37,11 @@ def redistributions_s(setting: Setting, unit: UnitName, degrees: Ints) -> Floats
 
 
 def transfer_s(setting: Setting, unit: UnitName) -> float:
-    """One rank's hidden states of one microbatch to the stage that begins with ``unit``; 0 without a pipeline."""
+    """What enters ``unit`` of one microbatch, from one rank to the next stage, tensor by tensor; 0 without stages."""
     if setting.pp == 1:
         return 0.0
-    return setting.link("p2p", 2, setting.stage_size).time_s(setting.entering_bytes(unit))
+    link = setting.link("p2p", 2, setting.stage_size)
+    return setting.entering_tensors(unit) * link.latency_s + setting.entering_bytes(unit) * link.seconds_per_byte
 
 
 def tied_reduction_s(setting: Setting, num_bytes: Floats | Ints) -> Floats:

@@ -119,13 +119,17 @@ class Setting:
 
         Of patches as many as the most ways to cut them, as many as there are heads, fill up.
         """
-        if unit in ENDS:
-            elements = self.tokens(unit) * self.hidden_size(unit)
-        else:
-            elements = self.model.spec.kind(unit).entering_elements(self.seq_len)
         most = np.array(min(self.stage_size, self._kind(unit).num_heads))
-        filled = elements // self.tokens(unit) * int(self.cut_tokens(unit, most))
-        return self.micro_batch_size * filled * self.compute_bytes // self.stage_size
+        tokens = int(self.cut_tokens(unit, most))
+        if unit in ENDS:
+            elements = tokens * self.hidden_size(unit)
+        else:
+            elements = self.model.spec.kind(unit).entering_elements(tokens)
+        return self.micro_batch_size * elements * self.compute_bytes // self.stage_size
+
+    def entering_tensors(self, unit: UnitName) -> int:
+        """In how many tensors they are."""
+        return 1 if unit in ENDS else self.model.spec.kind(unit).entering_tensors
 
     @property
     def fill(self) -> float:

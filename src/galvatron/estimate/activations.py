@@ -36,7 +36,7 @@ def layer_activations(
 ) -> ActivationSample:
     """One layer's bytes of one sequence on one of ``tp`` ranks."""
     layer, size = local_layer(kind, family, tp, seq_len, compiled=compiled), DTYPE_BYTES[precision]
-    boundary = kind.entering_elements(seq_len) / tp * size
+    boundary = kind.entering_elements(kind.tokens(seq_len)) / tp * size
     every = _saved(layer, size) + boundary - layer.chunk * layer.hidden * size
     saved = every if recompute == "none" else boundary + _kept(layer, recompute, size)
     workspace = _workspace(layer, precision)

@@ -70,7 +70,7 @@ def _most_bytes(model: ModelProfile, batch: int) -> int:
     for sample in model.activations:
         bytes_ = sample.fixed_bytes + sample.bytes_per_sequence + sample.workspace_bytes_per_sequence
         kept[sample.unit] = max(kept.get(sample.unit, 0), bytes_)
-    entering = max(kind.entering_elements(model.seq_len) for kind in model.spec.layers) * STATE_BYTES
+    entering = max(kind.entering_elements(kind.tokens(model.seq_len)) for kind in model.spec.layers) * STATE_BYTES
     activations = sum(counts.get(unit, 1) * (bytes_ + entering) for unit, bytes_ in kept.items())
     return batch * activations + model.spec.num_parameters * STATE_BYTES
 
