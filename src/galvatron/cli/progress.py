@@ -98,9 +98,10 @@ def describe_step(metrics: StepMetrics) -> str:
     """One line: loss, speed, and the step time beside its prediction."""
     predicted = metrics.predicted_step_time_s
     promise = f" (predicted {format_seconds(predicted)})" if predicted is not None else ""
+    dropped = f"  {metrics.dropped_choices:,} choices dropped" if metrics.dropped_choices else ""
     return (
         f"step {metrics.step:>5}  loss {metrics.loss:.3f}  {metrics.tokens_per_s:,.0f} tokens/s  "
-        f"{format_seconds(metrics.step_time_s)} a step{promise}"
+        f"{format_seconds(metrics.step_time_s)} a step{promise}{dropped}"
     )
 
 

@@ -256,6 +256,7 @@ def _train(world: World, leg: Leg) -> TrainResult:
             seed=section.seed,
             compile=section.compiled,
             fp8=section.fp8,
+            capacity_factor=section.capacity_factor,
         )
     unlike = leg.plan.prediction and leg.plan.prediction.unlike(compiled=model.compiled)
     if unlike:

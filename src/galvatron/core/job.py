@@ -154,6 +154,7 @@ class TrainSection(Record):
 
     ``label_smoothing`` and ``z_loss`` are terms of the training loss, not of evaluations.
     ``router_bias_rate``: what the biases of routers that have some move by after every step (DeepSeek-V3's: 0.001).
+    ``capacity_factor``: how many of a microbatch's choices an expert takes, of an even load; by default all.
     ``compile``: whether layers are compiled, profiled ones too; ``auto`` on CUDA alone.
     ``fp8``: whether products of layers are made in float8, profiled ones too, beside bf16 for all else.
     ``seed`` is what torch's generators take.  ``max_skipped_steps`` steps in a row may be skipped, unlearnt, because
@@ -168,6 +169,7 @@ class TrainSection(Record):
     label_smoothing: float = Field(default=0.0, strict=True, ge=0, lt=1)
     z_loss: NonNegative = 0.0
     router_bias_rate: NonNegative = 0.0
+    capacity_factor: Positive | None = None
     compile: StrictBool | Literal["auto"] = "auto"
     fp8: StrictBool = False
     seed: int = Field(default=0, strict=True, ge=0, lt=2**64)

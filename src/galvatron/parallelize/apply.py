@@ -22,6 +22,7 @@ from .checks.surroundings import check_surroundings
 from .cutting import balance_of, cut, loads_of, router_biases, stages_of
 from .holding import chunk_of, units_of
 from .layers.attention import use_attention
+from .layers.capacity import Capacity, check_capacity
 from .layers.compile import LayerCompiler, compiles
 from .layers.fp8 import check_fp8, fp8_problem, use_fp8
 from .model import ParallelModel
@@ -43,6 +44,7 @@ def parallelize(
     seed: int = 0,
     compile: bool | None = None,
     fp8: bool = False,
+    capacity_factor: float | None = None,
 ) -> ParallelModel:
     """Run ``model`` under ``plan`` on this process's part of the world.  Collective over the world.
 
@@ -60,12 +62,14 @@ def parallelize(
         compile: whether layers are compiled (``torch.compile``); by default on CUDA alone.  What is compiled is
             compiled in the first step and the first evaluation, or by ``warm_up``.
         fp8: whether products of layers are made in float8, under a plan in bf16.
+        capacity_factor: how many of a microbatch's choices an expert takes, of an even load: the first ones in the
+            microbatch's order; the others are dropped in training.  None: no choice is.
 
     Raises:
         PlanError: the plan breaks a rule of the model or of the world, or of float8 products.
-        ConfigError: the model's family has no record, the device or the model has no float8 products, or the model
-            is not what its config describes, or ranks were given different plans, models, seeds or weights; the
-            model is left as it was.
+        ConfigError: the model's family has no record, the device or the model has no float8 products, the model has
+            no experts to limit or is not what its config describes, or ranks were given different plans, models,
+            seeds, capacities or weights; the model is left as it was.
         CheckpointError: ``weights`` are not those of the model, quantised or not finite.
     """
     if isinstance(model, ParallelModel):
@@ -76,11 +80,12 @@ def parallelize(
         raise PlanError(f"parallelize takes a Plan, got {type(plan).__name__}; load a file with Plan.load(path)")
     world = world or init_world()
     check_surroundings(world.device, gradients=False)
-    check_agreement(model, plan, seed, own_weights=weights is None or adapter is not None)
+    check_agreement(model, plan, seed, capacity_factor, own_weights=weights is None or adapter is not None)
     config = config_of(model)
     family, spec = family_of(config), spec_of(model)
     plan.validate(spec, world.world_size)
     check_runnable(plan)
+    check_capacity(capacity_factor, spec, plan)
     if fp8:
         _check_fp8(model, plan, family, spec, world)
     refuse_unproved(config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers), uses_pp=plan.pp > 1)
@@ -98,10 +103,11 @@ def parallelize(
         for link in chain_of(model, family):
             use_fp8(model.get_submodule(link.path))
     stages = tuple(stages_of(model, family, grid))
+    capacity = None if capacity_factor is None else Capacity(capacity_factor, grid)
     compiled = compiles(compile, world.device, spec)
     compiler = LayerCompiler() if compiled else None
     for stage in stages:
-        cut(stage, family, spec, grid, compiler)
+        cut(stage, family, spec, grid, compiler, capacity)
     parts = [part for stage in stages for part in parts_of(stage, spec, grid)]
     chunks = tuple(chunk_of(stage, list(units_of(stage, spec, grid)), grid) for stage in stages)
     for stage in stages:
@@ -128,6 +134,7 @@ def parallelize(
         compiled=compiled,
         balance=balance_of(model.config, spec, grid, stages),
         loads=loads_of(biases, grid, stages),
+        capacity=capacity,
     )
 
 

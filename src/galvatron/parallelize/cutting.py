@@ -20,6 +20,7 @@ from galvatron.plan.filling import Filling, filling_of
 
 from .layers.attention import Context, attend_across
 from .layers.bias import hand_on
+from .layers.capacity import Capacity, without_nobody
 from .layers.compile import LayerCompiler
 from .layers.documents import OwnPlaces
 from .layers.drop_path import drop_alike
@@ -48,7 +49,14 @@ def stages_of(model: PreTrainedModel, family: Family, grid: Grid) -> Iterator[St
         yield stage
 
 
-def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: LayerCompiler | None) -> None:
+def cut(
+    stage: Stage,
+    family: Family,
+    spec: ModelSpec,
+    grid: Grid,
+    compiler: LayerCompiler | None,
+    capacity: Capacity | None,
+) -> None:
     """Tensor cuts, recompute, compilation, and changes of layout on entry, for every module this stage owns."""
     plan = grid.plan
     degrees, kinds = [strategy.sequence_degree for strategy in plan.strategies()], spec.kind_of_layers()
@@ -61,9 +69,13 @@ def cut(stage: Stage, family: Family, spec: ModelSpec, grid: Grid, compiler: Lay
         tp = grid.axis_group(1, strategy.tp, filling=filling)
         stack = stage.chain[index].stack
         regions, experts = regions_in(layer, stack), experts_in(layer, stack)
+        if capacity is not None and experts is not None and strategy.ep == 1:
+            without_nobody(layer.get_submodule(experts.module), kinds[index].num_experts)
         if stage.later is not None:
             stage.later.taps[layer] = tap_linears(layer, regions, kinds[index], tp)
         cut_layer(layer, regions, kinds[index], tp, experts, grid.experts(strategy))
+        if capacity is not None and experts is not None:
+            capacity.limit(layer.get_submodule(experts.module), kinds[index], strategy)
         if not stack.windowed:
             drop_alike(layer, grid.axis_group(1, strategy.sequence_degree))
         attend_across(layer, Context(grid.ulysses(strategy, filling), grid.ring(strategy), tp))

@@ -21,6 +21,7 @@ from galvatron.models import Adapter, blank_inputs
 from .accumulation import Gradients, Replicated
 from .checks.refusals import INSTEAD_OF_COPYING, INSTEAD_OF_FORWARD, refusal
 from .checks.step import StepCheck, named
+from .layers.capacity import Capacity
 from .layers.documents import positions_beside_padding
 from .layers.randomness import masks_of
 from .losses.balance import Balance
@@ -68,6 +69,7 @@ class ParallelModel:
         compiled: bool = False,
         balance: Balance | None = None,
         loads: Loads | None = None,
+        capacity: Capacity | None = None,
     ) -> None:
         """Made by ``parallelize``; ``shards`` maps names to the FSDP2 parameters behind some of ``parameters``."""
         self.plan, self.spec, self.grid, self.config = grid.plan, spec, grid, config
@@ -79,7 +81,7 @@ class ParallelModel:
         self._gradients = Gradients(parameters, shards, replicated, self._unsharded, scale, self.device)
         self._check = StepCheck(self.plan, spec, config, parameters, self.device)
         self._driver = Driver(grid, spec, chunks, balance)
-        self._loads = loads
+        self._loads, self._capacity = loads, capacity
 
     def train_step(
         self,
@@ -141,6 +143,8 @@ class ParallelModel:
         self._gradients.begin(accumulate=accumulate)
         if self._loads is not None and not accumulate:
             self._loads.begin()
+        if self._capacity is not None and not accumulate:
+            self._capacity.begin()
         carried = self._gradients.carried
         with masks_of(self.seed, self.steps, self.grid.world.rank, self.device):
             for stage in self.stages:
@@ -290,6 +294,21 @@ class ParallelModel:
         if self._loads is None:
             raise ConfigError(f"routers of {self.spec.name} have no biases that even out loads; leave them alone")
         self._loads.move(rate)
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """What experts take of an even load; None where no choice is ever dropped."""
+        return None if self._capacity is None else self._capacity.factor
+
+    def dropped_choices(self) -> Tensor:
+        """How many choices of experts the last step dropped: an int64 scalar, equal on all ranks.  Collective.
+
+        Raises:
+            ConfigError: the model was made without a ``capacity_factor``.
+        """
+        if self._capacity is None:
+            raise ConfigError("experts without a capacity drop nothing; give parallelize a capacity_factor")
+        return self._capacity.dropped()
 
     def state_dict(self, *, full: bool = True) -> dict[str, Tensor]:
         """The weights.

@@ -44,6 +44,8 @@ class TrainableModel(Protocol):
     @property
     def local_parameters(self) -> Sequence[LocalParameter]: ...  # noqa: D102
     @property
+    def capacity_factor(self) -> float | None: ...  # noqa: D102
+    @property
     def train_step(self) -> Callable[..., torch.Tensor]: ...  # noqa: D102
     @property
     def evaluate(self) -> Callable[..., torch.Tensor]: ...  # noqa: D102
@@ -51,6 +53,7 @@ class TrainableModel(Protocol):
     def evaluate_classes(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102
     def move_router_biases(self, rate: float) -> None: ...  # noqa: D102
+    def dropped_choices(self) -> torch.Tensor: ...  # noqa: D102
     def grad_norm(self) -> torch.Tensor: ...  # noqa: D102
     def gathered_buffers(self) -> Iterable[torch.Tensor]: ...  # noqa: D102
 

@@ -25,7 +25,7 @@ class StepMetrics(Record):
     ``tokens_per_s`` = tokens of the batch / ``step_time_s``; ``model_flops_per_s`` counts forward + backward
     without recompute (``ModelSpec.flops_per_token``); ``mfu`` = ``model_flops_per_s`` / (world size × measured
     matrix-multiply rate of a device); ``peak_memory_bytes`` is the fullest rank's (see ``PeakMemory``); ``loss_scale``
-    is fp16's, as the step's gradients were made.
+    is fp16's, as the step's gradients were made; ``dropped_choices`` counts those beyond their experts' capacity.
     """
 
     step: int
@@ -40,6 +40,7 @@ class StepMetrics(Record):
     mfu: float | None
     model_flops_per_s: float
     loss_scale: float | None = None
+    dropped_choices: int | None = None
 
 
 class Metric(NamedTuple):

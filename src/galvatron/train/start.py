@@ -63,6 +63,11 @@ def train(
     _check_agreement(model, section, dataset, plan)
     if section.router_bias_rate:
         model.move_router_biases(0.0)  # refused before the first step if there are none
+    if section.capacity_factor != model.capacity_factor:
+        raise ConfigError(
+            f"the section says capacity_factor={section.capacity_factor} but the model was made with "
+            f"{model.capacity_factor}; give parallelize the section's"
+        )
     optimizer = build_optimizer(model.local_parameters, section)
     lineage = Lineage.of_run(section, model.config, dataset, job)
     state, notes = TrainState(step=0, world_size=world_size(), run=lineage), []

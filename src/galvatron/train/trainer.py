@@ -117,7 +117,8 @@ class Trainer:
         self.upcoming = self.dataset.batch(self.step + 1) if more else None  # while the device works
         # the only time that the host waits for the device
         known = [float(self.peak_memory.bytes()), float(request.signum)]
-        peak_bytes, stop, loss_now, grad_norm = all_max(known, beside=[loss, norm])
+        dropped = [self.model.dropped_choices().double()] if self.section.capacity_factor else []
+        peak_bytes, stop, loss_now, grad_norm, *counts = all_max(known, beside=[loss.double(), norm.double(), *dropped])
         seconds = time.perf_counter() - start
         if scale is not None:
             self.model.zero_grad()  # they carry the scale
@@ -133,7 +134,7 @@ class Trainer:
             if self.section.router_bias_rate:
                 self.model.move_router_biases(self.section.router_bias_rate)
             self.loss, self.skipped_in_a_row = loss_now, 0
-            metrics = self._metrics(grad_norm, lr, scale, seconds, int(peak_bytes))
+            metrics = self._metrics(grad_norm, lr, scale, seconds, int(peak_bytes), *map(int, counts))
             if log is not None:
                 log.step(metrics)
             self.reporter.stepped(metrics)
@@ -156,7 +157,13 @@ class Trainer:
         self.skipped_steps += 1
 
     def _metrics(
-        self, grad_norm: float, lr: float, scale: LossScale | None, seconds: float, peak_bytes: int
+        self,
+        grad_norm: float,
+        lr: float,
+        scale: LossScale | None,
+        seconds: float,
+        peak_bytes: int,
+        dropped_choices: int | None = None,
     ) -> StepMetrics:
         tokens_per_s = self.section.global_batch_size * self.section.seq_len / seconds
         flops_per_s = tokens_per_s * self.model.spec.flops_per_token(self.section.seq_len)
@@ -168,6 +175,7 @@ class Trainer:
             grad_norm=grad_norm,
             lr=lr,
             loss_scale=None if scale is None else scale.scale,
+            dropped_choices=dropped_choices,
             tokens_per_s=tokens_per_s,
             step_time_s=seconds,
             predicted_step_time_s=None if prediction is None else prediction.step_time_s,

@@ -36,6 +36,12 @@ def test_a_step_is_one_line(predicted: float | None, text: str) -> None:
     assert describe_step(metrics(7, predicted=predicted)) == text
 
 
+def test_a_step_says_what_its_experts_dropped_if_they_did() -> None:
+    none, some = (metrics(7).model_copy(update={"dropped_choices": dropped}) for dropped in (0, 1234))
+    assert describe_step(none) == describe_step(metrics(7))
+    assert describe_step(some) == describe_step(none) + "  1,234 choices dropped"
+
+
 def test_the_summary_leaves_first_steps_out_and_gives_the_error_of_the_prediction() -> None:
     slow_start = [metrics(step, step_time_s=9.0 if step <= 3 else 0.2) for step in range(1, 8)]
     rows = _rows([("the plan", slow_start), ("another", [metrics(8, predicted=None)]), ("not run", [])])

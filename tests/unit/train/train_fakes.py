@@ -60,6 +60,7 @@ class FakeModel:
     steps: int = 0
     loss_scale: None = None
     adapter: None = None
+    capacity_factor: None = None
 
     @staticmethod
     def make(*, swapped: bool = False, seed: int = 0) -> FakeModel:
@@ -111,6 +112,9 @@ class FakeModel:
 
     def gathered_buffers(self) -> list[torch.Tensor]:
         return []
+
+    def dropped_choices(self) -> torch.Tensor:
+        raise AssertionError("no experts")
 
     def grad_norm(self) -> torch.Tensor:
         return torch.nn.utils.clip_grad_norm_([p.tensor for p in self.local_parameters], float("inf"))

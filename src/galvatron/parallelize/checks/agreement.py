@@ -18,8 +18,10 @@ SAMPLE = 64
 """Elements of a weight's first row that are compared: of two that were drawn apart, all differ."""
 
 
-def check_agreement(model: PreTrainedModel, plan: Plan, seed: int, *, own_weights: bool) -> None:
-    """Raise ConfigError, on all ranks, unless plan, seed and model are those of rank 0.  Collective over the world.
+def check_agreement(
+    model: PreTrainedModel, plan: Plan, seed: int, capacity_factor: float | None = None, *, own_weights: bool
+) -> None:
+    """Raise ConfigError, on all ranks, unless what they were given is that of rank 0.  Collective over the world.
 
     ``own_weights``: the model's values are used, so they must agree too (a sample of every tensor is compared).
     """
@@ -28,6 +30,7 @@ def check_agreement(model: PreTrainedModel, plan: Plan, seed: int, *, own_weight
         "plan": plan.to_json().encode(),
         "model": repr(shapes).encode(),
         "seed": repr(seed).encode(),
+        "capacity_factor": repr(capacity_factor).encode(),
         "weights": b"".join(_samples(model)) if own_weights else b"",
     }
     found = disagreement({name: zlib.crc32(value) for name, value in given.items()})

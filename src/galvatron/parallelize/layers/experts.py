@@ -139,7 +139,7 @@ def _of_dealt(tp: AxisGroup, dealt: ExpertGroups, count: int, beside: Beside | N
             hidden_RH = gather_rows(F.pad(hidden_RH, (0, 0, 0, missing)), tp)
             routes_R2k = gather_rows(F.pad(routes_R2k, (0, 0, 0, missing), value=NOBODY), tp)
         index_Rk, weights_Rk = _of_routes(routes_R2k, top_k_weights.dtype)
-        partial_RH = _own_sums(forward, hidden_RH, index_Rk - first, weights_Rk, count)
+        partial_RH = own_sums(forward, hidden_RH, index_Rk - first, weights_Rk, count)
         (sums_RH,) = send_rows((reduce_scatter_rows(partial_RH, tp)[:rows],), traffic.back, dealt.ep)
         return add_rows(sums_RH, token_R, len(hidden_states))
 
@@ -148,7 +148,8 @@ def _of_dealt(tp: AxisGroup, dealt: ExpertGroups, count: int, beside: Beside | N
 
 def _addresses(owner_Tk: Tensor, tp: AxisGroup, dealt: ExpertGroups) -> tuple[Tensor, Traffic, int]:
     """(which token every row to be sent is, by rank; how many rows go and come; the most that a tp rank receives)."""
-    is_sent_Te = owner_Tk.new_zeros(len(owner_Tk), dealt.ep.size).scatter_(1, owner_Tk, 1)
+    asked = owner_Tk.where(owner_Tk >= 0, dealt.ep.size)  # nobody comes after all ranks
+    is_sent_Te = owner_Tk.new_zeros(len(owner_Tk), dealt.ep.size + 1).scatter_(1, asked, 1)[:, :-1]
     token_R = is_sent_Te.t().nonzero()[:, 1]
     table = all_gather(is_sent_Te.sum(dim=0), dealt.both).tolist()  # [ep x tp ranks][to ep rank]
     received = [[table[ep * tp.size + rank][dealt.ep.rank] for ep in range(dealt.ep.size)] for rank in range(tp.size)]
@@ -156,7 +157,7 @@ def _addresses(owner_Tk: Tensor, tp: AxisGroup, dealt: ExpertGroups) -> tuple[Te
     return token_R, traffic, max(map(sum, received))
 
 
-def _own_sums(forward: Forward, hidden_RH: Tensor, index_Rk: Tensor, weights_Rk: Tensor, count: int) -> Tensor:
+def own_sums(forward: Forward, hidden_RH: Tensor, index_Rk: Tensor, weights_Rk: Tensor, count: int) -> Tensor:
     """[R, H]: of every row the sum over those of its experts that are among these ``count``."""
     row_P, place_P = ((index_Rk >= 0) & (index_Rk < count)).nonzero(as_tuple=True)
     hidden_PH, index_P1, weights_P1 = hidden_RH[row_P], index_Rk[row_P, place_P, None], weights_Rk[row_P, place_P, None]
