@@ -124,7 +124,7 @@ def matrices(
     for parameter in parameters:
         shape = parameter.local_shape(tp)
         if parameter.experts:
-            found.append((shape[0], shape[1], shape[2], experts_per_token / shape[0]))
+            found += [(*shape, experts_per_token / shape[0])] if len(shape) == 3 else []  # experts may have biases
         elif len(shape) == 2 and "bias" not in parameter.name:
             found.append((1, shape[0], shape[1], 1.0))
     return tuple(found)

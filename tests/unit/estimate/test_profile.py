@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from galvatron.core.errors import ConfigError
+from galvatron.core.family import known_families
 from galvatron.core.hardware import Device
 from galvatron.core.model import RECOMPUTES
 from galvatron.core.model_profile import ModelProfile
@@ -121,6 +123,16 @@ def _h200(*, compiled):
     spec = spec_of_config(LLAMA_1B, "1b")
     profile = estimate_model(spec, "h200", seq_len=4096, tp_degrees=[1], compiled=compiled)
     return profile, {(s.unit, s.batch): s for s in profile.compute}
+
+
+@pytest.mark.parametrize("name", known_families())
+def test_every_family_is_estimated(name):
+    family = known_families()[name].family
+    config = json.loads(AutoConfig.for_model(family.model_type).to_json_string(use_diff=False))
+    spec = spec_of_config(config, name, family.task)
+    profile = estimate_model(spec, "h100", seq_len=min(spec.max_seq_len, 512), tp_degrees=(1, 2))
+    assert {sample.unit for sample in profile.compute} == set(spec.units)
+    assert all(sample.forward_s > 0 for sample in profile.compute)
 
 
 def test_layers_of_an_h200_take_what_was_measured():
