@@ -254,6 +254,8 @@ def every_task(model: ModelProfile, hardware: HardwareProfile, batch: int, choic
             continue
         if model.spec.stacks > 1 and schedule not in ("gpipe", "1f1b"):
             continue
+        if model.spec.task == "contrast" and m > 1:
+            continue
         if (schedule == "interleaved" and m % pp) or (m == 1 and schedule in ("interleaved", "zero_bubble")):
             continue
         args = (model, hardware, pp, m, batch, model.seq_len, model.precision, "fp32", schedule, chunks, choice.runtime)

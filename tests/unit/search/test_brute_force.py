@@ -12,6 +12,7 @@ from galvatron.core.errors import InfeasibleError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model import OFFLOADS, RECOMPUTES, Joint, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.model_profile import ModelProfile
+from galvatron.estimate import spec_of_config
 from galvatron.search import Limits, search
 from unit.profiles import make_hardware, make_model, make_spec
 from unit.search.enumerate_plans import Choice, every_task, plans_of, size_of
@@ -36,6 +37,18 @@ FAST, INSTANCES = 60, 600
 TWO_STACKS = [INSTANCES + 10 * n + STACKED[n % 3] for n in range(60)]
 FEW = TWO_STACKS[:9]
 TELLING = {142}  # interleaving two kinds of layers fits where 1F1B does not
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 1}
+_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "t5": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 97, **_T5},
+    "clip": {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": 24,
+        "text_config": {**_TOWER, "num_hidden_layers": 1, "vocab_size": 97, "max_position_embeddings": 16},
+        "vision_config": {**_TOWER, "num_hidden_layers": 2, "image_size": 12, "patch_size": 4},
+    },
+}
 MOST = 200_000  # combinations of strategies that a task of an instance may have
 
 
@@ -103,7 +116,28 @@ def limits_of(on: list[str], schedules: list[tuple[str, int]]) -> Limits:
     + [pytest.param(s, marks=[] if s in FEW else [pytest.mark.slow]) for s in TWO_STACKS],
 )
 def test_the_search_equals_brute_force(seed: int) -> None:
-    model, hardware, batches, choice, limits, shake = instance(seed)
+    check(*instance(seed))
+
+
+@pytest.mark.parametrize(("name", "seed"), [("t5", 0), ("t5", 1), ("clip", 0)])
+def test_the_search_equals_brute_force_on_shipped_data(name: str, seed: int) -> None:
+    """Two stacks as families describe them, with what rides along and what joins them, on two devices."""
+    shake, on, schedules = random.Random(seed), ["tp", "zero", "dp_shard", "full"], [("1f1b", 1)]
+    spec = spec_of_config(CONFIGS[name], name)
+    model = make_model(spec, 16, tps=(1, 2), seed=seed, flops_per_s=1e9)
+    hardware = make_hardware(2, latency_s=10 ** shake.uniform(-6, -3), seed=seed, memory_bytes=2**40)
+    check(model, hardware, (2, 4), choice_of(on, schedules), limits_of(on, schedules), shake)
+
+
+def check(
+    model: ModelProfile,
+    hardware: HardwareProfile,
+    batches: tuple[int, ...],
+    choice: Choice,
+    limits: Limits,
+    shake: random.Random,
+) -> None:
+    """The search finds the best of all plans, within a limit of memory that ``shake`` draws."""
     found = [
         (objectives / batch, peaks)
         for batch in batches
