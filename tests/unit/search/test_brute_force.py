@@ -38,16 +38,8 @@ TWO_STACKS = [INSTANCES + 10 * n + STACKED[n % 3] for n in range(60)]
 FEW = TWO_STACKS[:9]
 TELLING = {142}  # interleaving two kinds of layers fits where 1F1B does not
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 1}
-_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
     "t5": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 97, **_T5},
-    "clip": {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
-        "projection_dim": 24,
-        "text_config": {**_TOWER, "num_hidden_layers": 1, "vocab_size": 97, "max_position_embeddings": 16},
-        "vision_config": {**_TOWER, "num_hidden_layers": 2, "image_size": 12, "patch_size": 4},
-    },
 }
 MOST = 200_000  # combinations of strategies that a task of an instance may have
 
@@ -119,7 +111,7 @@ def test_the_search_equals_brute_force(seed: int) -> None:
     check(*instance(seed))
 
 
-@pytest.mark.parametrize(("name", "seed"), [("t5", 0), ("t5", 1), ("clip", 0)])
+@pytest.mark.parametrize(("name", "seed"), [("t5", 0), ("t5", 1)])
 def test_the_search_equals_brute_force_on_shipped_data(name: str, seed: int) -> None:
     """Two stacks as families describe them, with what rides along and what joins them, on two devices."""
     shake, on, schedules = random.Random(seed), ["tp", "zero", "dp_shard", "full"], [("1f1b", 1)]
