@@ -162,10 +162,14 @@ def test_a_run_says_how_many_were_dropped(tmp_path: Path) -> None:
     assert all(0 < dropped < 2 * ROWS * SEQ_LEN * 2 for dropped in steps)
 
 
-def test_a_capacity_of_no_experts_is_refused() -> None:
+def test_a_capacity_that_cannot_be_kept_is_refused() -> None:
     plan = plan_for(1, ALONE, *[ALONE] * 4)
     with pytest.raises(ConfigError, match=r"limits experts and .* has none; leave capacity_factor out"):
         parallelize(tiny_model("llama"), plan, world=init_world("cpu"), capacity_factor=1.25)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capacity, "experts_in", lambda *_: None)  # as in LongCat-Flash, which takes seconds to recognise
+        with pytest.raises(ConfigError, match="asked in a way of their own; leave capacity_factor out"):
+            parallelize(tiny_model("mixtral"), plan, world=init_world("cpu"), capacity_factor=1.25)
     with pytest.raises(ConfigError, match="must be a finite number above 0, got -1"):
         parallelize(tiny_model("mixtral"), plan, world=init_world("cpu"), capacity_factor=-1.0)
     model = parallelize(tiny_model("mixtral"), plan, world=init_world("cpu"))

@@ -85,7 +85,7 @@ def parallelize(
     family, spec = family_of(config), spec_of(model)
     plan.validate(spec, world.world_size)
     check_runnable(plan)
-    check_capacity(capacity_factor, spec, plan)
+    check_capacity(capacity_factor, model, family, spec, plan)
     if fp8:
         _check_fp8(model, plan, family, spec, world)
     refuse_unproved(config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers), uses_pp=plan.pp > 1)

@@ -20,10 +20,12 @@ from typing import Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from galvatron.core.errors import ConfigError, PlanError
 from galvatron.core.model import LayerKind, ModelSpec
 from galvatron.internals import is_in_backward
+from galvatron.models import Family, chain_of, experts_in
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.axes import StageAxes
 from galvatron.plan.filling import filling_of
@@ -34,16 +36,19 @@ from .experts import NOBODY, Forward, own_sums
 from .forward import wrap_forward
 
 
-def check_capacity(factor: float | None, spec: ModelSpec, plan: Plan) -> None:
-    """Raise ConfigError or PlanError if a capacity of ``factor`` means nothing for the model; None always does."""
+def check_capacity(factor: float | None, model: PreTrainedModel, family: Family, spec: ModelSpec, plan: Plan) -> None:
+    """Raise ConfigError or PlanError if a capacity of ``factor`` cannot be kept in ``model``; None always can."""
     if factor is None:
         return
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise ConfigError(f"capacity_factor must be a finite number above 0, got {factor}; 1.25 is usual")
-    kinds = [kind for kind in spec.layers if kind.num_experts]
-    if not kinds:
+    links = zip(chain_of(model, family), spec.kind_of_layers(), strict=True)
+    those = [(link, kind) for link, kind in links if kind.num_experts]
+    if not those:
         raise ConfigError(f"capacity_factor limits experts and {spec.name} has none; leave capacity_factor out")
-    if any(filling_of(plan, spec, kind) is not None for kind in kinds):
+    if any(experts_in(model.get_submodule(link.path), link.stack) is None for link, _ in those):
+        raise ConfigError(f"experts of {spec.name} are asked in a way of their own; leave capacity_factor out")
+    if any(filling_of(plan, spec, kind) is not None for _, kind in those):
         raise PlanError(f"experts of {spec.name} see patches, whose order fillers break; leave capacity_factor out")
 
 
@@ -112,10 +117,10 @@ class Capacity:
         """Let ``experts`` of a layer, which are asked across ranks by now, take no more than their capacity."""
         number, runs = kind.num_experts, self._runs[strategy]
         tokens = self._plan.micro_batch_size * kind.tokens(self._plan.seq_len)
-        most = choices_taken(self.factor, tokens, kind.experts_per_token, number)
 
         def limited(forward: Forward, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             if torch.is_grad_enabled():
+                most = choices_taken(self.factor, tokens, top_k_index.shape[1], number)
                 is_kept_Tk = kept(top_k_index, most, number, runs)
                 if not is_in_backward():  # a layer that runs again drops the same again
                     self._dropped += is_kept_Tk.logical_not().sum()
