@@ -114,7 +114,9 @@ def rows(sweep: Sweep, variant: str, world_size: int, chosen: list[Case], engine
 
 def markdown(found: list[dict[str, Any]]) -> str:
     """Models x techniques: the largest gradient error of the pure plans; "-" where the rules forbid one; and mixes."""
-    techniques = dict.fromkeys(name for row in found for name in row["gradient_errors"] if not name.startswith(RANDOM))
+    techniques = dict.fromkeys(
+        name for row in found for name in row.get("gradient_errors", ()) if not name.startswith(RANDOM)
+    )
     lines = [["model", "ranks", *techniques, "mixes"]]
     for variant, world_size in dict.fromkeys((row["variant"], row["world_size"]) for row in found):
         errors: dict[str, float | None] = {}
@@ -122,7 +124,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
             if (row["variant"], row["world_size"]) == (variant, world_size):
                 errors |= {
                     f"{name} {row['mode']}" if name.startswith(RANDOM) else name: error
-                    for name, error in row["gradient_errors"].items()
+                    for name, error in row.get("gradient_errors", {}).items()
                 }
         mixes = [error for name, error in errors.items() if name.startswith(RANDOM)]
         held = f"{sum(error is not None for error in mixes)} of {len(mixes)}" if mixes else "-"

@@ -113,3 +113,12 @@ def test_all_strategies(sweep: Sweep, variant: str, world_size: int) -> None:
 @pytest.mark.parametrize("strategy", ["zero1", "zero3", "tp", "1f1b"])
 def test_clipping_uses_the_global_norm(sweep: Sweep, strategy: str) -> None:
     _check(sweep, "qwen2", 2, strategy, replace(sweep.recipe, max_grad_norm=0.1))
+
+
+@pytest.mark.parametrize(
+    ("variant", "strategy", "precision"),
+    [("whisper", "1f1b", "bf16"), ("swin", "dp", "fp16"), ("llava-tower-frozen", "1f1b", "bf16")],
+)
+def test_sounds_and_images_in_halves(sweep: Sweep, variant: str, strategy: str, precision: Precision) -> None:
+    """What enters is no half, and what stands in for other stages' modules must be one."""
+    _check(sweep, variant, 2, strategy, precision=precision)

@@ -35,6 +35,7 @@ from .pipeline.stage import Stage
 from .pipeline.whole import WholeStage, stage_of
 from .processes.collectives import AxisGroup
 from .processes.grid import Grid
+from .sharding.fsdp import DTYPES
 
 
 def stages_of(model: PreTrainedModel, family: Family, grid: Grid) -> Iterator[Stage]:
@@ -45,6 +46,8 @@ def stages_of(model: PreTrainedModel, family: Family, grid: Grid) -> Iterator[St
         entry = chunk * plan.pp + grid.stage
         layers = plan.chunk_layers(grid.stage, chunk)
         stage = stage_of(skeleton, family, layers, is_first=entry == 0, is_last=entry == last)
+        if isinstance(stage, WholeStage):
+            stage.compute_dtype = DTYPES[plan.precision]
         stage.later = Later() if plan.schedule == "zero_bubble" else None
         yield stage
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def processing_of(data: DataSection, task: Task) -> Processing:
     if task in WITH_IMAGES:
         from transformers import AutoProcessor
 
-        parts.append(_loaded(data, AutoProcessor.from_pretrained))
+        parts.append(_loaded(data, AutoProcessor))
     if task != "image_classification":
         parts.append(load_tokenizer(data.tokenizer, data.chat_template).for_transformers())
     return Processing(tuple(parts))
@@ -42,14 +41,15 @@ def load_processor(data: DataSection) -> Any:
     """The image processor of a job.  Raises DataError if there is none that loads."""
     from transformers import AutoImageProcessor
 
-    return _loaded(data, AutoImageProcessor.from_pretrained)
+    return _loaded(data, AutoImageProcessor)
 
 
-def _loaded(data: DataSection, load: Callable[[str], Any]) -> Any:
+def _loaded(data: DataSection, kind: Any) -> Any:
     if data.processor is None:
         raise DataError("images need an image processor; set data.processor to the model's directory or hub name")
     try:
-        return load(data.processor)
+        # before 5.23 the mere name asks for torchvision
+        return kind.from_pretrained(data.processor)
     except Exception as error:  # the library raises many kinds; each means that there is no such processor
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         raise DataError(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection, TrainSection
@@ -371,6 +372,14 @@ def test_pairs_are_padded_on_both_sides_and_what_is_too_long_is_refused(tmp_path
         AnsweredTexts.read(data, 3, HuggingFaceTokenizer(tokenizer, "own"), start=7)
 
 
+def reads_processors() -> bool:
+    try:
+        return AutoImageProcessor.from_pretrained is not None
+    except ImportError:
+        return False
+
+
+@pytest.mark.skipif(not reads_processors(), reason="this release of transformers needs torchvision for it")
 def test_conversations_about_images_are_rendered_and_their_answers_learnt(
     folder: Path, tmp_path: Path, processor: Any, tokenizer: Any
 ) -> None:

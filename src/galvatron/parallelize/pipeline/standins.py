@@ -14,10 +14,13 @@ from galvatron.models import Reached
 
 
 class Zeros:
-    """Gives zeros of the shapes that a module's outputs have, in no memory; found by running a copy on meta."""
+    """Gives zeros of the shapes that a module's outputs have, in no memory; found by running a copy on meta.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._twin, self._module = copy.deepcopy(module).to("meta"), module
+    Numbers are of ``dtype()``, the one that layers compute in.
+    """
+
+    def __init__(self, module: nn.Module, dtype: Callable[[], torch.dtype]) -> None:
+        self._twin, self._module, self._dtype = copy.deepcopy(module).to("meta"), module, dtype
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The zeros for a call of the module."""
@@ -26,10 +29,13 @@ class Zeros:
         devices += [parameter.device for parameter in self._module.parameters()]  # some are told of a shape alone
         args, kwargs = tree_map_only(Tensor, lambda given: given.to("meta"), (args, kwargs))
         with torch.no_grad():
-            outputs = self._twin(*args, **kwargs)
-        return tree_map_only(
-            Tensor, lambda made: torch.zeros((), dtype=made.dtype, device=devices[0]).expand(made.shape), outputs
-        )
+            outputs = self._twin.to(self._dtype())(*args, **kwargs)
+
+        def zeros(made: Tensor) -> Tensor:
+            dtype = self._dtype() if made.is_floating_point() else made.dtype
+            return torch.zeros((), dtype=dtype, device=devices[0]).expand(made.shape)
+
+        return tree_map_only(Tensor, zeros, outputs)
 
 
 def call_with(forward: Callable[..., Any], change: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:

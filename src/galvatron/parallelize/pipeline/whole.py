@@ -45,6 +45,8 @@ class WholeStage(Stage):
     bare: Bare
     pairs: AxisGroup = ALONE
     """The ranks that have the batch's other pairs, where it is contrasted."""
+    compute_dtype = torch.float32
+    """What layers compute in."""
 
     def _leave_others(self) -> None:
         model = self.model
@@ -58,7 +60,7 @@ class WholeStage(Stage):
         for path in self.family.before:
             if path not in self._entries:
                 module = model.get_submodule(path)
-                module.forward = Zeros(module)
+                module.forward = Zeros(module, lambda: self.compute_dtype)
         scores = self._score_table()
         owners = [self.layer(index) for index in self.layers]
         owners += [] if scores is None else [model.get_submodule(scores[0])]
@@ -313,8 +315,9 @@ class WholeStage(Stage):
             self._labels = labels, weight, terms, loss_fn
         if self.is_first:
             self.masks.draw_for(0, self._before)
+        given = {name: v.to(self.compute_dtype) if v.is_floating_point() else v for name, v in inputs.items()}
         try:
-            outputs = self.model(**inputs, **self._options)
+            outputs = self.model(**given, **self._options)
         except Reached as reached:
             value: Tensor | Outputs = reached.value
             return value
