@@ -1,11 +1,11 @@
 """The best strategies of consecutive units within one stage: exact label setting under memory and bounds.
 
 Takes a Chain: the classes of a stage's units in order, their options, and what a segment may cost; gives, for every
-number of layers k, entry layout and last layout, the least work that fits.
+number of layers k, entry and last layouts (one of each a chunk, ``borders``), the least work that fits.
 
-A label is a chain of options so far: its entry layout, last layout, work, held bytes and largest transient (a maximum,
+A label is a chain of options so far: its entry and last layouts, work, held bytes and largest transient (a maximum,
 kept as its rank among the options').  A chain fits when held + transient does.  Exactness: extending two chains of
-equal length, entry and last layout by the same options adds the same work and bytes to both and keeps the order of
+equal length, entry and last layouts by the same options adds the same work and bytes to both and keeps the order of
 their maxima, so a chain that another equals or beats in all three can never become better; and a chain whose dual bound
 (``bounds``) exceeds what any segment may cost cannot be part of a better plan.
 """
@@ -20,10 +20,9 @@ import numpy as np
 from galvatron.cost.strategies import Floats, Ints
 from galvatron.plan.schedules import InFlight
 
+from .borders import ANY, Borders
 from .labels import Labels, fastest, near_front, undominated
 from .space import Options
-
-ANY = -1
 
 FEW_LABELS = 256  # these are compared at once, without binning
 
@@ -88,8 +87,9 @@ class Goal:
 class Chain:
     """A stage's units: maybe an embedding, layers by class, maybe a head after every goal.
 
-    ``transients``: of all classes' options, ascending; ``prices``: λ of the dual; ``entries``: layouts in which hidden
-    states may come in (ANY alone before an embedding, which takes none).
+    ``transients``: of all classes' options, ascending; ``prices``: λ of the dual; ``entries[entry, chunk]``: layouts in
+    which hidden states may come in (ANY before an embedding, which takes none); ``starts``: how many layers are before
+    every chunk but the first.
     """
 
     classes: dict[int, ClassOptions]
@@ -98,10 +98,19 @@ class Chain:
     head: int | None
     goals: dict[int, Goal]
     entries: Ints
+    borders: Borders
+    starts: tuple[int, ...]
     transients: Ints
     prices: Floats
     num_layouts: int
     effort: Effort
+
+    def moves_into(self, done: int) -> bool:
+        """Whether there is a layout to change from before the unit that makes ``done`` layers, or them and a head."""
+        if self.embedding is not None and done <= 1:
+            return done == 1
+        starts = (0, *self.starts)
+        return done - 1 not in starts or bool(self.entries[0, starts.index(done - 1)] != ANY)
 
     @cached_property
     def critical(self) -> int:
@@ -112,7 +121,7 @@ class Chain:
 
 @dataclass
 class Grown:
-    """For every goal k: work[entry, last layout] and the label that has it; ``history`` leads back from labels.
+    """For every goal k: work[entry, code of the last layouts] and the label that has it; ``history`` leads back.
 
     ``bound_s[k]``: what no chain's work is below; where labels were ``merged`` it is less than ``work_s[k]``.
     """
@@ -153,14 +162,16 @@ class Grown:
 def grow(chain: Chain) -> Grown:
     """Label setting over the chain's units."""
     count = len(chain.entries)
-    zero = np.zeros(count, dtype=np.int64)
-    labels = Labels(np.maximum(chain.entries, 0), np.maximum(chain.entries, 0), np.zeros(count), zero, zero, zero, zero)
+    zero, layout = np.zeros(count, dtype=np.int64), np.maximum(chain.entries[:, 0], 0)
+    labels = Labels(np.arange(count), layout, np.zeros(count), zero, zero, zero, zero)
     grown = Grown(chain, [], {}, {}, {}, {})
     if chain.embedding is not None:
         labels = _step(grown, labels, chain.embedding, 0, chain.goals)
         grown.history.append((chain.embedding, labels))
     for j, unit in enumerate(chain.layers, start=1):
         goals = {k: goal for k, goal in chain.goals.items() if k >= j}
+        if j - 1 in chain.starts:
+            labels = _in_next_chunk(chain, labels, 1 + chain.starts.index(j - 1))
         labels = _step(grown, labels, unit, j, goals)
         grown.history.append((unit, labels))
         if j in goals:
@@ -172,6 +183,12 @@ def grow(chain: Chain) -> Grown:
                 held, rank = grown.true_bytes(end)
                 grown.work_s[j], grown.label[j] = _table(chain, replace(ends, held=held, rank=rank), goals[j].room)
     return grown
+
+
+def _in_next_chunk(chain: Chain, labels: Labels, chunk: int) -> Labels:
+    """The same where hidden states leave ``chunk`` - 1 and come in again: how they left becomes a part of the entry."""
+    first = labels.entry // len(chain.borders.layouts) ** (chunk - 1)
+    return replace(labels, entry=chain.borders.after(labels.entry, labels.layout), layout=chain.entries[first, chunk])
 
 
 def _step(grown: Grown, before: Labels, unit: int, done: int, goals: dict[int, Goal]) -> Labels:
@@ -210,7 +227,7 @@ def _extended(chain: Chain, before: Labels, unit: int, done: int, goals: dict[in
     most = np.max([goal.most_s + prices * goal.room - goal.least_s[done] for goal in goals.values()], axis=0)
     first = chain.critical
     work = before.work_s[:, None] + own.options.work_s
-    if chain.entries[0] != ANY or done > 0:
+    if chain.moves_into(done):
         work += own.moves_s[before.layout[:, None], own.options.layout]
     peak = chain.transients[np.maximum(before.rank[:, None], own.rank)]
     peak += before.held[:, None] + own.held
@@ -236,11 +253,13 @@ def undominated_options(options: Options, in_flight: InFlight, num_layouts: int)
 
 
 def _table(chain: Chain, labels: Labels, room: int) -> tuple[Floats, Ints]:
-    """The least work that fits by (entry, last layout), and its label."""
-    shape = (chain.num_layouts, chain.num_layouts)
-    work, label = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
+    """The least work that fits by (entry, last layouts), and its label; nothing follows a head, whatever its layout."""
+    size = len(chain.entries) * len(chain.borders)
+    work, label = np.full(size, np.inf), np.zeros(size, dtype=np.int64)
     order = np.argsort(-labels.work_s, kind="stable")
     order = order[labels.held[order] + chain.transients[labels.rank[order]] <= room]
-    work[labels.entry[order], labels.layout[order]] = labels.work_s[order]
-    label[labels.entry[order], labels.layout[order]] = order
-    return work, label
+    last = labels.layout[order] if chain.head is None else chain.borders.layouts[0]
+    at = chain.borders.after(labels.entry[order], last)
+    work[at], label[at] = labels.work_s[order], order
+    shape = (len(chain.entries), len(chain.borders))
+    return work.reshape(shape), label.reshape(shape)

@@ -8,7 +8,7 @@ it was too low and is raised.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -59,8 +59,25 @@ def solve(
     Raises:
         TimeUp: ``patience`` came to its end.
     """
+    whole = without_beaten(space)
+    solved = _solve_parts(list(parts(whole, at_most)), at_most, effort, patience)
+    if whole.task.model_chunks > 1 and len(whole.layer_layouts) > 1:
+        worth = at_most if solved.solution is None else min(at_most, solved.solution.value * (1 - patience.gap))
+        mixed = Solved(None, 0.0)
+        if effort.bounds:
+            mixed = _solve_parts(list(mixed_parts(whole, worth)), worth, effort, patience)
+        lower = min(solved.lower_bound_s, mixed.lower_bound_s)
+        solved = Solved(_better(solved.solution, mixed.solution), lower)
+    best = solved.solution
+    if best is not None and space.end_pairs is not None:
+        best = replace(best, head=best.embedding)
+    return Solved(best, solved.lower_bound_s if best is None else min(solved.lower_bound_s, best.value))
+
+
+def _solve_parts(found: Sequence[Part], at_most: float, effort: Effort, patience: Patience) -> Solved:
+    """The best plan of some parts, those of the lowest bounds first."""
     best: Solution | None = None
-    lower, found = math.inf, list(parts(without_beaten(space), at_most))
+    lower = math.inf
 
     @lru_cache(maxsize=4)
     def bounded(i: int) -> tuple[Space, list[StageBound], Division | None]:
@@ -71,7 +88,7 @@ def solve(
     def relaxed_s(i: int) -> float:
         patience.check()
         relaxed = bounded(i)[2]
-        return math.inf if relaxed is None else relaxed.value * (1 - 1e-12)
+        return math.inf if relaxed is None else relaxed.value * (1 - 1e-12) + found[i].moves_s
 
     order, worth = Ascending([part.floor_s for part in found], (relaxed_s,)), at_most
     while (i := order.first(worth)) is not None:
@@ -83,23 +100,22 @@ def solve(
         if solved.solution is not None and (best is None or solved.solution.value < best.value):
             best = solved.solution
             worth = min(worth, best.value * (1 if effort.bounds else 1 - NEAR))
-    lower = min(lower, order.least)
-    if best is not None and space.end_pairs is not None:
-        best = replace(best, head=best.embedding)
-    return Solved(best, lower if best is None else min(lower, best.value))
+    return Solved(best, min(lower, order.least))
 
 
 @dataclass(frozen=True)
 class Part:
     """A part of a space in which any options go together: ``group``, or what is ``chosen`` of it.
 
-    ``floor_s``: what none of its plans is below; ``bounds``: for it, and shared with others of the group.
+    ``floor_s``: what none of its plans is below; ``bounds``: for it, and shared with others of the group; ``moves_s``:
+    what all of its plans take beyond the bounds, for a change of layout.
     """
 
     floor_s: float
     group: Space
     bounds: Bounds
     chosen: Mapping[UnitName, Ints] = field(default_factory=dict)
+    moves_s: float = 0.0
 
     @property
     def space(self) -> Space:
@@ -111,7 +127,7 @@ def parts(space: Space, at_most: float = math.inf) -> Iterator[Part]:
     """Parts that are ``space`` together; what has no plan of value ``at_most`` anyway stays together.
 
     Tied ends have equal strategies: every pair is a part, or, on one stage, all pairs of a layout, whose bytes and
-    seconds add up.  Interleaved layers are all in one layout, so that chunks meet without redistribution.
+    seconds add up.  Interleaved layers are all in one layout here: there are few ways then for chunks to meet.
     """
     for alternative in space.alternatives:
         if alternative.end_pairs is not None and space.task.pp == 1:
@@ -123,6 +139,15 @@ def parts(space: Space, at_most: float = math.inf) -> Iterator[Part]:
             yield from (part for group in groups if not group.is_empty for part in _parts(group, at_most))
         else:
             yield from _parts(alternative, at_most)
+
+
+def mixed_parts(space: Space, at_most: float) -> Iterator[Part]:
+    """Parts that have all interleaved plans of several layouts: one change among the layers all of these pay for."""
+    setting = space.setting
+    m, fraction = setting.num_microbatches, setting.hardware.device.full_speed_fraction
+    moves_s = space.least_move_s * min(fraction * setting.fill, m / setting.pp)  # by ``Setting.combined_s``
+    for part in _parts(space, at_most):
+        yield replace(part, floor_s=part.floor_s + moves_s, moves_s=moves_s)
 
 
 def _joined(space: Space) -> list[Space]:

