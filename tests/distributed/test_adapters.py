@@ -131,6 +131,7 @@ def test_exports_of_a_cut_model_are_what_peft_computes(pool: Pool, family: str, 
 def alone_beside_norms(plan: Plan, folder: Path) -> None:
     model = tiny_model("llama")
     attach_lora(model, Lora(r=3))
+    draw_weights(model, 1)  # alike on all ranks, whatever they have drawn before
     model.model.layers[0].input_layernorm.weight.requires_grad_(True)
     parallelize(model, plan, world=init_world("cpu")).save_pretrained(folder / "alone", adapter_only=True)
 
