@@ -1,7 +1,8 @@
 """The certificate: a plan computes what one process computes.
 
 Takes a model and a plan; gives a ParityReport.  The reference is Hugging Face's own unmodified model,
-trained by one process in the plan's precision; the plan runs on as many gloo processes as it has devices.
+trained by one process in the plan's precision; the plan runs on as many processes as it has devices, over
+gloo or, with a pool on GPUs, NCCL.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def parity(
             better certified by a twin: the same config with smaller sizes and the same number of layers.
         plan: any plan for it, whose gradients are reduced in fp32; ``plan.world_size`` processes run on this machine.
         recipe: how the steps are trained; default three steps of AdamW without clipping.
-        pool: workers to use; by default new ones, ended afterwards.
+        pool: workers to use, on the CPU or on GPUs; by default new ones on the CPU, ended afterwards.
 
     Raises:
         PlanError: the plan breaks a rule, or reduces gradients in bf16.
