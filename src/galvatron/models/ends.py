@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .layouts import Call
+from .trace import Call
 
 
 @dataclass(frozen=True)

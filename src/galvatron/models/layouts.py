@@ -9,34 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.family import Blocks, Experts, Region
 
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call of a module: its name, its first argument and (first) output.
-
-    ``outputs``: how many it returns in a tuple; 0 for one alone.  ``named``: all its tensors, by argument.
-    """
-
-    name: str
-    module: nn.Module
-    argument: Tensor
-    output: Tensor
-    outputs: int = 0
-    named: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it multiplies by a matrix."""
-        return isinstance(self.module, (nn.Linear, Conv1D))
+from .trace import Call
 
 
 @dataclass(frozen=True)

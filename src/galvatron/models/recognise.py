@@ -8,41 +8,26 @@ of the other.  A guess: the gradients of ``galvatron.parallelize.proof`` decide.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import Experts, Family, Logits, Region, Stack
 from galvatron.core.tasks import TOKEN_TASKS
-from galvatron.internals import call_attention
 
-from .chain import arguments_by_name
+from .attention import asks_for_attention
 from .ends import around, joints_of, makers_of
 from .heads import heads_in
-from .layouts import Call, experts_of, regions_of
+from .layouts import experts_of, regions_of
 from .tasks import task_of
-from .twin import run_twin, twin_config, twin_inputs, twin_model
+from .trace import Trace, traced
+from .twin import twin_config, twin_model
 
-WATCHED, MAX_REASON = "galvatron-watched", 200
+MAX_REASON = 200
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn")
-
-
-@dataclass
-class _Trace:
-    """What happened in one forward pass: modules with parameters of their own, in the order they were called."""
-
-    calls: list[Call] = field(default_factory=list)
-    logits: Tensor | None = None
-
-    def of(self, module: nn.Module) -> Call:
-        return next(call for call in self.calls if call.module is module)
-
-    def place(self, module: nn.Module) -> int:
-        return next(i for i, call in enumerate(self.calls) if call.module is module)
 
 
 @torch.enable_grad()
@@ -58,7 +43,7 @@ def recognise(config: PretrainedConfig) -> Family:
             setattr(twin, name, "gelu")  # every unit lets something through
     try:
         model = twin_model(twin)
-        trace = _traced(model)
+        trace = traced(model)
     except Exception as error:  # of any kind: a foreign model is built and run
         raise _unlike(config, f"cannot be run as a tiny model ({_reason(error)})") from None
     try:
@@ -72,10 +57,10 @@ def _reason(error: Exception) -> str:
     return lines[0][:MAX_REASON] if lines else type(error).__name__
 
 
-def _family(config: PretrainedConfig, model: PreTrainedModel, trace: _Trace) -> Family:
+def _family(config: PretrainedConfig, model: PreTrainedModel, trace: Trace) -> Family:
     stacks = _stacks(model, trace)
     found = tuple(_described(model, trace, stack, stacks[:nth]) for nth, stack in enumerate(stacks))
-    asks, masks = _asks_for_attention(config, found)
+    asks, masks = asks_for_attention(config, found)
     if asks:  # galvatron's attention takes its heads of biases itself
         plain = [tuple(_with_head_inputs(region, {}) for region in stack.regions) for stack in found]
         found = tuple(s.model_copy(update={"regions": regions}) for s, regions in zip(found, plain, strict=True))
@@ -102,7 +87,7 @@ def _merged(regions: list[Region]) -> list[Region]:
     return list(found.values())
 
 
-def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> Stack:
+def _described(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> Stack:
     """A stack, with the regions of every kind of layer that it has; ``before``: those that end before it begins."""
     path = next(name for name, module in model.named_modules() if module is stack)
     side = _side(trace, stack, before)
@@ -130,7 +115,7 @@ def _described(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList, befo
     )
 
 
-def _side(trace: _Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> str | None:
+def _side(trace: Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> str | None:
     """The argument of all layers that carries what an earlier stack ends with."""
     first, second = trace.of(stack[0]), trace.of(stack[1])
     parameters = {id(p) for other in before for p in other.parameters()}
@@ -140,7 +125,7 @@ def _side(trace: _Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> s
     return None
 
 
-def _is_recorded(trace: _Trace, stack: nn.ModuleList) -> bool:
+def _is_recorded(trace: Trace, stack: nn.ModuleList) -> bool:
     """Whether the model's output does not depend on the last layer: it takes states from between layers."""
     assert trace.logits is not None
     weights = [p for p in stack[-1].parameters() if p.dim() > 1]
@@ -161,7 +146,7 @@ def _one_of_each_kind(stack: nn.ModuleList) -> list[int]:
     return list(kinds.values())
 
 
-def _ends_of_tokens(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList) -> dict[str, Any] | None:
+def _ends_of_tokens(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList) -> dict[str, Any] | None:
     """Ends that treat every token by itself: one table, one norm and one linear; None where there is more."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -183,7 +168,7 @@ def _ends_of_tokens(model: PreTrainedModel, trace: _Trace, stack: nn.ModuleList)
     }
 
 
-def _whole_ends(model: PreTrainedModel, trace: _Trace, stacks: list[nn.ModuleList]) -> dict[str, Any]:
+def _whole_ends(model: PreTrainedModel, trace: Trace, stacks: list[nn.ModuleList]) -> dict[str, Any]:
     """Ends that may look at all tokens of a sequence: the model's own forward runs them."""
     task = task_of(model.config)
     found = around(model, stacks, trace.calls, to_words=task in TOKEN_TASKS)
@@ -206,7 +191,7 @@ def _whole_ends(model: PreTrainedModel, trace: _Trace, stacks: list[nn.ModuleLis
     }
 
 
-def _is_causal(trace: _Trace, stack: nn.ModuleList) -> bool:
+def _is_causal(trace: Trace, stack: nn.ModuleList) -> bool:
     """Whether no token of the stack's output depends on a later token of its input."""
     entering, leaving = trace.of(stack[0]).argument, trace.of(stack[-1]).output
     (gradient,) = torch.autograd.grad(leaving[:, 0].square().sum(), entering, retain_graph=True)
@@ -219,26 +204,7 @@ def _unlike(config: PretrainedConfig, why: str) -> ConfigError:
     )
 
 
-def _traced(model: PreTrainedModel) -> _Trace:
-    trace, handles = _Trace(), []
-    for name, module in model.named_modules():
-
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-            argument = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-            value, outputs = (output[0], len(output)) if isinstance(output, tuple) else (output, 0)
-            if isinstance(value, Tensor):
-                argument = argument if isinstance(argument, Tensor) else value  # some are told of a shape alone
-                named = {n: v for n, v in arguments_by_name(module, args, kwargs).items() if isinstance(v, Tensor)}
-                trace.calls.append(Call(name, module, argument, value, outputs, named))
-
-        handles.append(module.register_forward_hook(note, with_kwargs=True))
-    trace.logits = run_twin(model, twin_inputs(model.config))
-    for handle in handles:
-        handle.remove()
-    return trace
-
-
-def _stacks(model: PreTrainedModel, trace: _Trace) -> list[nn.ModuleList]:
+def _stacks(model: PreTrainedModel, trace: Trace) -> list[nn.ModuleList]:
     """The lists of modules of a class, each of two matrices or more, that hand hidden states on; as they are called."""
     called = {id(call.module): call for call in trace.calls}
     found = []
@@ -261,7 +227,7 @@ def _is_within(stack: nn.ModuleList, other: nn.ModuleList) -> bool:
 
 
 def _around(
-    model: PreTrainedModel, stack: nn.ModuleList, trace: _Trace, names: dict[int, str]
+    model: PreTrainedModel, stack: nn.ModuleList, trace: Trace, names: dict[int, str]
 ) -> tuple[list[str], list[str]] | None:
     """Modules with parameters of their own that run before and after the layers, beside embedding and head.
 
@@ -295,60 +261,3 @@ def _logits(config: PretrainedConfig, z: Tensor, logits: Tensor | None) -> Logit
             if made.shape == logits.shape and torch.allclose(made, logits, rtol=1e-6, atol=1e-7):
                 return rule
     return None
-
-
-def _asks_for_attention(config: PretrainedConfig, stacks: tuple[Stack, ...]) -> tuple[bool, bool]:
-    """Whether tokens see each other only through the attention that the config names, and whether it is given masks.
-
-    With one that shows each token its own value alone, what leaves a stack depends on nothing else of what enters it.
-    Masks that hide what causality alone does not are a way of the type's own.
-    """
-    masks: list[bool] = []
-    model = twin_model(twin_config(config))
-    causal = {id(module): stack.causal for stack in stacks for module in model.get_submodule(stack.path).modules()}
-
-    def watch(
-        module: nn.Module,
-        query_BNSD: Tensor,
-        key_BKSD: Tensor,
-        value_BKSD: Tensor,
-        attention_mask: Any = None,
-        **_: Any,
-    ) -> Any:
-        masks.append(attention_mask is not None)
-        if attention_mask is not None and not _is_needless(attention_mask, causal.get(id(module), False)):
-            raise ValueError("a mask hides more")
-        own = value_BKSD.repeat_interleave(query_BNSD.shape[1] // value_BKSD.shape[1], dim=1)
-        if own.shape[2] != query_BNSD.shape[2]:  # of another stack's states
-            own = own.mean(dim=2, keepdim=True).expand(-1, -1, query_BNSD.shape[2], -1)
-        return own.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(WATCHED, watch)
-    for own in {
-        id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)
-    }.values():
-        call_attention(own, WATCHED)
-    try:
-        trace = _traced(model)
-    except Exception:  # an attention of the type's own that knows no other name, or masks that matter
-        return False, False
-    asks = bool(masks) and not any(_mixes(trace, model.get_submodule(stack.path)) for stack in stacks)
-    return asks, asks and any(masks)
-
-
-def _is_needless(mask: object, causal: bool) -> bool:
-    """Whether a mask [..., queries, keys], of what is seen or added to scores, says what ``causal`` says already."""
-    if not isinstance(mask, Tensor):
-        return False
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    wanted = torch.ones(seen.shape[-2:], dtype=torch.bool)
-    return bool((seen == (wanted.tril() if causal else wanted)).all())
-
-
-def _mixes(trace: _Trace, stack: nn.Module) -> bool:
-    """Whether a token in the middle depends on others."""
-    layers = list(stack.children())
-    entering, leaving = trace.of(layers[0]).argument, trace.of(layers[-1]).output
-    middle = leaving.shape[1] // 2
-    (gradient,) = torch.autograd.grad(leaving[:, middle].square().sum(), entering, retain_graph=True)
-    return bool(gradient[:, :middle].any()) or bool(gradient[:, middle + 1 :].any())

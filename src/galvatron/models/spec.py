@@ -1,10 +1,9 @@
-"""ModelSpec of a Hugging Face config: sizes, and every parameter with its tensor-parallel cut."""
+"""ModelSpec of a Hugging Face config or model: its units in order, their sizes, and what rides between them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
-from typing import Literal
 
 from pydantic import ValidationError
 from torch import nn
@@ -13,18 +12,19 @@ from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, WINDOWS, Blocks, Experts, Family, Region, Stack, beside_experts
-from galvatron.core.lora import Lora, adapter_cuts
-from galvatron.core.model import Cut, Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.core.family import BEYOND_RINGS, WINDOWS, Family, Stack, beside_experts
+from galvatron.core.lora import Lora
+from galvatron.core.model import Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
 
-from .chain import chain_of, experts_in, regions_in, score_table
+from .chain import chain_of, regions_in
+from .cuts import embedding_parameters, first_names, head_parameters, layer_parameters, weight_sizes
 from .family import family_of
 from .freeze import freeze_parameters
 from .heads import config_in, head_width, heads_in
 from .inputs import words_of
 from .load import meta_model
-from .lora import attach_lora, base_linear
+from .lora import attach_lora
 from .shapes import entering_tokens, fixed_tokens, pooled_width, windowed_path
 from .sizes import EXPERT_KEYS, TAKEN_KEYS
 from .tasks import config_of
@@ -102,15 +102,15 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
         vocab_size=_outputs(config, family),
         max_seq_len=_most_tokens(model, family),
         tied_embeddings=_is_tied(model, family),
-        embedding=UnitSpec(parameters=tuple(_embedding_parameters(model, family))),
-        head=UnitSpec(parameters=tuple(_head_parameters(model, family))),
+        embedding=UnitSpec(parameters=tuple(embedding_parameters(model, family))),
+        head=UnitSpec(parameters=tuple(head_parameters(model, family))),
     )
 
 
 def _joints(model: PreTrainedModel, family: Family) -> Iterator[Joint]:
     """Of every stack but the first; parameters in the embedding's order."""
-    names, layer = _names(model), 0
-    every = [p.name for p in _embedding_parameters(model, family)]
+    names, layer = first_names(model), 0
+    every = [p.name for p in embedding_parameters(model, family)]
     joined = {path for stack in family.stacks for path in stack.joined}
     first = {p for path in family.before if path not in joined for p in model.get_submodule(path).parameters()}
     table = None if family.embedding is None else model.get_submodule(family.embedding).get_parameter("weight")
@@ -242,112 +242,3 @@ def _expert_counts(config: PretrainedConfig) -> dict[str, int]:
     count = next((n for key in EXPERT_KEYS if (n := getattr(config, key, None))), 0)
     taken = next((n for key in TAKEN_KEYS if (n := getattr(config, key, None))), 1)
     return {"num_experts": count, "experts_per_token": taken} if count else {}
-
-
-def _are_experts(name: str, value: nn.Parameter) -> bool:
-    """Batched matrices, or biases beside them, dim 0 of which counts experts."""
-    owner = name.rpartition(".")[0]
-    return (".experts." in name and value.dim() == 3) or (owner.endswith(".experts") and value.dim() == 2)
-
-
-def weight_sizes(linear: nn.Module) -> tuple[int, int]:
-    """(input size, output size) of an nn.Linear or of the transposed Conv1D that GPT-2 uses, adapters or not."""
-    linear = base_linear(linear)
-    rows, columns = linear.weight.shape  # type: ignore[misc]
-    return (int(rows), int(columns)) if isinstance(linear, Conv1D) else (int(columns), int(rows))
-
-
-def layer_parameters(layer: nn.Module, stack: Stack, counts: dict[Blocks, int]) -> tuple[ParameterSpec, ...]:
-    """Every parameter of an uncut ``layer`` with its cut, in the module's own order."""
-    cuts = {name: cut for region in regions_in(layer, stack) for name, cut in _cuts(layer, region, counts)}
-    if (experts := experts_in(layer, stack)) is not None:
-        cuts |= _expert_cuts(layer, experts)
-    table = score_table(layer) if stack.biased else None
-    shared = None if table is None else f"{table[0]}.weight"
-    return tuple(
-        ParameterSpec(
-            name=name,
-            shape=tuple(p.shape),
-            cut=cuts.get(name),
-            experts=_are_experts(name, p),
-            shared=name == shared,
-            trainable=p.requires_grad,
-        )
-        for name, p in layer.named_parameters()
-    )
-
-
-def _cuts(layer: nn.Module, region: Region, counts: dict[Blocks, int]) -> Iterator[tuple[str, Cut]]:
-    row = base_linear(layer.get_submodule(region.row))
-    counts = {**counts, "ffn": weight_sizes(row)[0]}
-    for name, blocks in region.columns.items():
-        output_dim = 1 if isinstance(base_linear(layer.get_submodule(name)), Conv1D) else 0
-        # a norm over all kv heads, or queries in the same matrix, leave no way to keep them whole
-        stays = blocks == ("kv_heads",) and not region.wide_norms and "kv_heads" not in region.by_head.values()
-        uneven: Literal["whole", "refuse"] = "whole" if stays else "refuse"
-        cut = Cut(dim=output_dim, segments=tuple(counts[block] for block in blocks), uneven=uneven)
-        yield from _linear_cuts(layer, name, cut, is_row=False)
-    for name, block in (*region.wide_norms.items(), *region.by_head.items()):
-        for parameter, _ in layer.named_parameters():
-            if parameter == name or parameter.startswith(f"{name}."):
-                yield parameter, Cut(dim=region.by_head_dims.get(name, 0), segments=(counts[block],))
-    row_cut = Cut(dim=0 if isinstance(row, Conv1D) else 1, segments=(counts[region.row_blocks],))
-    yield from _linear_cuts(layer, region.row, row_cut, is_row=True)
-
-
-def _linear_cuts(layer: nn.Module, name: str, cut: Cut, *, is_row: bool) -> Iterator[tuple[str, Cut]]:
-    """Of a linear whose weight is cut so, and of the adapters around it."""
-    linear = layer.get_submodule(name)
-    base = name if base_linear(linear) is linear else f"{name}.base_layer"
-    yield f"{base}.weight", cut
-    if not is_row:
-        yield f"{base}.bias", cut.model_copy(update={"dim": 0})
-    for letter, own in zip("AB", adapter_cuts(cut, is_row=is_row), strict=True):
-        if own is not None:
-            yield from ((f"{name}.lora_{letter}.{key}.weight", own) for key in getattr(linear, f"lora_{letter}", ()))
-
-
-def _expert_cuts(layer: nn.Module, experts: Experts) -> dict[str, Cut]:
-    found = {}
-    for name, (dim, segments) in experts.cuts.items():
-        width = layer.get_parameter(f"{experts.module}.{name}").shape[dim] // segments
-        found[f"{experts.module}.{name}"] = Cut(dim=dim, segments=(width,) * segments)
-    return found
-
-
-def _embedding_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
-    """The table of the vocabulary first, if there is one."""
-    names, table = _names(model), None
-    if family.embedding is not None:
-        table = model.get_submodule(family.embedding).get_parameter("weight")
-        yield _vocabulary_cut(names[table], table)
-    before = dict.fromkeys(p for name in family.before for p in model.get_submodule(name).parameters())
-    yield from (_whole(names[p], p) for p in before if p is not table)
-
-
-def _head_parameters(model: PreTrainedModel, family: Family) -> Iterator[ParameterSpec]:
-    """The projection to the vocabulary last, if there is one."""
-    names = _names(model)
-    after = family.after if family.norm is None else (family.norm,)
-    yield from (_whole(names[p], p) for name in after for p in model.get_submodule(name).parameters())
-    yield from (_whole(name, model.get_parameter(name)) for name in family.bare)
-    if family.head is None:
-        return
-    head = model.get_submodule(family.head)
-    if getattr(head, "bias", None) is not None:
-        yield _vocabulary_cut(names[head.get_parameter("bias")], head.get_parameter("bias"))
-    yield _vocabulary_cut(f"{family.head}.weight", head.get_parameter("weight"))
-
-
-def _names(model: PreTrainedModel) -> dict[nn.Parameter, str]:
-    """What the model calls its parameters: tied ones by the first of their names."""
-    return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def _whole(name: str, value: nn.Parameter) -> ParameterSpec:
-    return ParameterSpec(name=name, shape=tuple(value.shape), trainable=value.requires_grad)
-
-
-def _vocabulary_cut(name: str, value: nn.Parameter) -> ParameterSpec:
-    cut = Cut(dim=0, segments=(value.shape[0],), uneven="ceil")
-    return ParameterSpec(name=name, shape=tuple(value.shape), cut=cut, trainable=value.requires_grad)
