@@ -9,7 +9,8 @@ from transformers import AutoConfig
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import Family
 from galvatron.models import family_of
-from galvatron.parallelize import proof
+from galvatron.parallelize.proof import Proof, prove, refuse_unproved, structures
+from galvatron.parallelize.proof.truth import Truth
 from galvatron.testing.models import tiny_config
 
 SAMPLE = ("gemma2", "phi3", "olmo2", "gpt_neox", "gpt_oss")
@@ -17,7 +18,7 @@ SAMPLE = ("gemma2", "phi3", "olmo2", "gpt_neox", "gpt_oss")
 
 @pytest.mark.parametrize("family", SAMPLE)
 def test_gradients_of_a_recognised_type_are_those_of_its_twin(family: str) -> None:
-    assert proof.prove(tiny_config(family)) == proof.Proof()
+    assert prove(tiny_config(family)) == Proof()
 
 
 def test_layouts_of_fused_matrices_are_found() -> None:
@@ -34,10 +35,10 @@ def test_layouts_of_fused_matrices_are_found() -> None:
     assert family_of(tiny_config("granite")).logits.divide_by == "logits_scaling"
 
 
-def _planted(family: Family, monkeypatch: pytest.MonkeyPatch) -> proof.Proof:
-    monkeypatch.setattr(proof, "family_of", lambda config: family)
-    monkeypatch.setattr(proof, "_proofs", {})
-    return proof.prove(tiny_config(family.model_type))
+def _planted(family: Family, monkeypatch: pytest.MonkeyPatch) -> Proof:
+    monkeypatch.setattr(structures, "family_of", lambda config: family)
+    monkeypatch.setattr(structures, "_proofs", {})
+    return prove(tiny_config(family.model_type))
 
 
 def test_a_wrong_layout_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,25 +56,25 @@ def test_lost_soft_caps_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     family = family_of(tiny_config("gemma2"))
     found = _planted(family.model_copy(update={"logits": type(family.logits)()}), monkeypatch)
     assert found.whole is not None
-    monkeypatch.setattr(proof, "prove", lambda config: found)
-    monkeypatch.setattr(proof, "is_known", lambda config: False)
+    monkeypatch.setattr(structures, "prove", lambda config: found)
+    monkeypatch.setattr(structures, "is_known", lambda config: False)
     with pytest.raises(
         ConfigError, match="is not computed right by galvatron, as a tiny twin of it shows: the loss is"
     ):
-        proof.refuse_unproved(tiny_config("gemma2"), uses_tp=False, uses_pp=False)
+        refuse_unproved(tiny_config("gemma2"), uses_tp=False, uses_pp=False)
 
 
 def test_what_cannot_be_compared_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "_is_allowed", lambda spec: False)
+    monkeypatch.setattr(structures, "_is_allowed", lambda spec: False)
     assert _planted(family_of(tiny_config("llama")), monkeypatch).tp == "its cuts divide by no number"
-    nothing = proof._Truth(1.0, {})
+    nothing = Truth(1.0, {})
     assert nothing.problem() == "it has no gradients"
-    assert proof._Truth(float("nan"), {}).problem() == "its loss or gradients are not finite"
+    assert Truth(float("nan"), {}).problem() == "its loss or gradients are not finite"
 
 
 def test_a_gradient_that_the_whole_has_not_is_named() -> None:
     one = torch.ones(1)
-    found = proof._Truth(1.0, {"a": one}).against(lambda *_: (1.0, {"a": one, "b": one}), None, None)  # type: ignore[arg-type]
+    found = Truth(1.0, {"a": one}).against(lambda *_: (1.0, {"a": one, "b": one}), None, None)  # type: ignore[arg-type]
     assert found == "b has a gradient, which it has not in the whole twin"
 
 
