@@ -89,6 +89,16 @@ def test_experts_that_nobody_asks(pool: Pool, strategy: LayerStrategy) -> None:
     assert report.ok, report.explain()
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_whose_parts_are_no_multiple_of_16_bytes(pool: Pool, family: str) -> None:
+    """torch's grouped products refuse such rows: 6 of 12 elements a tensor-parallel rank."""
+    width = {"moe_intermediate_size": 12, "intermediate_size": 12}
+    tp = LayerStrategy(tp=2)
+    plan = Plan.model_validate({**plan_for([tp] * 4, 2).model_dump(), "embedding": tp, "head": tp})
+    report = parity(tiny_model(family, **width), plan, pool=pool)
+    assert report.ok, report.explain()
+
+
 def what_runs_in_turn() -> tuple[list[str], list[str]]:
     """Of a layer with shared experts, dealt out: what leaves and arrives, and what is multiplied between."""
     events: list[str] = []

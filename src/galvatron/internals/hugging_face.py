@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,15 @@ def called_attention(config: PretrainedConfig) -> str | None:
     """The name of the attention that modules built from ``config`` call."""
     name: str | None = config._attn_implementation
     return name
+
+
+def multiply_one_by_one(experts: nn.Module) -> None:
+    """Let a module of ``experts`` go through its experts in a loop, whatever its model's config says."""
+    config = getattr(experts, "config", None)
+    if isinstance(config, PretrainedConfig):
+        own = copy.deepcopy(config)
+        own._experts_implementation = "eager"
+        experts.config = own  # type: ignore[assignment]
 
 
 def to_be_initialised(module: nn.Module) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from galvatron.internals import put_parameter
+from galvatron.internals import multiply_one_by_one, put_parameter
 
 from ..processes.collectives import AxisGroup, all_gather
 from ..processes.rows import (
@@ -39,6 +39,8 @@ from .forward import wrap_forward
 
 HERE = ExpertGroups()
 """Where experts are not dealt out."""
+GROUPED_MULTIPLE = 8
+"""What divides every width of a grouped product (``torch.nn.functional.grouped_mm``): rows of 16 bytes, in halves."""
 NOBODY = -1.0
 """The number of an expert that none is."""
 
@@ -87,6 +89,8 @@ def share_experts(
 
     ``cut``: the parameters that tensor parallelism cuts, by default all.  ``beside``: what runs while tokens travel.
     """
+    if any(width % GROUPED_MULTIPLE for weight in experts.parameters(recurse=False) for width in weight.shape[1:]):
+        multiply_one_by_one(experts)
     whole = [name for name, _ in experts.named_parameters(recurse=False) if cut is not None and name not in cut]
     if whole and tp.rank > 0:
         wrap_forward(experts, _without(experts, whole))
