@@ -58,7 +58,7 @@ def import_model(
     times, measured = read_times(computation), read_memory(memory)
     _check_types(spec, {int(kind) for kind, _ in times if kind.isdigit()}, computation)
     _check_types(spec, {index for index, _ in measured.layers}, memory)
-    seq_len = seq_len or _only_seq_len(spec, {tokens[0] for kind, tokens in times if kind == "0"}, computation)
+    seq_len = seq_len or _only_seq_len({tokens[0] for kind, tokens in times if kind == "0"}, computation)
     _check_parameters(spec, measured, seq_len, memory)
     degrees = _tp_degrees(spec, measured, seq_len, memory)
     return ModelProfile(
@@ -87,16 +87,13 @@ def _typed(spec: ModelSpec) -> list[tuple[int, LayerKind]]:
 
     Kinds of equal sizes, which a table alone tells apart (of positions, in T5's first layers), are of one type.
     """
-    sizes = [
-        (k.hidden_size, k.ffn_size, k.num_heads, k.tokens_divisor, k.fixed_tokens, k.side_inputs, k.causal)
-        for k in spec.layers
-    ]
+    sizes = [(k.hidden_size, k.ffn_size, k.num_heads, k.fixed_tokens, k.side_inputs, k.causal) for k in spec.layers]
     types = list(dict.fromkeys(sizes))
     return [(types.index(size), kind) for size, kind in zip(sizes, spec.layers, strict=True)]
 
 
-def _only_seq_len(spec: ModelSpec, lengths: set[int], path: Path) -> int:
-    found = sorted(tokens * spec.layers[0].tokens_divisor for tokens in lengths)
+def _only_seq_len(lengths: set[int], path: Path) -> int:
+    found = sorted(lengths)
     if len(found) != 1:
         raise ProfileError(f"{path} was measured at seq_len {', '.join(map(str, found))}; choose one by --seq-len")
     return found[0]

@@ -62,7 +62,7 @@ def one_kind_files(folder: Path, factor: float = 1.0) -> tuple[Path, Path]:
     )
 
 
-def stage_kind(name: str, hidden: int, tokens_divisor: int) -> LayerKind:
+def stage_kind(name: str, hidden: int, fixed_tokens: int) -> LayerKind:
     """A kind of layer that is one square matrix."""
     weight = ParameterSpec(name="weight", shape=(hidden, hidden), cut=Cut(dim=0, segments=(hidden,)))
     return LayerKind(
@@ -73,7 +73,7 @@ def stage_kind(name: str, hidden: int, tokens_divisor: int) -> LayerKind:
         num_heads=4,
         num_kv_heads=4,
         head_dim=hidden // 4,
-        tokens_divisor=tokens_divisor,
+        fixed_tokens=fixed_tokens,
         parameters=(weight,),
     )
 
@@ -81,7 +81,7 @@ def stage_kind(name: str, hidden: int, tokens_divisor: int) -> LayerKind:
 TWO_KINDS = ModelSpec(
     name="pyramid",
     family="swin",
-    layers=(stage_kind("stage0", 1024, 1), stage_kind("stage1", 2048, 4)),
+    layers=(stage_kind("stage0", 1024, 0), stage_kind("stage1", 2048, 64)),
     vocab_size=1000,
     max_seq_len=256,
     tied_embeddings=False,

@@ -203,13 +203,6 @@ def test_a_plan_does_not_exceed_the_models_positions() -> None:
     make(seq_len=128).validate()
 
 
-def test_a_plan_has_whole_sequences_in_every_kind_of_layer() -> None:
-    merging = SPEC.model_copy(update={"layers": (SPEC.layer.model_copy(update={"tokens_divisor": 16}),)})
-    whole = LayerStrategy(dp_replicate=4)
-    with pytest.raises(PlanError, match="seq_len=40 must be a multiple of 16, as toy merges tokens; choose 32"):
-        make(seq_len=40, embedding=whole, head=whole, layers=(whole,) * 4).validate(merging)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Self
 
@@ -67,10 +66,6 @@ class ModelSpec(Record):
             )
         if self.task == "image_classification" and seq_len != self.max_seq_len:
             return f"seq_len={seq_len} must be {self.max_seq_len}, what an image is to {self.name}; choose that"
-        merged = math.lcm(*(kind.tokens_divisor for kind in self.layers))
-        if seq_len % merged:
-            whole = max(seq_len // merged, 1) * merged
-            return f"seq_len={seq_len} must be a multiple of {merged}, as {self.name} merges tokens; choose {whole}"
         return None
 
     def patches(self, kind: LayerKind, seq_len: int) -> int:

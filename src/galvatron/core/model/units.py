@@ -32,8 +32,7 @@ class UnitSpec(Record):
 class LayerKind(UnitSpec):
     """``count`` equal layers that follow each other; sizes are elements, of one layer.
 
-    ``tokens_divisor``: a sequence of the job has seq_len / this many tokens here (a Swin stage merges patches), or
-    ``fixed_tokens`` whatever its length, if that is not 0 (a vision tower's patches).
+    ``fixed_tokens``: what a sequence has here, whatever its length (a vision tower's patches); 0 where it has its own.
     ``side_inputs``: further hidden states of equal size that ride along from layer to layer (a decoder's encoder
     output); ``carried``: further elements of a sample that do, whatever its length.
     ``regions``: submodules that gather the sequence and scatter it again under tensor parallelism.
@@ -54,7 +53,6 @@ class LayerKind(UnitSpec):
     num_heads: Count
     num_kv_heads: Count
     head_dim: Count
-    tokens_divisor: Count = 1
     fixed_tokens: Whole = 0
     side_inputs: Whole = 0
     carried: Whole = 0
@@ -81,7 +79,7 @@ class LayerKind(UnitSpec):
 
     def tokens(self, seq_len: int) -> int:
         """Tokens of one sequence in these layers."""
-        return self.fixed_tokens or seq_len // self.tokens_divisor
+        return self.fixed_tokens or seq_len
 
     def entering_elements(self, tokens: int) -> int:
         """Elements of a sequence of ``tokens`` here that enter a layer: hidden states, and those that ride along."""
