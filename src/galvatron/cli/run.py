@@ -19,12 +19,13 @@ from galvatron.core.model_profile import ModelProfile
 from galvatron.plan import Plan, check_plan_for_job
 
 from .console import heading, rank, say
+from .drawing import draw
 from .generate import check_generates, generate
 from .launch import Processes, processes
 from .options import JobFile, LoraSettings, Nproc, RunDir, TaskName, Validation, examples
 from .profile import Measurement, ModelRequest, measure
 from .rundir import RunDirectory
-from .search import draw, runner_up, search_for_job, show
+from .search import runner_up, search_for_job, show
 from .train import Leg, Start, check_inputs, check_model, run_leg, show_summary, start_at
 
 if TYPE_CHECKING:

@@ -10,32 +10,28 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import indent
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from galvatron.core.errors import InfeasibleError, OutputError
-from galvatron.core.files import check_output, is_special, write_output
+from galvatron.core.errors import InfeasibleError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job, SearchSection
 from galvatron.core.lora import Lora
-from galvatron.core.model import Precision, ReduceDtype
+from galvatron.core.model import ReduceDtype
 from galvatron.core.model_profile import ModelProfile
 from galvatron.core.units import parse_seconds
 
-from .console import console, error_console, say
+from . import search_options as told
+from .console import error_console, say
+from .drawing import draw, picture_beside
 from .inputs import Cluster, Model, batch_sizes, fraction, memory_limit
 from .options import LoraSettings, TaskName, examples
 
 if TYPE_CHECKING:
-    from galvatron.cost import Runtime
     from galvatron.plan import Plan
     from galvatron.search import Change, Limits, SearchResult
     from galvatron.search.sensitivity import SearchAgain
-
-MAX_ROWS, MAX_COLUMNS = 32, 100  # stages and columns of a pipeline that is printed
-LABEL_COLUMNS = len("  stage 99  ")
 
 
 def register(app: typer.Typer) -> None:
@@ -57,88 +53,26 @@ def register(app: typer.Typer) -> None:
 
 
 def search(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            metavar="CARD|CONFIG.json|model.json",
-            help="A published model's name, a Hugging Face config.json, or a profile.",
-        ),
-    ],
-    cluster: Annotated[
-        str,
-        typer.Option(
-            "--cluster",
-            "--hardware",
-            metavar="PRESET:NODESxDEVICES|hardware.json",
-            help="Devices by name, such as h100:16x8, or a profile.",
-        ),
-    ],
-    global_batch_size: Annotated[
-        str,
-        typer.Option(
-            "--global-batch-size", metavar="N|N-N|N,N", help="Sequences a step; of several the fastest is chosen."
-        ),
-    ],
-    link: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--link",
-            metavar="LINK=RATE",
-            help="Override a preset's link: inter=50GB/s, intra=, inter_latency=5us. Repeatable.",
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", help="Limit a device: 36GiB, 36G or 80GB; all it has if left out."),
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option("--seq-len", min=1, help="Tokens a sequence; a profile's own if left out.")
-    ] = None,
-    precision: Annotated[
-        Precision | None,
-        typer.Option("--precision", help="The precision layers compute in; a profile's own, else bf16."),
-    ] = None,
-    grad_reduce_dtype: Annotated[
-        ReduceDtype, typer.Option("--grad-reduce-dtype", help="What gradients are summed in.")
-    ] = "fp32",
-    space: Annotated[
-        str,
-        typer.Option(
-            "--space",
-            metavar="runtime|all|hetu|dp|fsdp|tp|pp|3d|uniform",
-            help="runtime: what can be trained; all: also moments in host memory; hetu: what Hetu-Galvatron can be "
-            "told; or one of the simple plans.",
-        ),
-    ] = "runtime",
-    fix: Annotated[
-        list[str] | None,
-        typer.Option("--fix", metavar="NAME=VALUE", help="Fix a dimension, such as pp=4 or head.tp=8. Repeatable."),
-    ] = None,
-    forbid: Annotated[
-        list[str] | None,
-        typer.Option("--forbid", metavar="NAME", help="Leave something out, such as ulysses. Repeatable."),
-    ] = None,
-    at_most: Annotated[
-        list[str] | None, typer.Option("--max", metavar="NAME=N", help="Bound a dimension, such as tp=8. Repeatable.")
-    ] = None,
-    baselines: Annotated[
-        bool, typer.Option("--baselines/--no-baselines", help="Compare with simple plans and endless memory.")
-    ] = True,
-    what_if: Annotated[
-        bool, typer.Option("--what-if", help="Search again with more memory, network and nodes: what would help.")
-    ] = False,
-    gap: Annotated[
-        str, typer.Option("--gap", metavar="PERCENT", help="Stop when the plan is proved within this of the best: 1%.")
-    ] = "0%",
-    time_limit: Annotated[
-        str | None,
-        typer.Option("--time-limit", metavar="TIME", help="Stop with the best plan so far after 30s, 5m or 1h."),
-    ] = None,
+    model: told.ModelName,
+    cluster: told.ClusterName,
+    global_batch_size: told.BatchSizes,
+    link: told.Links = None,
+    memory: told.Memory = None,
+    seq_len: told.SeqLen = None,
+    precision: told.Precision = None,
+    grad_reduce_dtype: told.ReduceDtype = "fp32",
+    space: told.SpaceName = "runtime",
+    fix: told.Fix = None,
+    forbid: told.Forbid = None,
+    at_most: told.AtMost = None,
+    baselines: told.Baselines = True,
+    what_if: told.WhatIf = False,
+    gap: told.Gap = "0%",
+    time_limit: told.TimeLimit = None,
     lora: LoraSettings = None,
     task: TaskName = None,
-    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("plan.json"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    out: told.Out = Path("plan.json"),
+    as_json: told.AsJson = False,
 ) -> None:
     """Find the fastest plan that fits in memory, layer by layer, and explain it.
 
@@ -146,7 +80,7 @@ def search(
     stand for estimated profiles; files for measured ones.  A picture of the predicted step goes beside the plan
     (plan.svg).  Ctrl-C or the time limit ends the search with the best plan so far and its gap.
     """
-    from galvatron.search import Limits, sensitivity
+    from galvatron.search import Limits
 
     picture = picture_beside(out, model, cluster)
     limits = Limits.parse(space, fix or (), forbid or (), at_most or ())
@@ -158,14 +92,8 @@ def search(
     profile = what.profile(where.hardware)
     with error_console().status("searching", spinner="line") as status:
         job = _Search(what, batches, grad_reduce_dtype, limits, within, seconds, lambda line: status.update(line))
-        try:
-            result = job.find(profile, where.hardware, limit, baselines=baselines)
-        except InfeasibleError as error:
-            raise _with_remedy(error, job.again, where, limit) from None
-        changes: Sequence[Change] = ()
-        if what_if and not result.stopped:
-            with contextlib.suppress(KeyboardInterrupt):  # the plan is there already
-                changes = sensitivity(job.again, where.hardware, result.memory_limit_bytes, where.shape)
+        result = job.best(profile, where, limit, baselines=baselines)
+        changes = job.what_would_help(result, where) if what_if else ()
     result.plan.save(out)
     if as_json:
         from galvatron.report import summary
@@ -194,6 +122,24 @@ class _Search:
     gap: float
     time_limit_s: float | None
     progress: Callable[[str], None]
+
+    def best(
+        self, profile: ModelProfile, where: Cluster, memory_limit_bytes: int | None, *, baselines: bool
+    ) -> SearchResult:
+        """The search; an InfeasibleError says how many nodes would do."""
+        try:
+            return self.find(profile, where.hardware, memory_limit_bytes, baselines=baselines)
+        except InfeasibleError as error:
+            raise _with_remedy(error, self.again, where, memory_limit_bytes) from None
+
+    def what_would_help(self, result: SearchResult, where: Cluster) -> Sequence[Change]:
+        """What more memory, network and nodes would bring; nothing where somebody has no patience for it."""
+        from galvatron.search import sensitivity
+
+        if not result.stopped:
+            with contextlib.suppress(KeyboardInterrupt):  # the plan is there already
+                return sensitivity(self.again, where.hardware, result.memory_limit_bytes, where.shape)
+        return ()
 
     def find(
         self,
@@ -273,35 +219,6 @@ def show(result: SearchResult, changes: Sequence[Change] = ()) -> None:
     from galvatron.report import explain
 
     say(explain(result, changes))
-
-
-def picture_beside(out: Path, *inputs: str) -> Path | None:
-    """Where the picture of the plan at ``out`` goes; None beside what is no file.  Raises OutputError."""
-    check_output(out, *inputs)
-    picture = out.with_suffix(".svg")
-    if picture == out:
-        raise OutputError(f"--out {out} is where the plan's picture goes; name the plan {out.with_suffix('.json')}")
-    if is_special(out):
-        return None
-    check_output(picture, *inputs, option="the picture beside --out")
-    return picture
-
-
-def draw(
-    plan: Plan, model: ModelProfile, hardware: HardwareProfile, path: Path | None, runtime: Runtime = "galvatron"
-) -> None:
-    """Write the plan's replayed step as a picture, and print it where a pipeline makes it worth looking at."""
-    from galvatron.cost import replay
-    from galvatron.report import draw_svg, draw_text
-
-    replayed = replay(plan, model, hardware, runtime)
-    step_time_s = replayed.step_time_s if replayed.is_partial else None
-    if path is not None:
-        write_output(path, draw_svg(replayed.events, replayed.shown_s, step_time_s=step_time_s))
-    if 1 < plan.pp <= MAX_ROWS:
-        say(f"\nPipeline (predicted{f'; {path} is a picture of it' if path else ''})")
-        width = min(MAX_COLUMNS, console().width - LABEL_COLUMNS)
-        say(indent(draw_text(replayed.events, replayed.shown_s, width, step_time_s=step_time_s), "  "))
 
 
 def runner_up(result: SearchResult) -> Plan | None:
