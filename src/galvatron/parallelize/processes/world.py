@@ -34,7 +34,7 @@ class World:
         """
         key = (purpose, ranks)
         if key not in self._groups:
-            self._groups[key] = new_group(ranks, self.device, f"{purpose}:{','.join(map(str, ranks))}")
+            self._groups[key] = new_group(ranks, self.device, purpose)
         return self._groups[key]
 
 
