@@ -17,6 +17,7 @@ import typer.main
 
 from galvatron.cli import app
 from galvatron.plan import LayerStrategy, Plan
+from jobs import CONFIG, job_text
 from unit.exchange.hetu_fixtures import SPEC, hardware_files, one_kind_files
 from unit.profiles import make_hardware, make_model
 
@@ -28,32 +29,11 @@ SMALLER = (
     (r"(--nproc|--nproc-per-node|--ntasks-per-node) \d+", r"\1 2"),
     (r"--nnodes 2", "--nnodes 1"),
     (r"HOST:29500", "localhost:0"),
+    (r"64-512", "64-128"),
     (r"(profile model .*--seq-len) \d+", r"\1 16"),
     (r"--hardware hardware --out profiles", "--hardware hardware --out profiles --seq-len 128 --model shapes.json"),
 )
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 257,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-JOB = """
-[model]
-path = "config.json"
-[data]
-source = "text.txt"
-[cluster]
-num_processes = 2
-device = "cpu"
-[train]
-global_batch_size = 4
-seq_len = 16
-num_steps = {num_steps}
-"""
+LONG = {**CONFIG, "max_position_embeddings": 4096}
 HETU_PLAN = {
     "pp_deg": 2, "tp_sizes_enc": "1,2", "tp_consecutive_flags": "1,1", "dp_types_enc": "1,0", "use_sp": "0,0",
     "checkpoint": "1,0", "global_bsz": 16, "chunks": 2, "pp_division": "1,1", "pipeline_type": "pipedream_flush",
@@ -101,13 +81,11 @@ def small(command: str) -> list[str]:
 def furnish(folder: Path) -> None:
     """Put every file that the commands read into ``folder``, under the names that they use, but no run."""
     for name in ("config.json", "path/to/config.json", "meta-llama/Llama-3.2-1B/config.json"):
-        _write(folder / name, json.dumps(CONFIG))
-    _write(folder / "examples/quickstart_model/config.json", json.dumps(CONFIG))
+        _write(folder / name, json.dumps(LONG))
+    _write(folder / "examples/quickstart_model/config.json", json.dumps(LONG))
     _write(folder / "text.txt", "All work and no play. " * 40)
-    _write(folder / "job.toml", JOB.format(num_steps=4))
-    _write(
-        folder / "examples/quickstart.toml", JOB.format(num_steps=4).replace('= "', '= "../').replace("../cpu", "cpu")
-    )
+    _write(folder / "job.toml", job_text())
+    _write(folder / "examples/quickstart.toml", job_text().replace('= "', '= "../').replace("../cpu", "cpu"))
     sharded, cut = LayerStrategy(dp_shard=2, zero=3), LayerStrategy(tp=2)
     for name, layer in (("plan", sharded), ("other-plan", cut), ("other", cut), ("another", cut)):
         Plan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from galvatron.cli import main
 from galvatron.core.lora import Lora
 from galvatron.models.lora import attach_lora
 from galvatron.parallelize import init_world, parallelize
@@ -20,27 +19,14 @@ from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import draw_weights, tiny_model
 from galvatron.testing.pool import Pool, WorkerError
 from galvatron.train import read_metrics
+from jobs import job_text
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
 
-JOB = """
-[model]
-path = "base"
+BASE = """path = "base"
 weights = true
-lora = { r = 4, lora_alpha = 16, target_modules = ["q_proj", "down_proj"] }
-[data]
-source = "text.txt"
-[cluster]
-num_processes = 2
-device = "cpu"
-[train]
-global_batch_size = 4
-seq_len = 16
-num_steps = 4
-lr = 1e-2
-save_every = 2
-"""
+lora = { r = 4, lora_alpha = 16, target_modules = ["q_proj", "down_proj"] }"""
 ONE, CUT, SHARDED = LayerStrategy(), LayerStrategy(tp=2), LayerStrategy(dp_shard=2, zero=3)
 IDS = torch.arange(40).view(2, 20)
 
@@ -51,13 +37,6 @@ def plan_for(stages: tuple[int, ...], *layers: LayerStrategy, microbatches: int 
         model="tiny", world_size=2, layers_per_stage=stages, num_microbatches=microbatches, embedding=ends,
         layers=layers, head=ends, global_batch_size=4, seq_len=16,
     )  # fmt: skip
-
-
-def galvatron(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["galvatron", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
 
 
 @torch.no_grad()
@@ -72,29 +51,29 @@ def losses(run: str) -> dict[int, float]:
 
 
 def test_from_a_checkpoint_to_peft(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, galvatron: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     base = tiny_model("llama", vocab_size=257)
     base.save_pretrained("base")
-    Path("job.toml").write_text(JOB)
+    Path("job.toml").write_text(job_text(BASE, lr=1e-2, save_every=2))
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     plan_for((4,), SHARDED, CUT, SHARDED, CUT).save("mixed.json")
     plan_for((1, 3), *(ONE,) * 4, microbatches=2).save("pipeline.json")
     middle = "whole/checkpoints/step-000002"
 
-    assert galvatron(monkeypatch, "train", "job.toml", "--plan", "mixed.json", "--run-dir", "whole") == 0
-    assert galvatron(monkeypatch, "train", "job.toml", "--plan", "pipeline.json", "--resume", middle) == 0
+    assert galvatron("train", "job.toml", "--plan", "mixed.json", "--run-dir", "whole") == 0
+    assert galvatron("train", "job.toml", "--plan", "pipeline.json", "--resume", middle) == 0
     whole, resumed = losses("whole"), losses("runs/job")
     assert whole[4] < whole[1] - 0.05
     assert resumed[4] == pytest.approx(whole[4], rel=1e-4)
     other = ("train", "job.toml", "--plan", "mixed.json", "--run-dir", "other", "--resume", middle, "--lora", "r=5")
-    assert galvatron(monkeypatch, *other) == 2
+    assert galvatron(*other) == 2
     assert "was trained with lora=r=4,lora_alpha=16,target_modules=q_proj+down_proj" in capfd.readouterr().err
 
-    assert galvatron(monkeypatch, "convert", "to-hf", "runs/job", "merged") == 0
-    assert galvatron(monkeypatch, "convert", "to-hf", "runs/job", "adapter", "--adapter-only") == 0
+    assert galvatron("convert", "to-hf", "runs/job", "merged") == 0
+    assert galvatron("convert", "to-hf", "runs/job", "adapter", "--adapter-only") == 0
     assert json.loads(Path("adapter/adapter_config.json").read_text())["base_model_name_or_path"].endswith("base")
     adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
     merged = AutoModelForCausalLM.from_pretrained("merged")

@@ -24,32 +24,9 @@ from galvatron.models import load_config
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.plan import Prediction, StagePrediction
 from galvatron.train import read_metrics
+from jobs import CONFIG, job_text
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 257,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-JOB = """
-[model]
-path = "config.json"
-[data]
-source = "text.txt"
-[cluster]
-num_processes = 2
-device = "cpu"
-[train]
-global_batch_size = 4
-seq_len = 16
-num_steps = 4
-lr = 1e-2
-save_every = 2
-"""
+JOB = job_text(lr=1e-2, save_every=2)
 SHARDED = LayerStrategy(dp_shard=2, zero=3)
 CUT = LayerStrategy(tp=2)
 MIXED = Plan(

@@ -18,33 +18,8 @@ from distributed.commands import Command
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.train import all_checkpoints, find_checkpoint, read_metrics, read_state
 from galvatron.train.index import INDEX_FILE, CheckpointIndex
+from jobs import CONFIG, job_text
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 257,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-JOB = """
-[model]
-path = "config.json"
-[data]
-source = "text.txt"
-[cluster]
-num_processes = 2
-device = "cpu"
-[train]
-global_batch_size = 4
-seq_len = 16
-num_steps = {num_steps}
-lr = 1e-2
-save_every = {save_every}
-keep_checkpoints = 2
-"""
 SHARDED, CUT = LayerStrategy(dp_shard=2, zero=3), LayerStrategy(tp=2)
 PLAN = Plan(
     model="tiny", world_size=2, layers_per_stage=(2,), global_batch_size=4, seq_len=16,
@@ -61,7 +36,7 @@ def write_job(folder: Path, *, num_steps: int = 60, save_every: int = SAVE_EVERY
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    (folder / "job.toml").write_text(JOB.format(num_steps=num_steps, save_every=save_every))
+    (folder / "job.toml").write_text(job_text(num_steps=num_steps, lr=1e-2, save_every=save_every, keep_checkpoints=2))
     PLAN.save(folder / "plan.json")
     return folder
 

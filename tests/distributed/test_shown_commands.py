@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from documented import CONFIG, JOB, commands, furnish, small
+from documented import LONG, commands, furnish, small
 from galvatron.cli import main
+from jobs import job_text
 
 DOING = [
     command
@@ -56,7 +57,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory that has done two steps of four."""
     folder = tmp_path_factory.mktemp("begun")
     furnish(folder)
-    (folder / "job.toml").write_text(JOB.format(num_steps=2))
+    (folder / "job.toml").write_text(job_text(num_steps=2))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -96,7 +97,7 @@ def test_a_shown_command_of_the_doing_half_runs(
         )
     if "--lora" in command:
         pytest.importorskip("peft")
-        LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(".")
+        LlamaForCausalLM(LlamaConfig(**LONG)).save_pretrained(".")
         job = Path("job.toml").read_text()
         Path("job.toml").write_text(job.replace('"config.json"', '"config.json"\nweights = true'))
     words = small(command)

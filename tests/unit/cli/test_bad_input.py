@@ -4,38 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from galvatron.cli import main
 from galvatron.plan import LayerStrategy, Plan
+from jobs import CONFIG, job_text
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 257,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-}
-JOB = """
-[model]
-path = "config.json"
-[data]
-source = "text.txt"
-[cluster]
-num_processes = 2
-device = "cpu"
-[train]
-global_batch_size = 4
-seq_len = 16
-num_steps = 2
-"""
+SHORT = {**CONFIG, "num_key_value_heads": 1, "max_position_embeddings": 32}
 PLAN = Plan(
     model="tiny",
     world_size=2,
@@ -53,23 +30,20 @@ Fails = Callable[..., str]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a good job, model, text and plan, made current."""
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(SHORT))
     (tmp_path / "text.txt").write_text("All work and no play. " * 40)
-    (tmp_path / "job.toml").write_text(JOB)
+    (tmp_path / "job.toml").write_text(job_text(num_steps=2))
     PLAN.save(tmp_path / "plan.json")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
+def fails(galvatron: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Fails:
     """Run the command line; it must exit with 2; gives its standard error."""
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["galvatron", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
+        assert galvatron(*arguments) == 2
         message = capsys.readouterr().err
         assert message.startswith("galvatron: ")
         assert message.count("\n") == 1, "one sentence, no traceback"

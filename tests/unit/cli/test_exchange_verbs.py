@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from galvatron.cli import main
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import predict
@@ -34,17 +32,19 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(
+    tmp_path: Path,
+    galvatron: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
     """Run the command line in a folder with a plan; gives exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     PLAN.save("plan.json")
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["galvatron", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
+        code, printed = galvatron(*arguments), capsys.readouterr()
+        return code, printed.out, printed.err
 
     return call
 

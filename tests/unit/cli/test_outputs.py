@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from galvatron.cli import main
 from galvatron.plan import Plan
-from unit.cli.test_bad_input import CONFIG, JOB, PLAN
+from jobs import CONFIG, job_text
+from unit.cli.test_bad_input import PLAN
 from unit.profiles import make_hardware, make_model
 
 SEARCH = ("search", "--model", "model.json", "--cluster", "hardware.json", "--global-batch-size", "8", "--no-baselines")
@@ -22,23 +23,25 @@ Verb = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
+def verb(
+    tmp_path: Path,
+    galvatron: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Verb:
     """Run the command line beside two profiles, a job and its text: (exit code, standard error)."""
     make_model().save(tmp_path / "model.json")
     make_hardware(4).save(tmp_path / "hardware.json")
-    (tmp_path / "config.json").write_text(str(CONFIG).replace("'", '"'))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "text.txt").write_text("All work and no play. " * 40)
-    (tmp_path / "job.toml").write_text(JOB)
+    (tmp_path / "job.toml").write_text(job_text(num_steps=2))
     PLAN.save(tmp_path / "plan.json")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("mine")
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["galvatron", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0), capsys.readouterr().err
+        return galvatron(*arguments), capsys.readouterr().err
 
     return run
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from galvatron.cli import main
 from galvatron.cli.inputs import batch_sizes, tp_degrees
 from galvatron.cli.search import limits_of, runner_up
 from galvatron.core.job import SearchSection
@@ -23,6 +23,8 @@ from unit.profiles import make_hardware, make_model, make_spec
 
 ARGUMENTS = ("search", "--model", "model.json", "--hardware", "hardware.json", "--global-batch-size", "8")
 
+Verb = Callable[..., int]
+
 
 @pytest.fixture
 def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -32,17 +34,8 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def galvatron(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["galvatron", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
-
-
-def test_it_writes_and_explains_a_plan(
-    profiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert galvatron(monkeypatch, *ARGUMENTS, "--memory", "30MiB") == 0
+def test_it_writes_and_explains_a_plan(profiles: Path, galvatron: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    assert galvatron(*ARGUMENTS, "--memory", "30MiB") == 0
     out = capsys.readouterr().out
     plan = Plan.load("plan.json")
     assert plan.prediction is not None
@@ -53,18 +46,16 @@ def test_it_writes_and_explains_a_plan(
     assert Path("plan.svg").read_text().startswith("<svg")
 
 
-def test_a_pipeline_is_drawn(
-    profiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert galvatron(monkeypatch, *ARGUMENTS, "--fix", "pp=2") == 0
+def test_a_pipeline_is_drawn(profiles: Path, galvatron: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    assert galvatron(*ARGUMENTS, "--fix", "pp=2") == 0
     assert "  stage 1  " in capsys.readouterr().out
 
 
 def test_json_is_one_object_and_nothing_else(
-    profiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    profiles: Path, galvatron: Verb, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--fix", "pp=2", "--memory", "40MiB", "--out", "two.json", "--json", "--what-if")
-    assert galvatron(monkeypatch, *ARGUMENTS, *options) == 0
+    assert galvatron(*ARGUMENTS, *options) == 0
     out = json.loads(capsys.readouterr().out)
     assert out["plan"] == json.loads(Path("two.json").read_text())
     assert len(out["plan"]["layers_per_stage"]) == len(out["predicted"]["peak_memory_bytes"]) == 2
@@ -90,10 +81,10 @@ def test_a_card_on_a_preset_is_planned_without_torch(tmp_path: Path) -> None:
 
 
 def test_estimates_are_called_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, galvatron: Verb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert galvatron(monkeypatch, *CARD, "--seq-len", "4096", "--no-baselines") == 0
+    assert galvatron(*CARD, "--seq-len", "4096", "--no-baselines") == 0
     out = capsys.readouterr().out
     assert "tokens/s (predicted from estimated profiles, layers compiled)" in out
     assert "Simple plans" not in out
@@ -116,13 +107,14 @@ def test_estimates_are_called_so(
 )
 def test_what_cannot_be_estimated_is_one_sentence(
     tmp_path: Path,
+    galvatron: Verb,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert galvatron(monkeypatch, *CARD, *options) == 2
+    assert galvatron(*CARD, *options) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -130,15 +122,15 @@ def test_what_cannot_be_estimated_is_one_sentence(
 
 
 def test_nodes_that_would_do_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, galvatron: Verb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert galvatron(monkeypatch, *CARD, "--cluster", "a100:1x1", "--seq-len", "4096") == 2
+    assert galvatron(*CARD, "--cluster", "a100:1x1", "--seq-len", "4096") == 2
     assert "; a100-80g:2x1 would do" in capsys.readouterr().err
 
 
 def test_an_interrupt_gives_the_best_plan_so_far(
-    profiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    profiles: Path, galvatron: Verb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     solved: list[Solved] = []
 
@@ -149,7 +141,7 @@ def test_an_interrupt_gives_the_best_plan_so_far(
         return solved[0]
 
     monkeypatch.setattr("galvatron.search.engine.solve", interrupted)
-    assert galvatron(monkeypatch, *ARGUMENTS, "--json", "--what-if") == 0
+    assert galvatron(*ARGUMENTS, "--json", "--what-if") == 0
     out = json.loads(capsys.readouterr().out)
     assert out["search"]["stopped"] == "interrupt"
     assert 0 <= out["proof"]["gap"] < 1
@@ -194,13 +186,9 @@ def test_a_job_s_limits_reach_the_search() -> None:
     ],
 )
 def test_what_cannot_be_is_one_sentence_and_no_plan(
-    profiles: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
+    profiles: Path, galvatron: Verb, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert galvatron(monkeypatch, *ARGUMENTS, *options) == 2
+    assert galvatron(*ARGUMENTS, *options) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -214,7 +202,7 @@ def test_the_runner_up_differs_in_more_than_microbatches(profiles: Path) -> None
     assert (other.layers_per_stage, other.layers) != (result.plan.layers_per_stage, result.plan.layers)
 
 
-def test_help_has_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_examples(galvatron: Verb, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in (["search"], ["train"], ["run"], ["profile", "hardware"], ["profile", "model"], ["convert", "to-hf"]):
-        assert galvatron(monkeypatch, *verb, "--help") == 0
+        assert galvatron(*verb, "--help") == 0
         assert f"Examples:\n    galvatron {' '.join(verb)} " in capsys.readouterr().out

@@ -11,7 +11,7 @@ from galvatron.core.hardware import Device, HardwareProfile
 from galvatron.core.model_profile import ModelProfile
 from galvatron.estimate import cluster, estimate_model, model_spec
 from galvatron.plan import Plan
-from unit.cli.test_search_verb import CARD, galvatron
+from unit.cli.test_search_verb import CARD, Verb
 
 SEARCH = (*CARD, "--seq-len", "4096")
 H100 = Device(
@@ -61,9 +61,9 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_sentence_names_what_forbids_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    galvatron: Verb, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert galvatron(monkeypatch, *SEARCH, *options) == 2
+    assert galvatron(*SEARCH, *options) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -78,8 +78,8 @@ def test_the_sentence_names_what_forbids_it(
         ["--space", "All", "--fix", "cp=2", "--fix", "schedule=1F1B"],
     ],
 )
-def test_words_are_taken_in_any_case_and_with_dashes(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
-    assert galvatron(monkeypatch, *SEARCH, *options, "--no-baselines", "--json") == 0
+def test_words_are_taken_in_any_case_and_with_dashes(galvatron: Verb, options: list[str]) -> None:
+    assert galvatron(*SEARCH, *options, "--no-baselines", "--json") == 0
 
 
 def measured(device: Device = H100) -> HardwareProfile:
@@ -88,25 +88,23 @@ def measured(device: Device = H100) -> HardwareProfile:
     return profile.model_copy(update={"device": device, "origin": "measured"})
 
 
-def test_a_card_is_planned_on_a_measured_cluster(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_card_is_planned_on_a_measured_cluster(galvatron: Verb, capsys: pytest.CaptureFixture[str]) -> None:
     measured().save("hardware.json")
-    assert galvatron(monkeypatch, *SEARCH, "--cluster", "hardware.json", "--no-baselines", "--json") == 0
+    assert galvatron(*SEARCH, "--cluster", "hardware.json", "--no-baselines", "--json") == 0
     out = json.loads(capsys.readouterr().out)
     assert out["search"]["origins"] == {"model": "estimated", "hardware": "measured"}
     assert out["predicted"]["memory_limit_bytes"] == H100.memory_bytes
     slower = H100.model_copy(update={"matmul_flops_per_s": {"bf16": 3.05e14}})
     measured(slower).save("hardware.json")
-    assert galvatron(monkeypatch, *SEARCH, "--cluster", "hardware.json", "--no-baselines", "--json") == 0
+    assert galvatron(*SEARCH, "--cluster", "hardware.json", "--no-baselines", "--json") == 0
     twice = json.loads(capsys.readouterr().out)["predicted"]["step_time_s"] / out["predicted"]["step_time_s"]
     assert 1.7 < twice < 2.1  # half the measured rate
 
 
-def test_a_card_is_planned_on_devices_that_no_preset_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_is_planned_on_devices_that_no_preset_knows(galvatron: Verb) -> None:
     xpu = Device(name="Some GPU", type="cuda", memory_bytes=84_900_000_000, matmul_flops_per_s={"bf16": 4e14})
     measured(xpu).save("hardware.json")
-    assert galvatron(monkeypatch, *SEARCH, "--cluster", "hardware.json", "--no-baselines", "--json") == 0
+    assert galvatron(*SEARCH, "--cluster", "hardware.json", "--no-baselines", "--json") == 0
     assert Plan.load("plan.json").world_size == 8
 
 
@@ -116,23 +114,19 @@ def profiled(device: str) -> ModelProfile:
     return profile.model_copy(update={"device": device, "origin": "measured"})
 
 
-def test_a_model_profiled_on_another_device_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_profiled_on_another_device_is_refused(galvatron: Verb, capsys: pytest.CaptureFixture[str]) -> None:
     profiled("Intel Xeon").save("model.json")
-    assert galvatron(monkeypatch, *SEARCH, "--model", "model.json", "--cluster", "h100:8") == 2
+    assert galvatron(*SEARCH, "--model", "model.json", "--cluster", "h100:8") == 2
     said = "the model profile is of Intel Xeon but the cluster's devices are NVIDIA H100 80GB HBM3; profile the model"
     assert said in capsys.readouterr().err
     profiled("NVIDIA H100 80GB HBM3").save("model.json")
     command = (*SEARCH, "--model", "model.json", "--cluster", "h100:8", "--no-baselines", "--json")
-    assert galvatron(monkeypatch, *command) == 0
+    assert galvatron(*command) == 0
 
 
-def test_a_batch_whose_bytes_cannot_be_counted_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_batch_whose_bytes_cannot_be_counted_is_refused(galvatron: Verb, capsys: pytest.CaptureFixture[str]) -> None:
     profile = profiled("NVIDIA H100 80GB HBM3")
     huge = [sample.model_copy(update={"bytes_per_sequence": 2**50}) for sample in profile.activations]
     profile.model_copy(update={"activations": tuple(huge)}).save("model.json")
-    assert galvatron(monkeypatch, *SEARCH, "--model", "model.json", "--cluster", "h100:8") == 2
+    assert galvatron(*SEARCH, "--model", "model.json", "--cluster", "h100:8") == 2
     assert "64 sequences of llama2-7b would take more than 1,152,921,504,606,846,976 bytes" in capsys.readouterr().err
