@@ -11,6 +11,8 @@ LOWEST_TESTS := tests/unit/test_internals.py tests/unit/train tests/unit/search/
 	$(addprefix tests/unit/cli/test_,search_verb.py console.py outputs.py) \
 	tests/numerics/test_certificate.py $(addprefix tests/distributed/test_,trainer_resume.py compile.py)
 
+TWO_AT_ONCE := -n 2 --dist loadfile
+
 .PHONY: quickstart gpu test test-all test-lowest lint check format clean
 
 # The whole promise on this machine: profile, search, train, resume under another plan, generate.
@@ -23,17 +25,17 @@ gpu: $(INSTALLED)
 	mkdir -p runs
 	$(BIN)/python -m benchmarks.gpu --out runs/gpu.json
 
-# What CI runs; a few minutes on two cores.
+# What CI runs.  Two files at once: most tests of one keep a core busy, and worlds of processes wait for each other.
 test: $(WITH_EXTRAS)
-	$(BIN)/pytest -m "not slow and not gpu and not multi_gpu"
+	$(BIN)/pytest $(TWO_AT_ONCE) -m "not slow and not gpu and not multi_gpu"
 
 # Everything; tests that need a GPU skip themselves where there is none.
 test-all: $(WITH_EXTRAS)
-	$(BIN)/pytest
+	$(BIN)/pytest $(TWO_AT_ONCE)
 
 # The lowest versions that pyproject.toml admits, in an environment of their own (5 GB; Python 3.11 or 3.12).
 test-lowest: $(LOWEST_INSTALLED)
-	$(LOWEST)/bin/python -m pytest -m "not slow and not gpu and not multi_gpu" $(LOWEST_TESTS)
+	$(LOWEST)/bin/python -m pytest $(TWO_AT_ONCE) -m "not slow and not gpu and not multi_gpu" $(LOWEST_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
