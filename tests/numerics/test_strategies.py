@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,8 @@ PER_WORLD = {
 }
 NAMES = [variant.name for variant in VARIANTS]
 WHOLE = [name for name in NAMES if name not in SAMPLED]
+IN_TURN = 4
+"""Strategies of two ranks that a variant goes through beside tensor parallelism: each is of three variants or four."""
 NEEDS_FOUR = {"hsdp1", "hsdp2", "hsdp3"}
 ONE_STACK = {"interleaved", "zero_bubble"}
 SOME = ["1f1b", "zero3", "selective"]
@@ -58,8 +61,12 @@ def _check(
     assert report.ok, report.explain()
 
 
-@pytest.mark.parametrize("strategy", PER_WORLD[2])
-@pytest.mark.parametrize("variant", WHOLE)
+def _in_turn() -> list[tuple[str, str]]:
+    others = itertools.cycle(strategy for strategy in PER_WORLD[2] if strategy != "tp")
+    return [(variant, strategy) for variant in WHOLE for strategy in ("tp", *itertools.islice(others, IN_TURN))]
+
+
+@pytest.mark.parametrize(("variant", "strategy"), _in_turn())
 def test_two_ranks(sweep: Sweep, variant: str, strategy: str) -> None:
     _check(sweep, variant, 2, strategy)
 
