@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from words import tokenizer_of
 
 HERE, RUN, DATA = Path(__file__).resolve().parent, Path("runs/captions"), Path("runs/captions-data")
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -43,17 +43,6 @@ def write(part: str, count: int, folder: Path, say) -> None:
         for number, (image, digits) in enumerate(boards(count, part)):
             image.save(folder / part / f"{number:05d}.png")
             records.write(json.dumps({"image": f"{part}/{number:05d}.png", **say(number, digits)}) + "\n")
-
-
-def tokenizer_of(words, special: tuple[str, ...], template: str) -> PreTrainedTokenizerFast:
-    """A token a word; padding, end and beginning are the first of the ``special`` ones."""
-    vocabulary = {word: number for number, word in enumerate((*special, *words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    ends = [(word, vocabulary[word]) for word in special[1:3]]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
-    named = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), special, strict=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
 def prepare(train: int = 4000, held_out: int = 384) -> None:

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from captions import NAMES, SIZE, boards, tokenizer_of, write
+from captions import NAMES, SIZE, boards, write
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from words import tokenizer_of
 
 HERE, RUN, DATA = Path(__file__).resolve().parent, Path("runs/questions"), Path("runs/questions-data")
 PLACES = ("top left", "top right", "bottom left", "bottom right")

@@ -47,10 +47,11 @@ SHOWN = (
     Shown("digits", "validation_loss", "validation_accuracy", least=0.95),
     Shown("captions", "validation_loss", "validation_accuracy", least=0.85),
     Shown("questions", "validation_loss", "validation_perplexity", most=1.6),
+    Shown("tones", "validation_loss", "validation_perplexity", most=1.4),
 )
-DRAWN = ("captions", "questions")
-"""Whose pictures are as many as asked for."""
-WITH_DIGITS = ("digits", *DRAWN)
+DRAWN = ("captions", "questions", "tones")
+"""Whose pictures or sounds are as many as asked for."""
+WITH_DIGITS = ("digits", "captions", "questions")
 SHORTER = (("num_steps", 3), ("warmup_steps", 1), ("eval_every", 0), ("eval_batches", 2), ("global_batch_size", 8))
 
 

@@ -67,9 +67,9 @@ class DataSection(Record):
     of which completions alone are learnt.  ``chat_template`` is a Jinja file in place of the tokenizer's own template.
     ``separate_documents``: whether texts in one row of tokens are apart; others always are.
     ``tokenizer`` is a local directory, a hub name or ``bytes`` (256 byte tokens and an end-of-text token).
-    Of samples with classes, ``label_field`` has the class and ``image_field`` a path or bytes, where records hold them;
-    ``processor`` is the directory or hub name of an image processor, and ``augment`` crops and turns images that are
-    trained on.
+    ``label_field`` has the class of a sample, and ``image_field`` or ``audio_field`` a path or bytes, where records
+    hold them; ``processor`` is the directory or hub name of what reads images or sounds, and ``augment`` crops and
+    turns images that are trained on.
     ``skip_bad_records``: a record that is not what it should be is counted and left out, not refused.
     ``validation`` is a source of its own, never trained on; of a dataset its ``validation_split``.  ``eval_fraction``
     of ``source`` is held out, by default 0.02, nothing where there is a ``validation``.
@@ -84,6 +84,7 @@ class DataSection(Record):
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     image_field: str = "image"
+    audio_field: str = "audio"
     label_field: str = "label"
     processor: Place | None = None
     augment: StrictBool = True

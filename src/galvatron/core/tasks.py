@@ -24,6 +24,8 @@ CLASSIFICATION: frozenset[Task] = frozenset({"text_classification", "image_class
 """Those whose head gives a sample its classes."""
 WITH_IMAGES: frozenset[Task] = frozenset({"image_classification", "contrast", "vision_language"})
 """Those whose samples have an image."""
+WITH_MEDIA: frozenset[Task] = WITH_IMAGES | {"speech_to_text"}
+"""Those whose samples have an image or a sound, which a processor reads."""
 ENDINGS: dict[str, Task] = {
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",

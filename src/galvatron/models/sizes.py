@@ -99,16 +99,13 @@ ENDINGS: dict[str, int] = {
     "vocab": WORDS,
     "vocab_size_base": WORDS,
     "hash_buckets": WORDS,
-    "position_embeddings": 4 * SEQ_LEN,
-    "max_target_positions": 4 * SEQ_LEN,
-    "max_text_positions": 4 * SEQ_LEN,
-    "max_seq_len": 4 * SEQ_LEN,
-    "n_ctx": 4 * SEQ_LEN,
     "num_latents": SEQ_LEN // 2,
     "multiple_of": 8,
     "kv_lora_rank": 24,
 }
 """What else a name may end in; a value that is smaller stays."""
+POSITIONS = ("position_embeddings", "max_target_positions", "max_text_positions", "max_seq_len", "n_ctx")
+"""How a name of places for tokens ends, of which a twin has enough for its own."""
 NARROW, EMBEDDING = "embedding_size", 40
 """A width of embeddings that is not that of hidden states, which takes a projection."""
 IMAGE_SIZES = ("patch_size", "max_source_positions", "num_mel_bins")
@@ -140,6 +137,8 @@ def shrunk(name: str, value: int, hidden: int | None) -> int:
         return HIDDEN if value == hidden else min(value, EMBEDDING)
     if name in SIZES:
         return SIZES[name]
+    if name.endswith(POSITIONS):
+        return 4 * SEQ_LEN
     if name in MOST:
         return min(value, MOST[name])
     ending = max((end for end in ENDINGS if name == end or name.endswith("_" + end)), key=len, default=None)

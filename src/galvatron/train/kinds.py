@@ -18,28 +18,30 @@ from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
 from galvatron.core.tasks import Task
 from galvatron.models.images import image_length, image_token
-from galvatron.models.inputs import words_of
+from galvatron.models.inputs import input_shapes, words_of
 
 from .chat import ChatTemplate
 from .data import Samples
-from .processing import load_processor
+from .processing import load_extractor, load_processor
 from .rows import DocumentRows, StreamRows
 from .tasks import (
     AnsweredTexts,
     Augmentation,
+    Ear,
     ImageTokens,
     LabelledImages,
     LabelledTexts,
     MaskedRows,
     Picture,
+    Sound,
     SpanRows,
     TitledImages,
     ToldImages,
-    check_pictures,
-    find_pictures,
+    ToldSounds,
 )
+from .tasks.answered import ended
 from .tasks.classes import Class, Numbering
-from .tasks.pictures import Fields
+from .tasks.media import Fields, M
 from .text import Block, Skipped, reader
 from .tokenizer import Tokenizer, load_tokenizer
 from .tokens import Encoder
@@ -48,12 +50,13 @@ RECORDS: dict[Task, tuple[str, ...]] = {
     "causal_lm": ("text", "conversations", "pairs"),
     "masked_lm": ("text",),
     "seq2seq_lm": ("text", "pairs"),
+    "speech_to_text": ("text",),
     "text_classification": ("text",),
     "image_classification": ("text",),
     "contrast": ("text",),
     "vision_language": ("text", "conversations", "pairs"),
 }
-"""What records may be, by the task of the jobs that take them; images have these texts beside them."""
+"""What records may be, by the task of the jobs that take them; images and sounds have these texts beside them."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,15 @@ def check_task(data: DataSection, task: Task) -> None:
         )
 
 
-def check_images(data: DataSection, task: Task) -> None:
-    """Read every record and the head of every image of ``data``; raises DataError with the first that is bad."""
-    check_pictures(_pictures(data, task))
+def check_media(data: DataSection, task: Task) -> None:
+    """Read every record, and every image or sound, of ``data``; raises DataError with the first that is bad."""
+    if task == "speech_to_text":
+        ear = Ear(load_extractor(data))
+        for sound in _media(data, task, Sound, data.audio_field):
+            ear.samples(sound)
+    else:
+        for picture in _pictures(data, task):
+            picture.check()
 
 
 # Of tokens, which one file holds.
@@ -150,15 +159,33 @@ def _told_images(data: DataSection, wanted: Wanted) -> Loaded:
     return Loaded(samples, samples.vocab_size, _digest(parts))
 
 
+def _told_sounds(data: DataSection, wanted: Wanted) -> Loaded:
+    sounds, tokenizer = _media(data, "speech_to_text", Sound, data.audio_field), _tokenizer(data)
+    ear, own, end = Ear(load_extractor(data)), tokenizer.for_transformers(), tokenizer.end_of_text
+    _, hears = input_shapes(wanted.config, "speech_to_text", 1, wanted.seq_len)["input_features"]
+    if (made := tuple(ear.features(sounds[:1]).shape)) != hears:
+        raise DataError(
+            f"data.processor={data.processor!r} makes {list(made[1:])} bins and frames of a sound, but the model hears "
+            f"{list(hears[1:])}; give the model's own"
+        )
+    told = [ended(ids, end) for ids in own([str(sound.text) for sound in sounds], verbose=False)["input_ids"]]
+    samples = ToldSounds(sounds, told, ear, wanted.seq_len, start=_begun_with(wanted.config), padding=end)
+    parts = [(Path(sound.where).name, sound.text) for sound in sounds]
+    return Loaded(samples, samples.vocab_size, _digest(parts))
+
+
 def _answered_texts(data: DataSection, wanted: Wanted) -> Loaded:
-    start = getattr(wanted.config, "decoder_start_token_id", None)
+    found = AnsweredTexts.read(data, wanted.seq_len, _tokenizer(data), _begun_with(wanted.config))
+    return Loaded(found, found.vocab_size, found.fingerprint())
+
+
+def _begun_with(config: PretrainedConfig) -> int:
+    start: int | None = getattr(config, "decoder_start_token_id", None)
     if start is None:
         raise DataError(
-            f"{wanted.config.model_type} names no token that its decoder begins with; set decoder_start_token_id in "
-            "its config"
+            f"{config.model_type} names no token that its decoder begins with; set decoder_start_token_id in its config"
         )
-    found = AnsweredTexts.read(data, wanted.seq_len, _tokenizer(data), start)
-    return Loaded(found, found.vocab_size, found.fingerprint())
+    return start
 
 
 Kind = Callable[[DataSection, Wanted], Loaded]
@@ -168,6 +195,7 @@ _IN_MEMORY: dict[Task, Kind] = {
     "text_classification": _classed_texts,
     "contrast": _titled_images,
     "vision_language": _told_images,
+    "speech_to_text": _told_sounds,
 }
 
 
@@ -177,11 +205,15 @@ def kind_in_memory(data: DataSection, task: Task) -> Kind | None:
 
 
 def _pictures(data: DataSection, task: Task) -> list[Picture]:
+    return _media(data, task, Picture, data.image_field)
+
+
+def _media(data: DataSection, task: Task, kind: type[M], field: str) -> list[M]:
     read = None
     if task != "image_classification":
         is_chat = data.records == "conversations"
         read = reader(data, ChatTemplate(_for_transformers(data)) if is_chat else None)
-    return find_pictures(Path(data.source), Fields(data.image_field, data.label_field, data.text_field, read))
+    return kind.find(Path(data.source), Fields(field, data.label_field, data.text_field, read))
 
 
 def _encoded(data: DataSection, tokenizer: Tokenizer, pictures: Sequence[Picture]) -> list[np.ndarray]:

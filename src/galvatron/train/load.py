@@ -12,12 +12,12 @@ from transformers import PretrainedConfig
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection, TrainSection
-from galvatron.core.tasks import WITH_IMAGES, Task
+from galvatron.core.tasks import WITH_MEDIA, Task
 from galvatron.models import class_names, task_of
 from galvatron.parallelize.processes.ranks import on_rank_zero, together
 
 from .data import Dataset
-from .kinds import Loaded, Wanted, check_images, check_task, kind_in_memory, of_tokens
+from .kinds import Loaded, Wanted, check_media, check_task, kind_in_memory, of_tokens
 from .tasks.classes import Numbering, classes_of, named_classes
 from .text import Skipped
 from .tokens import Progress, TokenInfo, prepare_tokens
@@ -63,8 +63,8 @@ def prepare_source(
 ) -> Path:
     """Find what is wrong with ``data.source``, and tokenise it if it is text; one process only.  The file to read."""
     check_task(data, task)
-    if task in WITH_IMAGES:
-        check_images(data, task)
+    if task in WITH_MEDIA:
+        check_media(data, task)
     if kind_in_memory(data, task) is not None:
         return Path(data.source)  # which is read as a whole, with the tokenizer
     return prepare_tokens(data, run_dir, seq_len=train.seq_len, progress=progress, skipped=skipped)

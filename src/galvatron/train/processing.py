@@ -1,4 +1,4 @@
-"""What reads a model's inputs, of transformers: tokenizers and image processors, for a run and beside its exports."""
+"""What reads a model's inputs, of transformers: tokenizers and processors, for a run and beside its exports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
-from galvatron.core.tasks import WITH_IMAGES, Task
+from galvatron.core.tasks import WITH_MEDIA, Task
 
 from .tokenizer import load_tokenizer
 
@@ -28,10 +28,10 @@ class Processing:
 def processing_of(data: DataSection, task: Task) -> Processing:
     """What read the inputs of a model trained for ``task``.  Raises DataError if it does not load."""
     parts = []
-    if task in WITH_IMAGES:
+    if task in WITH_MEDIA:
         from transformers import AutoProcessor
 
-        parts.append(_loaded(data, AutoProcessor))
+        parts.append(_loaded(data, AutoProcessor, "processor"))
     if task != "image_classification":
         parts.append(load_tokenizer(data.tokenizer, data.chat_template).for_transformers())
     return Processing(tuple(parts))
@@ -41,17 +41,22 @@ def load_processor(data: DataSection) -> Any:
     """The image processor of a job.  Raises DataError if there is none that loads."""
     from transformers import AutoImageProcessor
 
-    return _loaded(data, AutoImageProcessor)
+    return _loaded(data, AutoImageProcessor, "image processor")
 
 
-def _loaded(data: DataSection, kind: Any) -> Any:
+def load_extractor(data: DataSection) -> Any:
+    """The feature extractor of a job, which hears sounds.  Raises DataError if there is none that loads."""
+    from transformers import AutoFeatureExtractor
+
+    return _loaded(data, AutoFeatureExtractor, "feature extractor")
+
+
+def _loaded(data: DataSection, kind: Any, called: str) -> Any:
     if data.processor is None:
-        raise DataError("images need an image processor; set data.processor to the model's directory or hub name")
+        raise DataError("images and sounds need a processor; set data.processor to the model's directory or hub name")
     try:
         # before 5.23 the mere name asks for torchvision
         return kind.from_pretrained(data.processor)
     except Exception as error:  # the library raises many kinds; each means that there is no such processor
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-        raise DataError(
-            f"data.processor={data.processor!r} is no image processor that loads ({reason}); give one"
-        ) from None
+        raise DataError(f"data.processor={data.processor!r} is no {called} that loads ({reason}); give one") from None

@@ -82,6 +82,8 @@ def test_an_attention_that_views_by_a_width_of_its_own_counts_what_a_rank_has() 
 
 
 def test_twins_shrink_by_what_names_end_in() -> None:
+    short = AutoConfig.for_model("whisper", max_target_positions=9)
+    assert twin_config(short).max_target_positions == 64  # places for all of its own tokens
     mixed = twin_config(AutoConfig.for_model("bamba"))
     assert mixed.mamba_n_heads * mixed.mamba_d_head == mixed.mamba_expand * mixed.hidden_size
     assert twin_config(AutoConfig.for_model("electra")).embedding_size < 64  # narrower than hidden states, as its own

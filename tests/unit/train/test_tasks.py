@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import wave
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, WhisperFeatureExtractor
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection, TrainSection
@@ -24,24 +25,26 @@ from galvatron.train.tasks import (
     INPUTS,
     AnsweredTexts,
     Augmentation,
+    Ear,
     ImageTokens,
     LabelledImages,
     LabelledTexts,
     MaskedRows,
+    Picture,
+    Sound,
     SpanRows,
     TitledImages,
     ToldImages,
-    check_pictures,
-    find_pictures,
+    ToldSounds,
 )
 from galvatron.train.tasks.classes import classes_of, named_classes
-from galvatron.train.tasks.pictures import Fields
+from galvatron.train.tasks.media import Fields
 from galvatron.train.tasks.spans import lengths_of
 from galvatron.train.text import reader
 from galvatron.train.tokenizer import HuggingFaceTokenizer
 from galvatron.train.tokens import UNLEARNT
 
-WORDS, SENTINELS = 200, 100
+WORDS, SENTINELS, RATE = 200, 100, 16000
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +91,35 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+def wav(samples: bytes, *, width: int = 2, rate: int = RATE, channels: int = 1) -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as written:
+        written.setparams((channels, width, rate, 0, "NONE", ""))
+        written.writeframes(samples)
+    return file.getvalue()
+
+
+def ramp(count: int) -> bytes:
+    return (np.arange(count) * 100).astype("<i2").tobytes()
+
+
+def sound_of(samples: bytes, **said: int) -> Sound:
+    return Sound("a.wav", lambda: wav(samples, **said))
+
+
+def ear() -> Ear:
+    """Of one second: 8 bins of 50 frames."""
+    return Ear(WhisperFeatureExtractor(feature_size=8, sampling_rate=RATE, hop_length=320, chunk_length=1, n_fft=1024))
+
+
+def told_sounds() -> ToldSounds:
+    sounds, told = [sound_of(ramp(100 + n)) for n in range(9)], [[7, n, 4] for n in range(9)]
+    return ToldSounds(sounds, told, ear(), 4, start=7, padding=0)
+
+
 def samples_of(name: str, tokenizer: Any, processor: Any, folder: Path) -> Samples:
     tokens = np.random.RandomState(0).randint(6 + SENTINELS, 6 + SENTINELS + WORDS, 4000)
-    pictures = find_pictures(folder)
+    pictures = Picture.find(folder)
     if name == "pairs":
         answers = [[9, 10, 4], [11, 4]] * 6
         return AnsweredTexts([[7, 8, 4], [9, 4]] * 6, answers, 8, start=5, padding=0)
@@ -102,6 +131,8 @@ def samples_of(name: str, tokenizer: Any, processor: Any, folder: Path) -> Sampl
         return LabelledTexts(["w1 w2 w3", "w4"] * 6, ["good", "bad"] * 6, 8, tokenizer)
     if name == "image_classification":
         return LabelledImages(pictures, processor, Augmentation())
+    if name == "speech_to_text":
+        return told_sounds()
     titled = [replace(picture, text=f"w{i} w{i}") for i, picture in enumerate(pictures)]
     if name == "vision_language":
         return ToldImages(titled, [np.arange(100, 105)] * 9, processor, 8, ImageTokens(6, 4), 4, Augmentation())
@@ -254,18 +285,83 @@ def make_sources(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["paths.jsonl", "held.parquet", "shard.tar"])
 def test_pictures_are_the_same_from_every_source(name: str, folder: Path) -> None:
-    plain = find_pictures(folder)
+    plain = Picture.find(folder)
     images = {str(Path(picture.where).relative_to(folder)): picture.read() for picture in plain}
     source = make_sources(folder, images)[name]
-    found = find_pictures(source)
+    found = Picture.find(source)
     assert [(picture.label, picture.read()) for picture in found] == [(p.label, p.read()) for p in plain]
-    titled = find_pictures(source, Fields(read=reader(DataSection(source=str(source)))))
+    titled = Picture.find(source, Fields(read=reader(DataSection(source=str(source)))))
     assert [picture.text for picture in titled] == [f"w{i}" for i in range(9)]
-    check_pictures(found)
+    for picture in found:
+        picture.check()
+
+
+def test_sounds_of_every_width_are_heard_alike() -> None:
+    numbers = np.array([0, 64, -128, 127], np.int64)
+    written = {
+        1: (numbers + 128).astype("u1").tobytes(),
+        2: (numbers << 8).astype("<i2").tobytes(),
+        3: b"".join(int(number << 16).to_bytes(3, "little", signed=True) for number in numbers),
+        4: (numbers << 24).astype("<i4").tobytes(),
+    }
+    for width, held in written.items():
+        heard = sound_of(held, width=width).open(RATE)
+        assert heard.dtype == np.float32
+        assert heard.tolist() == [0, 0.5, -1, 127 / 128], width
+
+
+def test_a_sound_is_what_whispers_extractor_makes_of_it_and_its_text_what_the_decoder_says() -> None:
+    batch = told_sounds().gather([2, 5], [])
+    raw = (np.arange(102) * 100 / 2**15).astype(np.float32)
+    made = ear()._extractor(raw, sampling_rate=RATE, return_tensors="pt")["input_features"]
+    assert torch.equal(batch["input_features"][:1], made)
+    assert made.shape == (1, 8, 50)
+    assert batch["labels"].tolist() == [[2, 4, -100, -100], [5, 4, -100, -100]]  # without what a decoder begins with
+    assert batch["decoder_input_ids"].tolist() == [[7, 2, 4, 0], [7, 5, 4, 0]]
+    with pytest.raises(DataError, match=r"a\.wav has a text of 3 tokens, for all of which a row of seq_len=2"):
+        ToldSounds([sound_of(ramp(9))], [[1, 2, 4]], ear(), 2, start=7, padding=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            wav(ramp(10), rate=44100),
+            r"has 1 channels of 44100 samples a second, .* one of 16000; convert it \(ffmpeg",
+        ),
+        (wav(ramp(10), channels=2), "has 2 channels of 16000 samples a second"),
+        (b"RIFFno", r"is no \.wav of whole numbers that can be read"),
+        (
+            wav(ramp(10)).replace(b"fmt \x10\x00\x00\x00\x01", b"fmt \x10\x00\x00\x00\x03"),
+            r"is no .* \(unknown format: 3\); convert it",
+        ),
+        (wav(ramp(10))[:-4], "is cut off after 8 of 10 samples"),
+        (wav(b""), r"lasts 0\.00 s, of which the processor takes more than none and at most 1"),
+        (wav(ramp(RATE + 1)), r"lasts 1\.00 s, of which"),
+    ],
+    ids=("rate", "channels", "none", "floats", "cut off", "empty", "long"),
+)
+def test_a_sound_that_cannot_be_heard_to_its_end_is_one_sentence(content: bytes, words: str) -> None:
+    with pytest.raises(DataError, match=rf"a\.wav {words}"):
+        ear().samples(Sound("a.wav", lambda: content))
+
+
+def test_sounds_lie_beside_their_texts(tmp_path: Path) -> None:
+    fields = Fields(read=reader(DataSection(source="")))
+    (tmp_path / "b.wav").write_bytes(wav(ramp(10)))
+    with pytest.raises(DataError, match=r"b\.txt cannot be read as UTF-8 text"):
+        Sound.find(tmp_path, fields)
+    (tmp_path / "b.txt").write_text("w1 w2\n")
+    assert [(Path(sound.where).name, sound.text) for sound in Sound.find(tmp_path, fields)] == [("b.wav", "w1 w2")]
+
+
+def test_an_extractor_that_adds_noise_is_refused() -> None:
+    with pytest.raises(DataError, match="must have sampling_rate, n_samples and no dither"):
+        Ear(WhisperFeatureExtractor(dither=0.1))
 
 
 def test_an_image_is_cropped_and_turned_in_training_alone(folder: Path, processor: Any) -> None:
-    plain, pictures = LabelledImages(find_pictures(folder), processor), find_pictures(folder)
+    plain, pictures = LabelledImages(Picture.find(folder), processor), Picture.find(folder)
     assert plain.classes == {"blue": 0, "green": 1, "red": 2}
     varied = LabelledImages(pictures, processor, Augmentation())
     flipped = LabelledImages(pictures, processor, Augmentation(least_area=1.0))
@@ -310,27 +406,27 @@ def test_crops_lie_within_the_image_and_have_the_area_that_was_drawn() -> None:
 def test_a_bad_source_of_images_is_one_sentence(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
-        find_pictures(tmp_path / name)
+        Picture.find(tmp_path / name)
 
 
 def test_a_file_that_is_no_image_is_found_before_training(folder: Path) -> None:
     (folder / "red" / "9.png").write_bytes(b"\x89PNG but no")
     with pytest.raises(DataError, match=r"9\.png is no image that can be read"):
-        check_pictures(find_pictures(folder))
+        Picture.find(folder / "red")[-1].check()
 
 
 def test_an_image_without_a_class_or_a_text_is_named(folder: Path, processor: Any, tokenizer: Any) -> None:
     (folder / "loose.png").write_bytes(png(COLORS[0]))
     with pytest.raises(DataError, match=r"loose\.png must be of one of the 3 classes, got None"):
-        LabelledImages(find_pictures(folder), processor)
+        LabelledImages(Picture.find(folder), processor)
     with pytest.raises(DataError, match=r"must have a text; say which field it is in"):
-        TitledImages(find_pictures(folder), processor, tokenizer, 8)
+        TitledImages(Picture.find(folder), processor, tokenizer, 8)
 
 
 def test_a_mask_of_padding_is_given_where_the_tokenizers_models_take_one(
     folder: Path, processor: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    titled = [replace(picture, text="w0 w1") for picture in find_pictures(folder)]
+    titled = [replace(picture, text="w0 w1") for picture in Picture.find(folder)]
     batch = TitledImages(titled, processor, tokenizer, 4).gather([0], [Draw(0, 2, 0)])
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0]]
     assert batch["input_ids"][0, 2:].tolist() == [tokenizer.pad_token_id] * 2
@@ -339,7 +435,7 @@ def test_a_mask_of_padding_is_given_where_the_tokenizers_models_take_one(
 
 
 def test_an_image_stands_where_its_text_names_it_and_answers_alone_are_learnt(folder: Path, processor: Any) -> None:
-    picture, *_ = find_pictures(folder)
+    picture, *_ = Picture.find(folder)
     told = np.array([20, 6, 21, 22, 23], np.uint32)  # 6 names the image
     told[:3] |= UNLEARNT
     samples = ToldImages([picture], [told], processor, 9, ImageTokens(6, 3), padding=4)

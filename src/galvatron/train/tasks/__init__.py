@@ -15,9 +15,9 @@ from galvatron.core.tasks import Task
 
 from .answered import AnsweredTexts
 from .classes import LabelledTexts
-from .images import Augmentation, LabelledImages, TitledImages
+from .images import Augmentation, LabelledImages, Picture, TitledImages
 from .masked import MaskedRows
-from .pictures import Picture, check_pictures, find_pictures
+from .sounds import Ear, Sound, ToldSounds
 from .spans import SpanRows
 from .told import ImageTokens, ToldImages
 
@@ -25,18 +25,19 @@ __all__ = [
     "INPUTS",
     "AnsweredTexts",
     "Augmentation",
+    "Ear",
     "ImageTokens",
     "Input",
     "LabelledImages",
     "LabelledTexts",
     "MaskedRows",
     "Picture",
+    "Sound",
     "SpanRows",
     "TaskInputs",
     "TitledImages",
     "ToldImages",
-    "check_pictures",
-    "find_pictures",
+    "ToldSounds",
 ]
 
 
@@ -85,6 +86,14 @@ INPUTS: dict[Task, TaskInputs] = {
             "seq2seq_lm",
             (_tokens("input_ids"), _tokens("decoder_input_ids", "target"), _tokens("labels", "target")),
             (_whole("attention_mask"),),
+        ),
+        TaskInputs(
+            "speech_to_text",
+            (
+                Input("input_features", torch.float32, ("batch", "bins", "frames"), "batch"),
+                _tokens("decoder_input_ids", "target"),
+                _tokens("labels", "target"),
+            ),
         ),
         TaskInputs("text_classification", (*_TEXT, _CLASS)),
         TaskInputs("image_classification", (_PIXELS, _CLASS)),

@@ -51,8 +51,8 @@ class AnsweredTexts:
             prompts.append(text[: learnt[0][0]])
             completions.append(text[learnt[0][0] :])
         own, end = tokenizer.for_transformers(), tokenizer.end_of_text
-        texts = [_ended(ids, end) for ids in own(prompts, verbose=False)["input_ids"]]
-        answers = [_ended(ids, end) for ids in own(text_target=completions, verbose=False)["input_ids"]]
+        texts = [ended(ids, end) for ids in own(prompts, verbose=False)["input_ids"]]
+        answers = [ended(ids, end) for ids in own(text_target=completions, verbose=False)["input_ids"]]
         for where, both in zip(places, zip(texts, answers, strict=True), strict=True):
             if (longest := max(map(len, both))) > seq_len:
                 raise DataError(
@@ -84,12 +84,19 @@ class AnsweredTexts:
         A decoder is given what it should have said before; after the end nothing counts.
         """
         ids, mask = padded([self._texts[row] for row in rows], self.seq_len, self._padding)
-        said, counts = padded([self._answers[row] for row in rows], self.seq_len, self._padding)
-        before = torch.from_numpy(np.full((len(rows), self.seq_len), self._start))
-        before[:, 1:] = said[:, :-1]
-        labels = said.masked_fill(counts == 0, IGNORED_LABEL)
-        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": before, "labels": labels}
+        answers = [self._answers[row] for row in rows]
+        said = to_be_said(answers, self.seq_len, start=self._start, padding=self._padding)
+        return {"input_ids": ids, "attention_mask": mask, **said}
 
 
-def _ended(ids: list[int], end: int) -> list[int]:
+def to_be_said(answers: Sequence[Sequence[int]], seq_len: int, *, start: int, padding: int) -> dict[str, Tensor]:
+    """``decoder_input_ids`` and ``labels`` int64 [answers, seq_len]: what a decoder is given, and is to say of it."""
+    said, counts = padded(answers, seq_len, padding)
+    before = torch.from_numpy(np.full((len(answers), seq_len), start))
+    before[:, 1:] = said[:, :-1]
+    return {"decoder_input_ids": before, "labels": said.masked_fill(counts == 0, IGNORED_LABEL)}
+
+
+def ended(ids: list[int], end: int) -> list[int]:
+    """``ids`` with ``end`` behind them, once."""
     return ids if ids[-1:] == [end] else [*ids, end]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,10 +18,39 @@ from torch import Tensor
 from galvatron.core.errors import DataError
 
 from .classes import Numbering, classes_of, padded
-from .pictures import Picture
+from .media import Medium
 
 if TYPE_CHECKING:
     from ..data import Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Picture(Medium):
+    """An image."""
+
+    NAME: ClassVar[str] = "image"
+    ENDINGS: ClassVar[tuple[str, ...]] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+    def check(self) -> None:
+        """Read its head.  Raises DataError if it is no image."""
+        from PIL import Image
+
+        try:
+            Image.open(BytesIO(self.read())).verify()
+        except Exception as error:  # decoders raise what they like
+            raise self._unreadable(error) from None
+
+    def open(self) -> Any:
+        """The image, in RGB.  Raises DataError if it cannot be read."""
+        from PIL import Image
+
+        try:
+            return Image.open(BytesIO(self.read())).convert("RGB")
+        except Exception as error:  # decoders raise what they like
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> DataError:
+        return DataError(f"{self.where} is no image that can be read ({error}); mend or remove it")
 
 
 @dataclass(frozen=True, slots=True)

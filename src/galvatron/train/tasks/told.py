@@ -18,8 +18,7 @@ from galvatron.core.errors import DataError
 
 from ..rows import IGNORED_LABEL
 from ..tokens import UNLEARNT, ids_of
-from .images import Augmentation, Images
-from .pictures import Picture
+from .images import Augmentation, Images, Picture
 
 if TYPE_CHECKING:
     from ..data import Draw
