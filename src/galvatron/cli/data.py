@@ -23,6 +23,8 @@ from .options import JobFile, RunDir, Validation, examples
 from .rundir import RunDirectory
 
 if TYPE_CHECKING:
+    from galvatron.train import Dataset
+    from galvatron.train.text import Skipped
     from galvatron.train.tokens import Progress
 
 app = typer.Typer(name="data", help="Tokenise a job's text.", no_args_is_help=True)
@@ -46,7 +48,9 @@ def prepare(job: JobFile, run_dir: RunDir = None, validation: Validation = None)
 
     loaded, run = Job.load(job).validated_on(validation), RunDirectory.of_job(job, run_dir)
     with processes(1, "cpu") as ranks, ranks.locked(run.path):
-        paths = prepare_data(loaded, run, task_of(config_of_job(loaded)))
+        config = config_of_job(loaded)
+        paths = ranks.on_main(lambda: prepare_data(loaded, run, task_of(config)))
+        ranks.here(lambda: read_data(loaded, run, config))
     for path in paths:
         say(f"{path} is ready")
 
@@ -63,16 +67,32 @@ def prepare_data(job: Job, run: RunDirectory, task: Task) -> list[Path]:
     return [_prepare(data, job, run, task) for data in (job.data, job.data.of_validation) if data is not None]
 
 
+def read_data(job: Job, run: RunDirectory, config: Any) -> Dataset:
+    """The dataset of ``job`` for the model of ``config``, and what was left out of it said."""
+    from galvatron.train import load_dataset
+
+    dataset = load_dataset(job.data, job.train, run.path, config=config)
+    for data, made in ((job.data, dataset), (job.data.of_validation, dataset.validation)):
+        if data is not None and made is not None:
+            say_skipped(made.skipped, data)
+    return dataset
+
+
 def _prepare(data: DataSection, job: Job, run: RunDirectory, task: Task) -> Path:
     from galvatron.train import prepare_source
     from galvatron.train.text import Skipped
 
-    skipped = Skipped()
+    skipped = Skipped(data.skip_bad_records)
     with _progress(data.source) as progress:
         path = prepare_source(data, job.train, run.path, task=task, progress=progress, skipped=skipped)
+    say_skipped(skipped, data)
+    return path
+
+
+def say_skipped(skipped: Skipped, data: DataSection) -> None:
+    """Say what was left out of ``data``, if anything."""
     if skipped.count:
         say(f"{counted(skipped.count, 'bad record')} of {data.source} left out, the first: {skipped.first}")
-    return path
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from galvatron.core.units import format_seconds
 from galvatron.plan import Plan, check_plan_for_job
 
 from .console import console, heading, rank, say
-from .data import config_of_job, prepare_data
+from .data import config_of_job, prepare_data, read_data
 from .launch import Processes, processes
 from .options import JobFile, LoraSettings, Nproc, RunDir, TaskName, Validation, examples
 from .rundir import RunDirectory
@@ -182,7 +182,7 @@ def check_inputs(
     """Make the tokens, and find what is wrong with them, and with weights to start from or a checkpoint to resume."""
     from galvatron.models import meta_model
     from galvatron.parallelize.state.weights import check_names
-    from galvatron.train import Lineage, check_goes_on, load_dataset, read_state
+    from galvatron.train import Lineage, check_goes_on, read_state
 
     if job.model.weights and checkpoint is None:
         given = ranks.here(lambda: first_weights(job, config))
@@ -193,7 +193,7 @@ def check_inputs(
         for warning in left_out:
             say(f"warning: {warning.message}")
     ranks.on_main(lambda: prepare_data(job, run, spec.task))
-    dataset = ranks.here(lambda: load_dataset(job.data, job.train, run.path, config=config))
+    dataset = ranks.here(lambda: read_data(job, run, config))
     vocab_size = max(given.vocab_size for given in (dataset, dataset.validation) if given is not None)
     if vocab_size > spec.vocab_size:
         raise DataError(

@@ -16,6 +16,7 @@ import torch
 from galvatron.core.errors import DataError
 
 from .rows import IGNORED_LABEL
+from .text import Skipped
 
 __all__ = ["IGNORED_LABEL", "Batch", "Dataset", "Draw", "Samples"]
 
@@ -67,6 +68,7 @@ class Dataset:
 
     Attributes:
         vocab_size: all ids are below it.
+        skipped: the records that were left out when it was loaded.
         fingerprint: tells samples apart; equal ones have one.
         class_names: what the model calls its classes from now on, by number; none of tokens.
         validation: a dataset of another source, all of whose rows are evaluated on.
@@ -84,6 +86,7 @@ class Dataset:
         eval_fraction: float = 0.0,
         vocab_size: int = 0,
         fingerprint: str = "",
+        skipped: Skipped | None = None,
         class_names: tuple[str, ...] = (),
         validation: Dataset | None = None,
     ) -> None:
@@ -92,16 +95,16 @@ class Dataset:
         num_rows, trains = len(samples), eval_fraction < 1
         num_eval = max(1, round(num_rows * eval_fraction)) if eval_fraction > 0 else 0
         if num_rows - num_eval < global_batch_size * trains or not num_rows:
-            rows = 1
+            rows, told = 1, skipped.told() if skipped else ""
             if trains:
                 rows = max(math.ceil(global_batch_size / (1 - eval_fraction)), global_batch_size + (eval_fraction > 0))
             raise DataError(
                 f"one batch of {global_batch_size} sequences, with eval_fraction={eval_fraction}, needs "
-                f"{samples.need(rows)}; give more data or lower global_batch_size or seq_len"
+                f"{samples.need(rows)}{told}; give more data or lower global_batch_size or seq_len"
             )
         self.samples, self.global_batch_size, self.seed = samples, global_batch_size, seed
         self.vocab_size, self.fingerprint, self.eval_fraction = vocab_size, fingerprint, eval_fraction
-        self.class_names, self.validation = class_names, validation
+        self.class_names, self.validation, self.skipped = class_names, validation, skipped or Skipped()
         # row i is for evaluation where i·num_eval/num_rows passes an integer: num_eval rows at equal distances
         index = np.arange(num_rows, dtype=np.int64)
         chosen = (index + 1) * num_eval // num_rows > index * num_eval // num_rows

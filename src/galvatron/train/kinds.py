@@ -61,20 +61,28 @@ RECORDS: dict[Task, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """Samples; below which number their ids or classes are; what tells them apart; their classes, if they have some."""
+    """Samples; below which number their ids or classes are; what tells them apart; their classes, if they have some.
+
+    ``skipped``: what was left out of them when they were loaded.
+    """
 
     samples: Samples
     vocab_size: int
     fingerprint: str
     classes: dict[Class, int] = field(default_factory=dict)
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 class Wanted(NamedTuple):
-    """What a model wants of samples: how many tokens each has, what its config says, and how it numbers classes."""
+    """What a model wants of samples: how many tokens each has, what its config says, and how it numbers classes.
+
+    ``skipped`` is told of records that are left out, if any may be.
+    """
 
     seq_len: int
     config: PretrainedConfig
     number: Numbering
+    skipped: Skipped
 
 
 def check_task(data: DataSection, task: Task) -> None:
@@ -92,14 +100,15 @@ def check_task(data: DataSection, task: Task) -> None:
 
 
 def check_media(data: DataSection, task: Task) -> None:
-    """Read every record, and every image or sound, of ``data``; raises DataError with the first that is bad."""
-    if task == "speech_to_text":
-        ear = Ear(load_extractor(data))
-        for sound in _media(data, task, Sound, data.audio_field):
-            ear.samples(sound)
-    else:
-        for picture in _pictures(data, task):
-            picture.check()
+    """Read every record, and every image or sound, of ``data``; raises DataError with the first that is bad.
+
+    Where bad ones may be left out, all ranks look at all of them when they load them.
+    """
+    if not data.skip_bad_records:
+        if task == "speech_to_text":
+            _sounds(data, Skipped(), looks=True)
+        else:
+            _pictures(data, task, Skipped(), looks=True)
 
 
 # Of tokens, which one file holds.
@@ -118,7 +127,7 @@ def of_tokens(data: DataSection, task: Task, tokens: np.ndarray, seq_len: int) -
 
 
 def _classed_images(data: DataSection, wanted: Wanted) -> Loaded:
-    pictures = _pictures(data, "image_classification")
+    pictures = _pictures(data, "image_classification", wanted.skipped)
     samples = LabelledImages(pictures, load_processor(data), _augmentation(data), wanted.number)
     parts = [(Path(p.where).name, samples.classes[p.label]) for p in pictures if p.label is not None]
     return Loaded(samples, len(samples.classes), _digest(parts), samples.classes)
@@ -126,14 +135,19 @@ def _classed_images(data: DataSection, wanted: Wanted) -> Loaded:
 
 def _classed_texts(data: DataSection, wanted: Wanted) -> Loaded:
     found = LabelledTexts.read(
-        data, wanted.seq_len, _for_transformers(data), label_field=data.label_field, number=wanted.number
+        data,
+        wanted.seq_len,
+        _for_transformers(data),
+        label_field=data.label_field,
+        number=wanted.number,
+        skipped=wanted.skipped,
     )
     _check_words(data, found.highest, wanted.config)
     return Loaded(found, len(found.classes), found.fingerprint(), found.classes)
 
 
 def _titled_images(data: DataSection, wanted: Wanted) -> Loaded:
-    pictures, tokenizer = _pictures(data, "contrast"), _for_transformers(data)
+    pictures, tokenizer = _pictures(data, "contrast", wanted.skipped), _for_transformers(data)
     samples = TitledImages(pictures, load_processor(data), tokenizer, wanted.seq_len, _augmentation(data))
     _check_words(data, samples.highest, wanted.config)
     return Loaded(samples, 0, _digest([(Path(p.where).name, p.text) for p in pictures]))
@@ -145,7 +159,7 @@ def _told_images(data: DataSection, wanted: Wanted) -> Loaded:
         raise DataError(
             f"{wanted.config.model_type} names no token that stands for an image; train it in a loop of your own"
         )
-    pictures, tokenizer = _pictures(data, "vision_language"), _tokenizer(data)
+    pictures, tokenizer = _pictures(data, "vision_language", wanted.skipped), _tokenizer(data)
     samples = ToldImages(
         pictures,
         _encoded(data, tokenizer, pictures),
@@ -154,13 +168,14 @@ def _told_images(data: DataSection, wanted: Wanted) -> Loaded:
         ImageTokens(token, image_length(wanted.config)),
         tokenizer.end_of_text,
         _augmentation(data),
+        wanted.skipped,
     )
     parts = [(Path(p.where).name, p.text, p.learnt) for p in pictures]
     return Loaded(samples, samples.vocab_size, _digest(parts))
 
 
 def _told_sounds(data: DataSection, wanted: Wanted) -> Loaded:
-    sounds, tokenizer = _media(data, "speech_to_text", Sound, data.audio_field), _tokenizer(data)
+    sounds, tokenizer = _sounds(data, wanted.skipped), _tokenizer(data)
     ear, own, end = Ear(load_extractor(data)), tokenizer.for_transformers(), tokenizer.end_of_text
     _, hears = input_shapes(wanted.config, "speech_to_text", 1, wanted.seq_len)["input_features"]
     if (made := tuple(ear.features(sounds[:1]).shape)) != hears:
@@ -169,13 +184,14 @@ def _told_sounds(data: DataSection, wanted: Wanted) -> Loaded:
             f"{list(hears[1:])}; give the model's own"
         )
     told = [ended(ids, end) for ids in own([str(sound.text) for sound in sounds], verbose=False)["input_ids"]]
-    samples = ToldSounds(sounds, told, ear, wanted.seq_len, start=_begun_with(wanted.config), padding=end)
+    start = _begun_with(wanted.config)
+    samples = ToldSounds(sounds, told, ear, wanted.seq_len, start=start, padding=end, skipped=wanted.skipped)
     parts = [(Path(sound.where).name, sound.text) for sound in sounds]
     return Loaded(samples, samples.vocab_size, _digest(parts))
 
 
 def _answered_texts(data: DataSection, wanted: Wanted) -> Loaded:
-    found = AnsweredTexts.read(data, wanted.seq_len, _tokenizer(data), _begun_with(wanted.config))
+    found = AnsweredTexts.read(data, wanted.seq_len, _tokenizer(data), _begun_with(wanted.config), wanted.skipped)
     return Loaded(found, found.vocab_size, found.fingerprint())
 
 
@@ -204,16 +220,37 @@ def kind_in_memory(data: DataSection, task: Task) -> Kind | None:
     return _answered_texts if (task, data.records) == ("seq2seq_lm", "pairs") else _IN_MEMORY.get(task)
 
 
-def _pictures(data: DataSection, task: Task) -> list[Picture]:
-    return _media(data, task, Picture, data.image_field)
+def _pictures(data: DataSection, task: Task, skipped: Skipped, *, looks: bool = False) -> list[Picture]:
+    found = _media(data, task, Picture, data.image_field, skipped)
+    return _whole(found, Picture.check, skipped) if looks or skipped.allowed else found
 
 
-def _media(data: DataSection, task: Task, kind: type[M], field: str) -> list[M]:
+def _sounds(data: DataSection, skipped: Skipped, *, looks: bool = False) -> list[Sound]:
+    found = _media(data, "speech_to_text", Sound, data.audio_field, skipped)
+    return _whole(found, Ear(load_extractor(data)).samples, skipped) if looks or skipped.allowed else found
+
+
+def _media(data: DataSection, task: Task, kind: type[M], field: str, skipped: Skipped) -> list[M]:
     read = None
     if task != "image_classification":
         is_chat = data.records == "conversations"
         read = reader(data, ChatTemplate(_for_transformers(data)) if is_chat else None)
-    return kind.find(Path(data.source), Fields(field, data.label_field, data.text_field, read))
+    return kind.find(Path(data.source), Fields(field, data.label_field, data.text_field, read), skipped)
+
+
+def _whole(media: Sequence[M], look: Callable[[M], object], skipped: Skipped) -> list[M]:
+    """Those of ``media`` that ``look`` finds nothing wrong with."""
+    whole = []
+    for medium in media:
+        try:
+            look(medium)
+        except DataError as error:
+            skipped.refuse(str(error))
+        else:
+            whole.append(medium)
+    if not whole:
+        raise DataError(f"{media[0].where} and all others are bad{skipped.told()}; mend them")
+    return whole
 
 
 def _encoded(data: DataSection, tokenizer: Tokenizer, pictures: Sequence[Picture]) -> list[np.ndarray]:

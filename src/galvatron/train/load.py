@@ -5,6 +5,7 @@ Takes a job's sections and a run directory; gives a Dataset, equal on all ranks.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ def _dataset(
         seed=train.seed,
         eval_fraction=eval_fraction,
         vocab_size=loaded.vocab_size,
+        skipped=loaded.skipped,
         fingerprint=loaded.fingerprint,
         class_names=class_names,
         validation=validation,
@@ -100,7 +102,9 @@ def _load(
     task: Task = task_of(config) if config.model_type else "causal_lm"
     check_task(data, task)
     if (make := kind_in_memory(data, task)) is not None:
-        return together(lambda: make(data, Wanted(train.seq_len, config, number)))
+        skipped = Skipped(data.skip_bad_records)
+        loaded = together(lambda: make(data, Wanted(train.seq_len, config, number, skipped)))
+        return replace(loaded, skipped=skipped)
     path = on_rank_zero(lambda: prepare_tokens(data, run_dir, seq_len=train.seq_len, progress=progress))
     info = together(lambda: TokenInfo.load(path.with_suffix(".json")))
     tokens = together(lambda: _map_tokens(path, info.num_tokens))

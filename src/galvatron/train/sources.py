@@ -110,17 +110,14 @@ _READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
 }
 
 
-def read_records(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All records of ``data.source``, files or a dataset; one that is none is refused.  Raises DataError."""
+def read_records(data: DataSection) -> Iterator[Found]:
+    """All records of ``data.source``, files or a dataset.  Raises DataError."""
     path = Path(data.source)
     files = text_files(path) if path.exists() else []
     if not files and kind_of(path) in KINDS:
         raise DataError(f"{path} does not exist; check data.source")
     for found in map(records_of, files) if files else [dataset_rows(data)]:
-        for where, record in found:
-            if isinstance(record, str):
-                raise DataError(f"{where} {record}")
-            yield where, record
+        yield from found
 
 
 def dataset_rows(data: DataSection) -> Iterator[Found]:

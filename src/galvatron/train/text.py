@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
@@ -26,6 +26,8 @@ BLOCK_CHARACTERS = 1 << 20
 MAX_LISTED = 8  # of a record's fields
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+R = TypeVar("R")
+T = TypeVar("T")
 Spans = tuple[tuple[int, int], ...]
 
 
@@ -47,20 +49,21 @@ class Block(NamedTuple):
 
 @dataclass
 class Skipped:
-    """The records that were left out so far: how many, and what is wrong with the first."""
+    """The records that were left out so far, if any may be: how many, and what is wrong with the first."""
 
+    allowed: bool = False
     count: int = 0
     first: str = ""
 
-    def add(self, reason: str) -> None:
-        """One more."""
+    def refuse(self, reason: str) -> None:
+        """One more if it may be left out, else DataError."""
+        if not self.allowed:
+            raise DataError(f"{reason}, or data.skip_bad_records = true to leave such records out")
         self.count, self.first = self.count + 1, self.first or reason
 
-    def refuse(self, reason: str, *, skip: bool) -> None:
-        """One more if it may be left out, else DataError."""
-        if not skip:
-            raise DataError(f"{reason}, or data.skip_bad_records = true to leave such records out")
-        self.add(reason)
+    def told(self) -> str:
+        """Why a source has nothing, to be put behind that it has: empty if nothing was left out."""
+        return f", as its {self.count} records are bad ({self.first})" if self.count else ""
 
 
 def read_blocks(
@@ -73,7 +76,7 @@ def read_blocks(
     Raises:
         DataError: the source does not exist or cannot be read, or a record is not what ``data`` says of it.
     """
-    skipped, path = skipped or Skipped(), Path(data.source)
+    skipped, path = skipped or Skipped(data.skip_bad_records), Path(data.source)
     read = reader(data, template)
     if data.source == PYTHON_DOCS:
         from pydoc_data.topics import topics
@@ -84,11 +87,11 @@ def read_blocks(
             if kind_of(file) == ".txt":
                 yield from _plain_blocks(file, data)
             else:
-                yield from _record_blocks(records_of(file), read, data, skipped)
+                yield from _record_blocks(records_of(file), read, skipped)
     elif kind_of(path) in KINDS:
         raise DataError(f"{path} does not exist; check data.source")
     else:
-        yield from _record_blocks(dataset_rows(data), read, data, skipped)
+        yield from _record_blocks(dataset_rows(data), read, skipped)
 
 
 def source_key(data: DataSection, *settings: Any) -> str:
@@ -120,25 +123,35 @@ def _plain_blocks(path: Path, data: DataSection) -> Iterator[Block]:
             yield Block("".join(block), str(path), begins=begins)
 
 
-class _BadRecord(Exception):
+class BadRecord(Exception):
     """What is wrong with a record, and what to do about it."""
 
 
 Read = Callable[[dict[str, Any]], tuple[str, Spans | None]]
 
 
-def _record_blocks(records: Iterator[Found], read: Read, data: DataSection, skipped: Skipped) -> Iterator[Block]:
+def _record_blocks(records: Iterator[Found], read: Read, skipped: Skipped) -> Iterator[Block]:
     """The document that ``read`` finds in each record, unless it is empty, or bad and to be skipped."""
+    for where, (text, learnt) in good(records, lambda where, record: (where, read(record)), skipped):
+        if text:
+            yield Block(text, where, learnt=learnt)
+
+
+def good(records: Iterable[tuple[str, R | str]], make: Callable[[str, R], T], skipped: Skipped) -> Iterator[T]:
+    """What ``make`` makes of each record and where it stands, of all that are not left out.
+
+    Raises:
+        DataError: ``make`` raises BadRecord, or a record is none, and ``skipped`` allows none.
+    """
     for where, record in records:
         try:
             if isinstance(record, str):
-                raise _BadRecord(record)
-            text, learnt = read(record)
-        except _BadRecord as bad:
-            skipped.refuse(f"{where} {bad}", skip=data.skip_bad_records)
+                raise BadRecord(record)
+            made = make(where, record)
+        except BadRecord as bad:
+            skipped.refuse(f"{where} {bad}")
         else:
-            if text:
-                yield Block(text, where, learnt=learnt)
+            yield made
 
 
 def reader(data: DataSection, template: ChatTemplate | None = None) -> Read:
@@ -148,7 +161,7 @@ def reader(data: DataSection, template: ChatTemplate | None = None) -> Read:
         prompt = _text(record, data.prompt_field, "data.prompt_field")
         completion = _text(record, data.completion_field, "data.completion_field")
         if not completion:
-            raise _BadRecord(f"has nothing to learn in field {data.completion_field!r}; mend that record")
+            raise BadRecord(f"has nothing to learn in field {data.completion_field!r}; mend that record")
         return prompt + completion, ((len(prompt), len(prompt) + len(completion)),)
 
     def conversation(record: dict[str, Any]) -> tuple[str, Spans | None]:
@@ -156,13 +169,13 @@ def reader(data: DataSection, template: ChatTemplate | None = None) -> Read:
         messages = record.get(data.messages_field)
         if not isinstance(messages, list):
             known = _listed(key for key, value in record.items() if isinstance(value, list))
-            raise _BadRecord(
+            raise BadRecord(
                 f"has no messages in field {data.messages_field!r}, its lists: {known}; set data.messages_field"
             )
         try:
             text, learnt = template.render(messages)
         except BadConversation as bad:
-            raise _BadRecord(str(bad)) from None
+            raise BadRecord(str(bad)) from None
         return _whole(text, data.messages_field), learnt
 
     readers: dict[str, Read] = {"pairs": pair, "conversations": conversation}
@@ -171,24 +184,16 @@ def reader(data: DataSection, template: ChatTemplate | None = None) -> Read:
 
 def _text(record: dict[str, Any], field: str, setting: str) -> str:
     if field in record and record[field] is None:
-        raise _BadRecord(f"has no text in field {field!r} but null; mend that record")
+        raise BadRecord(f"has no text in field {field!r} but null; mend that record")
     if not isinstance(record.get(field), str):
         known = _listed(key for key, value in record.items() if isinstance(value, str))
-        raise _BadRecord(f"has no text in field {field!r}, its text fields: {known}; set {setting}")
+        raise BadRecord(f"has no text in field {field!r}, its text fields: {known}; set {setting}")
     return _whole(record[field], field)
-
-
-def said_in(record: dict[str, Any], read: Read, where: str) -> tuple[str, Spans | None]:
-    """What ``read`` finds in ``record``.  Raises DataError with ``where`` it stands."""
-    try:
-        return read(record)
-    except _BadRecord as bad:
-        raise DataError(f"{where} {bad}") from None
 
 
 def _whole(text: str, field: str) -> str:
     if not text.isascii() and _SURROGATE.search(text):
-        raise _BadRecord(f"has half a character in field {field!r}; mend that text")
+        raise BadRecord(f"has half a character in field {field!r}; mend that text")
     return text
 
 

@@ -72,15 +72,14 @@ def prepare_tokens(
     path.parent.mkdir(parents=True, exist_ok=True)
     part, note = path.with_suffix(".part"), path.with_suffix(".part.json")
     try:
-        skipped = skipped or Skipped()
+        skipped = skipped or Skipped(data.skip_bad_records)
         tokenizer = load_tokenizer(data.tokenizer, data.chat_template)
         renders = data.records == "conversations"
         template = ChatTemplate(tokenizer.for_transformers()) if renders else None
         encoder = Encoder(data, tokenizer, longest, skipped)
         info = _write_tokens(part, note, encoder, read_blocks(data, skipped, template), progress)
         if info.num_tokens == 0:
-            why = f", as its {skipped.count} records are bad ({skipped.first})" if skipped.count else ""
-            raise DataError(f"data.source={data.source!r} has no text{why}; give a source with some")
+            raise DataError(f"data.source={data.source!r} has no text{skipped.told()}; give a source with some")
     except GalvatronError:  # nothing to go on from: the text will be another one
         part.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
@@ -217,7 +216,7 @@ class Encoder:
             # a row's last token is nothing's input
             if self.longest is not None and len(ids) > self.longest + 1:
                 reason = f"has {len(ids)} tokens, of which a row of seq_len={self.longest} has no place for all"
-                self.skipped.refuse(f"{block.where} {reason}; raise seq_len", skip=self.data.skip_bad_records)
+                self.skipped.refuse(f"{block.where} {reason}; raise seq_len")
             else:
                 yield self._said(ids, learnt, begins=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 import wave
 from dataclasses import replace
@@ -18,9 +19,10 @@ from transformers import AutoImageProcessor, WhisperFeatureExtractor
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection, TrainSection
+from galvatron.models.tasks import for_task
 from galvatron.testing.models import tiny_config
 from galvatron.train.data import IGNORED_LABEL, Dataset, Draw, Samples
-from galvatron.train.load import load_dataset
+from galvatron.train.load import load_dataset, prepare_source
 from galvatron.train.tasks import (
     INPUTS,
     AnsweredTexts,
@@ -349,7 +351,7 @@ def test_a_sound_that_cannot_be_heard_to_its_end_is_one_sentence(content: bytes,
 def test_sounds_lie_beside_their_texts(tmp_path: Path) -> None:
     fields = Fields(read=reader(DataSection(source="")))
     (tmp_path / "b.wav").write_bytes(wav(ramp(10)))
-    with pytest.raises(DataError, match=r"b\.txt cannot be read as UTF-8 text"):
+    with pytest.raises(DataError, match=r"b\.wav must have its text beside it, in b\.txt; write one"):
         Sound.find(tmp_path, fields)
     (tmp_path / "b.txt").write_text("w1 w2\n")
     assert [(Path(sound.where).name, sound.text) for sound in Sound.find(tmp_path, fields)] == [("b.wav", "w1 w2")]
@@ -409,16 +411,70 @@ def test_a_bad_source_of_images_is_one_sentence(tmp_path: Path, name: str, conte
         Picture.find(tmp_path / name)
 
 
+SKIPPED: dict[str, dict[str, Any]] = {
+    "text_classification": {"bad": {"text": "w1", "label": 1.5}, "words": "must have a class"},
+    "pairs": {"bad": {"prompt": "w1", "completion": "w2 " * 20}, "words": "has a prompt or a completion of 21 tokens"},
+    "image_classification": {"bad": {"image": "bad.png", "label": "a"}, "words": "is no image that can be read"},
+    "contrast": {"bad": {"image": "no.png", "text": "w1"}, "words": "must have a path"},
+    "vision_language": {"bad": {"image": "a.png", "text": "w1 " * 9}, "words": "has 19 tokens, 9 of them"},
+    "speech_to_text": {"bad": {"audio": "bad.wav", "text": "w1"}, "words": "has 2 channels"},
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_a_bad_record_is_named_or_left_out_of_every_kind(
+    name: str, tmp_path: Path, tokenizer: Any, processor: Any
+) -> None:
+    (tmp_path / "a.png").write_bytes(png(COLORS[0]))
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG but no")
+    (tmp_path / "a.wav").write_bytes(wav(ramp(100)))
+    (tmp_path / "bad.wav").write_bytes(wav(ramp(100), channels=2))
+    good = {"text": "w1", "label": "a", "image": "a.png", "audio": "a.wav", "prompt": "w1", "completion": "w2"}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (good, SKIPPED[name]["bad"], good)))
+    tokenizer.save_pretrained(tmp_path / "words")
+    reads = ear()._extractor if name == "speech_to_text" else processor
+    reads.save_pretrained(tmp_path / "reads")
+    variant = {"pairs": "t5", "text_classification": "bert", "image_classification": "vit", "contrast": "clip",
+               "vision_language": "llava", "speech_to_text": "whisper"}[name]  # fmt: skip
+    config = tiny_config(variant)
+    if name == "text_classification":
+        config = for_task(config, "text_classification")
+    if name == "speech_to_text":
+        config.num_mel_bins, config.max_source_positions = 8, 25
+    if name == "pairs":
+        config.decoder_start_token_id = 0
+    for part in (config, config.get_text_config()):
+        part.vocab_size = 1000
+    strict = DataSection(
+        source=str(tmp_path / "a.jsonl"),
+        records="pairs" if name == "pairs" else "text",
+        tokenizer=str(tmp_path / "words"),
+        processor=str(tmp_path / "reads"),
+        eval_fraction=0.0,
+    )
+    train = TrainSection(global_batch_size=2, seq_len=14, num_steps=1)
+    task = "seq2seq_lm" if name == "pairs" else name
+    with pytest.raises(DataError, match=rf"{SKIPPED[name]['words']}.*, or data\.skip_bad_records = true to leave such"):
+        prepare_source(strict, train, tmp_path, task=task) and load_dataset(strict, train, tmp_path, config=config)
+    lenient = strict.model_copy(update={"skip_bad_records": True})
+    data = load_dataset(lenient, train, tmp_path, config=config)
+    assert len(data.samples) == 2
+    assert data.skipped.count == 1
+    assert re.search(SKIPPED[name]["words"], data.skipped.first)
+    assert len(data.batch(0)) > 1
+
+
 def test_a_file_that_is_no_image_is_found_before_training(folder: Path) -> None:
     (folder / "red" / "9.png").write_bytes(b"\x89PNG but no")
     with pytest.raises(DataError, match=r"9\.png is no image that can be read"):
-        Picture.find(folder / "red")[-1].check()
+        next(picture for picture in Picture.find(folder) if "9.png" in picture.where).check()
 
 
 def test_an_image_without_a_class_or_a_text_is_named(folder: Path, processor: Any, tokenizer: Any) -> None:
     (folder / "loose.png").write_bytes(png(COLORS[0]))
-    with pytest.raises(DataError, match=r"loose\.png must be of one of the 3 classes, got None"):
-        LabelledImages(Picture.find(folder), processor)
+    with pytest.raises(DataError, match=r"loose\.png must be in the folder of its class, below .*; put it there, or"):
+        Picture.find(folder)
+    (folder / "loose.png").unlink()
     with pytest.raises(DataError, match=r"must have a text; say which field it is in"):
         TitledImages(Picture.find(folder), processor, tokenizer, 8)
 

@@ -30,7 +30,7 @@ def test_a_bad_record_names_its_line_and_the_way_around_it(tmp_path: Path, bad: 
 
 def test_bad_records_are_skipped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n' + b"\n".join(BAD) + b'\n{"text": ""}\n{"text": "y"}\n')
-    data, skipped = DataSection(source=str(tmp_path), skip_bad_records=True), Skipped()
+    data, skipped = DataSection(source=str(tmp_path), skip_bad_records=True), Skipped(allowed=True)
     assert [block.text for block in read_blocks(data, skipped)] == ["x", "y"]
     assert skipped.count == len(BAD)
     assert skipped.first == f"{tmp_path}/a.jsonl:2 must be a JSON object with named fields; mend that line"
@@ -40,7 +40,7 @@ def test_rows_of_a_dataset_are_skipped_and_counted(tmp_path: Path) -> None:
     import datasets
 
     datasets.Dataset.from_dict({"text": ["x", None, "y"]}).save_to_disk(tmp_path / "set")
-    data, skipped = DataSection(source=str(tmp_path / "set"), skip_bad_records=True), Skipped()
+    data, skipped = DataSection(source=str(tmp_path / "set"), skip_bad_records=True), Skipped(allowed=True)
     assert [block.text for block in read_blocks(data, skipped)] == ["x", "y"]
     assert (skipped.count, skipped.first.partition(" has ")[0]) == (1, f"{tmp_path}/set, row 1,")
 

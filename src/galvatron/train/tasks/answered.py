@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from galvatron.core.job import DataSection
 
 from ..rows import IGNORED_LABEL
 from ..sources import read_records
-from ..text import reader, said_in
+from ..text import Skipped, good, reader
 from ..tokenizer import Tokenizer
 from .classes import padded
 
@@ -37,30 +37,39 @@ class AnsweredTexts:
         self._texts, self._answers, self.seq_len, self._start, self._padding = texts, answers, seq_len, start, padding
 
     @classmethod
-    def read(cls, data: DataSection, seq_len: int, tokenizer: Tokenizer, start: int) -> Self:
+    def read(
+        cls, data: DataSection, seq_len: int, tokenizer: Tokenizer, start: int, skipped: Skipped | None = None
+    ) -> Self:
         """Of the pairs of ``data.source``, with the tokenizer's own special tokens; both end with its end of text.
 
         Raises:
             DataError: a record is no pair, or longer than ``seq_len``, whose end would be lost.
         """
-        places, prompts, completions, read = [], [], [], reader(data)
-        for where, record in read_records(data):
-            text, learnt = said_in(record, read, where)
+        skipped, read = skipped or Skipped(data.skip_bad_records), reader(data)
+
+        def pair(where: str, record: dict[str, Any]) -> tuple[str, str, str]:
+            text, learnt = read(record)
             assert learnt is not None
-            places.append(where)
-            prompts.append(text[: learnt[0][0]])
-            completions.append(text[learnt[0][0] :])
+            return where, text[: learnt[0][0]], text[learnt[0][0] :]
+
+        found = list(good(read_records(data), pair, skipped))
+        if not found:
+            raise DataError(f"data.source={data.source!r} has no pairs{skipped.told()}; give a source with some")
+        places, prompts, completions = map(list, zip(*found, strict=True))
         own, end = tokenizer.for_transformers(), tokenizer.end_of_text
         texts = [ended(ids, end) for ids in own(prompts, verbose=False)["input_ids"]]
         answers = [ended(ids, end) for ids in own(text_target=completions, verbose=False)["input_ids"]]
+        kept = []
         for where, both in zip(places, zip(texts, answers, strict=True), strict=True):
             if (longest := max(map(len, both))) > seq_len:
-                raise DataError(
+                skipped.refuse(
                     f"{where} has a prompt or a completion of {longest} tokens, for all of which a row of "
                     f"seq_len={seq_len} has no place; raise seq_len or shorten it"
                 )
+            else:
+                kept.append(both)
         padding = end if own.pad_token_id is None else own.pad_token_id
-        return cls(texts, answers, seq_len, start=start, padding=padding)
+        return cls([text for text, _ in kept], [answer for _, answer in kept], seq_len, start=start, padding=padding)
 
     def __len__(self) -> int:
         return len(self._texts)

@@ -19,7 +19,7 @@ from galvatron.core.job import DataSection
 from galvatron.core.words import shown
 
 from ..sources import read_records
-from ..text import reader, said_in
+from ..text import BadRecord, Skipped, good, reader
 
 Class = str | int
 Numbering = Callable[[Iterable[Class]], dict[Class, int]]
@@ -59,11 +59,11 @@ def named_classes(classes: dict[Class, int], names: Sequence[str]) -> tuple[str,
     return tuple(found.get(number, name) for number, name in enumerate(names))
 
 
-def class_in(record: dict[str, Any], field: str, where: str) -> Class:
-    """The class that ``record`` is of.  Raises DataError with ``where`` it stands."""
+def class_in(record: dict[str, Any], field: str) -> Class:
+    """The class that ``record`` is of.  Raises BadRecord if there is none."""
     label = record.get(field)
     if type(label) not in (str, int):
-        raise DataError(f"{where} must have a class, name or number, in field {field!r}, got {shown(label)}; mend it")
+        raise BadRecord(f"must have a class, name or number, in field {field!r}, got {shown(label)}; mend it")
     return label  # type: ignore[return-value]
 
 
@@ -107,12 +107,18 @@ class LabelledTexts:
         *,
         label_field: str = "label",
         number: Numbering = classes_of,
+        skipped: Skipped | None = None,
     ) -> Self:
         """Of the records of ``data.source``: texts in ``data.text_field``, classes in ``label_field``."""
-        texts, labels, read = [], [], reader(data)
-        for where, record in read_records(data):
-            texts.append(said_in(record, read, where)[0])
-            labels.append(class_in(record, label_field, where))
+        skipped, read = skipped or Skipped(data.skip_bad_records), reader(data)
+
+        def labelled(_: str, record: dict[str, Any]) -> tuple[str, Class]:
+            return read(record)[0], class_in(record, label_field)
+
+        found = list(good(read_records(data), labelled, skipped))
+        if not found:
+            raise DataError(f"data.source={data.source!r} has no texts{skipped.told()}; give a source with some")
+        texts, labels = zip(*found, strict=True)
         return cls(texts, labels, seq_len, tokenizer, number)
 
     def __len__(self) -> int:

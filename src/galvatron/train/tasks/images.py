@@ -170,7 +170,7 @@ class TitledImages(Images):
         self.seq_len, self._pad = seq_len, tokenizer.pad_token_id
         self._ids = tokenizer(texts, truncation=True, max_length=seq_len)["input_ids"]
         self._is_masked = "attention_mask" in tokenizer.model_input_names
-        self.highest = max(max(ids, default=0) for ids in self._ids)
+        self.highest = max((max(ids, default=0) for ids in self._ids), default=0)
 
     def gather(self, rows: Sequence[int], draws: Sequence[Draw]) -> dict[str, Tensor]:
         """``pixel_values`` [rows, channels, height, width]; ``input_ids`` and ``attention_mask`` [rows, seq_len].

@@ -17,7 +17,7 @@ from galvatron.core.errors import DataError
 from galvatron.core.words import shown
 
 from ..sources import kind_of, open_text, records_of
-from ..text import Read, Spans, said_in
+from ..text import Read, Skipped, Spans, good
 from .classes import Class, class_in
 
 TEXTS = (".jsonl", ".csv")
@@ -40,28 +40,33 @@ class Medium:
     """From which to before which character of the text a model shall learn; None: all, and that it ends there."""
 
     @classmethod
-    def find(cls, source: Path, fields: Fields | None = None) -> list[Self]:
+    def find(cls, source: Path, fields: Fields | None = None, skipped: Skipped | None = None) -> list[Self]:
         """All of ``source``, sorted by file: a file of records or a tar, or a directory of these, or of plain files.
 
         In a directory of plain files a class is a folder, and a text a ``.txt`` beside its medium.  A tar has files of
         one name and several endings for each sample, as webdataset writes them: a medium, ``.cls`` or ``.txt``, or the
         fields of a ``.json``.
 
+        ``skipped`` is told of the records that it allows to leave out.
+
         Raises:
             DataError: there are none, or a record is not what ``fields`` say.
         """
-        fields = fields or Fields()
+        fields, skipped = fields or Fields(), skipped or Skipped()
         files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
         packed = [path for path in files if path.suffix in _READERS or kind_of(path) in TEXTS]
         found: list[Self] = []
+        made = partial(_made, cls, fields)
         for path in packed:
-            found += _READERS[path.suffix if path.suffix in _READERS else kind_of(path)](path, fields, cls)
+            held = _READERS[path.suffix if path.suffix in _READERS else kind_of(path)](path, fields, cls)
+            found += good(held, made, skipped)
         if not packed:
-            found = [_of_folder(path, source, fields, cls) for path in files if path.suffix.lower() in cls.ENDINGS]
+            loose = (_of_file(path, source, fields) for path in files if path.suffix.lower() in cls.ENDINGS)
+            found += good(loose, made, skipped)
         if not found:
             raise DataError(
-                f"{source} has no {cls.NAME}s; give a directory of them, one folder a class or a .txt beside each, or "
-                f".jsonl, .csv, .parquet or .tar"
+                f"{source} has no {cls.NAME}s{skipped.told()}; give a directory of them, one folder a class or a .txt "
+                "beside each, or .jsonl, .csv, .parquet or .tar"
             )
         return found
 
@@ -82,26 +87,49 @@ class Fields:
     read: Read | None = None
 
 
-def _of_folder(path: Path, source: Path, fields: Fields, kind: type[M]) -> M:
-    if fields.read is not None:
-        with open_text(path.with_suffix(".txt")) as text:
-            return _made(kind, str(path), path.read_bytes, {fields.text: text.read().strip()}, fields)
-    inside = path.relative_to(source).parts[:-1] if path != source else ()
-    return kind(str(path), path.read_bytes, inside[0] if inside else None)
+Held = tuple[Callable[[], bytes], dict[str, Any]]
+"""How a medium's bytes are read, and the record beside them."""
+HeldAt = tuple[str, Held | str]
+"""Where it stands, and a medium; a text where none can be had: what is wrong."""
 
 
-def _of_records(path: Path, fields: Fields, kind: type[M]) -> Iterator[M]:
+def _made(kind: type[M], fields: Fields, where: str, held: Held) -> M:
+    """Raises BadRecord."""
+    read, record = held
+    if fields.read is None:
+        return kind(where, read, class_in(record, fields.label))
+    text, learnt = fields.read(record)
+    return kind(where, read, text=text, learnt=learnt)
+
+
+def _of_file(path: Path, source: Path, fields: Fields) -> HeldAt:
+    """A plain file, in the folder of its class or beside its text."""
+    inside, beside = path.relative_to(source).parts[:-1] if path != source else (), path.with_suffix(".txt")
+    if fields.read is None:
+        said = (
+            {fields.label: inside[0]} if inside else f"must be in the folder of its class, below {source}; put it there"
+        )
+    elif beside.is_file():
+        with open_text(beside) as text:
+            said = {fields.text: text.read().strip()}
+    else:
+        said = f"must have its text beside it, in {beside.name}; write one or remove it"
+    return str(path), said if isinstance(said, str) else (path.read_bytes, said)
+
+
+def _of_records(path: Path, fields: Fields, kind: type[Medium]) -> Iterator[HeldAt]:
     for where, record in records_of(path):
-        if isinstance(record, str):
-            raise DataError(f"{where} {record}")
-        medium = record.get(fields.medium)
-        if not isinstance(medium, str) or not (path.parent / medium).is_file():
-            beside = f"a path from {path.parent}"
-            raise DataError(f"{where} must have {beside} in field {fields.medium!r}, got {shown(medium)}; mend it")
-        yield _made(kind, where, (path.parent / medium).read_bytes, record, fields)
+        yield where, record if isinstance(record, str) else _at_path(path.parent, record, fields)
 
 
-def _of_parquet(path: Path, fields: Fields, kind: type[M]) -> Iterator[M]:
+def _at_path(folder: Path, record: dict[str, Any], fields: Fields) -> Held | str:
+    medium = record.get(fields.medium)
+    if not isinstance(medium, str) or not (folder / medium).is_file():
+        return f"must have a path from {folder} in field {fields.medium!r}, got {shown(medium)}; mend it"
+    return (folder / medium).read_bytes, record
+
+
+def _of_parquet(path: Path, fields: Fields, kind: type[Medium]) -> Iterator[HeldAt]:
     """Media stay in the file until they are asked for."""
     file = _parquet(path)
     others = [name for name in file.schema_arrow.names if name != fields.medium]
@@ -111,8 +139,7 @@ def _of_parquet(path: Path, fields: Fields, kind: type[M]) -> Iterator[M]:
     for group in range(file.num_row_groups):
         rows = file.read_row_group(group, columns=others).to_pylist()
         for row, record in enumerate(rows or [{}] * file.metadata.row_group(group).num_rows):
-            where, read = f"{path}, row {number},", partial(_cell, path, group, row, fields.medium)
-            yield _made(kind, where, read, record, fields)
+            yield f"{path}, row {number},", (partial(_cell, path, group, row, fields.medium), record)
             number += 1
 
 
@@ -138,14 +165,7 @@ def _cell(path: Path, group: int, row: int, name: str) -> bytes:
     return medium
 
 
-def _made(kind: type[M], where: str, read: Callable[[], bytes], record: dict[str, Any], fields: Fields) -> M:
-    if fields.read is None:
-        return kind(where, read, class_in(record, fields.label, where))
-    text, learnt = said_in(record, fields.read, where)
-    return kind(where, read, text=text, learnt=learnt)
-
-
-def _of_tar(path: Path, fields: Fields, kind: type[M]) -> Iterator[M]:
+def _of_tar(path: Path, fields: Fields, kind: type[Medium]) -> Iterator[HeldAt]:
     try:
         with tarfile.open(path, "r:") as archive:  # unpacked: its parts are read where they stand
             members = [member for member in archive if member.isfile()]
@@ -157,14 +177,18 @@ def _of_tar(path: Path, fields: Fields, kind: type[M]) -> Iterator[M]:
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path} is no plain tar ({error}); unpack it or make it anew") from None
     for key, parts in samples.items():
-        where = f"{path}:{key.lstrip('/')}"
-        medium = next((parts[ending] for ending in kind.ENDINGS if ending in parts), None)
-        if medium is None:
-            raise DataError(f"{where} has no {kind.NAME} among {', '.join(sorted(parts))}; mend or remove it")
-        yield _made(kind, where, _part(path, medium), _said(path, parts, fields, where), fields)
+        yield f"{path}:{key.lstrip('/')}", _of_parts(path, parts, fields, kind)
 
 
-def _said(path: Path, parts: dict[str, tarfile.TarInfo], fields: Fields, where: str) -> dict[str, Any]:
+def _of_parts(path: Path, parts: dict[str, tarfile.TarInfo], fields: Fields, kind: type[Medium]) -> Held | str:
+    medium = next((parts[ending] for ending in kind.ENDINGS if ending in parts), None)
+    if medium is None:
+        return f"has no {kind.NAME} among {', '.join(sorted(parts))}; mend or remove it"
+    said = _said(path, parts, fields)
+    return said if isinstance(said, str) else (_part(path, medium), said)
+
+
+def _said(path: Path, parts: dict[str, tarfile.TarInfo], fields: Fields) -> dict[str, Any] | str:
     """The fields of a sample."""
     try:
         record = json.loads(_part(path, parts[".json"])()) if ".json" in parts else {}
@@ -173,7 +197,7 @@ def _said(path: Path, parts: dict[str, tarfile.TarInfo], fields: Fields, where: 
         if ".txt" in parts:
             record[fields.text] = _part(path, parts[".txt"])().decode()
     except (ValueError, TypeError) as error:
-        raise DataError(f"{where} has a class or fields that cannot be read ({error}); mend it") from None
+        return f"has a class or fields that cannot be read ({error}); mend it"
     return record if isinstance(record, dict) else {}
 
 
@@ -187,7 +211,7 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
         return file.read(size)
 
 
-_READERS: dict[str, Callable[[Path, Fields, Any], Iterator[Any]]] = {
+_READERS: dict[str, Callable[[Path, Fields, type[Medium]], Iterator[HeldAt]]] = {
     ".tar": _of_tar,
     ".parquet": _of_parquet,
     **dict.fromkeys(TEXTS, _of_records),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from galvatron.core.errors import DataError
 
+from ..text import BadRecord, Skipped, good
 from .answered import to_be_said
 from .media import Medium
 
@@ -104,7 +105,8 @@ class Ear:
 class ToldSounds:
     """``sounds`` as ``ear`` has them, and the ``told`` ids of the text of each, which end with an end of text.
 
-    A decoder begins with ``start``; texts are filled up with ``padding``, which is not learnt.
+    A decoder begins with ``start``; texts are filled up with ``padding``, which is not learnt.  ``skipped`` is told of
+    those that it allows to leave out.
 
     Raises:
         DataError: a text is longer than ``seq_len``.
@@ -113,17 +115,30 @@ class ToldSounds:
     labelled = True
 
     def __init__(
-        self, sounds: Sequence[Sound], told: Sequence[list[int]], ear: Ear, seq_len: int, *, start: int, padding: int
+        self,
+        sounds: Sequence[Sound],
+        told: Sequence[list[int]],
+        ear: Ear,
+        seq_len: int,
+        *,
+        start: int,
+        padding: int,
+        skipped: Skipped | None = None,
     ) -> None:
-        # many tokenizers begin a text with what a decoder begins with
-        self._told = [ids[1:] if ids[:1] == [start] else ids for ids in told]
-        for sound, ids in zip(sounds, self._told, strict=True):
-            if len(ids) > seq_len:
-                raise DataError(
-                    f"{sound.where} has a text of {len(ids)} tokens, for all of which a row of seq_len={seq_len} has "
-                    "no place; raise seq_len or cut sound and text"
+        def kept(_: str, both: tuple[Sound, list[int]]) -> tuple[Sound, list[int]]:
+            sound, ids = both
+            said = ids[1:] if ids[:1] == [start] else ids  # many tokenizers begin with what a decoder begins with
+            if len(said) > seq_len:
+                raise BadRecord(
+                    f"has a text of {len(said)} tokens, for all of which a row of seq_len={seq_len} has no place; "
+                    "raise seq_len or cut sound and text"
                 )
-        self.sounds, self.ear, self.seq_len, self._start, self._padding = sounds, ear, seq_len, start, padding
+            return sound, said
+
+        given = ((sound.where, both) for sound, both in zip(sounds, zip(sounds, told, strict=True), strict=True))
+        found = list(good(given, kept, skipped or Skipped()))
+        self.sounds, self._told = [sound for sound, _ in found], [ids for _, ids in found]
+        self.ear, self.seq_len, self._start, self._padding = ear, seq_len, start, padding
 
     def __len__(self) -> int:
         return len(self.sounds)
@@ -131,7 +146,7 @@ class ToldSounds:
     @property
     def vocab_size(self) -> int:
         """All ids are below it."""
-        return 1 + max(max(ids) for ids in self._told)
+        return 1 + max((max(ids) for ids in self._told), default=0)
 
     def need(self, rows: int) -> str:
         """What ``rows`` samples take, and what there is, in words."""
