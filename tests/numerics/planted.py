@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from galvatron.internals import attend, is_in_backward
 from galvatron.models import freeze_parameters
-from galvatron.parallelize.layers.ring import _Ring
+from galvatron.parallelize.layers.hops import Ring
 from galvatron.parallelize.processes.collectives import split
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_model
@@ -193,7 +193,7 @@ def _own_log_sum(right: Function) -> Function:
 def _one_hop_too_far(right: Function) -> Function:
     def wrong(*args: Any) -> Any:
         of_query, of_key, *others = right(*args)
-        ring = _Ring.of(*args[-7:])
+        ring = Ring.of(*args[-7:])
         return of_query, of_key if ring.size == 1 else ring.pass_on(of_key).wait(), *others
 
     return wrong
@@ -250,7 +250,7 @@ FAULTS = (
     Fault("parallelize.accumulation:sum_over", "norms' gradients not summed over tp", "tp", _never),
     Fault(_LOSS + "_Projected.backward", "of hidden states halved", "tp", _given(_half)),
     Fault(_LOSS + "_Gradients.take", "of logits halved", "tp", _taken(_half, 1)),
-    Fault(_LOSS + "EarlyGradient.closed", "the head's weight halved", "data parallel", _given(_half)),
+    Fault("parallelize.losses.early:EarlyGradient.closed", "the head's weight halved", "data parallel", _given(_half)),
     Fault(_UNSHARDED + "GradientSlot.add", "the last microbatch alone", "data parallel", _last_microbatch_alone),
     Fault(_UNSHARDED + "UnshardedUnit._start_sum", "replicas not summed", "data parallel", _never),
     Fault("train.offload:OffloadedAdamW._update_slice", "moments do not go home", "data parallel",

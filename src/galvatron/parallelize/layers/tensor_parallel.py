@@ -8,23 +8,19 @@ parameters are replaced by shards and ``forward`` is replaced on the instance.
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ParameterSpec, UnitSpec
-from galvatron.internals import call_attention, called_attention, multiplies_in_float8
+from galvatron.internals import multiplies_in_float8
 from galvatron.models import Experts, Region
-from galvatron.models.heads import HEAD_COUNTS, KV_HEAD_COUNTS
 from galvatron.models.lora import base_linear
 from galvatron.plan.filling import Filling
 
@@ -40,11 +36,9 @@ from ..processes.rows import ExpertGroups
 from .adapters import linears_of, run_adapters
 from .experts import HERE, Beside, share_experts
 from .forward import wrap_forward
+from .heads import count_own_heads, linears_of_region, own_heads_of_inputs
 from .later import Tap, product, tapped
 from .wide_norms import wide_norm_forward
-
-WIDTHS = ("split_size", "all_head_size", "embed_dim", "hidden_size", "inner_dim")
-"""Attributes of attention modules that count the elements of all heads."""
 
 
 def cut_layer(
@@ -75,11 +69,11 @@ def cut_layer(
         for name in region.entries:
             module = layer.get_submodule(name)
             if region.row_blocks == "heads":
-                _count_own_heads(module, _linears_of(layer, region), tp)
+                count_own_heads(module, linears_of_region(layer, region), tp)
             if region.head_inputs:
                 heads = _weight(unit, region.row).cut
                 assert heads is not None
-                wrap_forward(module, partial(_own_heads_of_inputs, region.head_inputs, heads.blocks, tp))
+                wrap_forward(module, partial(own_heads_of_inputs, region.head_inputs, heads.blocks, tp))
             if not in_windows:
                 module.forward = _gathered(module.forward, tp, rows if region.flat else None, region.sides)
         linear = layer.get_submodule(region.row)
@@ -105,33 +99,6 @@ def _beside(layer: nn.Module, experts: Experts) -> Beside | None:
         return None
     block = layer.get_submodule(experts.module.rpartition(".")[0])
     return Beside(block, layer.get_submodule(experts.beside))
-
-
-def _linears_of(layer: nn.Module, region: Region) -> set[int]:
-    """The ids of all modules that are cut, and of what adapters wrap."""
-    return {id(part) for path in (*region.columns, region.row) for part in layer.get_submodule(path).modules()}
-
-
-def _count_own_heads(attention: nn.Module, cut: set[int], tp: AxisGroup) -> None:
-    """Let attributes and a config of the module's own count this rank's heads; but of parts whose linears stay whole
-    (``cut``: the ids of those that do not).
-    """
-    for module in attention.modules():
-        linears = [id(part) for part in module.modules() if isinstance(part, (nn.Linear, Conv1D))]
-        if linears and not cut & set(linears):
-            continue
-        counted: list[Any] = [module]
-        config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig):
-            module.config = copy.deepcopy(config)  # type: ignore[assignment]
-            called = called_attention(config)
-            if called is not None:
-                call_attention(module.config, called)  # type: ignore[arg-type]
-            counted.append(module.config)
-        for holder, name in itertools.product(counted, (*HEAD_COUNTS, *WIDTHS, *KV_HEAD_COUNTS)):
-            value = getattr(holder, name, None)
-            if isinstance(value, int):
-                setattr(holder, name, max(value // tp.size, 1) if name in KV_HEAD_COUNTS else value // tp.size)
 
 
 def tap_linears(layer: nn.Module, regions: tuple[Region, ...], unit: UnitSpec, tp: AxisGroup) -> tuple[Tap, ...]:
@@ -245,18 +212,6 @@ def _gathered(
         return forward(**{**kwargs, "hidden_states": whole(kwargs["hidden_states"])})
 
     return gathered
-
-
-def _own_heads_of_inputs(
-    dims: Mapping[str, int], heads: int, tp: AxisGroup, forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Run with this rank's heads of arguments that have an entry a head, in a dim that may count samples too."""
-    for name, dim in dims.items():
-        if kwargs.get(name) is not None:
-            by_head = kwargs[name].unflatten(dim, (-1, heads))
-            own = by_head.narrow(dim + 1, tp.rank * heads // tp.size, heads // tp.size)
-            kwargs[name] = own.flatten(dim, dim + 1)
-    return forward(*args, **kwargs)
 
 
 def _keep_own_outputs(linear: nn.Module, parameter: ParameterSpec, tp: AxisGroup) -> None:

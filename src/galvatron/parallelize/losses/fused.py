@@ -24,7 +24,7 @@ from galvatron.core.model import ParameterSpec
 from ..layers.later import add_product
 from ..layers.tensor_parallel import vocabulary_range
 from ..processes.collectives import AxisGroup, all_reduce_
-from ..sharding.unsharded import GradientSlot, gradient_slot
+from .early import EarlyGradient
 
 IGNORED = -100
 CHUNK_BYTES = 512 * 2**20
@@ -75,55 +75,6 @@ def chunk_tokens(vocabulary_rows: int, dtype: torch.dtype) -> int:
 
 def _fitting(num_bytes: int, token_bytes: int) -> int:
     return 1 << max(num_bytes // token_bytes, 1).bit_length() - 1
-
-
-class EarlyGradient:
-    """The weight's gradient from forward passes whose backward has yet to come: one float32 sum, however many wait.
-
-    Where nothing shards the weight it is the gradient itself.
-
-    ``in_every_pass``: give zeros where the sum still waits, not nothing.  FSDP2 adds up over
-    microbatches what replicas will reduce, and under ZeRO 1 what is reduced in another dtype; it needs the same
-    parameters in each of them.
-    """
-
-    def __init__(self) -> None:
-        self.in_every_pass = False
-        self._total: Tensor | None = None
-        self._waiting = 0
-        self._slot: GradientSlot | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """The sum, while there is one: for those who count memory."""
-        return [] if self._total is None else [self._total]
-
-    def opened(self, weight: Tensor) -> Tensor:
-        """The sum for another forward pass to add to."""
-        self._slot = gradient_slot(weight)
-        if self._slot is not None:
-            return self._slot.accumulator()
-        if self._total is None:
-            self._total = torch.zeros_like(weight, dtype=torch.float32)
-        self._waiting += 1
-        return self._total
-
-    def closed(self, dtype: torch.dtype) -> Tensor | None:
-        """For a backward pass: the whole sum in ``dtype`` if it is the last that waits, else nothing or zeros."""
-        if self._slot is not None:
-            self._slot.arrived()
-            return None
-        self._waiting -= 1
-        total = self._total
-        if total is None:
-            return None
-        if self._waiting:
-            return torch.zeros_like(total, dtype=dtype) if self.in_every_pass else None
-        self._total = None
-        return total.to(dtype)
-
-    def forget(self) -> None:
-        """Drop what an interrupted step left."""
-        self._total, self._waiting = None, 0
 
 
 def fuse_loss(head: nn.Module, parameter: ParameterSpec, tp: AxisGroup, early: EarlyGradient) -> None:

@@ -20,7 +20,8 @@ from galvatron.models import Family, chain_of
 from ..layers.documents import Packed
 from ..layers.forward import wrap_forward
 from ..layers.later import Later
-from ..losses.fused import PLAIN, EarlyGradient, LossTerms, logit_terms
+from ..losses.early import EarlyGradient
+from ..losses.fused import PLAIN, LossTerms, logit_terms
 from ..losses.own import LossFunction, own_loss_share
 from ..processes.collectives import ALONE, AxisGroup, gather_sequence
 from .passes import Inbox
