@@ -22,11 +22,12 @@ from .console import heading, rank, say
 from .drawing import draw
 from .generate import check_generates, generate
 from .launch import Processes, processes
+from .legs import Leg, Start, start_at
 from .options import JobFile, LoraSettings, Nproc, RunDir, TaskName, Validation, examples
 from .profile import Measurement, ModelRequest, measure
 from .rundir import RunDirectory
 from .search import runner_up, search_for_job, show
-from .train import Leg, Start, check_inputs, check_model, run_leg, show_summary, start_at
+from .train import check_inputs, check_model, run_leg, show_summary
 
 if TYPE_CHECKING:
     from galvatron.core.model import ModelSpec

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,36 +24,16 @@ from galvatron.plan import Plan, check_plan_for_job
 from .console import console, heading, rank, say
 from .data import config_of_job, prepare_data, read_data
 from .launch import Processes, processes
+from .legs import Leg, starting_point
 from .options import JobFile, LoraSettings, Nproc, RunDir, TaskName, Validation, examples
 from .rundir import RunDirectory
 from .weights import directory_of, first_weights
 
 if TYPE_CHECKING:
     from galvatron.core.model import ModelSpec
+    from galvatron.parallelize import ParallelModel
     from galvatron.parallelize.processes.world import World
     from galvatron.train import TrainResult
-
-
-@dataclass(frozen=True)
-class Leg:
-    """A stretch of training under one plan.
-
-    ``resume`` is what ``galvatron.train.train`` takes: None, ``latest`` or a path; ``stop_after`` ends the leg
-    before the job's ``num_steps``; ``name`` and ``first_step`` are for people.
-    """
-
-    job: Job
-    plan: Plan
-    run: RunDirectory
-    resume: str | None = None
-    stop_after: int | None = None
-    name: str = "the plan"
-    first_step: int = 1
-
-    @property
-    def end(self) -> int:
-        """How many updates are done after this leg."""
-        return self.stop_after or self.job.train.num_steps
 
 
 def register(app: typer.Typer) -> None:
@@ -122,60 +102,6 @@ def check_model(job: Job) -> tuple[Any, ModelSpec]:
     return config, spec
 
 
-@dataclass(frozen=True)
-class Start:
-    """How many updates are done, and the checkpoint that holds them; None at the beginning."""
-
-    done: int = 0
-    checkpoint: str | None = None
-
-
-def starting_point(leg: Leg, config: Any) -> Start:
-    """Where to begin: the run's own latest checkpoint wherever that is further on than what ``leg`` asks for.
-
-    So one command begins a run, goes on with it after a kill at any moment, and has nothing left to do at its end.
-
-    Raises:
-        ConfigError: the directory holds a run that this command did not begin.
-        CheckpointError: there is no such checkpoint, or it is of another run.
-    """
-    from galvatron.train import find_checkpoint
-
-    own, asked = leg.run.latest, leg.resume
-    if asked is None or (asked == "latest" and own is None and leg.run.has_begun):
-        return Start() if own is None else _own_run(leg, config, own)
-    first = start_at(find_checkpoint(leg.run.checkpoints, asked), leg.job, config)
-    if own is None or Path(str(first.checkpoint)).resolve().parent == own.resolve().parent:
-        return first
-    further = start_at(own, leg.job, config)
-    if further.done < first.done:
-        raise ConfigError(
-            f"{leg.run.path} already holds a run, at step {further.done}, and {first.checkpoint} is at step "
-            f"{first.done}; give another --run-dir"
-        )
-    return further
-
-
-def _own_run(leg: Leg, config: Any, checkpoint: Path) -> Start:
-    """The run that the directory holds, if its plan is this one."""
-    start = start_at(checkpoint, leg.job, config)
-    if Plan.load(checkpoint / "plan.json") != leg.plan:
-        raise ConfigError(
-            f"{leg.run.path} already holds a run under another plan, at step {start.done}; --resume latest goes on "
-            "with it, or give another --run-dir"
-        )
-    return start
-
-
-def start_at(checkpoint: Path, job: Job, config: Any) -> Start:
-    """``checkpoint``, if ``job`` is the run it is of, as far as that is known without tokens; else CheckpointError."""
-    from galvatron.train import Lineage, check_goes_on, read_state
-
-    state = read_state(checkpoint)
-    check_goes_on(state.run, Lineage.of_job(job, config), checkpoint)
-    return Start(state.step, str(checkpoint))
-
-
 def check_inputs(
     ranks: Processes, job: Job, run: RunDirectory, config: Any, spec: ModelSpec, checkpoint: str | None
 ) -> None:
@@ -232,8 +158,7 @@ def _what_is_kept(run: RunDirectory) -> str:
 def _train(world: World, leg: Leg) -> TrainResult:
     """One rank's part."""
     from galvatron import train
-    from galvatron.models import model_to_train, name_classes
-    from galvatron.parallelize import parallelize
+    from galvatron.models import name_classes
 
     from .progress import ConsoleReporter
 
@@ -243,21 +168,7 @@ def _train(world: World, leg: Leg) -> TrainResult:
     dataset = train.load_dataset(leg.job.data, section, leg.run.path, config=config)
     if dataset.class_names:
         name_classes(config, dataset.class_names)
-    weights = first_weights(leg.job, config) if leg.job.model.weights and leg.resume is None else None
-    described = leg.job.model
-    whole = model_to_train(config, described.freeze, described.lora, directory_of(described.path))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*the model lacks and that are left out")  # said by check_inputs
-        model = parallelize(
-            whole,
-            leg.plan,
-            world=world,
-            weights=weights,
-            seed=section.seed,
-            compile=section.compiled,
-            fp8=section.fp8,
-            capacity_factor=section.capacity_factor,
-        )
+    model = _parallel(world, leg, config)
     unlike = leg.plan.prediction and leg.plan.prediction.unlike(compiled=model.compiled)
     if unlike:
         say(unlike)
@@ -283,6 +194,28 @@ def _train(world: World, leg: Leg) -> TrainResult:
         )
     finally:
         reporter.close()
+
+
+def _parallel(world: World, leg: Leg, config: Any) -> ParallelModel:
+    """The job's model under the leg's plan, with its first weights unless a checkpoint brings others."""
+    from galvatron.models import model_to_train
+    from galvatron.parallelize import parallelize
+
+    section, described = leg.job.train, leg.job.model
+    weights = first_weights(leg.job, config) if described.weights and leg.resume is None else None
+    whole = model_to_train(config, described.freeze, described.lora, directory_of(described.path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*the model lacks and that are left out")  # said by check_inputs
+        return parallelize(
+            whole,
+            leg.plan,
+            world=world,
+            weights=weights,
+            seed=section.seed,
+            compile=section.compiled,
+            fp8=section.fp8,
+            capacity_factor=section.capacity_factor,
+        )
 
 
 def _keep_plan(leg: Leg) -> None:
