@@ -134,6 +134,8 @@ class Family(Record):
         asks_for_attention: whether tokens see each other through the attention alone that layers are told to call; if
             not, ends see whole sequences, and layers take masks as tensors.
         needless_masks: whether that attention is given masks that say what causality says already.
+        tower: of ``before``, what sees a batch's images as patches one after the other, which no cut of sequences or
+            samples fits: it runs as it is, with the embedding (``models.grids``).
     """
 
     model_type: str
@@ -150,6 +152,7 @@ class Family(Record):
     logits: Logits = Logits()
     asks_for_attention: StrictBool = True
     needless_masks: StrictBool = False
+    tower: str | None = None
 
     @property
     def is_cuttable(self) -> bool:

@@ -31,8 +31,13 @@ class Around:
     bare: tuple[str, ...]
 
 
-def around(model: PreTrainedModel, stacks: Sequence[nn.ModuleList], calls: list[Call], *, to_words: bool) -> Around:
-    """The modules around ``stacks``; ``to_words``: whether the head's output are logits of the vocabulary."""
+def around(
+    model: PreTrainedModel, stacks: Sequence[nn.ModuleList], calls: list[Call], *, to_words: bool, tower: str | None
+) -> Around:
+    """The modules around ``stacks``; ``to_words``: whether the head's output are logits of the vocabulary.
+
+    ``tower``: a module that runs as one, whatever is within.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     head = model.get_output_embeddings() if to_words else None
     table = _table(model)
@@ -45,7 +50,8 @@ def around(model: PreTrainedModel, stacks: Sequence[nn.ModuleList], calls: list[
         path = call.name + "."
         if any(path.startswith(part) or part.startswith(path) for part in apart) or not list(call.module.parameters()):
             continue
-        (before if index < first else after).setdefault(call.name)
+        is_within = tower is not None and path.startswith(tower + ".")
+        (before if index < first else after).setdefault(tower if is_within else call.name)  # type: ignore[arg-type]
     outer = [_outermost(list(found)) for found in (before, after)]
     owned = {id(p) for path in (*outer[0], *outer[1]) for p in model.get_submodule(path).parameters()}
     owned |= {id(p) for p in head.parameters()} if isinstance(head, nn.Linear) else set()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from galvatron.core.tasks import Task
 
+from .grids import Grids, random_sides, usual_sides
 from .images import image_length, image_shape, image_token
 
 
@@ -31,7 +34,10 @@ def input_shapes(
 def blank_inputs(
     config: PretrainedConfig, task: Task, rows: int, seq_len: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Zeros of these shapes, with images where texts have them."""
+    """Zeros of these shapes, with images where texts have them: of grids one a text, of half of its tokens at most."""
+    if (grids := Grids.of(config)) is not None:
+        ids = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
+        return grids.inputs(ids, [usual_sides(seq_len)] * rows, partial(torch.zeros, device=device))
     shapes = input_shapes(config, task, rows, seq_len)
     made = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in shapes.items()}
     return _with_images(made, config, task)
@@ -40,7 +46,7 @@ def blank_inputs(
 def random_inputs(
     config: PretrainedConfig, task: Task, rows: int, seq_len: int, generator: torch.Generator, lowest: int = 0
 ) -> dict[str, Tensor]:
-    """Ids of the vocabulary from ``lowest`` on, and normal numbers, of these shapes."""
+    """Ids of the vocabulary from ``lowest`` on, and normal numbers, of these shapes; of grids images of many sizes."""
     words, image = words_of(config), image_token(config)
 
     def drawn(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -49,6 +55,9 @@ def random_inputs(
             return ids if image is None else torch.where(ids == image, lowest, ids)
         return torch.randn(shape, dtype=dtype, generator=generator)
 
+    if (grids := Grids.of(config)) is not None:
+        sides = [random_sides(row, seq_len) for row in range(rows)]
+        return grids.inputs(drawn(torch.int64, (rows, seq_len)), sides, partial(torch.randn, generator=generator))
     made = {name: drawn(*shape) for name, shape in input_shapes(config, task, rows, seq_len).items()}
     return _with_images(made, config, task)
 

@@ -23,6 +23,7 @@ from .ends import around, joints_of, makers_of
 from .heads import heads_in
 from .layouts import experts_of, regions_of
 from .tasks import task_of
+from .towers import is_within, tower_of
 from .trace import Trace, traced
 from .twin import twin_config, twin_model
 
@@ -58,7 +59,8 @@ def _reason(error: Exception) -> str:
 
 
 def _family(config: PretrainedConfig, model: PreTrainedModel, trace: Trace) -> Family:
-    stacks = _stacks(model, trace)
+    stacks, packed = _stacks(model, trace)
+    tower = tower_of(model, packed, stacks)
     found = tuple(_described(model, trace, stack, stacks[:nth]) for nth, stack in enumerate(stacks))
     asks, masks = asks_for_attention(config, found)
     if asks:  # galvatron's attention takes its heads of biases itself
@@ -67,7 +69,7 @@ def _family(config: PretrainedConfig, model: PreTrainedModel, trace: Trace) -> F
     ends = None
     if asks and len(stacks) == 1 and task_of(config) == "causal_lm":
         ends = _ends_of_tokens(model, trace, stacks[0])
-    ends = ends or _whole_ends(model, trace, stacks)
+    ends = ends or _whole_ends(model, trace, stacks, tower)
     joints = joints_of(model, stacks, trace.calls, ends["before"])
     found = tuple(stack.model_copy(update=joint) for stack, joint in zip(found, joints, strict=True))
     return Family(model_type=config.model_type, stacks=found, asks_for_attention=asks, needless_masks=masks, **ends)
@@ -168,10 +170,10 @@ def _ends_of_tokens(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList) 
     }
 
 
-def _whole_ends(model: PreTrainedModel, trace: Trace, stacks: list[nn.ModuleList]) -> dict[str, Any]:
+def _whole_ends(model: PreTrainedModel, trace: Trace, stacks: list[nn.ModuleList], tower: str | None) -> dict[str, Any]:
     """Ends that may look at all tokens of a sequence: the model's own forward runs them."""
     task = task_of(model.config)
-    found = around(model, stacks, trace.calls, to_words=task in TOKEN_TASKS)
+    found = around(model, stacks, trace.calls, to_words=task in TOKEN_TASKS, tower=tower)
     if found.bare and task != "contrast":
         raise _unlike(model.config, f"has parameters that no module around its layers has ({found.bare[0]})")
     logits: Logits | None = Logits()
@@ -186,6 +188,7 @@ def _whole_ends(model: PreTrainedModel, trace: Trace, stacks: list[nn.ModuleList
         "before": found.before,
         "after": found.after,
         "bare": found.bare,
+        "tower": tower,
         "head": found.head,
         "logits": logits,
     }
@@ -204,8 +207,11 @@ def _unlike(config: PretrainedConfig, why: str) -> ConfigError:
     )
 
 
-def _stacks(model: PreTrainedModel, trace: Trace) -> list[nn.ModuleList]:
-    """The lists of modules of a class, each of two matrices or more, that hand hidden states on; as they are called."""
+def _stacks(model: PreTrainedModel, trace: Trace) -> tuple[list[nn.ModuleList], list[nn.ModuleList]]:
+    """The lists of modules of a class, each of two matrices or more, that hand hidden states on; as they are called.
+
+    And those whose states have no dim of samples: the patches of all images of a batch, one after the other.
+    """
     called = {id(call.module): call for call in trace.calls}
     found = []
     for module in model.modules():
@@ -216,14 +222,12 @@ def _stacks(model: PreTrainedModel, trace: Trace) -> list[nn.ModuleList]:
         passes_on &= len({call.argument.shape[-1] for call in calls}) == 1  # stages of growing width have own stacks
         if len({type(m) for m in module}) == 1 and passes_on and sum(p.dim() > 1 for p in module[0].parameters()) > 1:
             found.append(module)
-    if not found:
+    outer = [stack for stack in found if not any(stack is not other and is_within(stack, other) for other in found)]
+    ordered = sorted(outer, key=lambda stack: trace.place(stack[0]))
+    packed = [stack for stack in ordered if trace.of(stack[0]).argument.dim() < 3]  # [patches, H]
+    if len(packed) == len(ordered):
         raise _unlike(model.config, "has no stack of equal layers")
-    outer = [stack for stack in found if not any(stack is not other and _is_within(stack, other) for other in found)]
-    return sorted(outer, key=lambda stack: trace.place(stack[0]))
-
-
-def _is_within(stack: nn.ModuleList, other: nn.ModuleList) -> bool:
-    return any(module is stack for module in other.modules())
+    return [stack for stack in ordered if stack not in packed], packed
 
 
 def _around(

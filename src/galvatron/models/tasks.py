@@ -77,6 +77,11 @@ def auto_class(config: PretrainedConfig) -> Any:
     return CLASSES[task_of(config)]
 
 
+def class_for(config: PretrainedConfig, task: Task) -> Any:
+    """The class of transformers' models of ``config`` for a task that it has one for."""
+    return _class_for(config, task)
+
+
 def for_task(config: PretrainedConfig, task: Task) -> PretrainedConfig:
     """A copy of ``config`` that names its architecture for ``task``.
 

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.internals import call_attention
 
+from .grids import Grids, shrink_grids
 from .heads import kv_names
 from .images import IMAGE_TOKENS, made_length
 from .inputs import random_inputs
@@ -131,6 +132,8 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
             setattr(twin, name, _plain_rope(getattr(twin, name)))
     if staged:
         shrink_stages(twin, config, keep_images=keep_images)
+    if Grids.of(config) is not None:
+        shrink_grids(twin, config)
     if "image_seq_length" in given and not keep_images:
         twin.image_seq_length = (IMAGE // PATCH) ** 2
         with suppress(Exception):  # of any kind: a foreign model is run

@@ -103,7 +103,8 @@ class ParallelModel(ParallelModule):
                 several calls add up, give all of them the number of all of them: losses and gradients then add up
                 to those of the mean over all their tokens.
             others: what else the model's forward takes, by name: ``pixel_values``, ``token_type_ids``; the batch is
-                dim 0.  ``attention_mask``, int64 or bool [global_batch_size, seq_len], is 1 for a row's tokens and then
+                dim 0.  Where images are patches with grids (Qwen-VL), those of the whole batch, in the order of texts.
+                ``attention_mask``, int64 or bool [global_batch_size, seq_len], is 1 for a row's tokens and then
                 0 for its padding, which no token sees.
 
         Returns:

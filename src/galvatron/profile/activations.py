@@ -28,6 +28,7 @@ from torch import Tensor
 from galvatron.core.model import Recompute
 from galvatron.core.model_profile import ActivationSample
 from galvatron.internals import FakeTensorMode, without_value_checks
+from galvatron.models.grids import usual_sides
 from galvatron.parallelize.losses.fused import chunk_tokens
 from galvatron.parallelize.pipeline.whole import WholeStage
 
@@ -36,6 +37,8 @@ from .storages import StorageLog, storage_bytes
 from .units import UnitShape
 
 BATCHES = (2, 3)  # at one sequence some copies become views: GPT-2 with dropout keeps another sum
+TOWER_TOKENS = 72
+"""Of a text, of which an image takes half."""
 CPU = torch.device("cpu")
 GRAPHS_ALONE = "aot_eager_decomp_partition"  # the compiler without the code that it makes of graphs
 
@@ -57,6 +60,8 @@ def count_activations(shape: UnitShape, recompute: Recompute) -> ActivationSampl
     """Bytes of one unit as a line over sequences, through the counts at two and at three of them."""
     if shape.is_compiled:
         return _of_graph(shape, recompute)
+    if shape.name == "embedding" and shape.has_tower:
+        return _of_tower(shape)
     low, high = (count(shape, recompute, batch) for batch in BATCHES)
     per_sequence = (high.saved_bytes - low.saved_bytes) // (BATCHES[1] - BATCHES[0])
     shared = _shared_bytes(shape) if shape.name == "embedding" else 0
@@ -73,6 +78,27 @@ def count_activations(shape: UnitShape, recompute: Recompute) -> ActivationSampl
         ),
     )
     return sample.model_copy(update=_chunked_workspace(shape)) if shape.name == "head" else sample
+
+
+def _of_tower(shape: UnitShape) -> ActivationSample:
+    """An embedding's bytes with those of the tower within, which are proportional to an image's tokens.
+
+    Counted beside short texts on real tensors: what a tower runs follows from the values of grids.
+    """
+    short = replace(shape, seq_len=min(shape.seq_len, TOWER_TOKENS))
+    low, high = (count(short, "none", batch, fake=False) for batch in BATCHES)
+    tokens, counted = (math.prod(usual_sides(length)[0]) for length in (shape.seq_len, short.seq_len))
+    per_sequence = (high.saved_bytes - low.saved_bytes) // (BATCHES[1] - BATCHES[0])
+    workspace = max(c.workspace_bytes / n for c, n in zip((low, high), BATCHES, strict=True))
+    return ActivationSample(
+        unit=shape.name,
+        tp=shape.tp,
+        recompute="none",
+        seq_len=shape.seq_len,
+        fixed_bytes=max(low.saved_bytes - BATCHES[0] * per_sequence, 0) + _shared_bytes(shape),
+        bytes_per_sequence=math.ceil(per_sequence * tokens / counted),
+        workspace_bytes_per_sequence=math.ceil(workspace * tokens / counted),
+    )
 
 
 def _of_graph(shape: UnitShape, recompute: Recompute) -> ActivationSample:

@@ -84,6 +84,11 @@ class UnitShape:
         """Whether this unit is: embedding and head never are."""
         return self.compiled and self.name not in ENDS
 
+    @property
+    def has_tower(self) -> bool:
+        """Whether the embedding sees images of any number and size."""
+        return family_of(self.config).tower is not None
+
     def first_kinds(self) -> list[UnitName]:
         """The kind of every stack's first layer."""
         chain = chain_of(model_to_train(self.config, lora=self.lora), family_of(self.config))
@@ -98,7 +103,7 @@ class UnitShape:
         """
         if self.name == "embedding":
             blank = blank_inputs(self.config, self.spec.task, batch, self.seq_len, device)
-            tokens, *others = ((name, self._drawn(given)) for name, given in blank.items())
+            tokens, *others = ((name, self._drawn(name, given)) for name, given in blank.items())
             return tokens[1], dict(others)
         kind = self.spec.layers[-1] if self.name == "head" else self.spec.kind(self.name)
         hidden = self._states(kind, batch, device)
@@ -112,10 +117,12 @@ class UnitShape:
             )
         }
 
-    def _drawn(self, blank: Tensor) -> Tensor:
+    def _drawn(self, name: str, blank: Tensor) -> Tensor:
         """Normal numbers, or ids of words with images where ``blank`` has them."""
         if blank.is_floating_point():
             return blank.normal_()
+        if not name.endswith("input_ids"):  # what is said of tokens and images
+            return blank
         words, image = torch.randint_like(blank, words_of(self.config)), image_token(self.config)
         if image is None:
             return words

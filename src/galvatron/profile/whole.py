@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from galvatron.core.model import ModelSpec
 from galvatron.internals import tree_map_only
 from galvatron.models import Family, Reached, arguments_by_name, blank_inputs, chain_of
+from galvatron.models.grids import positions_beside_images
 from galvatron.parallelize.layers.tensor_parallel import cut_embedding, shrink
 from galvatron.parallelize.losses.fused import fuse_loss
 from galvatron.parallelize.pipeline.whole import WholeStage
@@ -91,7 +92,7 @@ def head_unit(
     model: PreTrainedModel, family: Family, spec: ModelSpec, seq_len: int, groups: Sequence[AxisGroup]
 ) -> LocalUnit:
     """What comes after the layers, from a part of every sequence to the loss; ``groups`` as before."""
-    end, blank, tp = spec.num_layers, blank_inputs(model.config, family.task, 1, seq_len), groups[-1]
+    end, blank, tp = spec.num_layers, _without_images(model, family, seq_len), groups[-1]
     stage = WholeStage(model, family, range(end, end), is_first=False, is_last=True)
     stage.receive_in(stage.layer(end - 1))
     stage.leave_whole(end - 1, lambda hidden: hidden, tp)
@@ -106,6 +107,14 @@ def head_unit(
     return unit
 
 
+def _without_images(model: PreTrainedModel, family: Family, seq_len: int) -> dict[str, Tensor]:
+    """Inputs of one row; where a tower would see any number of images, what is left for later stages."""
+    blank = blank_inputs(model.config, family.task, 1, seq_len)
+    if family.tower is None:
+        return blank
+    return {"input_ids": blank["input_ids"], "position_ids": positions_beside_images(model, blank)}
+
+
 def last_stack(model: PreTrainedModel, family: Family) -> int:
     """The index of the last stack's first layer."""
     return next(index for index, link in enumerate(chain_of(model, family)) if link.stack == family.stacks[-1])
@@ -117,7 +126,7 @@ def call_of_layer(
     """What ``model``, which is used up, gives layer ``index`` beside the hidden states, of one row of ``seq_len``."""
     stage = WholeStage(model, family, range(index, index), is_first=False, is_last=False)
     stage.layer(index).forward = _end_with_call
-    args, kwargs = _until(lambda: stage(None, blank_inputs(model.config, family.task, 1, seq_len)))
+    args, kwargs = _until(lambda: stage(None, _without_images(model, family, seq_len)))
     if len(family.stacks) == 1:
         return args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
     named = arguments_by_name(stage.layer(index), args, kwargs)
@@ -137,7 +146,7 @@ def _outputs_before(stage: WholeStage, blank: dict[str, Tensor]) -> tuple[Any, .
     first.forward = passing
     for hook in hooks:
         hook.remove()
-    return tuple(made[index] for index in range(len(stage.first_modules)))
+    return tuple(made.get(index) for index in range(len(stage.first_modules)))  # none of a tower, which is left out
 
 
 def _given(unit: WholeUnit, index: int, *_: Any, **__: Any) -> Any:

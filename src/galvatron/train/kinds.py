@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
 from galvatron.core.tasks import Task
+from galvatron.models.grids import Grids
 from galvatron.models.images import image_length, image_token
 from galvatron.models.inputs import input_shapes, words_of
 
@@ -158,6 +159,11 @@ def _told_images(data: DataSection, wanted: Wanted) -> Loaded:
     if token is None:
         raise DataError(
             f"{wanted.config.model_type} names no token that stands for an image; train it in a loop of your own"
+        )
+    if Grids.of(wanted.config) is not None:
+        raise DataError(
+            f"jobs make no samples for {wanted.config.model_type}, whose images are of any number and size; train it "
+            "in a loop of your own with its processor's batches"
         )
     pictures, tokenizer = _pictures(data, "vision_language", wanted.skipped), _tokenizer(data)
     samples = ToldImages(

@@ -31,6 +31,7 @@ CONFIGS = {
     "sounds to texts": tiny_config("whisper"),
     "pairs": tiny_config("clip"),
     "images in texts": tiny_config("llava", vision_feature_layer=-1),
+    "images with grids": tiny_config("qwen2_vl"),
     "gpt2": GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=67, n_positions=16, bos_token_id=0, eos_token_id=0),
 }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from galvatron.core.errors import DataError
+from galvatron.models.grids import GRIDS, PIXELS, Grids
 
 from ..losses.fused import IGNORED
 from .agreement import disagreement
@@ -31,8 +32,14 @@ WORDS = "use the model's own tokenizer, or a model with as many rows"
 class BatchCheck:
     """Checks one batch after another against a plan's shape and a vocabulary."""
 
-    def __init__(self, shape: tuple[int, int], vocab_size: int, *, num_classes: int | None = None) -> None:
-        """Batches have ``shape`` [global_batch_size, seq_len]; labels are of tokens, or ``num_classes`` of samples."""
+    def __init__(
+        self, shape: tuple[int, int], vocab_size: int, *, num_classes: int | None = None, grids: Grids | None = None
+    ) -> None:
+        """Batches have ``shape`` [global_batch_size, seq_len]; labels are of tokens, or ``num_classes`` of samples.
+
+        ``grids``: how the model takes images, where these are patches.
+        """
+        self._grids = grids
         self.shape, self.vocab_size, self._of_tokens = shape, vocab_size, num_classes is None
         self._num_labels = vocab_size if num_classes is None else num_classes
         self._num_seen = 0
@@ -48,6 +55,8 @@ class BatchCheck:
         given = {**inputs, "labels": labels}
         host = {name: values.cpu() if isinstance(values, Tensor) else values for name, values in given.items()}
         problem = next(filter(None, (self._problem(name, values) for name, values in host.items())), None)
+        if not problem and self._grids is not None:
+            problem = self._grids.problem(host)
         problem = problem or _padded_label(host)
         counted = 0 if problem else int((host["labels"] != IGNORED).sum())
         problem = problem or _uncounted(counted, num_tokens)
@@ -94,6 +103,8 @@ class BatchCheck:
         return _outside(name, values, known, self._num_labels, what, marked)
 
     def _other_problem(self, name: str, values: Tensor) -> str | None:
+        if self._grids is not None and name in (PIXELS, GRIDS):
+            return None
         if values.dim() and values.shape[0] == self.shape[0]:
             return None
         return f"{name} must have {self.shape[0]} rows, the plan's global_batch_size, got {list(values.shape)}"

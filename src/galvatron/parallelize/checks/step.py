@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from galvatron.core.errors import ConfigError, DataError
 from galvatron.core.model import ModelSpec
 from galvatron.core.tasks import TOKEN_TASKS
+from galvatron.models.grids import Grids
 from galvatron.models.inputs import words_of
 from galvatron.plan import Plan
 
@@ -42,8 +43,9 @@ class StepCheck:
         self._checked_loss: LossFunction | None = None
         shape, classes = (plan.global_batch_size, plan.seq_len), None if spec.task in TOKEN_TASKS else spec.vocab_size
         words = spec.vocab_size if classes is None else words_of(config)
-        self.train_batches = BatchCheck(shape, words, num_classes=classes)
-        self.evaluation_batches = BatchCheck(shape, words, num_classes=classes)
+        grids = Grids.of(config)
+        self.train_batches = BatchCheck(shape, words, num_classes=classes, grids=grids)
+        self.evaluation_batches = BatchCheck(shape, words, num_classes=classes, grids=grids)
 
     def place(self) -> None:
         """Take where parameters lie now for where they shall stay."""

@@ -26,6 +26,7 @@ from ..processes.collectives import of_spans
 from ..processes.grid import Grid
 from ..sharding.fsdp import DTYPES, ShardedUnit, free_gathered, gather_for_step, prepare_backward, reduce_held
 from ..sharding.unsharded import UnshardedUnit
+from .images import ImageSteps, without_images
 from .passes import Border, Inbox, Messages, Outputs, run
 from .stage import Stage
 from .whole import SIDE, WholeStage
@@ -36,7 +37,8 @@ class Batch:
     """A global batch, and what makes a loss of it.
 
     Attributes:
-        inputs: what the model takes, by name, [global_batch_size, ...] each; ids are int64 [..., seq_len].
+        inputs: what the model takes, by name, [global_batch_size, ...] each but for what is of images with grids; ids
+            are int64 [..., seq_len].
         labels: int64 [global_batch_size, seq_len], or [global_batch_size] where samples have classes.
         weight: what a token's loss counts for.
         loss_fn: in place of cross entropy.
@@ -143,7 +145,8 @@ class Driver:
             self._balance.begin(batch.scale)
         counting = self._balance if torch.is_grad_enabled() else None
         messages = Messages(self.grid, self.borders, DTYPES[self.plan.precision], counting)
-        inputs = self._own_inputs(batch.inputs)
+        images = self._images(batch.inputs)
+        inputs = self._own_inputs(batch.inputs if images is None else without_images(batch.inputs))
         labels = self._own(batch.labels, self.plan.head) if self.borders[-1].is_last else None
         packed = [self._packed(batch.position_ids, chunk.stage) for chunk in self.chunks]
 
@@ -153,6 +156,8 @@ class Driver:
             positions = positions if steps is None else steps.positions[microbatch]
             own_labels = labels[microbatch] if labels is not None and stage.is_last else None
             own_inputs = {name: values[microbatch] for name, values in inputs.items()}
+            if images is not None:
+                own_inputs |= images.given(microbatch, stage.position_rows)
             loss = (own_labels, batch.weight, batch.loss_fn, batch.terms)
             spread = None if self._balance is None else self._balance.forward(microbatch)
             if spread is not None and messages.arrived is not None:
@@ -201,6 +206,13 @@ class Driver:
         return PackedSteps.of(
             each, stage.position_rows, stage.position_spans, stage.document_rows, self.grid.world.device
         )
+
+    def _images(self, inputs: Mapping[str, Tensor]) -> ImageSteps | None:
+        stage, plan = self.chunks[0].stage, self.plan
+        if stage.family.tower is None:
+            return None
+        rows, sees = self.grid.rows(plan.embedding), stage.is_first
+        return ImageSteps.of(stage.model, inputs, plan.micro_batch_size, rows, self.grid.world.device, sees=sees)
 
     def _own_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's, as ``_own`` gives them: what its first chunk needs, or of ends that see whole sequences all.

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from galvatron.core.model import ParameterSpec
 from galvatron.models import Family, Reached, argument_names, arguments_by_name, emptied, score_table
 from galvatron.models.chain import SCORE_BIAS
+from galvatron.models.grids import PIXELS, Grids
 from galvatron.plan import LayerStrategy
 
 from ..layers.forward import wrap_forward
@@ -42,6 +43,7 @@ class WholeStage(Stage):
     """A part of a model, from its inputs or hidden states to hidden states or loss."""
 
     _labels: tuple[Tensor, float, LossTerms, LossFunction | None]
+    _has_images = False
     bare: Bare
     pairs: AxisGroup = ALONE
     """The ranks that have the batch's other pairs, where it is contrasted."""
@@ -74,8 +76,25 @@ class WholeStage(Stage):
             if id(module) not in owned:
                 emptied(module)
         self.bare.place()
+        self._sees_images = self.family.tower in self._entries
+        if self._sees_images:
+            decoder = model.get_submodule(self.family.stacks[-1].path.rpartition(".")[0])
+            decoder.register_forward_pre_hook(self._see_something, with_kwargs=True)
         takes = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
+
+    def _see_something(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Where no text has an image let the tower see one that counts for nothing.
+
+        Its gradients are awaited, and FSDP2 wants all ranks to run the embedding's modules in one order.
+        """
+        if self._has_images:
+            return None
+        grids, hidden = Grids.of(self.model.config), kwargs["inputs_embeds"]
+        assert grids is not None
+        seen = self.model.get_image_features(**grids.smallest(hidden.device))  # type: ignore[operator]
+        nothing = 0 * torch.cat(seen.pooler_output).sum().to(hidden.dtype)
+        return args, {**kwargs, "inputs_embeds": hidden + nothing}
 
     def _has_entry(self, path: str) -> bool:
         """Whether this stage runs the module at ``path``, which runs before some stack: where the last one ends."""
@@ -316,6 +335,9 @@ class WholeStage(Stage):
         if self.is_first:
             self.masks.draw_for(0, self._before)
         given = {name: v.to(self.compute_dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+        self._has_images = PIXELS in given
+        if self.family.tower is not None and not self._sees_images:
+            given.pop(PIXELS, None)  # grids say where tokens are
         try:
             outputs = self.model(**given, **self._options)
         except Reached as reached:

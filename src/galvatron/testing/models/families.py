@@ -169,6 +169,22 @@ _OTHERS: dict[str, dict[str, Any]] = {
         "image_token_id": 96,
         "image_seq_length": 9,
     },
+    "qwen2_vl": {
+        "text_config": {
+            **_LLAMA,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        "vision_config": {
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "patch_size": 2,
+            "mlp_ratio": 2,
+        },
+        "image_token_id": 96,
+        "video_token_id": 95,
+    },
     "clip": {
         "text_config": {**_BERT, "num_hidden_layers": 2, "eos_token_id": 2, "bos_token_id": 0, "projection_dim": 24},
         "vision_config": {**_VIT, "num_hidden_layers": 3, "projection_dim": 24},

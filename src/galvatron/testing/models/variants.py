@@ -88,6 +88,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("whisper", "whisper"),
     Variant("llava", "llava", freeze=("*vision*k_proj.bias", "*encoder.layers.2.*", "*post_layernorm*")),
     Variant("llava-tower-frozen", "llava", freeze=("*vision_tower*",)),
+    Variant("qwen2_vl", "qwen2_vl"),
+    Variant("qwen2_vl-tower-frozen", "qwen2_vl", freeze=("*visual*",)),
     Variant("clip", "clip", freeze=("*k_proj.bias",)),
     Variant("siglip", "siglip", freeze=("*k_proj.bias",)),
     Variant("vit", "vit", freeze=("*k_proj.bias",)),

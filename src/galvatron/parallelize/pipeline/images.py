@@ -1,0 +1,63 @@
+"""A batch's images where a text has any number of any size: which of them a rank sees, and where all tokens stand.
+
+A rank's tower sees the images of the texts that its embedding has.  Where tokens stand beside images is said for a
+whole batch at once, by the model's own way to count, for layers may have other texts than the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from galvatron.models.grids import GRIDS, KINDS, PIXELS, Grids, positions_beside_images
+
+POSITIONS = "position_ids"
+
+
+@dataclass(frozen=True)
+class ImageSteps:
+    """A batch by microbatches: patches and grids of this rank's texts, and positions [3, texts, S] of all texts."""
+
+    seen: tuple[dict[str, Tensor], ...]
+    positions: tuple[Tensor, ...]
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Tensor],
+        micro_batch_size: int,
+        rows: range,
+        device: torch.device,
+        *,
+        sees: bool,
+    ) -> ImageSteps:
+        """Of a batch's ``inputs``; ``rows`` of a microbatch are the embedding's; ``sees``: whether it is here."""
+        grids = Grids.of(model.config)
+        assert grids is not None
+        first = range(0, len(inputs["input_ids"]), micro_batch_size)
+        own = [[start + row for row in rows] for start in first] if sees else [[] for _ in first]
+        seen = tuple(grids.of_rows(inputs, texts) if texts else {} for texts in own)
+        return cls(seen, positions_beside_images(model, inputs).split(micro_batch_size, dim=1), device)
+
+    def given(self, microbatch: int, told: range) -> dict[str, Tensor]:
+        """What the model is given of ``microbatch``, with the positions of ``told`` texts."""
+        positions = self.positions[microbatch][:, told.start : told.stop]
+        return {name: self._sent(values) for name, values in (self.seen[microbatch] | {POSITIONS: positions}).items()}
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """On the device; from pinned memory, or the host would wait for it."""
+        if self.device.type == "cuda" and not values.is_cuda:
+            values = values.contiguous().pin_memory()
+        return values.to(self.device, non_blocking=True)
+
+
+def without_images(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a row a text."""
+    return {name: values for name, values in inputs.items() if name not in (PIXELS, GRIDS, KINDS)}
