@@ -18,8 +18,10 @@ from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.plan.schedules import in_flight
 
 from .bounds import ROUNDING
-from .space import Rows, Space, Task
+from .builder import Rows
+from .space import Space
 from .stages import by_ends
+from .tasks import Task
 
 BLOCK = 64  # members that are looked at together
 

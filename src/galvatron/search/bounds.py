@@ -12,7 +12,6 @@ bound is the least over levels q of what options up to q can do with B less the 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,12 +24,12 @@ from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints
 
 from .geometry import StageShape, UnitClass
+from .hulls import hull_slopes, prices_of
 from .space import Options, Space
 from .stages import BY_ENDS, Division, Tables, by_ends, divide, least_total_and_largest
 from .unbeaten import NEVER, Staircase
 
 ROUNDING = 1e-12  # relative; keeps float rounding from lifting a bound above the optimum that attains it
-NUM_PRICES = 24
 NUM_LEVELS = 16
 FINE, FINER = 2e-3, 8  # on one stage levels whose bound is so near the least are divided, and into so many
 NEVER_S = 1e15  # seconds of an option that does not exist
@@ -72,13 +71,19 @@ class Bounds:
         kinds = (kind.name for kind in space.setting.model.spec.layers)
         self._layers = {kind: Staircase.of(space.options[kind], self._edges) for kind in kinds}
         self._slopes: dict[UnitClass, Floats] = {}
-        self._between: dict[int, StageBound] = {}
+        self._between: dict[tuple[int, bytes], StageBound] = {}
 
     def of(self, part: Space) -> list[StageBound]:
         """Of every stage of ``part``."""
         own = self._layers | {end: Staircase.of(part.options[end], self._edges) for end in ENDS}
         found = [self._stage(stage, shape, own) for stage, shape in enumerate(part.geometry.stages)]
         return found if len(found) > 1 else [self._finely(part, found[0])]
+
+    @property
+    def between(self) -> list[StageBound]:
+        """Of the stages without ends, of every space."""
+        stages = self._space.geometry.stages
+        return [self._stage(stage, stages[stage], self._layers) for stage in range(1, len(stages) - 1)]
 
     def _finely(self, part: Space, coarse: StageBound) -> StageBound:
         """The only stage's once more with finer levels where the bound is least: chains are longest there."""
@@ -102,7 +107,7 @@ class Bounds:
         classes, edges = [shape.classes[at] for at in inner], self._edges
         own = [self._layers[unit.unit] for unit in classes]
         columns = [(o.options.work_s, o.options.held_bytes(c.in_flight)) for o, c in zip(own, classes, strict=True)]
-        prices = _prices([self._hull(unit, *column) for unit, column in zip(classes, columns, strict=True)])
+        prices = prices_of([self._hull(unit, *column) for unit, column in zip(classes, columns, strict=True)])
         least_s, least_held, transient = _leasts(own, columns, prices, edges)
         segments = np.nonzero(shape.allowed)
         counts, room = shape.counts[segments][:, inner].T, self._space.usable_bytes - shape.beside_bytes[segments]
@@ -123,11 +128,12 @@ class Bounds:
         return bound
 
     def _stage(self, stage: int, shape: StageShape, staircases: dict[str, Staircase]) -> StageBound:
-        if 0 < stage < self._space.task.pp - 1:
-            if stage not in self._between:
-                self._between[stage] = self._bound(shape, staircases)
-            return self._between[stage]
-        return self._bound(shape, staircases)
+        if not 0 < stage < self._space.task.pp - 1:
+            return self._bound(shape, staircases)
+        key = stage, shape.beside_bytes.tobytes()  # what runs between stacks depends on the embedding
+        if key not in self._between:
+            self._between[key] = self._bound(shape, staircases)
+        return self._between[key]
 
     def _bound(self, shape: StageShape, staircases: dict[str, Staircase], edges: Ints | None = None) -> StageBound:
         own = [staircases[c.unit] for c in shape.classes]
@@ -136,13 +142,13 @@ class Bounds:
         ]
         hulls = [self._hull(unit, *column) for unit, column in zip(shape.classes, columns, strict=True)]
         levels = self._edges if edges is None else edges
-        return _stage_bound(self._space.usable_bytes, shape, own, columns, _prices(hulls), levels)
+        return _stage_bound(self._space.usable_bytes, shape, own, columns, prices_of(hulls), levels)
 
     def _hull(self, unit: UnitClass, work_s: Floats, held: Ints) -> Floats:
         if unit.unit in ENDS:
-            return _hull_slopes(work_s, held)
+            return hull_slopes(work_s, held)
         if unit not in self._slopes:
-            self._slopes[unit] = _hull_slopes(work_s, held)
+            self._slopes[unit] = hull_slopes(work_s, held)
         return self._slopes[unit]
 
 
@@ -200,32 +206,6 @@ def _leasts(
     np.minimum.accumulate(least_s, axis=0, out=least_s)
     np.minimum.accumulate(least_held, axis=0, out=least_held)
     return least_s, least_held, np.min([staircase.least_transient for staircase in own], axis=0)
-
-
-def _prices(hulls: list[Floats]) -> Floats:
-    """Slopes of the lower hulls of all classes, thinned to ``NUM_PRICES``, with 0."""
-    slopes = np.unique(np.concatenate([np.zeros(1), *hulls]))
-    if len(slopes) > NUM_PRICES:
-        slopes = slopes[np.unique(np.linspace(0, len(slopes) - 1, NUM_PRICES).astype(int))]
-    return slopes
-
-
-def _hull_slopes(work_s: Floats, held: Ints) -> Floats:
-    """Seconds a byte along the lower left convex hull of (held, work), from the fastest option to the smallest."""
-    order = np.lexsort((held, work_s))
-    x, y = held[order].astype(np.float64), work_s[order]
-    falls = np.concatenate(([True], x[1:] < np.minimum.accumulate(x)[:-1]))
-    hull: list[tuple[float, float]] = []
-    for point in zip(x[falls], y[falls], strict=True):
-        while len(hull) > 1 and _turns(hull[-2], hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return np.array([(b[1] - a[1]) / (a[0] - b[0]) for a, b in itertools.pairwise(hull)])
-
-
-def _turns(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether b lies on or above the line from a to c, held falling from a to c."""
-    return (b[1] - a[1]) * (a[0] - c[0]) >= (c[1] - a[1]) * (a[0] - b[0])
 
 
 def relaxed_division(space: Space, bounds: list[StageBound]) -> Division | None:

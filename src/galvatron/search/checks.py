@@ -18,9 +18,10 @@ from galvatron.plan.axes import divisors
 from galvatron.plan.rules import listed
 
 from .baselines import FAMILIES, leanest
+from .builder import SpaceBuilder
 from .limits import Limits
 from .solve import UNLIMITED
-from .space import SpaceBuilder, suits, tasks
+from .tasks import suits, tasks
 
 DEGREES = ("pp", "tp", "ulysses", "cp", "ep", "dp_shard", "dp_replicate")
 STATE_BYTES = 16  # of a parameter with its gradient and two moments, in float32

@@ -24,14 +24,13 @@ from .limits import Limits
 from .patience import Patience, TimeUp
 from .result import Counts, SearchResult, Shortfall, Stop, predicted, seconds_per_sample
 from .rivals import best_of_family, infeasible, shortfall_of_family, unlimited
+from .solution import Solution
 from .solve import Solved, solve
 from .space import Space
-from .tables import Solution
 
 NUM_CANDIDATES = 8
-RUNNER_UP, MANY_STRATEGIES = 0.1, 1_000
-"""How far behind the best a plan may be to be looked for where a layer has so many strategies that this takes long: the
-replay tells plans apart by a few percent."""
+RUNNER_UP = 0.1
+"""How far behind the best a plan may be to be looked for: the replay tells plans apart by a few percent."""
 
 _STOPS: dict[type[BaseException], Stop] = {KeyboardInterrupt: "interrupt", TimeUp: "time limit"}
 
@@ -143,18 +142,17 @@ def _solve_all(job: Job, num_candidates: int) -> _Found:
 
 def _worth(job: Job, found: _Found, num_candidates: int) -> float:
     """Bounds up to this are looked at: what may be a candidate, and of that nothing that is within the gap anyway."""
-    worst, gap = _worst(job, found, num_candidates), job.patience.gap
+    worst, gap = _worst(found, num_candidates), job.patience.gap
     return min(worst, found.best() * (1 - gap)) if gap else worst
 
 
-def _worst(job: Job, found: _Found, num_candidates: int) -> float:
+def _worst(found: _Found, num_candidates: int) -> float:
     """The most that a plan may take to be among those that are replayed."""
-    worst = found.best(num_candidates)
-    return min(worst, found.best() * (1 + RUNNER_UP)) if job.strategies > MANY_STRATEGIES else worst
+    return min(found.best(num_candidates), found.best() * (1 + RUNNER_UP))
 
 
 def _solve_one(job: Job, found: _Found, i: int, bound: float, num_candidates: int) -> None:
-    task, worst = job.tasks[i], _worst(job, found, num_candidates)
+    task, worst = job.tasks[i], _worst(found, num_candidates)
     space = job.space(i)
     solved = Solved(None, bound * task.global_batch_size)
     if bound <= found.best():

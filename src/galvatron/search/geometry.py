@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,10 +23,10 @@ from numpy.typing import NDArray
 
 from galvatron.core.model import ENDS, UnitName
 from galvatron.cost.communication import transfer_s
-from galvatron.cost.joints import joint_bytes
+from galvatron.cost.joints import Between, between
 from galvatron.cost.memory import shared_bytes
 from galvatron.cost.setting import Setting
-from galvatron.cost.strategies import Floats, Ints
+from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.schedules import InFlight, in_flight
 
@@ -54,17 +55,46 @@ class StageShape:
 
 
 class Geometry:
-    """The stages of one task."""
+    """The stages of one task, without what runs between stacks (``with_embedding``)."""
 
-    def __init__(self, setting: Setting, embedding: LayerStrategy | None = None) -> None:
-        """``embedding``: its strategy, which what runs between stacks has too; None leaves that out."""
-        self.setting, self.pp, self.embedding = setting, setting.pp, embedding
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.pp = setting, setting.pp
         self.kinds = [kind.name for kind in setting.model.spec.kind_of_layers()]
         self.num_layers = len(self.kinds)
         self.one_kind = len(set(self.kinds)) == 1
         self.interleaved = setting.model_chunks > 1
-        self.rows = 1 if self.one_kind or self.interleaved else self.num_layers
+        self.rows = 1 if (self.one_kind and not setting.model.spec.joints) or self.interleaved else self.num_layers
         self.stages = [self._stage(stage) for stage in range(self.pp)]
+
+    def with_embedding(self, strategy: LayerStrategy) -> Geometry:
+        """The same with what runs between stacks, as the embedding does, and with copies of tables."""
+        (stays, each), which = self.between_bytes(Strategies.of([strategy])), self._between[0]
+        found = copy(self)
+        found.stages = [
+            replace(shape, beside_bytes=shape.beside_bytes + (stays + held.alive * each)[which, 0])
+            for shape, (held,) in zip(self.stages, self._held, strict=True)
+        ]
+        return found
+
+    def between_bytes(self, embeddings: Strategies) -> tuple[Ints, Ints]:
+        """[sort of segment, strategy]: what stays beyond the units, and what a microbatch keeps (``cost.joints``)."""
+        found = [b.held_bytes(self.setting, embeddings) for b in self._between[1]]
+        stays, each = (np.array(column) for column in zip(*found, strict=True))
+        return stays, each
+
+    @cached_property
+    def _between(self) -> tuple[Ints, list[Between]]:
+        """[first layer, k]: which sort a segment is, by where stacks begin in it; of every sort what it holds."""
+        starts = np.array([stack.start for stack in self.setting.model.spec.stack_ranges] + [self.num_layers])
+        at = np.arange(self.num_layers + 1)
+        stack = np.searchsorted(starts, at, side="right") - 1
+        place = 2 * stack + (at > starts[stack])  # at the first layer of a stack, or further in
+        first, k = np.nonzero((at[:-1, None] + at <= self.num_layers) & (at > 0))
+        pair = place[first] * 2 * len(starts) + place[first + k]
+        _, one, sort = np.unique(pair, return_index=True, return_inverse=True)
+        which = np.zeros((self.num_layers, self.num_layers + 1), dtype=np.int64)
+        which[first, k] = sort
+        return which, [between(self.setting, range(first[i], first[i] + k[i])) for i in one]
 
     def row(self, start: int) -> int:
         """The row of segments that begin with layer ``start``."""
@@ -177,9 +207,6 @@ class Geometry:
         received[rows, lengths] = (stage > 0) * entering[rows] + np.where(is_last, 0.0, entering[ends])
         shared, sent = (self._shared_bytes, output[rows]) if stage > 0 else (0, 0)
         beside[rows, lengths] = sent + held.alive * (shared + np.where(is_last, 0, output[ends]))
-        if self.embedding is not None:
-            for row, k in zip(rows.tolist(), lengths.tolist(), strict=True):
-                beside[row, k] += joint_bytes(self.setting, range(row, row + k), self.embedding, held.alive)
         return allowed, counts, received, beside
 
     def _segments(self, stage: int) -> list[tuple[int, int]]:

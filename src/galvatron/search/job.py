@@ -19,10 +19,12 @@ from galvatron.plan.plan import Plan
 from .ascending import Ascending
 from .baselines import FAMILIES, members, rows_of
 from .bounds import fastest_s, free_bound_s, lower_bounds_s
+from .builder import SpaceBuilder
 from .limits import Limits
 from .patience import ENDLESS, Patience
-from .space import Space, SpaceBuilder, Task, suits, tasks
-from .tables import Solution
+from .solution import Solution
+from .space import Space
+from .tasks import Task, suits, tasks
 from .unbeaten import without_beaten
 
 Progress = Callable[[str], None]

@@ -1,7 +1,7 @@
-"""Pairs of tied ends: which need be looked at, and what no plan with each of them is below.
+"""Pairs of ends of which a part of a space has one: which need be looked at, and what no plan of each is below.
 
-Takes a Space whose ends have equal strategies; gives pairs of options and seconds.  Knows nothing of how a plan is
-found.
+Takes a Space whose ends have equal strategies, or whose embedding says what runs between stacks; gives pairs of options
+and seconds.  Knows nothing of how a plan is found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from .space import Space
 from .stages import Join
 
 Pairs = Sequence[tuple[int, int]]
-"""(embedding, head) as indices of their options."""
+"""(embedding, head) as indices of their options; ``ANY`` head where they need not be alike."""
+
+ANY = -1
 
 
 def floors_s(space: Space, bounds: Bounds, pairs: Pairs) -> Floats:
@@ -27,11 +29,14 @@ def floors_s(space: Space, bounds: Bounds, pairs: Pairs) -> Floats:
     own, of_first = np.unique(first, return_inverse=True)
     with_embedding = bounds.with_each(stages[0], space.options["embedding"].take(own))[:, 0]  # [option, end]
     own, of_last = np.unique(last, return_inverse=True)
-    ending = bounds.with_each(stages[-1], space.options["head"].take(own))
+    heads = space.options["head"] if ANY in own else space.options["head"].take(own)
+    ending = bounds.with_each(stages[-1], heads)
+    if ANY in own:
+        ending = ending.min(axis=0, keepdims=True)
     starts = np.arange(layers + 1)
     row = np.zeros_like(starts) if space.geometry.rows == 1 else np.minimum(starts, ending.shape[1] - 1)
     with_head = ending[:, row, layers - starts]  # [option, start]
-    between = [bound.matrix for bound in bounds.of(space.with_free_ends())[1:-1]]
+    between = [bound.matrix for bound in bounds.between]
     total, largest = (
         _joined(with_embedding, between, with_head, of_first, of_last, join) for join in (np.add, np.maximum)
     )
@@ -53,20 +58,19 @@ def _joined(first: Floats, between: list[Floats], last: Floats, of_first: Ints, 
 
 
 def undominated_pairs(space: Space) -> list[tuple[int, int]]:
-    """Pairs that no other of the same layout equals or beats in work and bytes of both ends."""
-    assert space.end_pairs is not None
-    pairs = np.array(space.end_pairs)
-    embedding, head = space.options["embedding"].take(pairs[:, 0]), space.options["head"].take(pairs[:, 1])
-    columns = [
-        column
-        for o in (embedding, head)
-        for column in (o.work_s, o.resident_bytes, o.activation_bytes, o.transient_bytes)
-    ]
-    table = np.array([*columns, embedding.layout], dtype=np.float64).T
+    """Pairs that no other of the same layout equals or beats in work and bytes, what runs between stacks included."""
+    any_head = [(i, ANY) for i in range(len(space.options["embedding"]))]
+    pairs = np.array(any_head if space.end_pairs is None else space.end_pairs)
+    ends = [space.options["embedding"].take(pairs[:, 0])]
+    if space.end_pairs is not None:
+        ends.append(space.options["head"].take(pairs[:, 1]))
+    columns = [column for o in ends for column in (o.work_s, o.resident_bytes, o.activation_bytes, o.transient_bytes)]
+    if space.is_joined:
+        columns += [row for bytes_ in space.geometry.between_bytes(ends[0].strategies) for row in bytes_]
+    table, layout = np.array(columns, dtype=np.float64).T, ends[0].layout
     kept: list[int] = []
-    for at in np.lexsort((*table.T[:0:-1], table[:, 0] + table[:, 4])):
-        rivals = table[kept]
-        same = rivals[:, 8] == table[at, 8] if len(kept) else np.zeros(0, dtype=bool)
-        if not (same & (rivals[:, :8] <= table[at, :8]).all(axis=1)).any():
+    for at in np.lexsort((*table.T[:0:-1], sum(o.work_s for o in ends))):
+        same = layout[kept] == layout[at]
+        if not (same & (table[kept] <= table[at]).all(axis=1)).any():
             kept.append(int(at))
     return [(int(pairs[at, 0]), int(pairs[at, 1])) for at in kept]

@@ -16,9 +16,9 @@ from .checks import why_empty
 from .job import Job, least
 from .result import Shortfall, predicted
 from .smallest import smallest
+from .solution import Solution
 from .solve import UNLIMITED, solve
 from .space import Space
-from .tables import Solution
 
 Found = tuple[Space, Solution]
 

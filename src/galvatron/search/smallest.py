@@ -17,10 +17,10 @@ from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.schedules import InFlight
 
 from .geometry import StageShape
-from .pairs import undominated_pairs
+from .pairs import ANY, undominated_pairs
+from .solution import Solution
 from .space import Space
 from .stages import Tables, largest_only
-from .tables import Solution
 
 NEVER = 2**50  # bytes that no option holds
 MAX_PAIRS = 16  # tied ends tried: those that hold least
@@ -33,14 +33,13 @@ def smallest(space: Space) -> Solution | None:
 
 
 def _of_any_options(space: Space) -> Solution | None:
-    if space.is_joined and len(space.options["embedding"]) > 1:
-        each = (space.restricted({"embedding": np.array([at])}) for at in range(len(space.options["embedding"])))
-        joined = [solution for solution in map(_of_any_options, each) if solution is not None]
-        return min(joined, key=lambda solution: solution.value, default=None)
-    if space.end_pairs is None:
+    if space.end_pairs is None and not space.is_joined:
         return _smallest(space)
-    pairs = sorted(undominated_pairs(space), key=lambda pair: _pair_bytes(space, pair))[:MAX_PAIRS]
-    found = [_smallest(space.restricted({"embedding": np.array([i]), "head": np.array([j])})) for i, j in pairs]
+    pairs = undominated_pairs(space)
+    if not space.is_joined:
+        pairs = sorted(pairs, key=lambda pair: _pair_bytes(space, pair))[:MAX_PAIRS]
+    chosen = [{end: np.array([at]) for end, at in zip(ENDS, pair, strict=True) if at != ANY} for pair in pairs]
+    found = [_smallest(space.restricted(own)) for own in chosen]
     return min((s for s in found if s is not None), key=lambda s: s.value, default=None)
 
 

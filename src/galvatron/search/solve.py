@@ -20,11 +20,12 @@ from galvatron.cost.strategies import Ints
 from .ascending import Ascending
 from .bounds import Bounds, StageBound, bound_of, least_works_s, relaxed_division
 from .layers import FULL_EFFORT, GREAT_EFFORT, LITTLE_EFFORT, WHOLE_EFFORT, Effort, TooManyLabels
-from .pairs import floors_s, undominated_pairs
+from .pairs import ANY, floors_s, undominated_pairs
 from .patience import ENDLESS, Patience
+from .solution import Solution
 from .space import Space
 from .stages import Division
-from .tables import ROUNDING, Solution, TaskSolver
+from .tables import GOOD, ROUNDING, TaskSolver
 from .unbeaten import without_beaten
 
 UNLIMITED = 2**62
@@ -33,7 +34,6 @@ GUESSES = (2e-3, 8e-3, 1.6e-2, 4e-2, 1e-1, 1.0, math.inf)
 
 COARSE_GUESSES, NEAR_GUESSES = GUESSES[2:], GUESSES[1:4]
 LONG = 64  # layers a stage
-GOOD = 1e-3  # a gap that is good where chains are long
 PROVEN = 1e-4  # a gap that is not worth a search
 NEAR = 1e-2  # what a further part must save where the best is not asked for
 
@@ -133,7 +133,7 @@ def parts(space: Space, at_most: float = math.inf) -> Iterator[Part]:
         if alternative.end_pairs is not None and space.task.pp == 1:
             yield from (Part(0.0, joined, Bounds(joined)) for joined in _joined(alternative))
         elif alternative.is_joined:
-            yield from _joined_parts(alternative)
+            yield from _parts(alternative, at_most)
         elif alternative.task.model_chunks > 1:
             groups = map(alternative.in_layout, range(len(space.layouts)))
             yield from (part for group in groups if not group.is_empty for part in _parts(group, at_most))
@@ -158,28 +158,20 @@ def _joined(space: Space) -> list[Space]:
 
 
 def _parts(group: Space, at_most: float) -> Iterator[Part]:
+    """Where ends are alike, or stages that join stacks have parts of the embedding, one for every pair of ends."""
     bounds, tied = Bounds(group), group.end_pairs is not None
-    if not tied and group.task.model_chunks == 1:
+    if not (tied or group.is_joined) and group.task.model_chunks == 1:
         yield Part(0.0, group, bounds)
         return
-    least = least_works_s(group.with_free_ends() if tied else group, bounds)
+    least = least_works_s(group.with_free_ends() if tied and not group.is_joined else group, bounds)
     floor = math.inf if least is None else bound_of(group.setting, *least)
-    if not tied or floor > at_most:
+    if not (tied or group.is_joined) or floor > at_most:
         yield Part(floor, group, bounds)
         return
     pairs = undominated_pairs(group)
     for pair, floor_s in zip(pairs, floors_s(group, bounds, pairs).tolist(), strict=True):
-        yield Part(floor_s, group, bounds, {end: np.array([at]) for end, at in zip(ENDS, pair, strict=True)})
-
-
-def _joined_parts(space: Space) -> Iterator[Part]:
-    """One for every strategy of the embedding, which stages that join stacks have parts of."""
-    for at in range(len(space.options["embedding"])):
-        heads = [j for i, j in space.end_pairs if i == at] if space.end_pairs is not None else None
-        chosen = {"embedding": np.array([at])} | ({} if heads is None else {"head": np.array(heads, dtype=np.int64)})
-        part = space.restricted(chosen)
-        if not part.is_empty:
-            yield Part(0.0, part, Bounds(part))
+        chosen = {end: np.array([at]) for end, at in zip(ENDS, pair, strict=True) if at != ANY}
+        yield Part(floor_s, group, bounds, chosen)
 
 
 def _solve_within(
@@ -192,6 +184,7 @@ def _solve_within(
         if solved is not None:
             return solved
     best: Solution | None = None
+    is_mixed = effort.bounds and space.task.model_chunks > 1 and len(space.layer_layouts) > 1
     guesses = GUESSES if effort.bounds else COARSE_GUESSES
     for stretch in guesses if at_most > relaxed.value * (1 + GUESSES[1]) else (math.inf,):
         guess = min(relaxed.value * (1 + stretch), at_most, math.inf if best is None else best.value)
@@ -202,6 +195,8 @@ def _solve_within(
             return Solved(best, best.value)
         if best is not None and best.value * (1 - patience.gap) <= lower:
             return Solved(best, lower)
+        if is_mixed and solver.merged and lower >= at_most * (1 - GOOD):
+            break
         if effort.bounds and solver.merged and solver.bound_s < math.inf:
             best = _better(best, TaskSolver(space, bounds, guess, LITTLE_EFFORT, patience).solve())
         if guess == at_most or (solver.merged and best is not None):

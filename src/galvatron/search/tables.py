@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -16,13 +16,24 @@ import numpy as np
 from galvatron.core.model import ENDS, UnitName
 from galvatron.cost.step import objective_s
 from galvatron.cost.strategies import Ints
-from galvatron.plan.plan import LayerStrategy, Plan
-from galvatron.plan.rules import beyond_runtime
+from galvatron.plan.plan import LayerStrategy
 
 from .borders import ANY, MOST, Borders
 from .bounds import StageBound
-from .layers import FULL_EFFORT, Chain, ClassOptions, Effort, Goal, Grown, grow, undominated_options
+from .layers import (
+    FEW_EFFORT,
+    FULL_EFFORT,
+    Chain,
+    ClassOptions,
+    Effort,
+    Goal,
+    Grown,
+    TooManyLabels,
+    grow,
+    undominated_options,
+)
 from .patience import ENDLESS, Patience
+from .solution import Solution, grouped
 from .space import Options, Space
 from .stages import Division, Tables, divide
 from .windows import most_work_s
@@ -30,38 +41,8 @@ from .windows import most_work_s
 Found = dict[tuple[int, int], list[Grown]]
 """By (row, k) the chains of a segment."""
 
+GOOD = 1e-3  # a gap that is good where labels are many
 ROUNDING = 1 + 1e-9  # what a chain may cost is stretched by this much, so that rounding cuts off nothing
-
-
-@dataclass(frozen=True)
-class Solution:
-    """``value``: the additive objective in seconds, or the fullest stage's tensor bytes when memory was the aim."""
-
-    value: float
-    layers_per_stage: tuple[int, ...]
-    embedding: LayerStrategy
-    layers: tuple[LayerStrategy, ...]
-    head: LayerStrategy
-
-    def plan(self, space: Space) -> Plan:
-        """The solution as a plan, labelled with what the runtime cannot run yet."""
-        setting, task = space.setting, space.task
-        plan = Plan(
-            model=setting.model.spec.name,
-            world_size=setting.hardware.world_size,
-            layers_per_stage=self.layers_per_stage,
-            schedule=task.schedule,
-            model_chunks=task.model_chunks,
-            num_microbatches=task.num_microbatches,
-            global_batch_size=setting.global_batch_size,
-            seq_len=setting.seq_len,
-            precision=setting.precision,
-            grad_reduce_dtype=setting.grad_reduce_dtype,
-            embedding=self.embedding,
-            layers=self.layers,
-            head=self.head,
-        )
-        return plan.model_copy(update={"what_if": tuple(beyond_runtime(plan))})
 
 
 class TaskSolver:
@@ -94,18 +75,23 @@ class TaskSolver:
     def _solve(self) -> Solution | None:
         chunks, layouts = self.space.task.model_chunks, self.space.layer_layouts
         if chunks == 1 or len(layouts) == 1:
-            return self._solve_with(Borders(layouts, chunks))
+            return self._solve_with(Borders(layouts, chunks), self.effort)
         return self._solve_mixed(chunks)
 
     def _solve_mixed(self, chunks: int) -> Solution | None:
         """Interleaved layers of several layouts; None where one alone is worth it, or nothing beats ``at_most``.
 
-        What borders cost makes chains many times as many, and is seldom what decides: first it is left out.
+        What borders cost makes chains many times as many, and is seldom what decides: first it is left out, and where
+        that leaves a ``GOOD`` gap and labels would have to be merged, it stays so.
         """
         layouts = self._worth_passing()
         if len(layouts) < 2:
             return None
-        free = self._solve_with(Borders(np.array([ANY]), chunks))
+        own, few = self.effort, FEW_EFFORT if self.effort.bounds else self.effort
+        free = self._solve_with(Borders(np.array([ANY]), chunks), few)
+        if few is not own and self.merged and not self._is_good(self.bound_s):
+            self.bound_s, self.merged = math.inf, False
+            free = self._solve_with(Borders(np.array([ANY]), chunks), own)
         if free is None or self.bound_s * ROUNDING >= self.at_most:
             return None
         passing = Borders(layouts, chunks)
@@ -113,17 +99,20 @@ class TaskSolver:
             self.merged = True
             return free
         below_s, self.bound_s, self.merged = self.bound_s, math.inf, False
-        exact = self._solve_with(passing)
+        try:
+            exact = self._solve_with(passing, replace(few, whole=True) if self._is_good(below_s) else own)
+        except TooManyLabels:
+            exact, self.bound_s, self.merged = None, below_s, True
         self.bound_s = max(self.bound_s, below_s)
         return min((s for s in (exact, free) if s is not None), key=lambda s: s.value)
 
-    def _solve_with(self, borders: Borders) -> Solution | None:
+    def _solve_with(self, borders: Borders, effort: Effort) -> Solution | None:
         bounds: list[Tables] = []
         grown: list[Found] = []
         exits: list[Ints] = []
         entries = borders.first
         for stage in range(len(self.bounds)):
-            found = self._stage(stage, entries, borders)
+            found = self._stage(stage, entries, borders, effort)
             table = self._table(stage, found, "bound_s")
             reached = [np.isfinite(work).any(axis=(0, 1)) for work in table.values()]
             exits.append(np.flatnonzero(np.any(reached, axis=0)) if reached else np.zeros(0, dtype=np.int64))
@@ -146,6 +135,9 @@ class TaskSolver:
         if not borders.are_free:
             return solution
         return replace(solution, value=objective_s(solution.plan(self.space), self.space.setting))
+
+    def _is_good(self, bound_s: float) -> bool:
+        return self.effort.bounds and bound_s >= self.at_most * (1 - GOOD)
 
     def _worth_passing(self) -> Ints:
         """Layouts of the options of layers that may be part of a plan of value ``at_most`` by the dual bound."""
@@ -178,13 +170,13 @@ class TaskSolver:
                 best = replace(found, segments=tuple(segments))
         return best
 
-    def _stage(self, stage: int, entries: Ints, borders: Borders) -> Found:
+    def _stage(self, stage: int, entries: Ints, borders: Borders, effort: Effort) -> Found:
         """By (row, k) the chains of one stage's segments, of every level of the largest transient one."""
         found: Found = {}
         for level in np.argsort(self.bounds[stage].level_s.min(axis=(1, 2)), kind="stable").tolist():
             for members in self._alike(stage, level):
                 self.patience.check()
-                chain = self._chain(stage, level, members, entries, borders)
+                chain = self._chain(stage, level, members, entries, borders, effort)
                 if chain is not None:
                     result = grow(chain)
                     self.merged |= result.merged
@@ -231,7 +223,13 @@ class TaskSolver:
         return layers, {unit.unit: at for at, unit in enumerate(classes) if unit.unit in ENDS}
 
     def _chain(
-        self, stage: int, level: int, members: list[tuple[int, int]], entries: Ints, borders: Borders
+        self,
+        stage: int,
+        level: int,
+        members: list[tuple[int, int]],
+        entries: Ints,
+        borders: Borders,
+        effort: Effort,
     ) -> Chain | None:
         """The chain that serves all ``members`` (row, k): equal layers up to the longest.
 
@@ -259,9 +257,7 @@ class TaskSolver:
         prices, size = self.bounds[stage].prices, len(self.space.layouts)
         first, last = ends.get("embedding"), ends.get("head")
         starts = tuple(itertools.accumulate(self.geometry.chunk_sizes(len(layers))[:-1]))
-        return Chain(
-            classes, first, layers, last, goals, entries, borders, starts, transients, prices, size, self.effort
-        )
+        return Chain(classes, first, layers, last, goals, entries, borders, starts, transients, prices, size, effort)
 
     @staticmethod
     def _least_transient(
@@ -327,7 +323,7 @@ class TaskSolver:
                     layers.append(strategy)
             kinds = [kind for kind, _ in self.geometry.layers_of(stage, self.geometry.row(start), k)]
             for chunk, size in enumerate(self.geometry.chunk_sizes(k)):
-                entries[chunk * pp + stage] = _grouped(layers[:size], kinds[:size])
+                entries[chunk * pp + stage] = grouped(layers[:size], kinds[:size])
                 layers, kinds = layers[size:], kinds[size:]
         return Solution(
             division.value,
@@ -336,13 +332,3 @@ class TaskSolver:
             tuple(itertools.chain(*entries)),
             ends["head"],
         )
-
-
-def _grouped(layers: list[LayerStrategy], kinds: list[UnitName]) -> list[LayerStrategy]:
-    """The same with equal strategies side by side: among layers of one kind and layout their order costs nothing."""
-    grouped: list[LayerStrategy] = []
-    pairs = zip(layers, kinds, strict=True)
-    for _, members in itertools.groupby(pairs, key=lambda pair: (pair[1], pair[0].sequence_degree)):
-        run = [strategy for strategy, _ in members]
-        grouped += sorted(run, key=run.index)
-    return grouped

@@ -122,7 +122,7 @@ class Costs:
         return found
 
     def allowed(self) -> Any:
-        """Which combinations the rules allow: tied ends alike.
+        """Which combinations the rules allow: ends that are one tensor, or see one sort of inputs, alike.
 
         Hetu-Galvatron's ends are alike too, and what it does not shard by ZeRO 3 has one ZeRO stage.
         """
@@ -138,7 +138,7 @@ class Costs:
                 for having in (of_2, of_0)
             )
             mask &= ~(some_2 & some_0)
-        if self.setting.model.spec.tied_embeddings or self.setting.runtime == "hetu":
+        if self.setting.model.spec.ends_alike or self.setting.runtime == "hetu":
             alike = [[a.strategy == b.strategy for b in self.options[-1]] for a in self.options[0]]
             mask &= np.array(alike).reshape(len(alike), *[1] * len(self.kinds), len(alike[0]))
         return mask

@@ -38,7 +38,15 @@ TWO_STACKS = [INSTANCES + 10 * n + STACKED[n % 3] for n in range(60)]
 FEW = TWO_STACKS[:9]
 TELLING = {142}  # interleaving two kinds of layers fits where 1F1B does not
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 1}
+_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "clip": {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": 16,
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, **_TOWER},
+        "text_config": {"model_type": "clip_text_model", "vocab_size": 97, "max_position_embeddings": 16, **_TOWER},
+    },
     "t5": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 97, **_T5},
 }
 MOST = 200_000  # combinations of strategies that a task of an instance may have
@@ -111,7 +119,7 @@ def test_the_search_equals_brute_force(seed: int) -> None:
     check(*instance(seed))
 
 
-@pytest.mark.parametrize(("name", "seed"), [("t5", 0), ("t5", 1)])
+@pytest.mark.parametrize(("name", "seed"), [("clip", 0), ("t5", 0), ("t5", 1)])
 def test_the_search_equals_brute_force_on_shipped_data(name: str, seed: int) -> None:
     """Two stacks as families describe them, with what rides along and what joins them, on two devices."""
     shake, on, schedules = random.Random(seed), ["tp", "zero", "dp_shard", "full"], [("1f1b", 1)]

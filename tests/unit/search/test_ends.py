@@ -7,7 +7,7 @@ import pytest
 from galvatron.core.errors import ConfigError
 from galvatron.cost import Setting
 from galvatron.search import Limits, search
-from galvatron.search.space import SpaceBuilder
+from galvatron.search.builder import SpaceBuilder
 from unit.profiles import make_hardware, make_model, make_spec
 
 MODEL, TIED = (make_model(make_spec(2, hidden=256, ffn=768, vocab=2000, tied=tied)) for tied in (False, True))

@@ -20,11 +20,12 @@ from galvatron.plan.rules import check_plan, check_runnable
 from galvatron.search import FAMILIES, Limits, SearchResult, search
 from galvatron.search.baselines import members
 from galvatron.search.bounds import lower_bounds_s, stage_bounds
+from galvatron.search.builder import SpaceBuilder
 from galvatron.search.layers import LITTLE_EFFORT, Effort
 from galvatron.search.smallest import smallest
 from galvatron.search.solve import parts, solve
-from galvatron.search.space import SpaceBuilder, Task, tasks
 from galvatron.search.tables import TaskSolver
+from galvatron.search.tasks import Task, tasks
 from unit.profiles import make_hardware, make_model, make_spec
 
 MODEL, HARDWARE = make_model(make_spec(4, hidden=256, ffn=768, vocab=2000), flops_per_s=2e11), make_hardware(4)
