@@ -53,6 +53,31 @@ def options(made: argparse.ArgumentParser) -> argparse.Namespace:
     return found
 
 
+def sweep_options(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """The same, with what ``sweep`` asks for."""
+    made.add_argument("--limit-s", type=float, default=600.0, help="wall seconds of one point")
+    made.add_argument("--resume", action="store_true", help="keep the points that --out already has")
+    return options(made)
+
+
+def sweep(
+    script: str,
+    options: argparse.Namespace,
+    wanted: Sequence[dict[str, Any]],
+    words: Callable[[dict[str, Any]], str],
+    summary: Callable[[Sequence[dict[str, Any]]], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of all ``wanted`` points, written after each: a long run may be stopped, and resumed."""
+    rows = []
+    if options.resume:
+        rows = [row for row in saved(options.out) if {name: row.get(name) for name in wanted[0]} in wanted]
+    kept = [{name: row[name] for name in wanted[0]} for row in rows]
+    for point in tracked([point for point in wanted if point not in kept], words):
+        rows.append(in_process(script, point, options.limit_s))
+        save(options.out, rows, **({} if summary is None else {"summary": summary(rows)}))
+    return rows
+
+
 def header() -> dict[str, Any]:
     """Date, machine, versions and command."""
     return {

@@ -40,9 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 512, 4096])
     parser.add_argument("--spaces", nargs="+", default=["runtime"])
     parser.add_argument("--global-batch-size", type=int, default=512, help="at least a sequence a device is taken")
-    parser.add_argument("--limit-s", type=float, default=600.0, help="wall seconds of one point")
-    parser.add_argument("--resume", action="store_true", help="keep the searches that --out already has")
-    return measure.options(parser)
+    return measure.sweep_options(parser)
 
 
 def natural_seq_len(spec: ModelSpec) -> int:
@@ -107,10 +105,6 @@ def points(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def point_of(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("preset", "num_devices", "card", "space", "global_batch_size")}
-
-
 def words(point: dict[str, Any]) -> str:
     return f"{point['card']} on {point['num_devices']} {point['preset']}, space {point['space']}"
 
@@ -146,12 +140,7 @@ def main() -> int:
     if options.point is not None:
         print(json.dumps(one(options.point)))
         return 0
-    wanted = points(options)
-    rows = [row for row in measure.saved(options.out) if point_of(row) in wanted] if options.resume else []
-    kept = [point_of(row) for row in rows]
-    for point in measure.tracked([point for point in wanted if point not in kept], words):
-        rows.append(measure.in_process(__file__, point, options.limit_s))
-        measure.save(options.out, rows, summary=summary(rows))  # a long run may be stopped
+    rows = measure.sweep(__file__, options, points(options), words, summary)
     columns = ("card", "preset", "devices", "space", "status", "CPU s", "gap", "step s", "objective s", "over simple")
     measure.show("searches", columns, map(line, rows))
     total = summary(rows)

@@ -113,9 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--preset", default="h100")
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--global-batch-size", type=int, default=512)
-    parser.add_argument("--limit-s", type=float, default=600.0, help="wall seconds of one point")
-    parser.add_argument("--resume", action="store_true", help="keep the searches that --out already has")
-    return measure.options(parser)
+    return measure.sweep_options(parser)
 
 
 def config_of(model_type: str) -> dict[str, Any]:
@@ -166,10 +164,6 @@ def points(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def point_of(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("family", "num_devices", "preset", "global_batch_size")}
-
-
 def words(point: dict[str, Any]) -> str:
     return f"{point['family']} on {point['num_devices']}"
 
@@ -179,12 +173,7 @@ def main() -> int:
     if options.point is not None:
         print(json.dumps(one(options.point)))
         return 0
-    wanted = points(options)
-    rows = [row for row in measure.saved(options.out) if point_of(row) in wanted] if options.resume else []
-    kept = [point_of(row) for row in rows]
-    for point in measure.tracked([point for point in wanted if point not in kept], words):
-        rows.append(measure.in_process(__file__, point, options.limit_s))
-        measure.save(options.out, rows)  # a long run may be stopped
+    rows = measure.sweep(__file__, options, points(options), words)
     write_atomic(options.out.with_suffix(".md"), table(rows))
     measure.show("searches", COLUMNS, map(line, rows))
     return int(not all(row["status"] == "infeasible" or row.get("fits") for row in rows))

@@ -1,10 +1,12 @@
-"""How long does a search take on the reference system's own example?
+"""How long does a search take on the reference system's own examples?
 
     python benchmarks/search_reference.py --profiles PROFILES --out search_reference.json
+    python benchmarks/search_reference.py --profiles PROFILES --models t5-3b swin-huge --out reference_stacks.json
 
-Searches LLaMA-2-7B on 8 A100 from Hetu-Galvatron's measured profiles, for every budget, batch and space, with and
-without the simple plans.  PROFILES holds ``llama2-7b/`` and ``hardware/`` as that system ships them.  Every search has
-a process of its own and is repeated there: the first is what a user waits for, the others find warm caches.
+Searches LLaMA-2-7B, or models of two and four stacks, on 8 A100 from Hetu-Galvatron's measured profiles, for every
+budget, batch and space, with and without the simple plans.  PROFILES holds a folder a model and ``hardware/`` as that
+system ships them.  Every search has a process of its own and is repeated there: the first is what a user waits for, the
+others find warm caches.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ DEVICE_MEMORY_BYTES = 80 * GB
 
 def arguments() -> argparse.Namespace:
     parser = measure.parser(__doc__)
-    parser.add_argument("--profiles", type=Path, help="folder with llama2-7b/ and hardware/")
+    parser.add_argument("--profiles", type=Path, help="folder with hardware/ and one a model")
+    parser.add_argument("--models", nargs="+", default=["llama2-7b"], choices=["llama2-7b", "t5-3b", "swin-huge"])
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 20, 24, 36, 40, 80], help="GB (10^9 bytes)")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     parser.add_argument("--spaces", nargs="+", default=["runtime", "all"])
@@ -42,8 +45,8 @@ def arguments() -> argparse.Namespace:
 
 def searcher(point: dict[str, Any]) -> Callable[[], SearchResult]:
     folder = Path(point["profiles"])
-    (computation,) = (folder / "llama2-7b").glob("computation_profiling_*.json")
-    (memory,) = (folder / "llama2-7b").glob("memory_profiling_*.json")
+    (computation,) = (folder / point["model"]).glob("computation_profiling_*.json")
+    (memory,) = (folder / point["model"]).glob("memory_profiling_*.json")
     model = import_model(computation, memory, named_spec(card_of_file(computation)))
     hardware, _ = import_hardware(folder / "hardware", 1, 8, DEVICE_MEMORY_BYTES)
 
@@ -68,36 +71,36 @@ def one(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def points(options: argparse.Namespace) -> list[dict[str, Any]]:
-    every = itertools.product(options.spaces, (False, True), options.budgets, options.batches)
+    every = itertools.product(options.models, options.spaces, (False, True), options.budgets, options.batches)
     return [
         {
             "profiles": str(options.profiles),
+            "model": model,
             "space": space,
             "baselines": baselines,
             "memory_limit_bytes": budget * GB,
             "global_batch_size": batch,
             "repeats": options.repeats,
         }
-        for space, baselines, budget, batch in every
+        for model, space, baselines, budget, batch in every
     ]
 
 
 def words(point: dict[str, Any]) -> str:
     budget, rivals = point["memory_limit_bytes"] // GB, " with simple plans" * point["baselines"]
-    return f"{point['space']}{rivals}, {budget} GB, batch {point['global_batch_size']}"
+    return f"{point['model']}, {point['space']}{rivals}, {budget} GB, batch {point['global_batch_size']}"
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every space, with and without the simple plans: seconds of first searches and of all, and their spread."""
+    """Seconds of first searches and of all, and their spread, by model, space and whether simple plans are sought."""
     found = []
-    for space, baselines in dict.fromkeys((row["space"], row["baselines"]) for row in rows):
-        group = [row for row in rows if (row["space"], row["baselines"]) == (space, baselines)]
+    for key in dict.fromkeys((row["model"], row["space"], row["baselines"]) for row in rows):
+        group = [row for row in rows if (row["model"], row["space"], row["baselines"]) == key]
         measured = [row for row in group if "cpu_s" in row]
         first, spreads = [row["cpu_s"][0] for row in measured], [max(r["cpu_s"]) / min(r["cpu_s"]) for r in measured]
         found.append(
             {
-                "space": space,
-                "baselines": baselines,
+                **dict(zip(("model", "space", "baselines"), key, strict=True)),
                 "searches": len(group),
                 "infeasible": sum(row["status"] == "infeasible" for row in group),
                 "unmeasured": len(group) - len(measured),
@@ -124,7 +127,18 @@ def main() -> None:
         rows.append({name: value for name, value in row.items() if name != "profiles"})
     table = summary(rows)
     measure.save(options.out, rows, summary=table)
-    columns = ("GB", "batch", "space", "simple plans", "CPU s first", "CPU s median", "gap", "step s", "status")
+    columns = (
+        "model",
+        "GB",
+        "batch",
+        "space",
+        "simple plans",
+        "CPU s first",
+        "CPU s median",
+        "gap",
+        "step s",
+        "status",
+    )
     measure.show("searches", columns, (line(row) for row in rows))
     measure.show("summary", tuple(table[0]), (tuple(row.values()) for row in table))
 
@@ -132,6 +146,7 @@ def main() -> None:
 def line(row: dict[str, Any]) -> tuple[object, ...]:
     seconds = row.get("cpu_s")
     return (
+        row["model"],
         row["memory_limit_bytes"] // GB,
         row["global_batch_size"],
         row["space"],

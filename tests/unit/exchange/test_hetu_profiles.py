@@ -9,7 +9,8 @@ import pytest
 
 from galvatron.core.errors import ProfileError
 from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelProfile
-from galvatron.exchange import card_of_file, import_model, named_spec
+from galvatron.exchange import card_of_file, import_hardware, import_model, named_spec
+from galvatron.search import search
 from unit.exchange.hetu_fixtures import (
     MIB,
     SEQ_LEN,
@@ -152,3 +153,20 @@ def test_the_real_files_agree_with_the_cards(folder: str) -> None:
     profile = import_model(computation, memory, named_spec(card_of_file(computation)))
     assert profile.tp_degrees() == (1, 2, 4, 8)
     assert ModelProfile.from_json(profile.to_json()) == profile
+
+
+@pytest.mark.parametrize("folder", ["t5-3b", "swin-huge"])
+def test_several_stacks_are_planned_from_the_real_files(folder: str) -> None:
+    """Two stacks and four, on a node of 8 GPUs."""
+    (computation,) = (reference_folder() / folder).glob("computation_*.json")
+    (memory,) = (reference_folder() / folder).glob("memory_*.json")
+    profile = import_model(computation, memory, named_spec(card_of_file(computation)))
+    hardware, _ = import_hardware(reference_folder() / "hardware", 1, 8, 80 * 10**9)
+    found = search(
+        profile, hardware, global_batch_size=64, memory_limit_bytes=20 * 10**9, num_candidates=1, baselines=False
+    )
+    proof = found.prediction.proof
+    assert profile.spec.stacks > 1
+    assert proof is not None
+    assert proof.gap == 0
+    found.plan.validate(profile.spec, hardware.world_size)
