@@ -106,6 +106,8 @@ ENDINGS: dict[str, int] = {
 """What else a name may end in; a value that is smaller stays."""
 POSITIONS = ("position_embeddings", "max_target_positions", "max_text_positions", "max_seq_len", "n_ctx")
 """How a name of places for tokens ends, of which a twin has enough for its own."""
+STACKED = ("encoder_layers", "decoder_layers")
+"""How a number of layers ends that a twin has several of, or a model of one would hide that they are a stack."""
 NARROW, EMBEDDING = "embedding_size", 40
 """A width of embeddings that is not that of hidden states, which takes a projection."""
 IMAGE_SIZES = ("patch_size", "max_source_positions", "num_mel_bins")
@@ -139,6 +141,8 @@ def shrunk(name: str, value: int, hidden: int | None) -> int:
         return SIZES[name]
     if name.endswith(POSITIONS):
         return 4 * SEQ_LEN
+    if name.endswith(STACKED):
+        return LAYERS
     if name in MOST:
         return min(value, MOST[name])
     ending = max((end for end in ENDINGS if name == end or name.endswith("_" + end)), key=len, default=None)

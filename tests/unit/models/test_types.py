@@ -81,6 +81,13 @@ def test_an_attention_that_views_by_a_width_of_its_own_counts_what_a_rank_has() 
     assert prove(AutoConfig.for_model("xglm")) == Proof()
 
 
+@pytest.mark.parametrize(("model_type", "layers"), [("umt5", "num_decoder_layers"), ("blenderbot", "encoder_layers")])
+def test_a_stack_of_one_layer_is_a_stack(model_type: str, layers: str) -> None:
+    config = AutoConfig.for_model(model_type, **{layers: 1})
+    paths = [stack.path for stack in family_of(config).stacks]
+    assert [path.rpartition(".")[0].removeprefix("model.") for path in paths] == ["encoder", "decoder"]
+
+
 def test_twins_shrink_by_what_names_end_in() -> None:
     short = AutoConfig.for_model("whisper", max_target_positions=9)
     assert twin_config(short).max_target_positions == 64  # places for all of its own tokens
