@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from galvatron.core.errors import PlanError
+from galvatron.core.model import Precision
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing import ParityReport, Pool, Recipe, parity
+from galvatron.testing.compare import Deviation
 from galvatron.testing.models import tiny_config, tiny_model
-from galvatron.testing.parity import parity_with
+from galvatron.testing.parity import decided, parity_with
 from galvatron.testing.reference import Reference, Tensors, train_reference
 
 ONE = LayerStrategy(tp=2)
@@ -52,6 +54,35 @@ def test_an_untouched_reference_is_met(reference: Reference, pool: Pool, tmp_pat
     assert report.ok, report.explain()
     assert report.explain().startswith("parity holds: loss")
     assert max(report.worst.values()) > 0
+
+
+def test_a_reference_in_float64_is_met(pool: Pool, tmp_path: Path) -> None:
+    exact = train_reference(tiny_model("llama", num_hidden_layers=2), 4, 8, Recipe(num_steps=2), exact=True)
+    assert exact.steps[1].gradients[NAME].dtype == torch.float64
+    report = _verdict(exact, pool, tmp_path)
+    assert report.ok, report.explain()
+
+
+@pytest.mark.parametrize(
+    ("error", "against_float64", "precision", "ok"),
+    [
+        (2e-5, 8e-6, "fp32", True),
+        (2e-5, 2e-5, "fp32", False),
+        (2e-4, 8e-6, "fp32", False),  # no rounding
+        (0.25, 8e-6, "bf16", False),
+    ],
+)
+def test_float64_decides_where_float32_fails_narrowly(
+    error: float, against_float64: float, precision: Precision, ok: bool
+) -> None:
+    def held(exact: bool) -> ParityReport:
+        found = against_float64 if exact else error
+        deviation = Deviation(kind="gradient", name=NAME, step=0, rank=0, precision=precision, error=found)
+        return ParityReport(plan=PLAN, deviations=(deviation,))
+
+    report = decided(held, PLAN.model_copy(update={"precision": precision}))
+    assert (report.ok, report.exact) == (ok, ok)
+    assert report.worst["gradient"] == (against_float64 if ok else error)
 
 
 @pytest.mark.parametrize("kind", ["parameter", "exp_avg", "exp_avg_sq"])

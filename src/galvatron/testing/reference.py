@@ -136,10 +136,13 @@ def train_reference(
     seq_len: int,
     recipe: Recipe | None = None,
     precision: Precision = "fp32",
+    *,
+    exact: bool = False,
 ) -> Reference:
     """Train a copy of ``model`` in ``precision`` for ``recipe.num_steps`` steps of AdamW; ``model`` stays as it is.
 
-    What does not require a gradient in ``model`` is frozen in the copy.
+    What does not require a gradient in ``model`` is frozen in the copy.  ``exact``: in float64, as far as the model's
+    own casts let it, in the place of float32.
 
     Raises:
         ConfigError: the model has dropout, which no two layouts draw alike.
@@ -151,6 +154,7 @@ def train_reference(
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     config, adapter = config_of(model), adapter_of(model)
     twin = restore(config, initial, frozen, adapter)
+    twin = twin.double() if exact else twin
     parameters = dict(twin.named_parameters())
     trained = {name: parameter for name, parameter in parameters.items() if name not in frozen}
     optimizer = recipe.optimizer(list(trained.values()))
@@ -167,7 +171,7 @@ def train_reference(
         initial=initial,
         steps=steps,
         final_loss=final_loss,
-        parameters=_snapshot(parameters) | lasting,
+        parameters={name: parameter.detach().clone() for name, parameter in parameters.items()} | lasting,
         exp_avg={name: optimizer.state[p]["exp_avg"] for name, p in trained.items()},
         exp_avg_sq={name: optimizer.state[p]["exp_avg_sq"] for name, p in trained.items()},
     )
@@ -216,14 +220,16 @@ def mean_loss(
 
     With the model's own auxiliary loss of routers, if its config asks for it: the mean over microbatches.
     """
-    weights = {name: parameter.to(DTYPES[precision]) for name, parameter in model.named_parameters()}
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else DTYPES[precision]
+    weights = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    given = {name: v.to(DTYPES[precision]) if v.is_floating_point() else v for name, v in inputs.items()}
+    given = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
     if task_of(config_of(model)) == "contrast":
         own: torch.Tensor = functional_call(model, weights, kwargs={**given, "return_loss": True}).loss
         return own
     logits = functional_call(model, weights, kwargs={**given, **options}).logits
-    loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    logits = logits if dtype == torch.float64 else logits.float()
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
     if not getattr(model.config, "output_router_logits", False):
         return loss
     parts = zip(*(values.chunk(num_microbatches) for values in given.values()), strict=True)

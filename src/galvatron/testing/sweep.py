@@ -14,7 +14,7 @@ from galvatron.models import build_spec
 from galvatron.plan import Plan
 
 from .models import Variant
-from .parity import ParityReport, parity_with
+from .parity import ParityReport, decided, parity_with
 from .plans import SEQ_LEN
 from .pool import Pool
 from .reference import Recipe, train_reference
@@ -49,14 +49,22 @@ class Sweep:
         self, variant: str, plan: Plan, recipe: Recipe | None = None, *, engine: str | None = None
     ) -> ParityReport:
         """``testing.parity`` of the variant of that name (in halves the smooth one); WorkerError where a rank fails."""
-        return parity_with(self._reference(variant, plan, recipe or self.recipe), plan, self.pool, engine=engine)
 
-    def _reference(self, variant: str, plan: Plan, recipe: Recipe) -> Path:
+        def held(exact: bool) -> ParityReport:
+            path = self._reference(variant, plan, recipe or self.recipe, exact=exact)
+            return parity_with(path, plan, self.pool, engine=engine)
+
+        return decided(held, plan)
+
+    def _reference(self, variant: str, plan: Plan, recipe: Recipe, *, exact: bool) -> Path:
         heads = heads_for(plan.world_size)
         clip = recipe.max_grad_norm
         name = f"{variant}-{heads}-{plan.global_batch_size}x{plan.seq_len}-{clip}-{recipe.num_steps}-{recipe.seed}"
-        path = self.folder / f"{name}-{plan.precision}.pt"
+        path = self.folder / f"{name}-{'fp64' if exact else plan.precision}.pt"
         if not path.exists():
             model = Variant.named(variant).model(heads, recipe.seed, smooth=plan.precision != "fp32")
-            train_reference(model, plan.global_batch_size, plan.seq_len, recipe, plan.precision).save(path)
+            reference = train_reference(
+                model, plan.global_batch_size, plan.seq_len, recipe, plan.precision, exact=exact
+            )
+            reference.save(path)
         return path
