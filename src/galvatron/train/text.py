@@ -168,7 +168,7 @@ def reader(data: DataSection, template: ChatTemplate | None = None) -> Read:
         assert template is not None
         messages = record.get(data.messages_field)
         if not isinstance(messages, list):
-            known = _listed(key for key, value in record.items() if isinstance(value, list))
+            known = listed(key for key, value in record.items() if isinstance(value, list))
             raise BadRecord(
                 f"has no messages in field {data.messages_field!r}, its lists: {known}; set data.messages_field"
             )
@@ -186,7 +186,7 @@ def _text(record: dict[str, Any], field: str, setting: str) -> str:
     if field in record and record[field] is None:
         raise BadRecord(f"has no text in field {field!r} but null; mend that record")
     if not isinstance(record.get(field), str):
-        known = _listed(key for key, value in record.items() if isinstance(value, str))
+        known = listed(key for key, value in record.items() if isinstance(value, str))
         raise BadRecord(f"has no text in field {field!r}, its text fields: {known}; set {setting}")
     return _whole(record[field], field)
 
@@ -197,5 +197,6 @@ def _whole(text: str, field: str) -> str:
     return text
 
 
-def _listed(names: Iterator[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Some names of fields, for people."""
     return ", ".join(sorted(map(shown, names))[:MAX_LISTED]) or "none"

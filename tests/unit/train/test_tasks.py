@@ -247,6 +247,10 @@ def test_texts_of_classes_are_padded_and_classes_numbered_by_name(tmp_path: Path
     path.write_text('{"text": "w0", "label": 1}\n{"text": "w0", "label": 1.5}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2 must have a class, name or number, in field 'label', got 1\.5"):
         LabelledTexts.read(DataSection(source=str(path)), 3, tokenizer)
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1 has no field 'kind' for its class, its fields: 'label', 'text'; set"
+    ):
+        LabelledTexts.read(DataSection(source=str(path)), 3, tokenizer, label_field="kind")
 
 
 def test_classes_have_the_numbers_that_the_model_has_for_them() -> None:
@@ -400,7 +404,7 @@ def test_crops_lie_within_the_image_and_have_the_area_that_was_drawn() -> None:
             r"a\.jsonl:1 must have a path from .* in field 'image', got 'no",
         ),
         ("a.parquet", b"PAR1 not really", r"a\.parquet cannot be read as parquet"),
-        ("a.jsonl", b'{"image": "a.jsonl"}\n', r"a\.jsonl:1 must have a class, name or number"),
+        ("a.jsonl", b'{"image": "a.jsonl"}\n', r"a\.jsonl:1 has no field 'label' for its class"),
         ("a.tar", b"no tar" * 200, r"a\.tar is no plain tar"),
         ("a.txt", b"text", "has no images; give a directory of them, one folder a class"),
     ],

@@ -19,7 +19,7 @@ from galvatron.core.job import DataSection
 from galvatron.core.words import shown
 
 from ..sources import read_records
-from ..text import BadRecord, Skipped, good, reader
+from ..text import BadRecord, Skipped, good, listed, reader
 
 Class = str | int
 Numbering = Callable[[Iterable[Class]], dict[Class, int]]
@@ -61,7 +61,9 @@ def named_classes(classes: dict[Class, int], names: Sequence[str]) -> tuple[str,
 
 def class_in(record: dict[str, Any], field: str) -> Class:
     """The class that ``record`` is of.  Raises BadRecord if there is none."""
-    label = record.get(field)
+    if field not in record:
+        raise BadRecord(f"has no field {field!r} for its class, its fields: {listed(record)}; set data.label_field")
+    label = record[field]
     if type(label) not in (str, int):
         raise BadRecord(f"must have a class, name or number, in field {field!r}, got {shown(label)}; mend it")
     return label  # type: ignore[return-value]
