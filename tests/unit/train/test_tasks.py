@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, WhisperFeatureExtractor
+from tokenizers import Tokenizer, models, processors
+from transformers import AutoImageProcessor, PreTrainedTokenizerFast, WhisperFeatureExtractor
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection, TrainSection
@@ -51,8 +52,7 @@ WORDS, SENTINELS, RATE = 200, 100, 16000
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import pre_tokenizers
 
     names = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "</s>", "?", *(f"<extra_id_{i}>" for i in range(SENTINELS))]
     vocabulary = {name: i for i, name in enumerate([*names, *(f"w{i}" for i in range(WORDS))])}
@@ -251,6 +251,17 @@ def test_texts_of_classes_are_padded_and_classes_numbered_by_name(tmp_path: Path
         DataError, match=r"a\.jsonl:1 has no field 'kind' for its class, its fields: 'label', 'text'; set"
     ):
         LabelledTexts.read(DataSection(source=str(path)), 3, tokenizer, label_field="kind")
+
+
+def test_a_row_without_a_place_for_special_tokens_is_refused(processor: Any, folder: Path) -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "<s>": 1}, unk_token="a"))
+    words.post_processor = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 1)])
+    framed = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a", bos_token="<s>")
+    with pytest.raises(DataError, match="seq_len=1 must be more than the 2 tokens that a text has around it; raise it"):
+        LabelledTexts(["a", "a"], [0, 1], 1, framed)
+    titled = [replace(picture, text="a") for picture in Picture.find(folder)]
+    with pytest.raises(DataError, match="seq_len=1 must be more than the 2 tokens"):
+        TitledImages(titled, processor, framed, 1)
 
 
 def test_classes_have_the_numbers_that_the_model_has_for_them() -> None:

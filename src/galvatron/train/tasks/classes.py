@@ -66,7 +66,7 @@ def class_in(record: dict[str, Any], field: str) -> Class:
     label = record[field]
     if type(label) not in (str, int):
         raise BadRecord(f"must have a class, name or number, in field {field!r}, got {shown(label)}; mend it")
-    return label  # type: ignore[return-value]
+    return label
 
 
 class LabelledTexts:
@@ -94,10 +94,7 @@ class LabelledTexts:
         if unknown := set(labels) - self.classes.keys():
             raise DataError(f"{shown(min(map(str, unknown)))} is none of the {len(self.classes)} classes trained on")
         self._labels = np.array([self.classes[label] for label in labels])
-        self._ids, self._pad = (
-            tokenizer(list(texts), truncation=True, max_length=seq_len)["input_ids"],
-            tokenizer.pad_token_id,
-        )
+        self._ids, self._pad = cut_off(list(texts), tokenizer, seq_len), tokenizer.pad_token_id
         self.highest = max((max(ids, default=0) for ids in self._ids), default=0)
 
     @classmethod
@@ -138,6 +135,15 @@ class LabelledTexts:
         """``input_ids`` and ``attention_mask`` int64 [rows, seq_len], and ``labels`` int64 [rows]."""
         ids, mask = padded([self._ids[row] for row in rows], self.seq_len, self._pad)
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.from_numpy(self._labels[list(rows)])}
+
+
+def cut_off(texts: list[str], tokenizer: Any, seq_len: int) -> list[list[int]]:
+    """The ids of ``texts``, of ``seq_len`` at most.  Raises DataError if special tokens alone are more."""
+    found: list[list[int]] = tokenizer(texts, truncation=True, max_length=seq_len)["input_ids"]
+    if max(map(len, found), default=0) > seq_len:  # truncation gives up where nothing of a text is left
+        special = tokenizer.num_special_tokens_to_add()
+        raise DataError(f"seq_len={seq_len} must be more than the {special} tokens that a text has around it; raise it")
+    return found
 
 
 def padded(texts: Sequence[Sequence[int]], seq_len: int, pad: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from galvatron.core.errors import DataError
 
-from .classes import Numbering, classes_of, padded
+from .classes import Numbering, classes_of, cut_off, padded
 from .media import Medium
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class TitledImages(Images):
             )
         texts = [_text_of(picture) for picture in pictures]
         self.seq_len, self._pad = seq_len, tokenizer.pad_token_id
-        self._ids = tokenizer(texts, truncation=True, max_length=seq_len)["input_ids"]
+        self._ids = cut_off(texts, tokenizer, seq_len)
         self._is_masked = "attention_mask" in tokenizer.model_input_names
         self.highest = max((max(ids, default=0) for ids in self._ids), default=0)
 
