@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,16 +18,17 @@ from tests.unit.profiles import make_hardware, make_model
 from galvatron.core.hardware import OPS, Op
 from galvatron.core.model import ModelSpec
 from galvatron.core.model_profile import ModelProfile
+from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.cost.setting import Setting
 from galvatron.cost.stages import Stage, messages_s, replicated_s, stages_of
-from galvatron.models import random_inputs
+from galvatron.models import build_spec, random_inputs
 from galvatron.parallelize import init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan, copies
 from galvatron.testing.messages import Message, Messages
 from galvatron.testing.models import Variant
-from galvatron.testing.plans import random_plans
+from galvatron.testing.plans import random_plans, usual_length
 from galvatron.testing.pool import Pool
-from galvatron.testing.sweep import heads_for, seq_len_for, variant_spec
+from galvatron.testing.sweep import heads_for, seq_len_for
 
 KINDS: dict[str, Op] = {
     "all-reduce": "all_reduce",
@@ -41,13 +43,15 @@ Totals = dict[Op, tuple[int, int]]
 """Of each operation, messages and bytes."""
 
 
-def sent(variant: str, plan: Plan) -> list[Message]:
+def sent(variant: str, plan: Plan, capacity_factor: float | None = None) -> list[Message]:
     """Of a second step: FSDP2 prepares itself in the first."""
-    model = parallelize(Variant.named(variant).model(heads_for(plan.world_size)), plan, world=init_world("cpu"))
+    whole = Variant.named(variant).model(heads_for(plan.world_size), smooth=True)
+    model = parallelize(whole, plan, world=init_world("cpu"), capacity_factor=capacity_factor)
     task, rows = model.spec.task, plan.global_batch_size
     batch = random_inputs(model.config, task, rows, plan.seq_len, torch.Generator().manual_seed(0))
     if task != "contrast":
-        batch["labels"] = torch.zeros(rows, plan.seq_len, dtype=torch.int64)
+        shape = (rows, plan.seq_len) if task in TOKEN_TASKS else (rows,)
+        batch["labels"] = torch.zeros(shape, dtype=torch.int64)
     model.train_step(**batch)
     with Messages() as log:
         model.train_step(**batch)
@@ -62,10 +66,10 @@ def totals(messages: list[Message]) -> Totals:
     return {op: (len(found[op]), sum(found[op])) for op in OPS}
 
 
-def costed(variant: str, plan: Plan) -> list[Totals]:
+def costed(variant: str, plan: Plan, capacity_factor: float | None = None) -> list[Totals]:
     """By stage."""
-    spec = variant_spec(variant, plan.world_size)
-    model = instant(make_model(spec, plan.seq_len))
+    spec = spec_of(variant, plan.world_size)
+    model = instant(make_model(spec, plan.seq_len)).with_capacity(capacity_factor)
     stages: list[Totals] = [{} for _ in range(plan.pp)]
     for op in OPS:
         number, num_bytes = (
@@ -76,13 +80,9 @@ def costed(variant: str, plan: Plan) -> list[Totals]:
     for index, stage in enumerate(stages):
         n, b = stage["reduce_scatter"]
         stage["reduce_scatter"] = (n, b - vectors_that_came_before(plan, spec, index))
-        if spec.tied_embeddings and plan.pp > 2 and index in (0, plan.pp - 1):
+        for at, summed in shared_bytes(plan, spec).items() if plan.pp > 2 else ():
             n, b = stage["all_reduce"]
-            stage["all_reduce"] = (n + 1, b + tied_bytes(plan, spec))
-    for key, users in copies(spec, plan).items():
-        for index in users if key[0] is not None else ():
-            n, b = stages[index]["all_reduce"]
-            stages[index]["all_reduce"] = (n, b + scores_bytes(spec, *key))
+            stage["all_reduce"] = (n + (index in at), b + summed * (index in at))
     return stages
 
 
@@ -101,19 +101,15 @@ def vectors_that_came_before(plan: Plan, spec: ModelSpec, stage: int) -> int:
     return sent * min(stage, plan.num_microbatches - 1)
 
 
-def tied_bytes(plan: Plan, spec: ModelSpec) -> int:
-    """Of the sum over the first and the last of several stages, whose link no profile has: it is costed as messages."""
-    rows, width = spec.embedding.parameters[0].local_shape(plan.embedding.tp)
-    return 4 * -(-rows // plan.embedding.shard_degree) * width
-
-
-def scores_bytes(spec: ModelSpec, layer: int | None, name: str) -> int:
-    """Of a table of scores that layers on several stages look up, which is too small to be costed.
-
-    Its gradient goes with the tied weight's, which tests of it have.
-    """
-    assert layer is not None
-    return 4 * sum(math.prod(p.shape) for p in spec.kind_of_layers()[layer].parameters if p.name == name)
+def shared_bytes(plan: Plan, spec: ModelSpec) -> dict[tuple[int, ...], int]:
+    """Of sums over some of several stages, whose links no profile has: they are costed as messages."""
+    found: dict[tuple[int, ...], int] = defaultdict(int)
+    for (layer, name), at in copies(spec, plan).items():
+        parameters = spec.embedding.parameters if layer is None else spec.kind_of_layers()[layer].parameters
+        shape = next(p for p in parameters if p.name == name).local_shape(plan.embedding.tp if layer is None else 1)
+        shards = plan.embedding.shard_degree if layer is None else 1
+        found[at] += 4 * -(-shape[0] // shards) * math.prod(shape[1:])
+    return found
 
 
 def instant(model: ModelProfile) -> ModelProfile:
@@ -137,14 +133,23 @@ def _seconds(plan: Plan, setting: Setting, stages: tuple[Stage, ...], index: int
     stage = stages[index]
     once = ("first_s", "last_s", "delayed_s", *(("tied_s",) if plan.pp == 2 else ()))
     every = stage.forward_s + stage.backward_s + sum(messages_s(stages, index))
-    found = plan.num_microbatches * every + replicated_s(setting, stage)
+    found = plan.num_microbatches * every + replicated_s(plan, setting, stage)
     found += sum(float(getattr(unit, name)) for unit in stage.times for name in once)
     assert found == pytest.approx(round(found), abs=1e-6)
     return round(found)
 
 
-def mixes(variant: str, world_size: int, count: int) -> list[Plan]:
-    return random_plans(variant_spec(variant, world_size), world_size, count, 2026, seq_len_for(world_size))
+@cache
+def spec_of(variant: str, world_size: int) -> ModelSpec:
+    """With all experts chosen, so that what travels does not depend on values."""
+    found = Variant.named(variant)
+    return build_spec(found.config(heads_for(world_size), smooth=True), variant, found.freeze, found.lora)
+
+
+def mixes(variant: str, world_size: int, count: int, seed: int = 2026) -> list[Plan]:
+    spec = spec_of(variant, world_size)
+    seq_len = usual_length(spec) if spec.task == "image_classification" else seq_len_for(world_size)
+    return random_plans(spec, world_size, count, seed, seq_len)
 
 
 SAMPLES = (("llama", 4, 0), ("llama", 4, 1), ("gpt2", 4, 1), ("qwen2", 4, 4))
@@ -155,9 +160,9 @@ COUNTS = {
 }  # fmt: skip
 
 
-def check(pool: Pool, variant: str, plan: Plan) -> None:
-    expected = costed(variant, plan)
-    found = pool.run(sent, variant, plan, world_size=plan.world_size)
+def check(pool: Pool, variant: str, plan: Plan, capacity_factor: float | None = None) -> None:
+    expected = costed(variant, plan, capacity_factor)
+    found = pool.run(sent, variant, plan, capacity_factor, world_size=plan.world_size)
     for stage, own in enumerate(expected):
         assert totals(found[stage * plan.stage_size]) == own, f"stage {stage} of\n{plan.describe()}"
 
@@ -180,6 +185,18 @@ def test_what_rides_along_between_stacks_is_costed(
         layers=(one,) * sum(stages), global_batch_size=8, seq_len=16,
     )  # fmt: skip
     check(pool, variant, plan)
+
+
+def test_full_experts_send_what_is_costed(pool: Pool) -> None:
+    """Of two ranks the first one fills all experts: it sends as many tokens as without a capacity, and gets half."""
+    both = LayerStrategy(ep=2, dp_replicate=2)
+    layers = (both, LayerStrategy(ep=2, ulysses=2), LayerStrategy(tp=2), both.model_copy(update={"recompute": "full"}))
+    ends = LayerStrategy(dp_replicate=2)
+    plan = Plan(
+        model="tiny", world_size=2, layers_per_stage=(4,), num_microbatches=2, embedding=ends, head=ends, layers=layers,
+        global_batch_size=8, seq_len=16,
+    )  # fmt: skip
+    check(pool, "mixtral", plan, 0.5)
 
 
 @pytest.mark.slow

@@ -181,7 +181,9 @@ def test_attention_across_ranks_sends_what_it_is_costed_at(pool: Pool, ulysses: 
     assert costed["p2p"] == ({passed} if cp > 1 else set())
 
 
-def costed_bytes(strategy: LayerStrategy, spec: ModelSpec | None = None, around: str = "unit") -> dict[str, set[int]]:
+def costed_bytes(
+    strategy: LayerStrategy, spec: ModelSpec | None = None, around: str = "sequence"
+) -> dict[str, set[int]]:
     """Of the messages around a layer's attention, or its experts, as the cost model has them."""
     sent: dict[str, set[int]] = {op: set() for op in ("all_to_all", "p2p", "all_gather", "reduce_scatter")}
 

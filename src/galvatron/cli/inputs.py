@@ -65,14 +65,19 @@ class Model:
     tp_asked: int = 1
     lora: Lora | None = None
     task: Task | None = None
+    capacity_factor: float | None = None
 
     def profile(self, hardware: HardwareProfile) -> ModelProfile:
         """A ``model.json`` as it is; a card or configuration estimated for the cluster's device.
 
         Raises:
-            ConfigError: it is none of these, or lacks a length.
+            ConfigError: it is none of these, or lacks a length, or experts that have a capacity.
             ProfileError: the ``model.json`` is malformed.
         """
+        profile = self._profile(hardware)
+        return profile if self.capacity_factor is None else profile.with_capacity(self.capacity_factor)
+
+    def _profile(self, hardware: HardwareProfile) -> ModelProfile:
         path = Path(self.name)
         if is_file(self.name) and _has_format(read_text(path, ProfileError)):
             if self.lora is not None:

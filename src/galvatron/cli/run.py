@@ -136,6 +136,7 @@ def plan_legs(job: Job, run: RunDirectory) -> list[Leg]:
     """Search, save and show the plan; the stretches of training that the job asks for."""
     heading("Search")
     model, hardware = ModelProfile.load(run.model), HardwareProfile.load(run.hardware)
+    model = model.with_capacity(job.train.capacity_factor)
     result = search_for_job(job, model, hardware)
     other = None if job.resume is None else _second_plan(job.resume.plan, result)
     result.plan.save(run.plan)

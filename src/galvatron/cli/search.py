@@ -71,6 +71,7 @@ def search(
     time_limit: told.TimeLimit = None,
     lora: LoraSettings = None,
     task: TaskName = None,
+    capacity_factor: told.CapacityFactor = None,
     out: told.Out = Path("plan.json"),
     as_json: told.AsJson = False,
 ) -> None:
@@ -88,7 +89,7 @@ def search(
     batches, where = batch_sizes(global_batch_size), Cluster.of(cluster, link or [])
     limit = memory_limit(memory, where.hardware)
     adapters = None if lora is None else Lora.parse(lora)
-    what = Model(model, seq_len, precision, _tp_asked(limits), adapters, task)
+    what = Model(model, seq_len, precision, _tp_asked(limits), adapters, task, capacity_factor)
     profile = what.profile(where.hardware)
     with error_console().status("searching", spinner="line") as status:
         job = _Search(what, batches, grad_reduce_dtype, limits, within, seconds, lambda line: status.update(line))

@@ -83,5 +83,9 @@ TimeLimit = Annotated[
     str | None,
     typer.Option("--time-limit", metavar="TIME", help="Stop with the best plan so far after 30s, 5m or 1h."),
 ]
+CapacityFactor = Annotated[
+    float | None,
+    typer.Option("--capacity-factor", min=1e-3, help="What an expert takes of an even load; all if left out."),
+]
 Out = Annotated[Path, typer.Option("--out", help="The file to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

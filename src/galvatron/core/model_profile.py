@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from .errors import GalvatronError, ProfileError
+from .errors import ConfigError, GalvatronError, ProfileError
 from .model import RECOMPUTES, ModelSpec, Origin, Precision, Recompute, UnitName
-from .numbers import Bytes, Devices, NonNegative, Seconds, Sequences, Tokens
+from .numbers import Bytes, Devices, NonNegative, Positive, Seconds, Sequences, Tokens
 from .records import FileRecord, Record
 from .words import shown
 
@@ -49,6 +49,9 @@ class ActivationSample(Record):
     (fixed bytes, bytes per sequence).
     The unit's input (the boundary tensor, cut 1/tp along the sequence) counts where the unit keeps it, its output
     never: it is the next unit's input.  What all layers share (rotary tables) is in the embedding's ``fixed_bytes``.
+
+    ``joints``: what of an embedding's saved bytes is of the ways between stacks, (fixed, a sequence) of each; empty
+    where it was not told apart.  ``expert_bytes_per_sequence``: what of a layer's is made within experts.
     """
 
     unit: UnitName
@@ -60,6 +63,8 @@ class ActivationSample(Record):
     workspace_bytes_per_sequence: Bytes
     workspace_fixed_bytes: Bytes = 0
     workspace_beyond: tuple[Bytes, Bytes] | None = None
+    joints: tuple[tuple[Bytes, Bytes], ...] = ()
+    expert_bytes_per_sequence: Bytes = 0
 
     def workspace_bytes(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
         """What ``batch`` sequences (any shape, fractions too) take beyond what is saved."""
@@ -76,6 +81,7 @@ class ModelProfile(FileRecord):
     ``optimizer_s_per_parameter`` is the time of one AdamW step divided by the local elements it updates.
     ``compiled``: layers are, which makes them faster and leaner; to be trained in the same way.
     ``fp8``: their products are made in float8, likewise.
+    ``capacity_factor``: what an expert takes of an even load when it is trained; samples are of experts that take all.
     ``attention_backend``: which of its kernels torch took for these shapes (flash, cudnn, efficient or math).
 
     Of CUDA devices, after all units have run: ``context_bytes`` of a rank's device are in use for no tensor (context,
@@ -94,6 +100,7 @@ class ModelProfile(FileRecord):
     origin: Origin = "measured"
     compiled: bool = False
     fp8: bool = False
+    capacity_factor: Positive | None = None
     attention_backend: str | None = None
     compute: tuple[ComputeSample, ...]
     activations: tuple[ActivationSample, ...]
@@ -126,6 +133,18 @@ class ModelProfile(FileRecord):
                     "(again_s); measure both, or leave it out"
                 )
         return self
+
+    def with_capacity(self, factor: float | None) -> Self:
+        """The same of a model whose experts take at most ``factor`` of an even load; None: all.
+
+        Raises:
+            ConfigError: it has no experts.
+        """
+        if factor is not None and not any(kind.num_experts for kind in self.spec.layers):
+            raise ConfigError(
+                f"capacity_factor limits experts and {self.spec.name} has none; leave capacity_factor out"
+            )
+        return self.model_copy(update={"capacity_factor": factor})
 
     def tp_degrees(self) -> tuple[int, ...]:
         """The tp degrees at which every kind of layer was measured, ascending."""

@@ -33,15 +33,19 @@ def redistribution_s(setting: Setting, unit: UnitName, before: int, after: int) 
 def redistributions_s(setting: Setting, unit: UnitName, degrees: Ints) -> Floats:
     """The same between any two of ``degrees``: [before, after]."""
     inner, outer = np.minimum.outer(degrees, degrees), np.maximum.outer(degrees, degrees)
-    return collective_s(setting, "all_to_all", outer // inner, inner, setting.entering_bytes(unit))
+    return collective_s(setting, "all_to_all", outer // inner, inner, setting.hidden_bytes(unit))
 
 
-def transfer_s(setting: Setting, unit: UnitName) -> float:
-    """What enters ``unit`` of one microbatch, from one rank to the next stage, tensor by tensor; 0 without stages."""
+def transfer_s(setting: Setting, unit: UnitName, degree: int | None = None) -> float:
+    """What enters ``unit`` of one microbatch, from one rank to the next stage, tensor by tensor; 0 without stages.
+
+    ``degree``: by how many sequences are cut that are sent, if it is known.
+    """
     if setting.pp == 1:
         return 0.0
     link = setting.link("p2p", 2, setting.stage_size)
-    return setting.entering_tensors(unit) * link.latency_s + setting.entering_bytes(unit) * link.seconds_per_byte
+    num_bytes = setting.entering_bytes(unit, degree)
+    return setting.entering_tensors(unit) * link.latency_s + num_bytes * link.seconds_per_byte
 
 
 def tied_reduction_s(setting: Setting, num_bytes: Floats | Ints) -> Floats:

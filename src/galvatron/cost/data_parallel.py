@@ -7,6 +7,7 @@ unit takes.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from galvatron.core.hardware import Op
 from galvatron.core.model import ENDS, UnitName
@@ -28,26 +29,30 @@ def messages_s(
     """(gather, scatter, sum over replicas, of the scatter what arrives last) of all that a unit has.
 
     All that is ``held`` (dense, experts) is gathered, what is ``trained`` of it is reduced.  A head in one group with
-    the embedding adds bytes to the messages of that.
+    the embedding adds bytes to the messages of that, as experts do to their layer's where they are not dealt out.
     """
     joins = unit == "head" and setting.shares_tied_weight
     # replicas add up over microbatches what they reduce, zeros where nothing is
     late = held_and_trained(setting.arriving_last(unit), s)[1][0].held * setting.reduce_bytes * (s.replicas == 1)
 
-    def message_s(op: Op, size: Ints, stride: Ints, num_bytes: Ints) -> Floats:
-        whole_s = collective_s(setting, op, size, stride, num_bytes)
-        return whole_s - collective_s(setting, op, size, stride, 0) if joins else whole_s
+    def message_s(op: Op, size: Ints, stride: Ints, num_bytes: Ints, is_added: NDArray[np.bool_] | bool) -> Floats:
+        return collective_s(setting, op, size, stride, num_bytes) - is_added * collective_s(
+            setting, op, size, stride, 0
+        )
 
     gather_s = scatter_s = replicate_s = np.zeros(len(s))
-    groups = ((s.shard, s.replicas, s.tp), (s.expert_shard, s.expert_replicas, s.tp * s.ep))
-    for size, of_trained, (shard, replicas, inner) in zip(held, trained, groups, strict=True):
+    groups = (
+        (s.shard, s.replicas, s.tp, joins),
+        (s.expert_shard, s.expert_replicas, s.tp * s.ep, s.ep == 1),
+    )
+    for size, of_trained, (shard, replicas, inner, is_added) in zip(held, trained, groups, strict=True):
         if size.held.any():
             padded = size.held * shard * setting.compute_bytes
-            gather_s = gather_s + message_s("all_gather", shard, inner, padded)
+            gather_s = gather_s + message_s("all_gather", shard, inner, padded, is_added)
         if of_trained.held.any():
             reduced = of_trained.held * setting.reduce_bytes
-            scatter_s = scatter_s + message_s("reduce_scatter", shard, inner, reduced * shard)
-            replicate_s = replicate_s + message_s("all_reduce", replicas, inner * shard, reduced)
+            scatter_s = scatter_s + message_s("reduce_scatter", shard, inner, reduced * shard, is_added)
+            replicate_s = replicate_s + message_s("all_reduce", replicas, inner * shard, reduced, is_added)
     return gather_s, scatter_s, replicate_s, late * s.shard * setting.links("reduce_scatter", s.shard, s.tp)[1]
 
 
@@ -58,13 +63,14 @@ def data_parallel_s(
     messages: tuple[Floats, Floats, Floats, Floats],
     forward_s: Floats,
     backward_s: Floats,
+    layers: range | None = None,
 ) -> tuple[Floats, ...]:
     """Exposed (forward, backward) per microbatch, then what ``UnitTimes`` has once a step, from ``first_s`` on.
 
     ``messages``: what ``messages_s`` gives; under ZeRO 3 gathers come perhaps again for the backward.
     """
     gather_s, scatter_s, replicate_s, late_s = messages
-    twice = setting.model.spec.is_reached(unit) and setting.gathers_twice(unit)
+    twice = setting.model.spec.is_reached(unit) and setting.gathers_twice(unit, layers)
     every_gather_s = np.where(s.zero == 3, gather_s, 0.0)
     # under ZeRO 2 and 3 FSDP2 reduces within the backward, replicas at its last; under ZeRO 1 a stage that sends back
     # reduces after its message; without ZeRO reductions run beside the backward and hold up nothing

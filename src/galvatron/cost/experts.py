@@ -11,6 +11,7 @@ import numpy as np
 
 from galvatron.core.model import ENDS, UnitName
 
+from .capacity import kept
 from .communication import collective_s
 from .setting import Setting
 from .sizes import expert_ranks
@@ -41,18 +42,26 @@ def expert_messages(setting: Setting, unit: UnitName, s: Strategies, batch: Floa
     """Every token goes once to each rank that has some of its experts; loads are taken as even."""
     if unit in ENDS or not setting.model.spec.kind(unit).num_experts:
         return ExpertMessages(*(np.zeros(len(s)) for _ in fields(ExpertMessages)))
-    kind = setting.model.spec.kind(unit)
+    kind, shares = setting.model.spec.kind(unit), kept(setting, unit, s)
     rows = batch * setting.tokens(unit) * expert_ranks(kind, s)  # of all tensor-parallel ranks
-    hidden, routes = rows * kind.hidden_size * setting.compute_bytes, rows * kind.experts_per_token * ROUTE_BYTES
+    row_bytes, route_bytes = kind.hidden_size * setting.compute_bytes, kind.experts_per_token * ROUTE_BYTES
+    received = rows * np.where(s.ep > 1, shares.asked, 1.0)  # where experts are not dealt out all tokens are gathered
+    hidden, routes = received * row_bytes, received * route_bytes
     gather_s, gather_routes_s = (collective_s(setting, "all_gather", s.tp, 1, n) for n in (hidden, routes))
     scatter_s, scatter_routes_s = (collective_s(setting, "reduce_scatter", s.tp, 1, n) for n in (hidden, routes))
+    hidden, routes = rows * shares.own * row_bytes, rows * shares.own * route_bytes  # sent, as many or more
     both = np.where(s.ep > 1, s.tp * s.ep, 1)
+    counts_s = collective_s(setting, "all_gather", both, 1, COUNT_BYTES * both * s.ep)
+    if setting.model.capacity_factor is not None:  # all ranks of a stage tell how often each run chooses an expert
+        runs = np.where(s.sequence_degree > 1, batch * s.ulysses * s.cp * np.where(s.cp > 1, 2, 1), 1)
+        told = COUNT_BYTES * kind.num_experts * runs * setting.stage_size
+        counts_s = counts_s + collective_s(setting, "all_gather", setting.stage_size, 1, told)
     return ExpertMessages(
         gather_s=gather_s + gather_routes_s,
         scatter_s=scatter_s,
         gather_back_s=scatter_s + scatter_routes_s,
         scatter_back_s=gather_s,
-        counts_s=collective_s(setting, "all_gather", both, 1, COUNT_BYTES * both * s.ep),
+        counts_s=counts_s,
         dispatch_s=collective_s(setting, "all_to_all", s.ep, s.tp, (hidden + routes) / s.tp),
         combine_s=collective_s(setting, "all_to_all", s.ep, s.tp, hidden / s.tp),
     )

@@ -1,63 +1,112 @@
-"""What a stage of several stacks holds beyond its units: the way from one stack to the next, and copies of tables.
+"""What a stage of several stacks holds of the embedding, which runs between stacks too, and copies of tables.
 
-Takes a Setting, a stage's layers and the embedding's strategies; gives bytes.  The seconds of that way are measured
-with the embedding's and count there; so do its activations, of which a stage that has it alone keeps as many.
+Takes a Setting, a stage's layers and the embedding's strategy; gives memory.  The seconds of the ways between stacks
+are measured with the embedding's and count there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
-from galvatron.core.model import ParameterSpec
+from galvatron.plan.axes import divisors
 from galvatron.plan.copies import copied_to
 from galvatron.plan.plan import LayerStrategy
 
-from .memory import ADAMW_STATES, MASTER_BYTES, all_unit_memory, copied_bytes
+from .memory import ADAMW_STATES, MASTER_BYTES, UnitMemory, all_unit_memory, copied_bytes, unit_memory
 from .setting import Setting
+from .sizes import shard_sizes
 from .strategies import Ints, Strategies
+
+
+def joined_memories(
+    setting: Setting, layers: range, embedding: LayerStrategy, strategies: Sequence[LayerStrategy]
+) -> tuple[UnitMemory, ...]:
+    """What a stage with ``layers`` holds: copied tables, what a contrast has alone, and, last, of the embedding.
+
+    What runs before the first stack and what runs behind it live together where a stage has both.  ``strategies``: of
+    all layers.
+    """
+    copies = _copies(setting, layers, strategies)
+    if setting.pp == 1 or not setting.model.spec.joints or not _has_embedding(setting, layers):
+        return copies
+    return (*copies, unit_memory(setting, "embedding", embedding, layers))
+
+
+def _has_embedding(setting: Setting, layers: range) -> bool:
+    return layers.start == 0 or any(joint.layer - 1 in layers for joint in setting.model.spec.joints)
+
+
+def _copies(setting: Setting, layers: range, strategies: Sequence[LayerStrategy] | None) -> tuple[UnitMemory, ...]:
+    """Copied tables and numbers; a first layer's table of which others have copies is whole too.
+
+    ``strategies``: of all layers, to know which part of that counts with the layer; None: none of it.
+    """
+    spec = setting.model.spec
+    held = [(p, 1) for p in spec.numbers] if layers.stop == spec.num_layers else []
+    if setting.pp > 1 and spec.joints:
+        held += [(p, p.num_elements) for _, _, p in copied_to(spec, layers)]
+        for stack in spec.stack_ranges:
+            if stack.start in layers and layers.stop < stack.stop:
+                shared = [p for p in spec.kind_of_layers()[stack.start].parameters if p.shared]
+                own = Strategies.of([] if strategies is None else [strategies[stack.start]])
+                held += [(p, p.num_elements - int(shard_sizes([p], own)[0].held.sum())) for p in shared]
+    return tuple(_copy(setting, elements, trained=p.trainable) for p, elements in held)
 
 
 @dataclass(frozen=True)
 class Between:
-    """What a stage holds beyond its units: ``parameters`` of the embedding and ``copied_bytes`` of tables.
+    """What a stage with ``layers`` holds beyond its units, whatever these do."""
 
-    Where the stage ``begins`` the model, the embedding counts what these keep for the backward.
-    """
-
-    parameters: tuple[ParameterSpec, ...]
-    begins: bool
-    copied_bytes: int
+    layers: range
 
     def held_bytes(self, setting: Setting, embeddings: Strategies) -> tuple[Ints, Ints]:
-        """Of it what stays, and what every microbatch in flight keeps, under every strategy of the embedding."""
-        if not self.parameters:
-            return np.full(len(embeddings), self.copied_bytes), np.zeros(len(embeddings), dtype=np.int64)
-        memory = all_unit_memory(setting, "embedding", embeddings, self.parameters)
-        stays = self.copied_bytes + memory.resident_bytes + memory.transient_bytes
-        return stays, memory.activation_bytes * (not self.begins)
+        """The most that stays, and that every microbatch in flight keeps, under every strategy of the embedding."""
+        spec, nothing = setting.model.spec, np.zeros(len(embeddings), dtype=np.int64)
+        if setting.pp == 1 or not spec.joints:
+            return nothing, nothing
+        degrees = set(divisors(setting.stage_size))
+        kept, passing = side_bytes(setting, self.layers, degrees, degrees, 1)
+        copies = sum(int(memory.resident_bytes) for memory in _copies(setting, self.layers, None))
+        stays, each = nothing + passing + copies, nothing + kept
+        if _has_embedding(setting, self.layers):
+            own = all_unit_memory(setting, "embedding", embeddings, self.layers)
+            stays, each = stays + own.resident_bytes + own.transient_bytes, each + own.activation_bytes
+        if self.layers.start == 0:
+            alone = all_unit_memory(setting, "embedding", embeddings)
+            stays, each = stays - alone.resident_bytes - alone.transient_bytes, each - alone.activation_bytes
+        return stays, each
 
 
-def between(setting: Setting, layers: range) -> Between:
-    """Of a stage with ``layers``; nothing without a pipeline."""
-    spec = setting.model.spec
+def side_bytes(
+    setting: Setting, layers: range, degrees: Set[int], ungathered: Set[int], before: int
+) -> tuple[int, int]:
+    """What a stage has of another stack's states, which its layers attend to: (a microbatch's, what passes).
+
+    ``degrees``: by how many its layers, if they do, cut sequences; ``ungathered``: those of layers without tp, others
+    keep what they gather.  States that are sent on count with what is sent, where they are as they came.  What a
+    stack's first layer looks up for all is looked up anew where a stage begins within.
+    """
+    spec, kinds = setting.model.spec, setting.model.spec.kind_of_layers()
     if setting.pp == 1 or not spec.joints:
-        return Between((), layers.start == 0, 0)
-    counted = {p.name for p in setting.parameters("embedding")} if layers.start == 0 else set()
-    if spec.tied_embeddings and layers.stop == spec.num_layers:
-        counted.add(spec.embedding.parameters[0].name)
-    more = tuple(p for p in spec.embedding_within(layers) if p.name not in counted)
-    return Between(more, layers.start == 0, sum(_copy_bytes(setting, p) for _, _, p in copied_to(spec, layers)))
+        return 0, 0
+    looked_up = 0
+    if copies := copied_to(spec, layers):
+        first, own = kinds[copies[0][0]].name, kinds[layers.start].name
+        looked_up = setting.fixed_bytes(first) - setting.fixed_bytes(own)
+    seeing = [kinds[index] for index in layers if kinds[index].sees_side]
+    if not seeing:
+        return looked_up, 0
+    goes_on = layers.stop < len(kinds) and kinds[layers.stop].sees_side
+    each = setting.side_bytes(seeing[0].name)
+    copies_kept = len(ungathered) - (goes_on and before in ungathered)
+    passing = len(degrees | {before}) + goes_on + len(degrees - ungathered)  # gradients, and what is gathered from
+    return looked_up + copies_kept * each, passing * each
 
 
-def joint_bytes(setting: Setting, layers: range, embedding: LayerStrategy, alive: int) -> int:
-    """What a stage with ``layers`` and ``alive`` microbatches in flight holds of it; 0 without a pipeline."""
-    stays, each = between(setting, layers).held_bytes(setting, Strategies.of([embedding]))
-    return int(stays[0] + alive * each[0])
-
-
-def _copy_bytes(setting: Setting, parameter: ParameterSpec) -> int:
+def _copy(setting: Setting, elements: int, *, trained: bool) -> UnitMemory:
     """A whole copy, nothing of which is sharded."""
-    each = MASTER_BYTES + (1 + ADAMW_STATES) * MASTER_BYTES * parameter.trainable + copied_bytes(setting)
-    return parameter.num_elements * each
+    own = elements * MASTER_BYTES
+    return UnitMemory.of(own, trained * own, ADAMW_STATES * trained * own, elements * copied_bytes(setting))

@@ -29,7 +29,7 @@ What torch 2.13 allocates under ZeRO 1 to 3 (``torch/distributed/fsdp/_fully_sha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -41,12 +41,13 @@ from galvatron.plan.offload import slot_bytes
 from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.schedules import InFlight
 
+from .capacity import kept
 from .setting import Setting
 from .sizes import ShardSize, dealt_kv_heads, expert_ranks, held_and_trained
 from .strategies import NONE, Floats, Ints, Strategies
 
 MASTER_BYTES = DTYPE_BYTES["fp32"]  # parameters, reduced gradients and both AdamW states are float32
-LABEL_BYTES = 8  # int64
+LABEL_BYTES = INDEX_BYTES = 8  # int64
 ADAMW_STATES = 2  # exp_avg and exp_avg_sq
 REDISTRIBUTED_TENSORS = 3
 """Boundary tensors alive in a change of layout: what was there, what is sent and what comes.  They add to the peak only
@@ -70,6 +71,11 @@ class UnitMemory:
     waiting_bytes: Ints
     transient_bytes: Ints
 
+    @classmethod
+    def of(cls, *stays: int) -> UnitMemory:
+        """One row that ``stays``: parameters, gradients, optimizer, unsharded."""
+        return cls(*(np.array(n, dtype=np.int64) for n in (*stays, 0, 0, 0)))
+
     def held_bytes(self, in_flight: InFlight) -> Ints:
         """What microbatches in flight keep."""
         return bytes_in_flight(in_flight, self.activation_bytes, self.waiting_bytes)
@@ -84,29 +90,27 @@ class UnitMemory:
         return UnitMemory(*(getattr(self, field.name)[row] for field in fields(self)))
 
 
-def unit_memory(
-    setting: Setting, unit: UnitName, strategy: LayerStrategy, parameters: Sequence[ParameterSpec] | None = None
-) -> UnitMemory:
+def unit_memory(setting: Setting, unit: UnitName, strategy: LayerStrategy, layers: range | None = None) -> UnitMemory:
     """Memory of ``unit`` under one strategy; raises ProfileError when its activations were not counted."""
-    return all_unit_memory(setting, unit, Strategies.of([strategy]), parameters).row(0)
+    return all_unit_memory(setting, unit, Strategies.of([strategy]), layers).row(0)
 
 
 def all_unit_memory(
-    setting: Setting, unit: UnitName, strategies: Strategies, parameters: Sequence[ParameterSpec] | None = None
+    setting: Setting, unit: UnitName, strategies: Strategies, layers: range | None = None
 ) -> UnitMemory:
     """Memory of ``unit`` under every strategy; raises ProfileError when its activations were not counted.
 
-    ``parameters``: those that it has, if not what ``Setting.parameters`` says.
+    ``layers``: of a pipeline's embedding what a stage with these has (``Setting.parameters``).
     """
     s, (cuts, which) = strategies, strategies.cuts
-    own = setting.parameters(unit) if parameters is None else parameters
+    own = setting.parameters(unit, layers)
     parts, kept = s.parameter_cuts
     (dense, experts), (trained_dense, trained_experts) = (
         (of_dense.take(kept), of_experts.take(kept)) for of_dense, of_experts in held_and_trained(own, parts)
     )
     held, trained = dense.held + experts.held, trained_dense.held + trained_experts.held
     whole = trained_dense.whole + trained_experts.whole
-    activations, workspace = (column[which] for column in _passing_bytes(setting, unit, cuts))
+    activations, workspace = (column[which] for column in _passing_bytes(setting, unit, cuts, layers))
     gathered = (dense.held * s.shard + experts.held * s.expert_shard) * setting.compute_bytes
     reduced = (trained_dense.held * s.shard + trained_experts.held * s.expert_shard) * setting.reduce_bytes
     stays = stays_gathered(setting, unit, s)
@@ -213,22 +217,24 @@ def _gathering_elements(dense: ShardSize, experts: ShardSize, s: Strategies) -> 
     return dense.held * s.shard * (s.shard > 1) + experts.held * s.expert_shard * (s.expert_shard > 1)
 
 
-def _passing_bytes(setting: Setting, unit: UnitName, s: Strategies) -> tuple[Ints, Ints]:
+def _passing_bytes(setting: Setting, unit: UnitName, s: Strategies, layers: range | None) -> tuple[Ints, Ints]:
     """(what one microbatch leaves behind, what its own passes need beyond that).
 
     Ulysses and ring ranks hold 1 / degree of a batch's activations: tokens in linears, heads or blocks in attention.
     Ulysses keeps attention's output before and after its exchange, and keys and values as often as they travel.
     """
     batch = setting.micro_batch_size / (s.dp * s.ulysses * s.cp)
-    activations, workspace = np.zeros(len(s)), np.zeros(len(s))
+    activations, workspace, dropped = np.zeros(len(s)), np.zeros(len(s)), 1 - kept(setting, unit, s).asked
     for tp, recompute in sorted({*zip(s.tp.tolist(), s.recompute.tolist(), strict=True)}):
         rows = np.flatnonzero((s.tp == tp) & (s.recompute == recompute))
-        sample = setting.activation_sample(unit, tp, RECOMPUTES[recompute])
-        activations[rows] = sample.fixed_bytes + batch[rows] * sample.bytes_per_sequence
+        sample = setting.activation_sample(unit, tp, RECOMPUTES[recompute], layers)
+        each = sample.bytes_per_sequence - dropped[rows] * sample.expert_bytes_per_sequence
+        activations[rows] = sample.fixed_bytes + batch[rows] * each
         workspace[rows] = sample.workspace_bytes(batch[rows])
     if unit not in ENDS:
-        dealt, workspace = _dealt_bytes(setting, unit, s, batch), workspace + _exchange_bytes(setting, unit, s, batch)
-        activations = activations + np.where(s.recompute == NONE, dealt, 0.0)
+        kept_more = _dealt_bytes(setting, unit, s, batch) + _index_bytes(setting, unit, s, batch)
+        activations = activations + np.where(s.recompute == NONE, kept_more, 0.0)
+        workspace = workspace + _exchange_bytes(setting, unit, s, batch) + np.where(s.recompute == NONE, 0.0, kept_more)
     if not setting.model.spec.is_reached(unit):
         workspace = workspace + REDISTRIBUTED_TENSORS * setting.entering_bytes(unit)
     if setting.fills(unit):  # chunks are joined with what fills them up, then copied without it
@@ -244,6 +250,14 @@ def _dealt_bytes(setting: Setting, unit: UnitName, s: Strategies, batch: Floats)
     copies = dealt_kv_heads(kind, s) - kv_heads
     more: Floats = (s.ulysses > 1) * head_bytes * (kind.num_heads / s.tp + 2 * copies)
     return more
+
+
+def _index_bytes(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> Floats:
+    """Which tokens a rank has sent and got, and which of these is for which expert; also where some may be for none."""
+    kind, asked = setting.model.spec.kind(unit), kept(setting, unit, s).asked
+    tokens, chosen = batch * setting.tokens(unit), (s.ep > 1) | (setting.model.capacity_factor is not None)
+    rows = (s.ep > 1) * expert_ranks(kind, s) if kind.num_experts else np.zeros(len(s))
+    return 2 * INDEX_BYTES * tokens * asked * (rows + chosen * kind.experts_per_token)
 
 
 def _exchange_bytes(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> Floats:
@@ -289,7 +303,7 @@ def shared_bytes(setting: Setting) -> int:
 
     The profile counts it with the embedding.
     """
-    return setting.activation_sample("embedding", setting.model.tp_degrees()[0], "none").fixed_bytes
+    return setting.fixed_bytes("embedding")
 
 
 def tables_share(layers: Iterable[LayerStrategy]) -> float:
@@ -301,41 +315,3 @@ def tables_share(layers: Iterable[LayerStrategy]) -> float:
     if len(seen) == 1:
         return 1 / seen.pop()[1]
     return 1 + sum(1 / cut for _, cut in seen if cut > 1)
-
-
-CUDA_CONTEXT_BYTES = 2**30
-"""CUDA context, libraries and NCCL buffers of one process: outside PyTorch's allocator, so not in its statistics.
-[Assumed: 1 GiB, where no profile has measured it]"""
-
-CUDA_ALLOCATOR_SLACK = 0.03
-"""What PyTorch's CUDA allocator reserves beyond what is allocated.  [Assumed: 3%, where no profile has measured it]"""
-
-COMMUNICATORS = 4
-"""Groups beside the world that a rank communicates in: tp, shards, replicas and the neighbouring stages.  [Assumed]"""
-
-
-def usable_bytes(setting: Setting, memory_limit_bytes: int) -> int:
-    """How many bytes of tensors fit under the limit, context and allocator slack taken off (CUDA alone)."""
-    if not setting.overlaps:
-        return memory_limit_bytes
-    return int((memory_limit_bytes - _outside_bytes(setting)) / (1 + _slack_fraction(setting)))
-
-
-def runtime_bytes(setting: Setting, tensor_bytes: int) -> int:
-    """What the process takes beyond its tensors: the inverse of ``usable_bytes``."""
-    return _outside_bytes(setting) + math.ceil(tensor_bytes * _slack_fraction(setting)) if setting.overlaps else 0
-
-
-def _outside_bytes(setting: Setting) -> int:
-    """What a CUDA process takes outside the allocator: measured with the world's communicator, further ones added."""
-    context_bytes, device = setting.model.context_bytes, setting.hardware.device
-    if context_bytes is None:
-        return CUDA_CONTEXT_BYTES
-    further = COMMUNICATORS if setting.hardware.world_size > 1 else 0
-    return context_bytes + further * (device.communicator_bytes or 0)
-
-
-def _slack_fraction(setting: Setting) -> float:
-    """What the allocator reserves beyond what is allocated, as a part of that."""
-    measured = setting.model.allocator_slack_fraction
-    return CUDA_ALLOCATOR_SLACK if measured is None else measured

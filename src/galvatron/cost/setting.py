@@ -114,18 +114,35 @@ class Setting:
         spec = self.model.spec
         return spec.layers[0 if unit == "embedding" else -1] if unit in ENDS else spec.kind(unit)
 
-    def entering_bytes(self, unit: UnitName) -> int:
+    def side_kind(self, unit: UnitName) -> LayerKind | None:
+        """The kind of layers whose states those of ``unit`` attend to beside their own, if any."""
+        spec = self.model.spec
+        return spec.layers[0] if unit not in ENDS and spec.kind(unit).sees_side else None
+
+    def side_bytes(self, unit: UnitName) -> int:
+        """Bytes of what a rank has of these states, of one microbatch: 1 / n of all; 0 where there are none."""
+        side = self.side_kind(unit)
+        return 0 if side is None else self.hidden_bytes(side.name)
+
+    def hidden_bytes(self, unit: UnitName) -> int:
         """Bytes of one microbatch's hidden states that a rank holds as they enter ``unit``: 1 / n of all.
 
         Of patches as many as the most ways to cut them, as many as there are heads, fill up.
         """
-        most = np.array(min(self.stage_size, self._kind(unit).num_heads))
-        tokens = int(self.cut_tokens(unit, most))
-        if unit in ENDS:
-            elements = tokens * self.hidden_size(unit)
-        else:
-            elements = self.model.spec.kind(unit).entering_elements(tokens)
+        elements = self._most_tokens(unit) * self.hidden_size(unit)
         return self.micro_batch_size * elements * self.compute_bytes // self.stage_size
+
+    def entering_bytes(self, unit: UnitName, degree: int | None = None) -> int:
+        """The same with what rides along; ``degree``: by how many patches are cut, if it is known."""
+        if unit in ENDS:
+            return self.hidden_bytes(unit)
+        tokens = self._most_tokens(unit) if degree is None else int(self.cut_tokens(unit, np.array(degree)))
+        elements = self.model.spec.kind(unit).entering_elements(tokens)
+        return self.micro_batch_size * elements * self.compute_bytes // self.stage_size
+
+    def _most_tokens(self, unit: UnitName) -> int:
+        most = np.array(min(self.stage_size, self._kind(unit).num_heads))
+        return int(self.cut_tokens(unit, most))
 
     def entering_tensors(self, unit: UnitName) -> int:
         """In how many tensors they are."""
@@ -162,13 +179,15 @@ class Setting:
         fill = 1.0 if self.schedule == "zero_bubble" else self.fill
         return (self.num_microbatches + fill * (self.pp - 1)) / self.slots
 
-    def gathers_twice(self, unit: UnitName) -> bool:
+    def gathers_twice(self, unit: UnitName, layers: range | None = None) -> bool:
         """Whether ZeRO 3 gathers parameters for the backward of ``unit`` too.
 
-        An embedding's backward needs no value of them; a head's begins where its forward ends, if the schedule says so.
+        A table's backward needs no value of it; a head's begins where its forward ends, if the schedule says so.
         """
         if unit not in ENDS:
             return True
+        if unit == "embedding" and not self.shares_tied_weight:
+            return any(len(parameter.shape) != 2 for parameter in self.parameters(unit, layers))
         holds_head = unit == "head" or self.shares_tied_weight
         return holds_head and not turns_at_once(self.schedule, self.num_microbatches)
 
@@ -269,28 +288,49 @@ class Setting:
         samples = [sample for sample in self.model.activations if sample.seq_len == self.seq_len]
         return {(sample.unit, sample.tp, sample.recompute): sample for sample in samples}
 
-    def activation_sample(self, unit: UnitName, tp: int, recompute: str) -> ActivationSample:
-        """The saved bytes of one unit; raises ProfileError where they were not counted."""
+    def activation_sample(
+        self, unit: UnitName, tp: int, recompute: str, layers: range | None = None
+    ) -> ActivationSample:
+        """The saved bytes of one unit; raises ProfileError where they were not counted.
+
+        Of a pipeline's embedding those of what a stage with ``layers`` has of it (None: what runs before the first);
+        all of it where its parts were not told apart.
+        """
         sample = self._activations.get((unit, tp, recompute))
         if sample is None:
             raise ProfileError(
                 f"the model profile has no activation bytes of the {unit} at tp={tp}, recompute={recompute}, "
                 f"seq_len={self.seq_len}; profile the model with tp={tp}"
             )
-        return sample
+        if unit != "embedding" or self.pp == 1 or not sample.joints:
+            return sample
+        joints = list(zip(self.model.spec.joints, sample.joints, strict=True))
+        here = [kept for joint, kept in joints if joint.layer - 1 in (layers or ())]
+        if layers is None or layers.start == 0:
+            fixed, per_sequence = (sum(column) for column in zip(*sample.joints, strict=True))
+            here.append((sample.fixed_bytes - fixed, sample.bytes_per_sequence - per_sequence))
+        kept = {"fixed_bytes": sum(fixed for fixed, _ in here), "bytes_per_sequence": sum(each for _, each in here)}
+        return sample.model_copy(update=kept)
+
+    def fixed_bytes(self, unit: UnitName) -> int:
+        """What one microbatch of any size leaves behind in ``unit``."""
+        return self.activation_sample(unit, self.model.tp_degrees()[0], "none").fixed_bytes
 
     def has_activations(self, unit: UnitName, tp: int, recompute: str) -> bool:
         """Whether the profile counted that unit, cut and recomputed like this."""
         return (unit, tp, recompute) in self._activations
 
-    def parameters(self, unit: UnitName) -> tuple[ParameterSpec, ...]:
+    def parameters(self, unit: UnitName, layers: range | None = None) -> tuple[ParameterSpec, ...]:
         """The parameters that a unit holds itself; a head that shares the embedding's weight leaves it out.
 
-        Of a pipeline's embedding those before the first stack: others may be on other stages (``cost.joints``).
+        Of a pipeline's embedding those that a stage with ``layers`` has (None: what runs before the first), but for a
+        table that the head has too.
         """
         spec, parameters = self.model.spec, self.model.spec.unit(unit).parameters
         if unit == "embedding" and self.pp > 1 and spec.joints:
-            return spec.embedding_within(range(0))
+            within = spec.embedding_within(layers or range(0))
+            is_tied = spec.tied_embeddings and layers is not None and layers.stop == spec.num_layers
+            return tuple(p for p in within if not is_tied or p.name != spec.embedding.parameters[0].name)
         if unit == "head" and self.shares_tied_weight:
             return tuple(p for p in parameters if p.shape != (spec.vocab_size, spec.hidden_size))
-        return parameters
+        return tuple(p for p in parameters if p not in spec.numbers) if unit == "head" else parameters

@@ -14,8 +14,9 @@ from galvatron.core.model import ENDS, UnitName
 from galvatron.plan.plan import LayerStrategy, Plan
 from galvatron.plan.schedules import InFlight, in_flight
 
+from .between import joined_times, layouts, sides_s, without_tied
 from .communication import redistribution_s, transfer_s
-from .joints import joint_bytes
+from .joints import joined_memories, side_bytes
 from .memory import UnitMemory, all_unit_memory, shared_bytes, tables_share
 from .setting import Setting
 from .strategies import Strategies
@@ -32,7 +33,7 @@ class Chunk:
     ``transfer_s``: the message into the chunk.  ``beside_bytes``: what a microbatch in flight keeps beyond its units'
     activations: the output, until the backward (the next profile does not count it), and what layers share, of which
     every chunk but the first makes its own.  ``sent_bytes``: the gradient of the chunk's input, which may still be on
-    its way while the next microbatch passes.  ``joint_bytes``: what it holds beyond its units (``cost.joints``).
+    its way while the next microbatch passes.  ``memories``: of its units, and of what joins stacks (``cost.joints``).
     """
 
     units: Units
@@ -43,7 +44,7 @@ class Chunk:
     beside_bytes: int
     sent_bytes: int
     in_flight: InFlight
-    joint_bytes: int = 0
+    layers: range = range(0)
 
     @cached_property
     def forward_s(self) -> float:
@@ -64,13 +65,13 @@ class Chunk:
     def activation_bytes(self) -> int:
         """Of all microbatches in flight: activations, and what weight passes need."""
         alive = self.in_flight.alive * self.beside_bytes
-        return alive + self.joint_bytes + sum(int(unit.held_bytes(self.in_flight)) for unit in self.memories)
+        return alive + sum(int(unit.held_bytes(self.in_flight)) for unit in self.memories)
 
     @property
     def sure_bytes(self) -> int:
         """What of that is surely alive at once."""
         sure = InFlight(self.in_flight.alive, self.in_flight.waiting)
-        return replace(self, in_flight=sure, joint_bytes=0).activation_bytes
+        return replace(self, in_flight=sure).activation_bytes
 
 
 @dataclass(frozen=True)
@@ -110,30 +111,44 @@ class Stage:
         return sum(chunk.redistribution_s for chunk in self.chunks)
 
 
-def stages_of(plan: Plan, setting: Setting) -> tuple[Stage, ...]:
-    """Every stage of ``plan`` with its costs."""
+def stages_of(plan: Plan, setting: Setting, *, joined: bool = True) -> tuple[Stage, ...]:
+    """Every stage of ``plan`` with its costs; ``joined``: with the seconds of what is done where stacks meet."""
     costs = _Costs(plan, setting)
     entries = [_units(plan, setting, entry) for entry in range(len(plan.layers_per_stage))]
     following: list[UnitName | None] = [*(units[0][0] for units in entries[1:]), None]
     layout, chunks = plan.embedding.sequence_degree, []
     for entry, (units, after) in enumerate(zip(entries, following, strict=True)):
+        layers = plan.chunk_layers(entry % plan.pp, entry // plan.pp)
+        passed = [(unit, strategy.sequence_degree) for unit, strategy in units]
         moved_s = 0.0
-        for unit, strategy in units:
-            moved_s += redistribution_s(setting, unit, layout, strategy.sequence_degree)
-            layout = strategy.sequence_degree
+        if joined:
+            ends = [at for at in passed if at[0] in ENDS]
+            first, last = ends[: entry == 0], ends[entry == 0 :]
+            passed, moved_s = [*first, *layouts(plan, setting, layers), *last], sides_s(plan, setting, layers)
+        sent_degree = layout if joined else None
+        for unit, degree in passed:
+            moved_s += redistribution_s(setting, unit, layout, degree)
+            layout = degree
         times, memories = zip(*(costs.of(unit, strategy) for unit, strategy in units), strict=True)
         beside = setting.entering_bytes(after) if after is not None else 0
         tables = tables_share(strategy for unit, strategy in units if unit not in ENDS)
         beside += math.ceil(
             shared_bytes(setting) * (tables if entry else tables - 1)
         )  # the embedding counts them whole
-        layers = plan.chunk_layers(entry % plan.pp, entry // plan.pp)
-        transferred_s = transfer_s(setting, units[0][0]) if entry else 0.0
+        transferred_s = transfer_s(setting, units[0][0], sent_degree) if entry else 0.0
         sent = setting.entering_bytes(units[0][0]) if entry else 0
         held = in_flight(plan.schedule, plan.pp, entry % plan.pp, plan.num_microbatches, plan.model_chunks)
+        seeing = [plan.layers[i] for i in layers if setting.model.spec.kind_of_layers()[i].sees_side]
+        degrees, ungathered = ({s.sequence_degree for s in seeing if s.tp <= most} for most in (plan.stage_size, 1))
+        kept, passing = side_bytes(setting, layers, degrees, ungathered, plan.embedding.sequence_degree)
+        beside, sent = beside + kept, sent + passing
+        if joined and (more := joined_times(plan, setting, layers, entry % plan.pp)) is not None:
+            times = (*without_tied(times), more)
+        of_joints = joined_memories(setting, layers, plan.embedding, plan.layers)
+        has_whole = plan.pp > 1 and bool(setting.model.spec.joints) and entry == 0  # of the embedding
+        memories = (*of_joints, *memories[has_whole:])
         own = held[entry // plan.pp]
-        joined = joint_bytes(setting, layers, plan.embedding, own.alive)
-        chunks.append(Chunk(units, times, memories, moved_s, transferred_s, beside, sent, own, joined))
+        chunks.append(Chunk(units, times, memories, moved_s, transferred_s, beside, sent, own, layers))
     return tuple(Stage(tuple(chunks[stage :: plan.pp])) for stage in range(plan.pp))
 
 
@@ -176,13 +191,11 @@ def messages_s(stages: tuple[Stage, ...], stage: int) -> Iterator[float]:
             yield entries[entry + 1].transfer_s
 
 
-def replicated_s(setting: Setting, stage: Stage) -> float:
+def replicated_s(plan: Plan, setting: Setting, stage: Stage) -> float:
     """One all-reduce for each tp degree under which ranks hold a trained parameter whole: all bytes, one latency."""
-    degrees = {
-        strategy.tp
-        for unit, strategy in stage.units
-        for p in setting.parameters(unit)
-        if strategy.tp > 1 and p.trainable and (p.cut is None or p.cut.is_whole(strategy.tp))
-    }
+    held = [(strategy.tp, p) for unit, strategy in stage.units for p in setting.parameters(unit)]
+    if setting.model.spec.joints:
+        held += [(plan.embedding.tp, p) for c in stage.chunks for p in setting.parameters("embedding", c.layers)]
+    degrees = {tp for tp, p in held if tp > 1 and p.trainable and (p.cut is None or p.cut.is_whole(tp))}
     latencies = sum(setting.link("all_reduce", tp, 1).latency_s for tp in degrees)
     return latencies + sum(float(unit.replicated_s) for unit in stage.times)

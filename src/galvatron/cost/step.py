@@ -13,7 +13,7 @@ from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model_profile import ModelProfile
 from galvatron.plan.plan import Plan, Prediction, StagePrediction
 
-from .memory import runtime_bytes
+from .outside import runtime_bytes
 from .pipeline import Event, Pipeline, timeline
 from .setting import Runtime, Setting
 from .sharing import shared_timeline
@@ -52,11 +52,13 @@ def replay(plan: Plan, model: ModelProfile, hardware: HardwareProfile, runtime: 
     pipeline = _pipeline(plan, stages)
     events, ends = _ends(pipeline, setting)
     ends = [
-        end + _total(stage, "reductions_s" if index else "last_s") + replicated_s(setting, stage)
+        end + _total(stage, "reductions_s" if index else "last_s") + replicated_s(plan, setting, stage)
         for index, (end, stage) in enumerate(zip(ends, stages, strict=True))
     ]
-    tied_s = max(float(stages[0].times[0].tied_s), float(stages[-1].times[-1].tied_s))
-    synced_s = max(*ends, max(ends[0], ends[-1]) + tied_s)
+    tied_s = [_total(stage, "tied_s") for stage in stages]
+    synced_s = max(
+        *ends, max(end for end, own_s in zip(ends, tied_s, strict=True) if own_s or not any(tied_s)) + max(tied_s)
+    )
     is_partial = max(event.microbatch for event in events) + 1 < plan.num_microbatches
     return Replay(stages, events, synced_s + max(map(_optimizer_s, stages)), is_partial)
 
@@ -209,7 +211,7 @@ def _stage_parts(plan: Plan, setting: Setting, replayed: Replay, index: int) -> 
     return {
         "compute": microbatches("compute_forward_s", "compute_backward_s"),
         "tensor_parallel": microbatches("tensor_parallel_forward_s", "tensor_parallel_backward_s")
-        + replicated_s(setting, stage),
+        + replicated_s(plan, setting, stage),
         "context_parallel": microbatches("context_parallel_forward_s", "context_parallel_backward_s"),
         "expert_parallel": microbatches("expert_parallel_forward_s", "expert_parallel_backward_s"),
         "data_parallel": microbatches("data_parallel_forward_s", "data_parallel_backward_s")
@@ -226,7 +228,7 @@ def objective_s(plan: Plan, setting: Setting) -> float:
 
     A stage's microbatch counts its redistributions both ways and what it receives from its neighbours too.
     """
-    stages, works = stages_of(plan, setting), []
+    stages, works = stages_of(plan, setting, joined=False), []
     for index, stage in enumerate(stages):
         moved_s = 2 * setting.whole_fill * stage.redistribution_s
         received_s = sum(setting.received_s(seconds) for seconds in messages_s(stages, index))

@@ -10,22 +10,20 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from galvatron.core.model import ENDS, RECOMPUTES, LayerKind, UnitName
-from galvatron.core.units import DTYPE_BYTES
+from galvatron.core.model import ENDS, RECOMPUTES, UnitName
 from galvatron.plan.offload import MOMENT_BYTES
 from galvatron.plan.plan import LayerStrategy
 
-from .communication import collective_s, exposed_s
+from .capacity import kept
+from .communication import exposed_s
 from .compute import interpolate
 from .data_parallel import data_parallel_s, messages_s, replicated_bytes_s, tied_s
 from .experts import expert_messages
-from .memory import MASTER_BYTES
+from .sequence import attention_share, context_parallel_s, regions_s, sequence_s, tensor_parallel_s
 from .setting import Setting
-from .sizes import dealt_kv_heads, held_and_trained
+from .sizes import held_and_trained
 from .strategies import FULL, NONE, Floats, Ints, Strategies
 
-VOCABULARY_REDUCTIONS = (1, 3)
-"""Floats a token in each: the maximum; the sums of exponentials, of the target's logit and of all (for smoothing)."""
 WEIGHT_SHARE = 0.5  # of a backward's compute: a linear's gradients of input and of weight are matmuls of equal FLOPs
 
 
@@ -116,22 +114,25 @@ OF_PARAMETERS = (
 """What of ``UnitTimes`` follows from how parameters are kept, and from recompute."""
 
 
-def unit_times(setting: Setting, unit: UnitName, strategy: LayerStrategy) -> UnitTimes:
+def unit_times(setting: Setting, unit: UnitName, strategy: LayerStrategy, layers: range | None = None) -> UnitTimes:
     """Times of ``unit`` under one strategy; raises ProfileError when a measurement is missing."""
-    return all_unit_times(setting, unit, Strategies.of([strategy])).row(0)
+    return all_unit_times(setting, unit, Strategies.of([strategy]), layers).row(0)
 
 
-def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies) -> UnitTimes:
-    """Times of ``unit`` under every strategy; raises ProfileError when a measurement is missing."""
+def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies, layers: range | None = None) -> UnitTimes:
+    """Times of ``unit`` under every strategy; raises ProfileError when a measurement is missing.
+
+    ``layers``: of a pipeline's embedding with the parameters that a stage with these has (``Setting.parameters``).
+    """
     s, (cuts, which) = strategies, strategies.cuts
     passes, again_s = _passes_s(setting, unit, cuts)
     passes, again_s = {name: seconds[which] for name, seconds in passes.items()}, again_s[which]
     forward_s, backward_s = passes["compute_forward_s"], passes["compute_backward_s"]
     own, kept = s.parameter_cuts
-    held, trained = held_and_trained(setting.parameters(unit), own)
+    held, trained = held_and_trained(setting.parameters(unit, layers), own)
     gather_s, scatter_s, replicate_s, late_s = (m[kept] for m in messages_s(setting, unit, own, held, trained))
     messages = gather_s, scatter_s, replicate_s, late_s
-    shard = data_parallel_s(setting, unit, s, messages, forward_s, backward_s + again_s)
+    shard = data_parallel_s(setting, unit, s, messages, forward_s, backward_s + again_s, layers)
     return UnitTimes(
         **passes,
         data_parallel_forward_s=shard[0],
@@ -151,9 +152,11 @@ def _passes_s(setting: Setting, unit: UnitName, s: Strategies) -> tuple[dict[str
     """What of ``UnitTimes`` does not depend on how parameters are kept; seconds of compute that run again."""
     batch = setting.micro_batch_size / (s.dp * s.ulysses * s.cp)
     forward_s, backward_s, again_s = _compute_s(setting, unit, s, batch)
-    gather_s, scatter_s = _sequence_s(setting, unit, s, batch)
-    tp_forward_s, tp_backward_s = _tensor_parallel_s(setting, unit, s, batch, gather_s, scatter_s)
-    exchange_s, ring_s, ring_back_s = _context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
+    regions, side, nothing = regions_s(setting, unit, s, batch), setting.side_kind(unit), np.zeros(len(s))
+    side_s = (nothing, nothing) if side is None else sequence_s(setting, side.name, s, batch)
+    tp_forward_s, tp_backward_s = tensor_parallel_s(setting, unit, s, batch, regions)
+    tp_forward_s, tp_backward_s = tp_forward_s + side_s[0], tp_backward_s + side_s[1]
+    exchange_s, ring_s, ring_back_s = context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
     context_forward_s, context_backward_s = exchange_s + ring_s, exchange_s + ring_back_s
     experts = expert_messages(setting, unit, s, batch)
     beside = _share_beside_experts(setting, unit)
@@ -162,12 +165,12 @@ def _passes_s(setting: Setting, unit: UnitName, s: Strategies) -> tuple[dict[str
     )
     tp_forward_s = tp_forward_s + experts.gather_s + experts.scatter_s
     tp_backward_s = tp_backward_s + experts.gather_back_s + experts.scatter_back_s
-    regions = _plain_regions(setting, unit) + _is_windowed(setting, unit)
     # what runs again asks again for what it takes in; sums are kept by all levels but the last, which needs all but
     # the layer's own
-    repeated_s = (s.recompute > NONE) * (regions * gather_s + exchange_s + experts.gather_s)
-    repeated_s = repeated_s + (s.recompute > NONE) * (experts.counts_s + dispatch_again_s)
-    repeated_s = repeated_s + (s.recompute == FULL) * ((_regions(setting, unit) - 1) * scatter_s + ring_s)
+    gathers_s = sum((gather_s for gather_s, _ in regions), side_s[0] + experts.gather_s)
+    repeated_s = (s.recompute > NONE) * (gathers_s + exchange_s + experts.counts_s + dispatch_again_s)
+    sums = regions if _has_experts(setting, unit) else regions[:-1]
+    repeated_s = repeated_s + (s.recompute == FULL) * sum((scatter_s for _, scatter_s in sums), ring_s)
     reached = setting.model.spec.is_reached(unit)
     again_s, repeated_s, tp_backward_s, context_backward_s = (
         reached * seconds for seconds in (again_s, repeated_s, tp_backward_s, context_backward_s)
@@ -212,7 +215,16 @@ def _compute_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -
             own = rows[s.recompute[rows] == level]
             points = [(sample.batch, sample.recompute_s(RECOMPUTES[level])) for sample in samples]
             again_s[own] = interpolate(points, batch[own])
-    return forward_s, backward_s, again_s
+    taken = 1 - _experts_share(setting, unit) * (1 - kept(setting, unit, s).asked)
+    return taken * forward_s, taken * backward_s, taken * again_s
+
+
+def _experts_share(setting: Setting, unit: UnitName) -> float:
+    """Which part of a layer's FLOPs its experts' products are."""
+    if not _has_experts(setting, unit):
+        return 0.0
+    kind = setting.model.spec.kind(unit)
+    return kind.share_of_experts * (1 - attention_share(kind, setting.seq_len))
 
 
 def _weight_share(setting: Setting, unit: UnitName) -> float:
@@ -223,90 +235,16 @@ def _weight_share(setting: Setting, unit: UnitName) -> float:
     if unit in ENDS:
         return 0.0
     kind = setting.model.spec.kind(unit)
-    return WEIGHT_SHARE * (1 - _attention_share(kind, setting.seq_len)) * kind.trained_share
-
-
-def _sequence_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> tuple[Floats, Floats]:
-    """One gather and one scatter of a microbatch's hidden states over tp."""
-    tokens = setting.cut_tokens(unit, s.sequence_degree)
-    hidden_bytes = batch * tokens * setting.hidden_size(unit) * setting.compute_bytes
-    gather_s = collective_s(setting, "all_gather", s.tp, 1, hidden_bytes)
-    return gather_s, collective_s(setting, "reduce_scatter", s.tp, 1, hidden_bytes)
-
-
-def _tensor_parallel_s(
-    setting: Setting, unit: UnitName, s: Strategies, batch: Floats, gather_s: Floats, scatter_s: Floats
-) -> tuple[Floats, Floats]:
-    """Forward and backward collectives of one microbatch: Megatron sequence parallelism (Korthikanti et al. 2022).
-
-    Every gather of the sequence is a reduce-scatter in backward and the other way round.  Without those of experts.
-    Layers of windows gather it around the layer too, and what they scatter.  An embedding that sees whole sequences
-    gathers again what it looked up; where it looks nothing up it takes its part of what every rank has.
-    """
-    whole = setting.model.spec.ends == "whole"
-    if unit not in ENDS:
-        both_s, windowed = _plain_regions(setting, unit) * (gather_s + scatter_s), _is_windowed(setting, unit)
-        return both_s + windowed * gather_s, both_s + windowed * scatter_s
-    is_cut = any(p.cut is not None for p in setting.model.spec.unit(unit).parameters)
-    if unit == "embedding":
-        both_s = is_cut * (gather_s + scatter_s)
-        return (both_s, both_s) if whole else (scatter_s, gather_s)
-    if whole and not is_cut:
-        return gather_s, scatter_s
-    token_bytes = batch * setting.tokens(unit) * DTYPE_BYTES["fp32"]
-    loss_s = sum((collective_s(setting, "all_reduce", s.tp, 1, n * token_bytes) for n in VOCABULARY_REDUCTIONS), 0.0)
-    return gather_s + loss_s, scatter_s
-
-
-def _context_parallel_s(
-    setting: Setting, unit: UnitName, s: Strategies, batch: Floats, forward_s: Floats, backward_s: Floats
-) -> tuple[Floats, Floats, Floats]:
-    """Ulysses' exchanges, in either direction (Jacobs et al. 2023); a ring forward and backward (Liu et al. 2023).
-
-    Ulysses: one all-to-all of queries, keys and values and one of the output, and back.  A ring passes keys and
-    values on cp - 1 times while it computes on what it has; in backward also the float32 sums of their gradients.  Its
-    blocks are taken to run as fast as attention in one piece.
-    """
-    if unit in ENDS or not ((s.ulysses > 1) | (s.cp > 1)).any():
-        return np.zeros(len(s)), np.zeros(len(s)), np.zeros(len(s))
-    kind = setting.model.spec.kind(unit)
-    token_bytes = batch * setting.cut_tokens(unit, s.sequence_degree) * kind.head_dim * setting.compute_bytes
-    heads, exchanged = kind.num_heads / s.tp, dealt_kv_heads(kind, s)
-    enter_s = collective_s(setting, "all_to_all", s.ulysses, s.tp, token_bytes * (heads + 2 * exchanged))
-    leave_s = collective_s(setting, "all_to_all", s.ulysses, s.tp, token_bytes * heads)
-    pair, stride, passed = np.where(s.cp > 1, 2, 1), s.tp * s.ulysses, 2 * token_bytes * exchanged
-    hop_s = (s.cp - 1) * collective_s(setting, "p2p", pair, stride, passed)
-    gradients = passed * MASTER_BYTES / setting.compute_bytes
-    hop_back_s = hop_s + (s.cp - 1) * collective_s(setting, "p2p", pair, stride, gradients)
-    share = _attention_share(kind, setting.seq_len)
-    ring_s = exposed_s(setting, share * forward_s, hop_s)
-    ring_back_s = exposed_s(setting, share * backward_s, hop_back_s)
-    return enter_s + leave_s, ring_s, ring_back_s
-
-
-def _attention_share(kind: LayerKind, seq_len: int) -> float:
-    """Which part of a layer's FLOPs scores and values are."""
-    attention = kind.attention_flops_per_token(seq_len) * (0.5 if kind.causal else 1.0)
-    return attention / (attention + 2.0 * kind.active_parameters)
+    return WEIGHT_SHARE * (1 - attention_share(kind, setting.seq_len)) * kind.trained_share
 
 
 def _share_beside_experts(setting: Setting, unit: UnitName) -> float:
     """Which part of a layer's compute runs while tokens travel to their experts: of its linears, shared experts."""
-    if unit in ENDS or not setting.model.spec.kind(unit).num_experts:
+    if not _has_experts(setting, unit):
         return 0.0
     kind = setting.model.spec.kind(unit)
-    return kind.share_beside_experts * (1 - _attention_share(kind, setting.seq_len))
+    return kind.share_beside_experts * (1 - attention_share(kind, setting.seq_len))
 
 
-def _regions(setting: Setting, unit: UnitName) -> int:
-    return 0 if unit in ENDS else setting.model.spec.kind(unit).regions
-
-
-def _is_windowed(setting: Setting, unit: UnitName) -> bool:
-    """Whether the sequence is gathered once more, around the layer."""
-    return unit not in ENDS and setting.model.spec.kind(unit).windowed
-
-
-def _plain_regions(setting: Setting, unit: UnitName) -> int:
-    """Without the one that is experts."""
-    return _regions(setting, unit) - bool(unit not in ENDS and setting.model.spec.kind(unit).num_experts)
+def _has_experts(setting: Setting, unit: UnitName) -> bool:
+    return unit not in ENDS and setting.model.spec.kind(unit).num_experts > 0

@@ -20,16 +20,18 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise, starmap
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from galvatron.core.model import Recompute
 from galvatron.core.model_profile import ActivationSample
 from galvatron.internals import FakeTensorMode, without_value_checks
 from galvatron.models.grids import usual_sides
 from galvatron.parallelize.losses.fused import chunk_tokens
+from galvatron.parallelize.pipeline.standins import hidden_of
 from galvatron.parallelize.pipeline.whole import WholeStage
 
 from .local import LocalUnit
@@ -45,10 +47,16 @@ GRAPHS_ALONE = "aot_eager_decomp_partition"  # the compiler without the code tha
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes alive between forward and backward, and at the peak of either."""
+    """Bytes alive between forward and backward, and at the peak of either.
+
+    ``joined_bytes``: what of an embedding's saved ones is of the ways between stacks; ``expert_bytes``: what of a
+    layer's is made within experts.
+    """
 
     saved_bytes: int
     peak_bytes: int
+    joined_bytes: tuple[int, ...] = ()
+    expert_bytes: int = 0
 
     @property
     def workspace_bytes(self) -> int:
@@ -63,19 +71,20 @@ def count_activations(shape: UnitShape, recompute: Recompute) -> ActivationSampl
     if shape.name == "embedding" and shape.has_tower:
         return _of_tower(shape)
     low, high = (count(shape, recompute, batch) for batch in BATCHES)
-    per_sequence = (high.saved_bytes - low.saved_bytes) // (BATCHES[1] - BATCHES[0])
+    fixed, per_sequence = _saved_line(low.saved_bytes, high.saved_bytes)
     shared = _shared_bytes(shape) if shape.name == "embedding" else 0
     sample = ActivationSample(
         unit=shape.name,
         tp=shape.tp,
         recompute=recompute,
         seq_len=shape.seq_len,
-        # pairs that are contrasted keep more than a line
-        fixed_bytes=max(low.saved_bytes - BATCHES[0] * per_sequence, 0) + shared,
+        fixed_bytes=fixed + shared,
         bytes_per_sequence=per_sequence,
         workspace_bytes_per_sequence=math.ceil(
             max(c.workspace_bytes / n for c, n in zip((low, high), BATCHES, strict=True))
         ),
+        expert_bytes_per_sequence=high.expert_bytes - low.expert_bytes,
+        joints=tuple(starmap(_saved_line, zip(low.joined_bytes, high.joined_bytes, strict=True))),
     )
     return sample.model_copy(update=_chunked_workspace(shape)) if shape.name == "head" else sample
 
@@ -99,6 +108,12 @@ def _of_tower(shape: UnitShape) -> ActivationSample:
         bytes_per_sequence=math.ceil(per_sequence * tokens / counted),
         workspace_bytes_per_sequence=math.ceil(workspace * tokens / counted),
     )
+
+
+def _saved_line(low: int, high: int) -> tuple[int, int]:
+    """(fixed, a sequence) of the line through two batches; pairs that are contrasted keep more than one."""
+    per_sequence = (high - low) // (BATCHES[1] - BATCHES[0])
+    return max(low - BATCHES[0] * per_sequence, 0), per_sequence
 
 
 def _of_graph(shape: UnitShape, recompute: Recompute) -> ActivationSample:
@@ -153,6 +168,8 @@ def count(shape: UnitShape, recompute: Recompute, batch: int, *, fake: bool = Tr
 def counts(shape: UnitShape, levels: Iterable[Recompute], batch: int, *, fake: bool = True) -> list[Count]:
     """The same at one level of recompute after the other, by one unit."""
     unit, found = shape.build(GRAPHS_ALONE), []
+    if unit.experts is not None and shape.dtype != torch.bfloat16:
+        fake = False  # grouped products know no others on fake tensors (torch 2.13)
     # graphs may hold the state of a random generator
     mode = FakeTensorMode(allow_non_fake_inputs=shape.is_compiled) if fake else contextlib.nullcontext()
     place = mode.from_tensor if isinstance(mode, FakeTensorMode) else torch.clone
@@ -186,6 +203,17 @@ def _count(log: StorageLog, unit: LocalUnit, tokens: Tensor, labels: dict[str, T
     ]
     # clones, so that inputs count exactly if the unit keeps them; a batch of whole ends is there for all of a step, and
     # another stack's states are there for all layers
+    entered: dict[nn.Module, frozenset[int]] = {}  # what has been made when a stack is entered, but for its input
+
+    def note(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        entered.setdefault(layer, log.seen(hidden_of(args, kwargs)))
+
+    hooks += [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in _first_layers(unit)]
+    before: list[frozenset[int]] = []  # and when experts are entered and left
+    within: set[int] = set()
+    if unit.experts is not None:
+        hooks.append(unit.experts.register_forward_pre_hook(lambda *_: before.append(log.seen())))
+        hooks.append(unit.experts.register_forward_hook(lambda *_: within.update(log.seen() - before.pop())))
     is_batch = isinstance(unit.inner, WholeStage) and unit.inner.is_first
     output = unit(
         tokens if is_batch else tokens.clone(),
@@ -197,7 +225,19 @@ def _count(log: StorageLog, unit: LocalUnit, tokens: Tensor, labels: dict[str, T
         output.backward(torch.ones_like(output))
     for hook in hooks:
         hook.remove()
-    return Count(log.live_bytes(between), log.peak_bytes())
+    saved = log.live_bytes(between)
+    parts = [*(log.live_bytes(between, seen) for seen in entered.values()), saved]
+    of_experts = log.live_bytes(between, frozenset(within))
+    return Count(saved, log.peak_bytes(), tuple(b - a for a, b in pairwise(parts)), of_experts)
+
+
+def _first_layers(unit: LocalUnit) -> list[nn.Module]:
+    """Of every stack that an embedding joins to another."""
+    stage = unit.inner
+    if not isinstance(stage, WholeStage) or not stage.is_first:
+        return []
+    starts = [0, *(at for at in range(1, len(stage.chain)) if stage.chain[at].stack is not stage.chain[at - 1].stack)]
+    return [stage.layer(at) for at in starts[:-1]]
 
 
 def _let_go_of_gradient(log: StorageLog, parameter: Tensor) -> None:

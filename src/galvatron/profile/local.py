@@ -25,6 +25,7 @@ class LocalUnit(nn.Module):
     Attributes:
         owners: the modules that hold its parameters.
         forwards: of a layer, its forward at every level of recompute.
+        experts: of a layer, the module of its experts, if any.
     """
 
     def __init__(self, inner: nn.Module, owners: tuple[nn.Module, ...], args: tuple[Any, ...], **kwargs: Any) -> None:
@@ -32,6 +33,7 @@ class LocalUnit(nn.Module):
         self.inner, self.owners = inner, owners
         self.args, self.kwargs = args, kwargs
         self.forwards: dict[Recompute, Callable[..., Any]] = {}
+        self.experts: nn.Module | None = None
 
     @property
     def levels(self) -> list[Recompute]:

@@ -70,10 +70,18 @@ class StorageLog(TorchDispatchMode):
         """A name for now, to ask ``live_bytes`` about later."""
         return len(self._events)
 
-    def live_bytes(self, moment: int | None = None) -> int:
-        """Bytes of the storages alive now, or at an earlier ``moment``; what was ignored since does not count."""
+    def seen(self, *but: torch.Tensor) -> frozenset[int]:
+        """Names of all storages so far, but for those of some tensors, to ask ``live_bytes`` about later."""
+        return frozenset(range(self._num_seen)) - set(map(self._serial, but))
+
+    def live_bytes(self, moment: int | None = None, among: frozenset[int] | None = None) -> int:
+        """Bytes of the storages alive now, or at an earlier ``moment``; what was ignored since does not count.
+
+        ``among``: of some storages alone, which ``seen`` named.
+        """
         self._ignore_resized()
-        return sum(num_bytes for serial, num_bytes in self._events[:moment] if serial not in self._ignored)
+        alive = self._events[:moment]
+        return sum(n for serial, n in alive if serial not in self._ignored and (among is None or serial in among))
 
     def peak_bytes(self) -> int:
         """Most bytes that were alive at once."""

@@ -191,6 +191,7 @@ class UnitShape:
             attend_across(layer, Context(tp=tp))
             kwargs |= self._bias(layer)
         unit, plain = LocalUnit(layer, (layer,), args, **kwargs), layer.forward
+        unit.experts = None if experts is None else layer.get_submodule(experts.module)
         compiler = LayerCompiler(backend) if self.compiled else None
         for level in RECOMPUTES:
             layer.forward = plain

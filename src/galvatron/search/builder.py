@@ -14,7 +14,8 @@ import numpy as np
 
 from galvatron.core.model import UnitName
 from galvatron.cost.communication import redistributions_s
-from galvatron.cost.memory import UnitMemory, all_unit_memory, usable_bytes
+from galvatron.cost.memory import UnitMemory, all_unit_memory
+from galvatron.cost.outside import usable_bytes
 from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.cost.unit import UnitTimes, all_unit_times

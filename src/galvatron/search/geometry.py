@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from galvatron.core.model import ENDS, UnitName
 from galvatron.cost.communication import transfer_s
-from galvatron.cost.joints import Between, between
+from galvatron.cost.joints import Between
 from galvatron.cost.memory import shared_bytes
 from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints, Strategies
@@ -94,7 +94,7 @@ class Geometry:
         _, one, sort = np.unique(pair, return_index=True, return_inverse=True)
         which = np.zeros((self.num_layers, self.num_layers + 1), dtype=np.int64)
         which[first, k] = sort
-        return which, [between(self.setting, range(first[i], first[i] + k[i])) for i in one]
+        return which, [Between(range(first[i], first[i] + k[i])) for i in one]
 
     def row(self, start: int) -> int:
         """The row of segments that begin with layer ``start``."""

@@ -15,7 +15,7 @@ from galvatron.core.model import ParameterSpec, Precision
 from galvatron.cost import Setting, unit_memory, unit_times
 from galvatron.cost.communication import overlapped_s, redistribution_s, tied_reduction_s, transfer_s
 from galvatron.cost.compute import interpolate
-from galvatron.cost.memory import COMMUNICATORS, runtime_bytes, usable_bytes
+from galvatron.cost.outside import COMMUNICATORS, runtime_bytes, usable_bytes
 from galvatron.cost.sizes import ShardSize, shard_sizes
 from galvatron.cost.strategies import Strategies
 from galvatron.plan.plan import LayerStrategy

@@ -21,7 +21,9 @@ from galvatron.core.model import ENDS
 from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import Setting, unit_memory, unit_times
 from galvatron.cost.communication import redistribution_s, transfer_s
+from galvatron.cost.joints import side_bytes
 from galvatron.cost.memory import shared_bytes
+from galvatron.plan.axes import divisors
 from galvatron.plan.hetu import inexpressible_strategy
 from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.rules import check_strategy
@@ -211,21 +213,25 @@ def joined(costs: Costs, layers: list[int], alive: int) -> Any:
     setting, spec = costs.setting, costs.setting.model.spec
     if setting.pp == 1 or not spec.joints:
         return 0
-    (joint,), table = spec.joints, spec.embedding.parameters[0]
-    names = set(joint.parameters) if joint.layer - 1 in layers else set()
-    is_tied_end = spec.tied_embeddings and layers[-1] == spec.num_layers - 1
-    if joint.table and joint.layer - 1 in layers and layers[0] > 0 and not is_tied_end:
-        names.add(table.name)
-    own = tuple(p for p in spec.embedding.parameters if p.name in names)
+    span, (joint,) = range(layers[0], layers[-1] + 1), spec.joints
     found = []
     for option in costs.options[0]:
-        memory = unit_memory(setting, "embedding", option.strategy, own) if own else None
-        resident = 0 if memory is None else int(memory.resident_bytes + memory.transient_bytes)
-        passing = 0 if memory is None or layers[0] == 0 else alive * int(memory.activation_bytes)
-        found.append(resident + passing)
+        resident = passing = 0
+        if layers[0] == 0 or joint.layer - 1 in layers:
+            whole = unit_memory(setting, "embedding", option.strategy, span)
+            resident = int(whole.resident_bytes + whole.transient_bytes)
+            passing = int(whole.activation_bytes)
+        if layers[0] == 0:
+            alone = unit_memory(setting, "embedding", option.strategy)
+            resident -= int(alone.resident_bytes + alone.transient_bytes)
+            passing -= int(alone.activation_bytes)
+        degrees = set(divisors(setting.stage_size))
+        kept, sent = side_bytes(setting, span, degrees, degrees, 1)
+        found.append(resident + sent + alive * (passing + kept))
     copies = 0
     for start, stop in ((0, joint.layer), (joint.layer, spec.num_layers)):
-        if any(start <= layer < stop for layer in layers) and start not in layers:
+        within = any(start <= layer < stop for layer in layers)
+        if within and (start not in layers or layers[-1] + 1 < stop):  # a copy, or one that others have copies of
             shared = [p for p in spec.kind_of_layers()[start].parameters if p.shared]
             copies += sum(16 * math.prod(p.shape) for p in shared)  # float32: value, gradient, two moments
     return costs._axis(0, np.array(found, dtype=np.int64)) + copies

@@ -82,6 +82,11 @@ class ModelSpec(Record):
         return self.tied_embeddings or self.task not in TOKEN_TASKS
 
     @property
+    def numbers(self) -> tuple[ParameterSpec, ...]:
+        """What a contrast has beside all layers, on every rank: a scale, perhaps a bias; they are the head's."""
+        return tuple(p for p in self.head.parameters if p.num_elements == 1) if self.task == "contrast" else ()
+
+    @property
     def tied_names(self) -> tuple[str, str] | None:
         """What embedding and head call a weight that they share; None where they call it alike, or share none."""
         names = self.embedding.parameters[0].name, self.head.parameters[-1].name

@@ -85,6 +85,17 @@ class LayerKind(UnitSpec):
         """Elements of a sequence of ``tokens`` here that enter a layer: hidden states, and those that ride along."""
         return tokens * self.hidden_size * (1 + self.side_inputs) + self.carried
 
+    def window_tokens(self, seq_len: int) -> int:
+        """Tokens of one sequence where a square grid is filled up to whole windows; of other grids those it has."""
+        tokens = self.tokens(seq_len)
+        side, window = math.isqrt(tokens), math.isqrt(self.attention_span or tokens)
+        return tokens if side * side < tokens else (-(-side // window) * window) ** 2
+
+    @property
+    def sees_side(self) -> bool:
+        """Whether layers attend to another stack's states too, in a region of their own."""
+        return self.side_inputs > 0 or (self.carried > 0 and self.regions > 2)
+
     @property
     def entering_tensors(self) -> int:
         """In how many tensors these elements are."""
@@ -96,6 +107,12 @@ class LayerKind(UnitSpec):
         experts = sum(math.prod(p.shape) for p in self.parameters if p.experts)
         share = self.experts_per_token / self.num_experts if self.num_experts else 1.0
         return self.num_parameters - experts + share * experts
+
+    @property
+    def share_of_experts(self) -> float:
+        """Which part of ``active_parameters`` is of experts."""
+        experts = sum(p.num_elements for p in self.parameters if p.experts)
+        return self.experts_per_token / self.num_experts * experts / self.active_parameters if experts else 0.0
 
     @property
     def share_beside_experts(self) -> float:

@@ -21,14 +21,9 @@ def deal_heads(
     if axes.size == 1:
         return query_BSND, key_BSKD, value_BSKD
     if query_BSND.shape[1] != key_BSKD.shape[1]:  # another stack's
-        query, _, _ = deal_heads(query_BSND, query_BSND, query_BSND, axes)
-        key, value, _ = deal_heads(key_BSKD, value_BSKD, value_BSKD, axes)
-        return query, key, value
-    heads = (query_BSND, key_BSKD, value_BSKD)
-    dealt = [_dealt(tensor, axes.size) for tensor in heads]
-    joined = join(exchange(torch.cat(dealt, dim=-1), axes), axes)
-    parts = joined.split([part.shape[-1] for part in dealt], dim=-1)
-    query, key, value = (part.unflatten(-1, (-1, tensor.shape[-1])) for part, tensor in zip(parts, heads, strict=True))
+        (query,), (key, value) = _deal(axes, query_BSND), _deal(axes, key_BSKD, value_BSKD)
+    else:
+        query, key, value = _deal(axes, query_BSND, key_BSKD, value_BSKD)
     return query, key, value
 
 
@@ -42,6 +37,14 @@ def collect_heads(output_BSND: Tensor, axes: AxisGroup) -> Tensor:
 def own_sinks(sinks_N: Tensor | None, axes: AxisGroup) -> Tensor | None:
     """[N] → [N/k]: those of the query heads that this rank attends with."""
     return sinks_N if sinks_N is None or axes.size == 1 else sinks_N.chunk(axes.size)[axes.rank]
+
+
+def _deal(axes: AxisGroup, *heads: Tensor) -> list[Tensor]:
+    """Of as many tokens each, by one all-to-all."""
+    dealt = [_dealt(tensor, axes.size) for tensor in heads]
+    joined = join(exchange(torch.cat(dealt, dim=-1), axes), axes)
+    parts = joined.split([part.shape[-1] for part in dealt], dim=-1)
+    return [part.unflatten(-1, (-1, tensor.shape[-1])) for part, tensor in zip(parts, heads, strict=True)]
 
 
 def _dealt(heads_BSND: Tensor, ranks: int) -> Tensor:

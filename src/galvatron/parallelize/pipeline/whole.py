@@ -54,7 +54,7 @@ class WholeStage(Stage):
         model = self.model
         self._entries = tuple(path for path in self.family.before if self._has_entry(path))
         self._riding: dict[str, Tensor] = {}
-        self._sides: dict[LayerStrategy, OwnSide] = {}
+        self._sides: dict[int, OwnSide] = {}
         for index, link in enumerate(self.chain):
             if index not in self.layers:
                 ends = index == self.layers.stop
@@ -214,14 +214,15 @@ class WholeStage(Stage):
         wrap_forward(self.layer(index), whole)
 
     def side_of(self, strategy: LayerStrategy, sequence: AxisGroup, change: Callable[[Tensor], Tensor]) -> OwnSide:
-        """What layers of ``strategy`` see of other stacks' states: one for all of them.
+        """What layers of ``strategy`` see of other stacks' states: one for all that cut sequences into as many parts.
 
         Of those that a stage before sends, if this one begins among such layers.
         """
-        if strategy not in self._sides:
+        degree = strategy.sequence_degree
+        if degree not in self._sides:
             is_sent = not self.is_first and self.chain[self.layers.start].stack.side is not None
-            self._sides[strategy] = OwnSide(sequence, change, self._side if is_sent else None)
-        return self._sides[strategy]
+            self._sides[degree] = OwnSide(sequence, change, self._side if is_sent else None)
+        return self._sides[degree]
 
     def _side(self) -> Tensor:
         return self._riding[SIDE]
