@@ -152,6 +152,11 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Tokenizer:
             f"data.tokenizer={name!r} is no {kind} of a Hugging Face tokenizer ({type(error).__name__}: {reason}); "
             f"give one that loads, or {BYTES!r}"
         ) from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a directory with a config alone
+        raise DataError(
+            f"data.tokenizer={name!r} has no words, only {len(tokenizer)} special tokens; give a directory with the "
+            f"tokenizer's files, or {BYTES!r}"
+        )
     if template is not None:
         tokenizer.chat_template = template
     return HuggingFaceTokenizer(tokenizer, name)

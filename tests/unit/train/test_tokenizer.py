@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from galvatron.train.tokenizer import END_OF_TEXT, ByteTokenizer
+from galvatron.core.errors import DataError
+from galvatron.train.tokenizer import END_OF_TEXT, ByteTokenizer, load_tokenizer
 
 END = ByteTokenizer.end_of_text
 DRAW = random.Random(0)
@@ -54,3 +55,9 @@ def test_transformers_reads_any_bytes_alike_and_knows_the_end(saved: Any) -> Non
         ids = DRAW.choices(range(257), k=50)
         assert saved.decode(ids, skip_special_tokens=True) == ByteTokenizer().decode(ids)
     assert saved.decode([END]) == END_OF_TEXT
+
+
+def test_a_directory_without_a_vocabulary_is_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(DataError, match="has no words, only 5 special tokens; give a directory with the tokenizer's"):
+        load_tokenizer(str(tmp_path))
