@@ -124,7 +124,12 @@ def test_clipping_uses_the_global_norm(sweep: Sweep, strategy: str) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "strategy", "precision"),
-    [("whisper", "1f1b", "bf16"), ("swin", "dp", "fp16"), ("llava-tower-frozen", "1f1b", "bf16")],
+    [
+        ("whisper", "1f1b", "bf16"),
+        ("swin", "dp", "fp16"),
+        ("llava-tower-frozen", "1f1b", "bf16"),
+        ("vit", "1f1b", "bf16"),
+    ],
 )
 def test_sounds_and_images_in_halves(sweep: Sweep, variant: str, strategy: str, precision: Precision) -> None:
     """What enters is no half, and what stands in for other stages' modules must be one."""

@@ -26,6 +26,11 @@ MAX_CHUNKS = 3
 HOSTED_OF = 4
 
 
+SAMPLES = {"contrast": 16, "image_classification": 8}
+"""How many times as many samples a microbatch has as of texts: a loss of few samples averages no rounding, and of two
+pairs gradients all but cancel."""
+
+
 def random_plans(spec: ModelSpec, world_size: int, count: int, seed: int, seq_len: int | None = None) -> list[Plan]:
     """``count`` different plans for ``world_size`` devices, the same ones for the same ``seed``.
 
@@ -137,8 +142,7 @@ def _random_plan(
     most = 1 if spec.task == "contrast" else MAX_MICROBATCHES // rounds
     num_microbatches = rounds * rng.randint(1, most)
     micro_batch_size = math.lcm(*(strategy.dp for strategy in (embedding, *layers, head))) * rng.randint(1, 2)
-    if spec.task == "contrast":
-        micro_batch_size *= 4  # of two pairs gradients all but cancel
+    micro_batch_size *= SAMPLES.get(spec.task, 1)
     plan = Plan(
         model=spec.name,
         world_size=world_size,

@@ -225,8 +225,9 @@ def mean_loss(
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     given = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
     if task_of(config_of(model)) == "contrast":
-        own: torch.Tensor = functional_call(model, weights, kwargs={**given, "return_loss": True}).loss
-        return own
+        outputs = functional_call(model, weights, kwargs={**given, "return_loss": True})
+        own: torch.Tensor = outputs.loss
+        return own if precision == "fp32" else pair_loss(outputs.logits_per_text.float(), hasattr(model, "logit_bias"))
     logits = functional_call(model, weights, kwargs={**given, **options}).logits
     logits = logits if dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
@@ -237,6 +238,15 @@ def mean_loss(
         functional_call(model, weights, kwargs={**dict(zip(given, part, strict=True)), **options}) for part in parts
     ]
     return loss + model.config.router_aux_loss_coef * torch.stack([output.aux_loss for output in each]).mean()
+
+
+def pair_loss(logits: torch.Tensor, has_bias: bool) -> torch.Tensor:
+    """What CLIP, or with a bias SigLIP, makes of float32 logits [texts, images], where its own halves would round."""
+    if has_bias:
+        sign = 2 * torch.eye(len(logits)) - 1
+        return -F.logsigmoid(sign * logits).sum(dim=1).mean()
+    own = torch.arange(len(logits))
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
 
 
 def restore(

@@ -7,7 +7,15 @@ import torch
 
 from galvatron.core.errors import ConfigError
 from galvatron.testing.models import tiny_config, tiny_model
-from galvatron.testing.reference import IGNORED, Recipe, Reference, make_batches, mean_loss, train_reference
+from galvatron.testing.reference import (
+    IGNORED,
+    Recipe,
+    Reference,
+    make_batches,
+    mean_loss,
+    pair_loss,
+    train_reference,
+)
 
 
 def test_the_loss_is_hugging_faces_own() -> None:
@@ -19,6 +27,14 @@ def test_the_loss_is_hugging_faces_own() -> None:
     without_last = torch.cat([step.labels[:, :-1], torch.full((4, 1), IGNORED)], dim=1)
     own = model(**step.inputs, labels=unshifted, use_cache=False).loss
     assert own.item() == pytest.approx(mean_loss(model, step.inputs, without_last).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_the_loss_of_pairs_is_hugging_faces_own(family: str) -> None:
+    model = tiny_model(family)
+    inputs, labels = make_batches(Recipe(), model.config, 4, 16)[0]
+    logits = model(**inputs).logits_per_text
+    assert pair_loss(logits, family == "siglip").item() == pytest.approx(mean_loss(model, inputs, labels).item())
 
 
 def test_the_model_is_left_alone_and_the_run_repeats() -> None:

@@ -27,7 +27,7 @@ class Zeros:
         devices: list[torch.device] = []
         tree_map_only(Tensor, lambda given: devices.append(given.device), (args, kwargs))
         devices += [parameter.device for parameter in self._module.parameters()]  # some are told of a shape alone
-        args, kwargs = tree_map_only(Tensor, lambda given: given.to("meta"), (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, self._bare, (args, kwargs))
         with torch.no_grad():
             outputs = self._twin.to(self._dtype())(*args, **kwargs)
 
@@ -36,6 +36,10 @@ class Zeros:
             return torch.zeros((), dtype=dtype, device=devices[0]).expand(made.shape)
 
         return tree_map_only(Tensor, zeros, outputs)
+
+    def _bare(self, given: Tensor) -> Tensor:
+        """On meta; in the layers' precision, since a model may have cast it to that of a weight which is not here."""
+        return given.to("meta", self._dtype() if given.is_floating_point() else given.dtype)
 
 
 def call_with(forward: Callable[..., Any], change: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
