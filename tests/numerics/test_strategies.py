@@ -129,10 +129,11 @@ def test_clipping_uses_the_global_norm(sweep: Sweep, strategy: str) -> None:
         ("swin", "dp", "fp16"),
         ("llava-tower-frozen", "1f1b", "bf16"),
         ("vit", "1f1b", "bf16"),
+        ("vit", "tp", "fp16"),
     ],
 )
 def test_sounds_and_images_in_halves(sweep: Sweep, variant: str, strategy: str, precision: Precision) -> None:
-    """What enters is no half, and what stands in for other stages' modules must be one."""
+    """What enters is no half, what stands in for other stages' modules must be one, and fillers are no zeros."""
     _check(sweep, variant, 2, strategy, precision=precision)
 
 

@@ -14,7 +14,8 @@ from .plan import Plan
 class Filling:
     """Sequences of ``tokens`` that are cut as if they had ``filled``, fewer than twice as many.
 
-    What is local may end with fillers, which begin as zeros and get no gradient; what is whole never does.
+    What is local may end with fillers, which begin as copies of the last token and get no gradient; what is whole never
+    does.
     """
 
     tokens: int

@@ -119,7 +119,7 @@ def _uniform_plan(
         schedule=schedule,
         model_chunks=chunks,
         num_microbatches=1 if spec.task == "contrast" else 2 * pp,
-        global_batch_size=2 * world_size,
+        global_batch_size=2 * world_size * SAMPLES.get(spec.task, 1),
         seq_len=seq_len,
         embedding=ends,
         layers=(strategy,) * spec.num_layers,

@@ -71,7 +71,7 @@ def own_part(x_BS: Tensor, axes: AxisGroup) -> Tensor:
 
     A gradient of the whole is then this rank's part of a sum over ranks.  No view, which would keep all parts.
     """
-    return x_BS if axes.size == 1 else split(x_BS, axes)[axes.rank].clone()
+    return x_BS if axes.size == 1 else split(filled_up(x_BS, axes), axes)[axes.rank].clone()
 
 
 def reduce_scatter_sequence(x_BS: Tensor, axes: AxisGroup) -> Tensor:
@@ -142,7 +142,7 @@ class _BatchToSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: AxisGroup) -> Tensor:
         ctx.axes = axes
-        return internals.owned(_exchange(split(x, axes), axes).flatten(0, 1))
+        return internals.owned(_exchange(split(filled_up(x, axes), axes), axes).flatten(0, 1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -196,8 +196,19 @@ def chunk_order(axes: AxisGroup) -> tuple[int, ...]:
     return tuple(order)
 
 
+def filled_up(x_BS: Tensor, axes: AxisGroup) -> Tensor:
+    """[B, S, ...], what layers begin with, filled up where its axes want it: with copies of the last token.
+
+    Of zeros a norm in halves divides by a variance of nothing (ViT's eps is 1e-12), whose gradients are no numbers.
+    """
+    if axes.filling is None or x_BS.shape[1] != axes.filling.tokens:
+        return x_BS
+    more = axes.filling.filled - axes.filling.tokens
+    return torch.cat((x_BS, x_BS[:, -1:].detach().expand(-1, more, *x_BS.shape[2:])), dim=1)
+
+
 def split(x_BS: Tensor, axes: AxisGroup) -> Tensor:
-    """[B, S, ...] → contiguous [k, B, S/k, ...]: entry g is the sequence chunk of group rank g."""
+    """[B, S, ...] → contiguous [k, B, S/k, ...]: entry g is the sequence chunk of group rank g; zeros fill it up."""
     if axes.filling is not None and x_BS.shape[1] == axes.filling.tokens:
         x_BS = pad(x_BS, (*(0, 0) * (x_BS.dim() - 2), 0, axes.filling.filled - axes.filling.tokens))
     n, halves = len(axes.sizes), 1 + axes.folded
