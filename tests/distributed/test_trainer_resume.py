@@ -134,7 +134,7 @@ def test_the_same_plan_resumes_bit_for_bit_over_20_steps(pool: Pool, tmp_path: P
     [
         ("llama", "mixed", "pipeline"),
         ("gpt2", "interleaved", "mixed"),
-        ("llama", "pipeline", "pair"),
+        ("gpt_bigcode", "pipeline", "pair"),
         ("qwen2", "pair", "mixed"),
         ("gpt2", "mixed", "one"),
         ("qwen3_moe", "experts", "experts elsewhere"),
@@ -161,7 +161,7 @@ def test_another_plan_or_world_resumes_within_tolerance(
     [
         ("llama", True, "interleaved"),
         ("llama", False, "pipeline"),
-        ("gpt2", True, "pipeline"),
+        ("gpt_bigcode", True, "pipeline"),
         ("mixtral", False, "experts"),
         ("t5", True, "within the decoder"),
     ],

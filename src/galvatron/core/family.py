@@ -18,8 +18,8 @@ from .numbers import Whole
 from .records import FileRecord, Record
 from .tasks import Ends, Task
 
-Blocks = Literal["heads", "kv_heads", "ffn"]
-"""What the blocks of a cut are: see ``core.model.Cut``."""
+Blocks = Literal["heads", "kv_heads", "kv_head", "ffn"]
+"""What the blocks of a cut are: see ``core.model.Cut``; ``kv_head`` is a single one, whatever the config counts."""
 
 
 class Region(Record):
@@ -172,7 +172,7 @@ class Shape(Record):
     shape: tuple[str, ...]
     dim: int | None = None
     segments: tuple[str, ...] = ()
-    uneven: Literal["refuse", "whole", "ceil"] = "refuse"
+    uneven: Literal["refuse", "whole", "shared", "ceil"] = "refuse"
     experts: StrictBool = False
     shared: StrictBool = False
     trainable: StrictBool = True

@@ -22,7 +22,7 @@ class ShardSize:
     """Elements of one unit on the fullest rank, one row a strategy.
 
     ``held``: its shard, padding included; ``whole``: after the cut by tp (and ep), before sharding; ``largest``: of
-    that, the largest parameter; ``uncut``: the part of ``held`` that every tp rank has too.
+    that, the largest parameter; ``uncut``: the part of ``held`` that other tp ranks have too.
     """
 
     held: Ints
@@ -89,10 +89,19 @@ def _elements(parameters: tuple[ParameterSpec, ...]) -> Callable[[int, int, int]
     def of(tp: int, ep: int, num_shards: int) -> tuple[int, int, int, int]:
         shapes = [parameter.local_shape(tp, ep=ep) for parameter in parameters]
         parts, whole = [_sharded(shape, num_shards) for shape in shapes], [math.prod(shape) for shape in shapes]
-        uncut = sum(part for p, part in zip(parameters, parts, strict=True) if p.cut is None or p.cut.is_whole(tp))
+        uncut = sum(_common(p, part, tp) for p, part in zip(parameters, parts, strict=True))
         return sum(parts), sum(whole), max(whole), uncut
 
     return of
+
+
+def _common(parameter: ParameterSpec, held: int, tp: int) -> int:
+    """Of ``held`` elements of a parameter those that other tp ranks hold too."""
+    cut = parameter.cut
+    if cut is None or cut.is_whole(tp):
+        return held
+    runs = [stop - start for start, stop in cut.ranges(parameter.shape[cut.dim], tp, 0)]
+    return held * sum(run for run, copies in zip(runs, cut.copies(tp), strict=True) if copies > 1) // sum(runs)
 
 
 def _sharded(shape: tuple[int, ...], num_shards: int) -> int:

@@ -196,6 +196,6 @@ def replicated_s(plan: Plan, setting: Setting, stage: Stage) -> float:
     held = [(strategy.tp, p) for unit, strategy in stage.units for p in setting.parameters(unit)]
     if setting.model.spec.joints:
         held += [(plan.embedding.tp, p) for c in stage.chunks for p in setting.parameters("embedding", c.layers)]
-    degrees = {tp for tp, p in held if tp > 1 and p.trainable and (p.cut is None or p.cut.is_whole(tp))}
+    degrees = {tp for tp, p in held if p.trainable and max(p.copies(tp)) > 1}
     latencies = sum(setting.link("all_reduce", tp, 1).latency_s for tp in degrees)
     return latencies + sum(float(unit.replicated_s) for unit in stage.times)

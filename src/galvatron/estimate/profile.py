@@ -85,11 +85,9 @@ def _cuts(spec: ModelSpec, unit: UnitName, tp: int, seq_len: int) -> bool:
     """Whether the unit's parameters and tokens can be cut ``tp`` ways (see ``core.model.Cut``)."""
     kind = {ENDS[0]: spec.layers[0], ENDS[1]: spec.layers[-1]}.get(unit) or spec.kind(unit)
     cuts = [p.cut for p in spec.unit(unit).parameters if p.cut is not None]
-    refused = any(cut.uneven == "refuse" and cut.blocks % tp for cut in cuts)
-    whole = any(cut.uneven == "whole" and cut.blocks % tp and tp % cut.blocks for cut in cuts)
-    empty = any(cut.leaves_ranks_empty(tp) for cut in cuts)
+    refused = any(cut.misfit(tp) is not None or cut.leaves_ranks_empty(tp) for cut in cuts)
     even = kind.tokens(seq_len) % tp == 0 or tp <= spec.patches(kind, seq_len)
-    return even and not (refused or whole or empty)
+    return even and not refused
 
 
 def _compute(

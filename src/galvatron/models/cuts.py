@@ -81,13 +81,11 @@ def _are_experts(name: str, value: nn.Parameter) -> bool:
 
 def _cuts(layer: nn.Module, region: Region, counts: dict[Blocks, int]) -> Iterator[tuple[str, Cut]]:
     row = base_linear(layer.get_submodule(region.row))
-    counts = {**counts, "ffn": weight_sizes(row)[0]}
+    counts = {**counts, "kv_head": 1, "ffn": weight_sizes(row)[0]}
     for name, blocks in region.columns.items():
         output_dim = 1 if isinstance(base_linear(layer.get_submodule(name)), Conv1D) else 0
-        # a norm over all kv heads, or queries in the same matrix, leave no way to keep them whole
-        stays = blocks == ("kv_heads",) and not region.wide_norms and "kv_heads" not in region.by_head.values()
-        uneven: Literal["whole", "refuse"] = "whole" if stays else "refuse"
-        cut = Cut(dim=output_dim, segments=tuple(counts[block] for block in blocks), uneven=uneven)
+        segments = tuple(counts[block] for block in blocks)
+        cut = Cut(dim=output_dim, segments=segments, uneven=_uneven(region, blocks))
         yield from _linear_cuts(layer, name, cut, is_row=False)
     for name, block in (*region.wide_norms.items(), *region.by_head.items()):
         for parameter, _ in layer.named_parameters():
@@ -95,6 +93,16 @@ def _cuts(layer: nn.Module, region: Region, counts: dict[Blocks, int]) -> Iterat
                 yield parameter, Cut(dim=region.by_head_dims.get(name, 0), segments=(counts[block],))
     row_cut = Cut(dim=0 if isinstance(row, Conv1D) else 1, segments=(counts[region.row_blocks],))
     yield from _linear_cuts(layer, region.row, row_cut, is_row=True)
+
+
+def _uneven(region: Region, blocks: tuple[Blocks, ...]) -> Literal["refuse", "whole", "shared"]:
+    """What becomes of kv heads fewer than tp."""
+    if "kv_heads" in (*region.wide_norms.values(), *region.by_head.values()) or region.wide_norms:
+        return "refuse"  # a norm over all of them leaves no way to keep them whole
+    if "kv_head" in blocks or ("kv_heads" in blocks and len(blocks) > 1):
+        return "shared"
+    has_queries = any("heads" in others for others in region.columns.values())  # not in the same blocks
+    return "whole" if blocks == ("kv_heads",) and has_queries else "refuse"
 
 
 def _linear_cuts(layer: nn.Module, name: str, cut: Cut, *, is_row: bool) -> Iterator[tuple[str, Cut]]:

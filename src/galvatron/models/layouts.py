@@ -253,29 +253,31 @@ def _layout(touched: Tensor, heads: int | None) -> tuple[Blocks, ...] | None:
     if heads is None:
         return _segments(touched, {touched.shape[0]: "ffn"})
     by_head = touched.unflatten(0, (heads, -1)).any(dim=1)
-    fine = _segments(by_head, {heads: "heads", heads // 2: "kv_heads"})
+    fine = _segments(by_head, {1: "kv_head", heads // 2: "kv_heads", heads: "heads"})
     return fine or _segments(by_head.unflatten(0, (heads // 2, 2)).any(dim=1), {heads // 2: "kv_heads"})
 
 
 def _segments(touched: Tensor, names: dict[int, Blocks]) -> tuple[Blocks, ...] | None:
-    """``touched``: [blocks of the row, outputs].  Outputs that touch equal blocks are a block; a segment ends where the
-    next block touches earlier ones."""
+    """``touched``: [blocks of the row, outputs].  Outputs that touch equal blocks are a block, or several; a segment
+    ends where the next block touches earlier ones."""
     owners = [tuple(column.nonzero().flatten().tolist()) for column in touched.t()]
     if any(not owner or owner != tuple(range(owner[0], owner[-1] + 1)) for owner in owners):
         return None
-    runs = [(owner, len(list(members))) for owner, members in itertools.groupby(owners)]
-    segments: list[list[tuple[tuple[int, ...], int]]] = []
+    lengths = [(owner, len(list(members))) for owner, members in itertools.groupby(owners)]
+    width = min(length for _, length in lengths)
+    if any(length % width for _, length in lengths):
+        return None
+    runs = [owner for owner, length in lengths for _ in range(length // width)]
+    segments: list[list[tuple[int, ...]]] = []
     for run in runs:
-        if not segments or run[0][0] <= segments[-1][-1][0][0]:
+        if not segments or run[0] <= segments[-1][-1][0]:
             segments.append([])
         segments[-1].append(run)
-    if len({length for _, length in runs}) != 1:
-        return None
     found = []
     for segment in segments:
         count, total = len(segment), touched.shape[0]
         share = [tuple(range(i * total // count, (i + 1) * total // count)) for i in range(count)]
-        if count not in names or [owner for owner, _ in segment] != share:
+        if count not in names or segment != share:
             return None
         found.append(names[count])
     return tuple(found)

@@ -196,7 +196,7 @@ def _kind(
         fixed_tokens=tokens.get(stack.path, 0),
         ffn_size=_expert_width(parameters) or _ffn_size(layer, stack, own),
         num_heads=heads["heads"],
-        num_kv_heads=heads["kv_heads"],
+        num_kv_heads=1 if _has_one_kv_head(layer, stack) else heads["kv_heads"],
         head_dim=head_width(own, heads["heads"], hidden),
         drops_attention=_is_beyond_rings(own, stack) or len(family.stacks) > 1,
         side_inputs=int(rides_along),
@@ -224,6 +224,11 @@ def _kinds(
         name = "layer" if count == len(layers) else f"layers {start}-{start + count - 1}"
         yield name, count, *layers[start], parameters
         start += count
+
+
+def _has_one_kv_head(layer: nn.Module, stack: Stack) -> bool:
+    """Whether its attention has a single one by a flag, beside which a config may count others."""
+    return any("kv_head" in blocks for region in regions_in(layer, stack) for blocks in region.columns.values())
 
 
 def _ffn_size(layer: nn.Module, stack: Stack, config: PretrainedConfig) -> int:

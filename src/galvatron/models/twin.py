@@ -102,9 +102,11 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
         part = getattr(twin, name, None)
         if isinstance(part, PretrainedConfig):
             setattr(twin, name, twin_config(part, kv_heads, keep_images=keep_images))
+    if "kv_lora_rank" in given or getattr(twin, "multi_query", None) is False:
+        kv_heads = HEADS  # latent ones are as many as queries, and what a flag says are no fewer
     for name in kv_names(twin):
         if name in given and is_size(getattr(twin, name, None)):
-            setattr(twin, name, HEADS if "kv_lora_rank" in given else kv_heads)  # latent ones are as many as queries
+            setattr(twin, name, kv_heads)
     task, staged = known_task(config), is_staged(config)
     if task in CLASSIFICATION:
         twin.num_labels = CLASSES

@@ -20,15 +20,24 @@ from galvatron.internals import local_part, multiply_all_
 from .losses.scale import LossScale
 from .sharding.gradients import clip, global_norm, sum_over
 from .sharding.unsharded import UnshardedUnit
-from .state.pieces import LocalParameter
+from .state.pieces import LocalParameter, box, by_copies
 
 
 @dataclass(frozen=True)
 class Replicated:
-    """Parameters whose partial gradients are summed over a group after the last backward."""
+    """Parameters whose partial gradients are summed over a group after the last backward.
+
+    ``cut``: of these the pieces that have as many copies as the group has ranks, alone.
+    """
 
     group: dist.ProcessGroup
     parameters: tuple[LocalParameter, ...]
+    cut: tuple[LocalParameter, ...] = ()
+
+    def gradients(self) -> list[Tensor]:
+        """What is summed: views."""
+        views = (view for p in self.cut if p.tensor.grad is not None for view in by_copies(p, p.tensor.grad))
+        return _there(self.parameters) + [view for copies, view in views if copies == self.group.size()]
 
 
 class Gradients:
@@ -84,8 +93,9 @@ class Gradients:
                 self._earlier[parameter.name] = parameter.tensor.grad.clone()
                 parameter.tensor.grad = None
         self._zero_shards()
-        for gradient in _there(p for p in self._parameters if p.name not in self._shards and not p.is_primary):
-            gradient.zero_()  # what stays is summed over all who hold it once more, so it counts on one of them
+        for parameter in self._parameters:
+            if parameter.name not in self._shards:
+                _count_once(parameter)
         for unit in self._unsharded:
             unit.begin()
 
@@ -100,7 +110,8 @@ class Gradients:
                 # none where the loss does not depend on it (a tower's last layer in LLaVA): zero, as where units sum it
                 parameter.tensor.grad = torch.zeros_like(parameter.tensor) if gradient is None else local_part(gradient)
         for replicated in self._replicated:
-            sum_over(replicated.group, _there(replicated.parameters))
+            if gradients := replicated.gradients():
+                sum_over(replicated.group, gradients)
         for parameter in self._parameters:
             before = self._earlier.get(parameter.name)
             if before is not None and parameter.tensor.grad is not None:
@@ -138,6 +149,17 @@ class Gradients:
     def _zero_shards(self) -> None:
         for shard in self._shards.values():
             shard.grad = None
+
+
+def _count_once(parameter: LocalParameter) -> None:
+    """Of a gradient that stays, leave what this rank has first: all who hold it sum it once more."""
+    if (gradient := parameter.tensor.grad) is None:
+        return
+    if not parameter.is_primary:
+        gradient.zero_()
+    for piece in parameter.pieces:
+        if not piece.is_first:
+            box(gradient, piece.local_offset, piece.size).zero_()
 
 
 def _there(parameters: Iterable[LocalParameter]) -> list[Tensor]:

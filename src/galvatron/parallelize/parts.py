@@ -132,18 +132,19 @@ def lasting_of(stage: Stage, grid: Grid) -> list[LocalParameter]:
 
 
 def replicated_of(parts: list[Part], parameters: list[LocalParameter], grid: Grid) -> tuple[Replicated, ...]:
-    """Trainable parameters whole on several tp ranks, by tp degree, then what several stages hold."""
-    by_tp: dict[int, list[LocalParameter]] = {}
+    """Trainable parameters that several tp ranks hold, or runs of them, by how many do; then what several stages do."""
+    by_copies: dict[int, tuple[list[LocalParameter], list[LocalParameter]]] = {}
     by_stages: dict[tuple[int, ...], list[LocalParameter]] = {}
     for part, parameter in zip(parts, parameters, strict=True):
         tp = part.strategy.tp
         if not part.spec.trainable:
             continue
-        if tp > 1 and (part.spec.cut is None or part.spec.cut.is_whole(tp)):
-            by_tp.setdefault(tp, []).append(parameter)
+        is_cut = part.spec.cut is not None and not part.spec.cut.is_whole(tp)
+        for copies in set(part.spec.copies(tp)) - {1}:
+            by_copies.setdefault(copies, ([], []))[is_cut].append(parameter)
         if len(part.stages) > 1:
             by_stages.setdefault(part.stages, []).append(parameter)
-    within = [Replicated(grid.group(1, tp), tuple(by_tp[tp])) for tp in sorted(by_tp)]
+    within = [Replicated(grid.group(1, copies), *map(tuple, by_copies[copies])) for copies in sorted(by_copies)]
     # stages have them in orders of their own
     across = {at: tuple(sorted(own, key=lambda parameter: parameter.name)) for at, own in sorted(by_stages.items())}
     return (*within, *(Replicated(grid.group_of_copies(at), own) for at, own in across.items()))

@@ -281,15 +281,13 @@ def _expert_problem(strategy: LayerStrategy, kind: LayerKind, axes: StageAxes) -
 def _parameter_problem(strategy: LayerStrategy, unit: UnitName, spec: ModelSpec, axes: StageAxes) -> str | None:
     for parameter in spec.unit(unit).parameters:
         cut = parameter.cut
-        if cut is not None and cut.uneven == "refuse" and cut.blocks % strategy.tp:
-            choices = _choices(cut.blocks, axes)
-            return f"tp={strategy.tp} must divide the {cut.blocks} blocks of {parameter.name}; choose {choices}"
-        if cut is not None and cut.uneven == "whole" and cut.blocks % strategy.tp and strategy.tp % cut.blocks:
-            return (
-                f"tp={strategy.tp} must divide or be a multiple of the {cut.blocks} blocks of {parameter.name}; "
-                f"choose {_choices(cut.blocks, axes)}"
-            )
-        if cut is not None and cut.leaves_ranks_empty(strategy.tp):
+        if cut is None:
+            continue
+        if (blocks := cut.misfit(strategy.tp)) is not None:
+            must = "divide" if cut.uneven == "refuse" else "divide or be a multiple of"
+            choices = _choices(blocks, axes)
+            return f"tp={strategy.tp} must {must} the {blocks} blocks of {parameter.name}; choose {choices}"
+        if cut.leaves_ranks_empty(strategy.tp):
             return f"tp={strategy.tp} leaves a rank without any of the {cut.blocks} rows of {parameter.name}; lower tp"
     return None
 

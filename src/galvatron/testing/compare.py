@@ -111,7 +111,7 @@ def compare_on_rank(path: Path, plan: Plan, engine: str | None = None) -> RankFi
     held = (deviation.model_copy(update={"precision": reference.precision}) for deviation in deviations)
     return RankFindings(
         deviations=tuple(worth_reporting(held)),
-        holdings=tuple(_holding(parameter) for parameter in model.local_parameters),
+        holdings=tuple(h for parameter in model.local_parameters for h in _holdings(parameter)),
         problems=tuple(_local_problems(model.local_parameters)),
         scalars=tuple(scalars),
     )
@@ -204,16 +204,20 @@ def _deviation(kind: str, name: str, step: int, error: float) -> Deviation:
     return Deviation(kind=kind, name=name, step=step, rank=dist.get_rank(), error=error)
 
 
-def _holding(parameter: LocalParameter) -> Holding:
-    return Holding(
-        rank=dist.get_rank(),
-        name=parameter.name,
-        global_shape=tuple(parameter.global_shape),
-        boxes=tuple((tuple(piece.global_offset), tuple(piece.size)) for piece in parameter.pieces),
-        replicas=parameter.replicas,
-        is_primary=parameter.is_primary,
-        checksum=zlib.crc32(parameter.tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()),
-    )
+def _holdings(parameter: LocalParameter) -> Iterator[Holding]:
+    """What this rank has of a parameter, apart where other ranks hold only some of it too."""
+    for copies in {piece.copies for piece in parameter.pieces}:
+        pieces = [piece for piece in parameter.pieces if piece.copies == copies]
+        values = [parameter.tensor.detach()[_slices((p.local_offset, p.size))].flatten().cpu() for p in pieces]
+        yield Holding(
+            rank=dist.get_rank(),
+            name=parameter.name,
+            global_shape=tuple(parameter.global_shape),
+            boxes=tuple((tuple(piece.global_offset), tuple(piece.size)) for piece in pieces),
+            replicas=parameter.replicas * copies,
+            is_primary=parameter.is_primary and pieces[0].is_first,
+            checksum=zlib.crc32(torch.cat(values).view(torch.uint8).numpy().tobytes()),
+        )
 
 
 def _local_problems(parameters: list[LocalParameter]) -> Iterator[str]:

@@ -179,10 +179,11 @@ def _held_state(model: TrainableModel, optimizer: torch.optim.Optimizer, *, prim
         if primary_only and not part.is_primary:
             continue
         assert part.name not in tensors, f"two parts of {part.name} on one rank"
-        tensors[part.name] = held(part.global_shape, part.tensor, part.pieces)
+        pieces = part.primary_pieces if primary_only else part.pieces
+        tensors[part.name] = held(part.global_shape, part.tensor, pieces)
         for moment in MOMENTS if part.tensor.requires_grad else ():
             name = f"{OPTIMIZER_PREFIX}{moment}.{part.name}"
-            tensors[name] = held(part.global_shape, optimizer.state[part.tensor][moment], part.pieces)
+            tensors[name] = held(part.global_shape, optimizer.state[part.tensor][moment], pieces)
     return tensors
 
 

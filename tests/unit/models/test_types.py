@@ -31,6 +31,26 @@ def test_a_gate_that_feeds_no_row_stays_whole() -> None:
     assert prove(config) == Proof()
 
 
+@pytest.mark.parametrize(
+    ("model_type", "flags", "layout"),
+    [
+        ("gpt_bigcode", {}, ("heads", "kv_head", "kv_head")),
+        ("falcon", {}, ("heads", "kv_head", "kv_head")),
+        ("falcon", {"new_decoder_architecture": True}, ("kv_heads",)),
+        ("falcon", {"multi_query": False, "alibi": True}, ("heads",)),
+    ],
+)
+def test_one_matrix_of_queries_keys_and_values_is_cut_whatever_the_order_in_it(
+    model_type: str, flags: dict[str, bool], layout: tuple[str, ...]
+) -> None:
+    config = AutoConfig.for_model(model_type, **flags)
+    (columns, *_) = (region.columns for region in family_of(config).stacks[0].regions)
+    assert tuple(columns.values()) == (layout,)
+    assert prove(config) == Proof()
+    kind = spec_of(meta_model(twin_config(config))).layers[0]
+    assert kind.num_kv_heads == {"kv_head": 1, "kv_heads": 2, "heads": 4}[layout[-1]]
+
+
 def test_layers_with_an_attention_of_their_own_run_whole_sequences() -> None:
     config = AutoConfig.for_model("falcon")
     family = family_of(config)

@@ -17,13 +17,14 @@ class Cut(Record):
     ``segments``: how many indivisible blocks (heads, kv heads, ffn or vocabulary rows) each segment holds: ``(8,)`` of
     a plain matrix, ``(8, 8, 8)`` of a fused query, key and value, ``(8, 2, 2)`` where kv heads are fewer.  tp rank r
     takes its run of blocks from every segment.  When tp does not divide them all the rule is ``uneven``: ``refuse``
-    the plan, ``whole`` (every rank keeps the parameter whole and uses its part: kv heads fewer than tp), or ``ceil``
-    (ranks hold ceil(blocks / tp) or fewer: vocabulary).
+    the plan, ``whole`` (every rank keeps the parameter whole and uses its part: kv heads fewer than tp), ``shared``
+    (of a segment of fewer blocks than tp, tp / blocks ranks in a row hold the same one: kv heads in one matrix with
+    queries), or ``ceil`` (ranks hold ceil(blocks / tp) or fewer: vocabulary).
     """
 
     dim: Annotated[int, Field(strict=True, ge=0, le=7)]
     segments: tuple[Count, ...] = Field(min_length=1, max_length=8)
-    uneven: Literal["refuse", "whole", "ceil"] = "refuse"
+    uneven: Literal["refuse", "whole", "shared", "ceil"] = "refuse"
 
     @property
     def blocks(self) -> int:
@@ -34,6 +35,18 @@ class Cut(Record):
         """Whether every tp rank keeps the whole parameter."""
         return tp == 1 or (self.uneven == "whole" and self.blocks % tp != 0)
 
+    def misfit(self, tp: int) -> int | None:
+        """How many blocks there are that ``tp`` must divide, or be a multiple of where they are kept, but does not."""
+        counts = self.segments if self.uneven == "shared" else (self.blocks,)
+        odd = (blocks for blocks in counts if blocks % tp and (self.uneven == "refuse" or tp % blocks))
+        return None if self.uneven == "ceil" else next(odd, None)
+
+    def copies(self, tp: int) -> tuple[int, ...]:
+        """On how many of ``tp`` ranks each of a rank's ``ranges`` is."""
+        if self.is_whole(tp):
+            return (tp,)
+        return tuple(max(tp // blocks, 1) if self.uneven == "shared" else 1 for blocks in self.segments)
+
     def leaves_ranks_empty(self, tp: int) -> bool:
         """Whether the first ranks take so many blocks that the last has none."""
         return self.uneven == "ceil" and (tp - 1) * math.ceil(self.blocks / tp) >= self.blocks
@@ -43,8 +56,9 @@ class Cut(Record):
         if self.is_whole(tp):
             return [(0, size)]
         block, before, found = size // sum(self.segments), 0, []
-        for blocks in self.segments:
-            start, stop = (before + min(rank * math.ceil(blocks / tp), blocks) for rank in (tp_rank, tp_rank + 1))
+        for blocks, copies in zip(self.segments, self.copies(tp), strict=True):
+            run = tp_rank // copies
+            start, stop = (before + min(at * math.ceil(blocks / tp), blocks) for at in (run, run + 1))
             found.append((start * block, stop * block))
             before += blocks
         return found
@@ -81,6 +95,10 @@ class ParameterSpec(Record):
     def num_elements(self) -> int:
         """Of the whole parameter."""
         return math.prod(self.shape)
+
+    def copies(self, tp: int) -> tuple[int, ...]:
+        """On how many of ``tp`` ranks, in a row, each run is that a rank holds of it."""
+        return (tp,) if self.cut is None else self.cut.copies(tp)
 
     def local_shape(self, tp: int, tp_rank: int = 0, ep: int = 1) -> tuple[int, ...]:
         """The shape that ``tp_rank`` of any of ``ep`` expert ranks holds; tp rank 0 holds the largest."""

@@ -167,8 +167,12 @@ def vocabulary_range(parameter: ParameterSpec, tp: AxisGroup) -> tuple[int, int]
 
 
 def _check_replaceable(module: nn.Module, *classes: type[nn.Module]) -> None:
-    """Refuse to replace the forward of a class whose arithmetic ours does not repeat (scaled lookups, adapters)."""
-    if type(module) not in classes and not multiplies_in_float8(module):
+    """Refuse to replace the forward of a class whose arithmetic ours does not repeat (scaled lookups, adapters).
+
+    A type's own linear is in its twin too, whose gradients say whether ours does.
+    """
+    is_own = isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    if type(module) not in classes and not is_own and not multiplies_in_float8(module):
         known = " or ".join(known.__name__ for known in classes)
         raise ConfigError(
             f"tensor parallelism replaces the forward of {known} alone, got {type(module).__name__}; use tp=1 for it"

@@ -124,4 +124,4 @@ def _text(config: PretrainedConfig) -> str:
 def _is_allowed(spec: ModelSpec) -> bool:
     """Whether the rules let a plan cut layers between TP ranks."""
     cuts = [parameter.cut for kind in spec.layers for parameter in kind.parameters if parameter.cut is not None]
-    return not any(cut.uneven == "refuse" and cut.blocks % TP for cut in cuts)
+    return all(cut.misfit(TP) is None for cut in cuts)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from galvatron.internals import multiply_all_, norms
 
-from ..state.pieces import LocalParameter
+from ..state.pieces import LocalParameter, by_copies
 
 NORM_BLOCK = 1 << 16
 """Elements that a CPU takes the norm of at a time.  Its kernel adds up in float32, one after the other: 4M of them are
@@ -39,7 +39,8 @@ def global_norm(parameters: Iterable[LocalParameter], device: torch.device) -> T
     for parameter in parameters:
         if parameter.tensor.requires_grad:
             assert parameter.tensor.grad is not None, parameter.name
-            by_replicas.setdefault(parameter.replicas, []).extend(_blocks(parameter.tensor.grad))
+            for copies, gradient in by_copies(parameter, parameter.tensor.grad):
+                by_replicas.setdefault(parameter.replicas * copies, []).extend(_blocks(gradient))
     total = torch.zeros((), device=device)
     for replicas, gradients in by_replicas.items():
         total += norms(gradients).square().sum() / replicas

@@ -46,12 +46,12 @@ def gather_whole(
 
 
 def _boxes(part: LocalParameter) -> _Boxes:
-    return [(offset, tuple(values.shape)) for offset, values in boxes_of(part.tensor, part.pieces)]
+    return [(offset, tuple(values.shape)) for offset, values in boxes_of(part.tensor, part.primary_pieces)]
 
 
 def _flat(part: LocalParameter) -> torch.Tensor:
-    """All boxes of a part, concatenated: [number of elements], on the part's device."""
-    return torch.cat([values.reshape(-1) for _, values in boxes_of(part.tensor, part.pieces)])
+    """All boxes that this rank gives, concatenated: [number of elements], on the part's device."""
+    return torch.cat([values.reshape(-1) for _, values in boxes_of(part.tensor, part.primary_pieces)])
 
 
 def _gathered(parts: dict[str, LocalParameter], table: _Table, shapes: Shapes) -> Iterator[torch.Tensor]:

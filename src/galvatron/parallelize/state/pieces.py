@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -19,11 +19,17 @@ from galvatron.core.model import ParameterSpec, shard_dim
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a local tensor and the box of the global tensor that it is; offsets and size per dim."""
+    """A box of a local tensor and the box of the global tensor that it is; offsets and size per dim.
+
+    ``copies``: on how many tensor-parallel ranks it is, of a parameter that these cut but for such boxes;
+    ``is_first``: whether this is the first of them.
+    """
 
     local_offset: tuple[int, ...]
     global_offset: tuple[int, ...]
     size: tuple[int, ...]
+    copies: int = 1
+    is_first: bool = True
 
 
 @dataclass(eq=False)
@@ -37,8 +43,8 @@ class LocalParameter:
             parameter's ``requires_grad`` is False and its gradient None.
         global_shape: the shape of the whole parameter.
         pieces: the boxes of ``tensor``; together they cover it.  Empty where FSDP2 left this rank nothing.
-        replicas: how many ranks of the world hold this same part.
-        is_primary: True on exactly one of them: the one that writes checkpoints.
+        replicas: how many ranks of the world hold this same part; of a piece with copies, times these.
+        is_primary: True on exactly one of them: the one that writes checkpoints; of copies, the first.
         travels_with: the unit beside whose moments its own pass through the device, where the plan keeps them in host
             memory; None where they stay on the device.
     """
@@ -50,6 +56,11 @@ class LocalParameter:
     replicas: int
     is_primary: bool
     travels_with: str | None = None
+
+    @property
+    def primary_pieces(self) -> tuple[Piece, ...]:
+        """Those that this rank writes, and no other."""
+        return tuple(piece for piece in self.pieces if self.is_primary and piece.is_first)
 
 
 def shard_rows(num_rows: int, num_shards: int, shard: int) -> tuple[int, int]:
@@ -78,19 +89,20 @@ def pieces_of(
 
 def _dealt(piece: Piece, first: int, count: int) -> Piece:
     """Of a box of all experts, ``count`` from the ``first`` on."""
-    return Piece(piece.local_offset, _at(piece.global_offset, 0, first), _at(piece.size, 0, count))
+    return replace(piece, global_offset=_at(piece.global_offset, 0, first), size=_at(piece.size, 0, count))
 
 
 def _tp_boxes(parameter: ParameterSpec, tp: int, tp_rank: int) -> Iterator[Piece]:
     """The boxes of the tensor-parallel cut alone."""
     shape, cut = parameter.shape, parameter.cut
     zeros = (0,) * len(shape)
-    if cut is None:
+    if cut is None or cut.is_whole(tp):
         yield Piece(zeros, zeros, shape)
         return
-    position = 0
-    for start, stop in cut.ranges(shape[cut.dim], tp, tp_rank):
-        yield Piece(_at(zeros, cut.dim, position), _at(zeros, cut.dim, start), _at(shape, cut.dim, stop - start))
+    position, dim = 0, cut.dim
+    for (start, stop), copies in zip(cut.ranges(shape[dim], tp, tp_rank), cut.copies(tp), strict=True):
+        offset, size = _at(zeros, dim, start), _at(shape, dim, stop - start)
+        yield Piece(_at(zeros, dim, position), offset, size, copies, tp_rank % copies == 0)
         position += stop - start
 
 
@@ -100,10 +112,11 @@ def _clip(piece: Piece, dim: int, start: int, stop: int) -> Piece | None:
     high = min(piece.local_offset[dim] + piece.size[dim], stop)
     if low >= high or 0 in piece.size:
         return None
-    return Piece(
-        _at(piece.local_offset, dim, low - start),
-        _at(piece.global_offset, dim, piece.global_offset[dim] + low - piece.local_offset[dim]),
-        _at(piece.size, dim, high - low),
+    return replace(
+        piece,
+        local_offset=_at(piece.local_offset, dim, low - start),
+        global_offset=_at(piece.global_offset, dim, piece.global_offset[dim] + low - piece.local_offset[dim]),
+        size=_at(piece.size, dim, high - low),
     )
 
 
@@ -121,6 +134,13 @@ def boxes_of(local: torch.Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[tup
     for piece in pieces:
         if math.prod(piece.size) > 0:
             yield piece.global_offset, box(local.detach(), piece.local_offset, piece.size)
+
+
+def by_copies(parameter: LocalParameter, local: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """``local``, of the parameter's shape on this rank, in views with as many copies each: all of it where alike."""
+    if all(piece.copies == 1 for piece in parameter.pieces):
+        return [(1, local)]
+    return [(piece.copies, box(local, piece.local_offset, piece.size)) for piece in parameter.pieces]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

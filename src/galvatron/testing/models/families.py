@@ -228,7 +228,8 @@ _DEEPSEEK: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
 }
-_OVERRIDES = {**_CAUSAL, **_OTHERS, "deepseek_v3": _DEEPSEEK}  # the last for tests of router biases alone
+_OVERRIDES = {**_CAUSAL, **_OTHERS, "deepseek_v3": _DEEPSEEK, "gpt_bigcode": _GPT2}
+"""The last two for tests alone: of router biases, and of one key-value head beside all queries."""
 
 SMOOTH: dict[str, dict[str, Any]] = {
     "opt": {"activation_function": "gelu"},
