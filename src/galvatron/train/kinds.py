@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection
 from galvatron.core.tasks import Task
-from galvatron.models.grids import Grids
+from galvatron.models.grids import GRIDS, PIXELS, Grids
 from galvatron.models.images import image_length, image_token
 from galvatron.models.inputs import input_shapes, words_of
 
@@ -37,6 +37,7 @@ from .tasks import (
     Sound,
     SpanRows,
     TitledImages,
+    ToldGrids,
     ToldImages,
     ToldSounds,
 )
@@ -160,24 +161,43 @@ def _told_images(data: DataSection, wanted: Wanted) -> Loaded:
         raise DataError(
             f"{wanted.config.model_type} names no token that stands for an image; train it in a loop of your own"
         )
-    if Grids.of(wanted.config) is not None:
+    grids = Grids.of(wanted.config)
+    if grids is not None and data.augment:
         raise DataError(
-            f"jobs make no samples for {wanted.config.model_type}, whose images are of any number and size; train it "
-            "in a loop of your own with its processor's batches"
+            f"images of {wanted.config.model_type} take as many tokens as they are large, which no crop may change; "
+            "set data.augment = false"
         )
     pictures, tokenizer = _pictures(data, "vision_language", wanted.skipped), _tokenizer(data)
-    samples = ToldImages(
-        pictures,
-        _encoded(data, tokenizer, pictures),
-        load_processor(data),
-        wanted.seq_len,
-        ImageTokens(token, image_length(wanted.config)),
-        tokenizer.end_of_text,
-        _augmentation(data),
-        wanted.skipped,
-    )
+    told, processor = _encoded(data, tokenizer, pictures), load_processor(data)
+    if grids is None:
+        make, image = ToldImages, ImageTokens(token, image_length(wanted.config))
+    else:
+        _check_patches(data, processor, grids)
+        make, image = ToldGrids, _framed(wanted.config, token)
+    end, crops = tokenizer.end_of_text, _augmentation(data)
+    samples = make(pictures, told, processor, wanted.seq_len, image, end, crops, wanted.skipped)
     parts = [(Path(p.where).name, p.text, p.learnt) for p in pictures]
     return Loaded(samples, samples.vocab_size, _digest(parts))
+
+
+def _framed(config: PretrainedConfig, token: int) -> ImageTokens:
+    """``token``, with what a config says stands around images (Qwen-VL's names, and GLM-4V's)."""
+
+    def named(end: str) -> tuple[int, ...]:
+        ids = (getattr(config, f"{kind}_{end}_token_id", None) for kind in ("vision", "image"))
+        return tuple(each for each in ids if each is not None)[:1]
+
+    return ImageTokens(token, before=named("start"), after=named("end"))
+
+
+def _check_patches(data: DataSection, processor: Any, grids: Grids) -> None:
+    """Raise DataError if the processor does not cut images as the model sees them."""
+    made = processor(images=[np.zeros((64, 64, 3), np.uint8)], return_tensors="pt")
+    if GRIDS not in made or (made[PIXELS].shape[1], processor.merge_size) != (grids.patch, grids.merge):
+        raise DataError(
+            f"data.processor={data.processor!r} makes no patches of {grids.patch} numbers, for {grids.merge} x "
+            f"{grids.merge} of which the model has a token; give the model's own"
+        )
 
 
 def _told_sounds(data: DataSection, wanted: Wanted) -> Loaded:
@@ -241,7 +261,8 @@ def _media(data: DataSection, task: Task, kind: type[M], field: str, skipped: Sk
     if task != "image_classification":
         is_chat = data.records == "conversations"
         read = reader(data, ChatTemplate(_for_transformers(data)) if is_chat else None)
-    return kind.find(Path(data.source), Fields(field, data.label_field, data.text_field, read), skipped)
+    fields = Fields(field, data.label_field, data.text_field, read, several=task == "vision_language")
+    return kind.find(Path(data.source), fields, skipped)
 
 
 def _whole(media: Sequence[M], look: Callable[[M], object], skipped: Skipped) -> list[M]:

@@ -29,9 +29,7 @@ def processing_of(data: DataSection, task: Task) -> Processing:
     """What read the inputs of a model trained for ``task``.  Raises DataError if it does not load."""
     parts = []
     if task in WITH_MEDIA:
-        from transformers import AutoProcessor
-
-        parts.append(_loaded(data, AutoProcessor, "processor"))
+        parts.append(_whole(data) or (load_extractor if task == "speech_to_text" else load_processor)(data))
     if task != "image_classification":
         parts.append(load_tokenizer(data.tokenizer, data.chat_template).for_transformers())
     return Processing(tuple(parts))
@@ -49,6 +47,17 @@ def load_extractor(data: DataSection) -> Any:
     from transformers import AutoFeatureExtractor
 
     return _loaded(data, AutoFeatureExtractor, "feature extractor")
+
+
+def _whole(data: DataSection) -> Any:
+    """The processor of several inputs that ``data.processor`` is, if it is one."""
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        found = AutoProcessor.from_pretrained(data.processor)
+    except Exception:  # of the library's many kinds: a tokenizer is not there, or its videos need what is not installed
+        return None
+    return found if isinstance(found, ProcessorMixin) else None  # in many directories it takes the tokenizer alone
 
 
 def _loaded(data: DataSection, kind: Any, called: str) -> Any:

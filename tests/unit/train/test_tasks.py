@@ -8,6 +8,7 @@ import re
 import tarfile
 import wave
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast, WhisperFeatureExtractor
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from galvatron.core.errors import DataError
 from galvatron.core.job import DataSection, TrainSection
+from galvatron.models.grids import Grids
 from galvatron.models.tasks import for_task
 from galvatron.testing.models import tiny_config
 from galvatron.train.data import IGNORED_LABEL, Dataset, Draw, Samples
@@ -37,6 +41,7 @@ from galvatron.train.tasks import (
     Sound,
     SpanRows,
     TitledImages,
+    ToldGrids,
     ToldImages,
     ToldSounds,
 )
@@ -518,6 +523,8 @@ def test_an_image_stands_where_its_text_names_it_and_answers_alone_are_learnt(fo
     assert unnamed.gather([0], [Draw(0, 2, 0)])["input_ids"].tolist() == [[6, 6, 6, 21, 22, 4, 4, 4, 4]]
     with pytest.raises(DataError, match=r"names 2 images, but a sample has one; mend that text"):
         ToldImages([picture], [np.array([6, 6])], processor, 9, ImageTokens(6, 3), padding=4)
+    with pytest.raises(DataError, match=r"ends with an image, of which a model learns nothing; let its text go on"):
+        ToldImages([picture], [told[:2]], processor, 9, ImageTokens(6, 3), padding=4)
     with pytest.raises(DataError, match=r"has 7 tokens, 3 of them its image's, of which a row of seq_len=5 has no"):
         ToldImages([picture], [told], processor, 5, ImageTokens(6, 3), padding=4)
 
@@ -576,3 +583,70 @@ def test_conversations_about_images_are_rendered_and_their_answers_learnt(
     titled = data.model_copy(update={"records": "pairs", "chat_template": None})
     with pytest.raises(DataError, match="contrast takes records=text"):
         load_dataset(titled, train, tmp_path, config=tiny_config("clip"))
+
+
+@pytest.mark.skipif(not reads_processors(), reason="this release of transformers needs torchvision for it")
+def test_texts_have_one_or_more_images_of_any_size(tmp_path: Path, tokenizer: Any) -> None:
+    """Those of a record in their order; where its text names none they stand before it, as the config says."""
+    for name, size in (("a", (8, 8)), ("b", (16, 8)), ("thin", (300, 1))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    records = [
+        {"image": ["b.png", "a.png"], "prompt": "w0 ? w1 ?", "completion": " w2"},
+        {"image": "a.png", "prompt": "w0", "completion": " w2"},
+    ]
+    images = Qwen2VLImageProcessorPil(patch_size=2, merge_size=2, min_pixels=64, max_pixels=256)
+    for part in (tokenizer, images):
+        part.save_pretrained(tmp_path / "processor")
+    places = {name: str(tmp_path / "processor") for name in ("processor", "tokenizer")}
+    data = DataSection(source=str(tmp_path / "a.jsonl"), records="pairs", eval_fraction=0.0, augment=False, **places)
+    image, first, start = (tokenizer.convert_tokens_to_ids(word) for word in ("?", "w0", "w7"))
+    config = tiny_config("qwen2_vl", image_token_id=image, vision_start_token_id=start, vision_end_token_id=start + 1)
+
+    def loaded(*more: dict[str, Any], config: Any = config, seq_len: int = 20, **changed: Any) -> Samples:
+        lines = (json.dumps(record) + "\n" for record in (*more, *records))
+        (tmp_path / "a.jsonl").write_text("".join(lines))
+        train = TrainSection(global_batch_size=2, seq_len=seq_len, num_steps=1)
+        return load_dataset(data.model_copy(update=changed), train, tmp_path, config=config).samples
+
+    batch = loaded().gather([0, 1], [Draw(0, 2, 0), Draw(0, 2, 1)])
+    assert batch["input_ids"][0, :15].tolist() == [first, *[image] * 8, first + 1, *[image] * 4, first + 2]
+    assert batch["input_ids"][1, :7].tolist() == [start, *[image] * 4, start + 1, first]
+    learnt = torch.full((2, 20), IGNORED_LABEL)
+    learnt[0, 13], learnt[0, 14], learnt[1, 6], learnt[1, 7] = first + 2, 4, first + 2, 4  # 4 ends a text
+    assert torch.equal(batch["labels"], learnt)
+    assert batch["image_grid_thw"].tolist() == [[1, 4, 8], [1, 4, 4], [1, 4, 4]]
+    grids = Grids.of(config)
+    assert grids is not None
+    assert grids.problem(batch) is None
+    thin = {"image": ["a.png", "thin.png"], "prompt": "w0 ?", "completion": "w1"}
+    with pytest.raises(DataError, match=r"a\.jsonl:1 has an image that the processor refuses .* mend or remove it"):
+        loaded(thin)
+    assert len(loaded(thin, skip_bad_records=True)) == 2
+    with pytest.raises(DataError, match=r"a\.jsonl:1 names 1 images, but a sample has 2; mend that text"):
+        loaded({**thin, "image": ["a.png", "b.png"]})
+    with pytest.raises(DataError, match=r"a\.jsonl:1 names two images with no token between them; put the model's own"):
+        loaded({**records[0], "prompt": "w0 ? ?"})
+    with pytest.raises(DataError, match=r"a\.jsonl:1 has 16 tokens, 12 of them its images', of which .* raise seq_len"):
+        loaded(seq_len=14)
+    with pytest.raises(DataError, match=r"which no crop may change; set data\.augment = false"):
+        loaded(augment=True)
+    with pytest.raises(DataError, match=r"a\.jsonl:1 has 2 images, but this model takes one a text; give one"):
+        loaded(config=tiny_config("llava", image_token_id=image))
+    Qwen2VLImageProcessorPil(patch_size=4).save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        DataError, match=r"other' makes no patches of 24 numbers, for 2 x 2 of which .* the model's own"
+    ):
+        loaded(processor=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("kind", [Qwen2VLImageProcessorPil, Glm4vImageProcessorPil])
+def test_an_image_of_any_size_takes_the_tokens_that_its_processor_makes(kind: Any, folder: Path) -> None:
+    sizes = [(8, 8), (97, 13), (13, 97), (5, 40), (64, 64), (33, 20)]
+    contents = [png(COLORS[0], size) for size in sizes]
+    pictures = [Picture(str(size), partial(bytes, content)) for size, content in zip(sizes, contents, strict=True)]
+    reads = kind(patch_size=2, merge_size=2, size={"shortest_edge": 256, "longest_edge": 2048})
+    samples = ToldGrids(pictures, [np.array([7])] * len(sizes), reads, 300, ImageTokens(6), padding=4)
+    batch = samples.gather(range(len(sizes)), [])
+    tokens = (batch["input_ids"] == 6).sum(dim=1)
+    assert torch.equal(tokens, batch["image_grid_thw"].prod(dim=1) // 4)
+    assert len(set(tokens.tolist())) > 2

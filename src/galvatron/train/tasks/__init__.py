@@ -19,7 +19,7 @@ from .images import Augmentation, LabelledImages, Picture, TitledImages
 from .masked import MaskedRows
 from .sounds import Ear, Sound, ToldSounds
 from .spans import SpanRows
-from .told import ImageTokens, ToldImages
+from .told import ImageTokens, ToldGrids, ToldImages
 
 __all__ = [
     "INPUTS",
@@ -36,6 +36,7 @@ __all__ = [
     "SpanRows",
     "TaskInputs",
     "TitledImages",
+    "ToldGrids",
     "ToldImages",
     "ToldSounds",
 ]

@@ -6,7 +6,7 @@ Takes pictures; gives pixels and what belongs to them.  What is cropped and turn
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,31 +26,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Picture(Medium):
-    """An image."""
+    """An image, or several of one text."""
 
     NAME: ClassVar[str] = "image"
     ENDINGS: ClassVar[tuple[str, ...]] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
     def check(self) -> None:
-        """Read its head.  Raises DataError if it is no image."""
-        from PIL import Image
-
-        try:
-            Image.open(BytesIO(self.read())).verify()
-        except Exception as error:  # decoders raise what they like
-            raise self._unreadable(error) from None
+        """Read the head of each.  Raises DataError if one is no image."""
+        self._look(lambda image: image.verify())
 
     def open(self) -> Any:
-        """The image, in RGB.  Raises DataError if it cannot be read."""
+        """The image, or the first, in RGB.  Raises DataError if it cannot be read."""
+        return self.open_all()[0]
+
+    def open_all(self) -> list[Any]:
+        """All in RGB.  Raises DataError if one cannot be read."""
+        return self._look(lambda image: image.convert("RGB"))
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """How wide and high each is, in pixels.  Raises DataError if one cannot be read."""
+        return self._look(lambda image: image.size)
+
+    def _look(self, see: Callable[[Any], Any]) -> list[Any]:
         from PIL import Image
 
         try:
-            return Image.open(BytesIO(self.read())).convert("RGB")
+            return [see(Image.open(BytesIO(read()))) for read in (self.read, *self.more)]
         except Exception as error:  # decoders raise what they like
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, error: Exception) -> DataError:
-        return DataError(f"{self.where} is no image that can be read ({error}); mend or remove it")
+            raise DataError(f"{self.where} is no image that can be read ({error}); mend or remove it") from None
 
 
 @dataclass(frozen=True, slots=True)

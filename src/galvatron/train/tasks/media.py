@@ -38,6 +38,8 @@ class Medium:
     text: str | None = None
     learnt: Spans | None = None
     """From which to before which character of the text a model shall learn; None: all, and that it ends there."""
+    more: tuple[Callable[[], bytes], ...] = ()
+    """How further media of the same text are read."""
 
     @classmethod
     def find(cls, source: Path, fields: Fields | None = None, skipped: Skipped | None = None) -> list[Self]:
@@ -78,28 +80,30 @@ M = TypeVar("M", bound=Medium)
 class Fields:
     """What records call a medium (a path from beside them; in parquet its bytes), its class and its text.
 
-    ``read``: what a record says beside a medium that has a text; None where media have classes.
+    ``read``: what a record says beside a medium that has a text; None where media have classes.  ``several``: whether
+    a record may have a list of paths.
     """
 
     medium: str = "image"
     label: str = "label"
     text: str = "text"
     read: Read | None = None
+    several: bool = False
 
 
-Held = tuple[Callable[[], bytes], dict[str, Any]]
-"""How a medium's bytes are read, and the record beside them."""
+Held = tuple[tuple[Callable[[], bytes], ...], dict[str, Any]]
+"""How the bytes of a record's media are read, of one or more, and the record beside them."""
 HeldAt = tuple[str, Held | str]
-"""Where it stands, and a medium; a text where none can be had: what is wrong."""
+"""Where it stands, and its media; a text where none can be had: what is wrong."""
 
 
 def _made(kind: type[M], fields: Fields, where: str, held: Held) -> M:
     """Raises BadRecord."""
-    read, record = held
+    (read, *more), record = held
     if fields.read is None:
         return kind(where, read, class_in(record, fields.label))
     text, learnt = fields.read(record)
-    return kind(where, read, text=text, learnt=learnt)
+    return kind(where, read, text=text, learnt=learnt, more=tuple(more))
 
 
 def _of_file(path: Path, source: Path, fields: Fields) -> HeldAt:
@@ -114,7 +118,7 @@ def _of_file(path: Path, source: Path, fields: Fields) -> HeldAt:
             said = {fields.text: text.read().strip()}
     else:
         said = f"must have its text beside it, in {beside.name}; write one or remove it"
-    return str(path), said if isinstance(said, str) else (path.read_bytes, said)
+    return str(path), said if isinstance(said, str) else ((path.read_bytes,), said)
 
 
 def _of_records(path: Path, fields: Fields, kind: type[Medium]) -> Iterator[HeldAt]:
@@ -123,10 +127,12 @@ def _of_records(path: Path, fields: Fields, kind: type[Medium]) -> Iterator[Held
 
 
 def _at_path(folder: Path, record: dict[str, Any], fields: Fields) -> Held | str:
-    medium = record.get(fields.medium)
-    if not isinstance(medium, str) or not (folder / medium).is_file():
-        return f"must have a path from {folder} in field {fields.medium!r}, got {shown(medium)}; mend it"
-    return (folder / medium).read_bytes, record
+    named = record.get(fields.medium)
+    media: list[Any] = named if fields.several and isinstance(named, list) and named else [named]
+    for medium in media:
+        if not isinstance(medium, str) or not (folder / medium).is_file():
+            return f"must have a path from {folder} in field {fields.medium!r}, got {shown(medium)}; mend it"
+    return tuple((folder / medium).read_bytes for medium in media), record
 
 
 def _of_parquet(path: Path, fields: Fields, kind: type[Medium]) -> Iterator[HeldAt]:
@@ -139,7 +145,7 @@ def _of_parquet(path: Path, fields: Fields, kind: type[Medium]) -> Iterator[Held
     for group in range(file.num_row_groups):
         rows = file.read_row_group(group, columns=others).to_pylist()
         for row, record in enumerate(rows or [{}] * file.metadata.row_group(group).num_rows):
-            yield f"{path}, row {number},", (partial(_cell, path, group, row, fields.medium), record)
+            yield f"{path}, row {number},", ((partial(_cell, path, group, row, fields.medium),), record)
             number += 1
 
 
@@ -185,7 +191,7 @@ def _of_parts(path: Path, parts: dict[str, tarfile.TarInfo], fields: Fields, kin
     if medium is None:
         return f"has no {kind.NAME} among {', '.join(sorted(parts))}; mend or remove it"
     said = _said(path, parts, fields)
-    return said if isinstance(said, str) else (_part(path, medium), said)
+    return said if isinstance(said, str) else ((_part(path, medium),), said)
 
 
 def _said(path: Path, parts: dict[str, tarfile.TarInfo], fields: Fields) -> dict[str, Any] | str:
