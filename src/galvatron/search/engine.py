@@ -28,9 +28,10 @@ from .solution import Solution
 from .solve import Solved, solve
 from .space import Space
 
-NUM_CANDIDATES = 8
+NUM_CANDIDATES, FEWEST_CANDIDATES = 8, 3
 RUNNER_UP = 0.1
-"""How far behind the best a plan may be to be looked for: the replay tells plans apart by a few percent."""
+"""How far behind the best a plan may be to be looked for, once there are a few to show and to resume under: the replay
+tells plans apart by a few percent."""
 
 _STOPS: dict[type[BaseException], Stop] = {KeyboardInterrupt: "interrupt", TimeUp: "time limit"}
 
@@ -148,7 +149,8 @@ def _worth(job: Job, found: _Found, num_candidates: int) -> float:
 
 def _worst(found: _Found, num_candidates: int) -> float:
     """The most that a plan may take to be among those that are replayed."""
-    return min(found.best(num_candidates), found.best() * (1 + RUNNER_UP))
+    near = max(found.best() * (1 + RUNNER_UP), found.best(min(FEWEST_CANDIDATES, num_candidates)))
+    return min(found.best(num_candidates), near)
 
 
 def _solve_one(job: Job, found: _Found, i: int, bound: float, num_candidates: int) -> None:
