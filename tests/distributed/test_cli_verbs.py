@@ -189,7 +189,8 @@ def test_tokens_are_made_by_a_verb_of_their_own(
     assert galvatron("data", "prepare", "job.toml", "--run-dir", "first") == 0
     (tokens,) = (folder / "first/data").glob("*.npy")
     assert f"first/data/{tokens.name} is ready" in capfd.readouterr().out
-    records = '{"text": "a"}\n{"text": null}\n{"text": "b"}\n{}\n'
+    text = json.dumps({"text": "a" * 100})
+    records = f'{text}\n{{"text": null}}\n{text}\n{{}}\n'
     (folder / "bad.jsonl").write_text(records)
     (folder / "bad.toml").write_text(JOB.replace('"text.txt"', '"bad.jsonl"\nskip_bad_records = true'))
     assert galvatron("data", "prepare", "bad.toml") == 0

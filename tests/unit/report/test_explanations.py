@@ -52,7 +52,7 @@ def test_a_rival_is_slower_by_the_parts_that_grew() -> None:
 
 
 def test_a_rival_of_another_batch_is_compared_by_the_sample() -> None:
-    result = find(2**34, global_batch_size=(24, 32))
+    result = find(2**34, global_batch_size=(28, 32))
     assert any(plan.global_batch_size != result.plan.global_batch_size for plan in result.candidates)
     lines = explain(result).split("Runners-up")[1].split("Simple plans")[0].strip().split("\n")
     for line, plan in zip(lines, result.candidates, strict=True):
