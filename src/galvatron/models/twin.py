@@ -165,15 +165,18 @@ def _set(config: PretrainedConfig, name: str, size: int) -> None:
     setattr(config, name, [size] * len(value) if isinstance(value, (list, tuple)) else size)
 
 
-def twin_model(twin: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A model of ``twin`` in training mode; at initial values a wrong cut hides, so all parameters are random."""
+def twin_model(twin: PretrainedConfig, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
+    """A model of ``twin`` in training mode; at initial values a wrong cut hides, so all parameters are random.
+
+    ValueError if the type has no such ``attention``.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         build = auto_class(twin).from_config
-        model = build(for_task(twin, task_of(twin)), dtype=torch.float32, attn_implementation="eager")
+        model = build(for_task(twin, task_of(twin)), dtype=torch.float32, attn_implementation=attention)
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=NOISE)
-    call_attention(model.config, "eager")
+    call_attention(model.config, attention)
     trained: PreTrainedModel = model.train()
     return trained
 

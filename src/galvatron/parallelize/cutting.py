@@ -18,6 +18,7 @@ from galvatron.models import Family, chain_of, experts_in, lasting_buffers, regi
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.plan.filling import Filling, filling_of
 
+from .layers.alike_rows import told_of_own_rows
 from .layers.attention import Context, attend_across
 from .layers.bias import hand_on
 from .layers.capacity import Capacity, without_nobody
@@ -88,6 +89,8 @@ def cut(
             compiler(layer, (kinds[index].name, strategy))
         if stage.later is not None:
             put_off(layer, tp.size, stage.later)
+        if not family.asks_for_attention:
+            told_of_own_rows(layer)
         places[strategy].enter(layer, of_side=stage.chain[index].stack.side is not None)
         if isinstance(stage, WholeStage):
             _meet_whole(stage, index, grid, filling)

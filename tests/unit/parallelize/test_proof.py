@@ -72,6 +72,14 @@ def test_what_cannot_be_compared_is_not_right(monkeypatch: pytest.MonkeyPatch) -
     assert Truth(float("nan"), {}).problem() == "its loss or gradients are not finite"
 
 
+def test_an_eager_attention_unlike_that_by_default_is_named() -> None:
+    """Falcon's adds its biases of distance twice (transformers 5.23), by SDPA once."""
+    assert prove(AutoConfig.for_model("falcon")).whole is None
+    whole = prove(AutoConfig.for_model("falcon", alibi=True)).whole
+    assert whole is not None
+    assert whole.startswith("its eager attention is not its attention by SDPA: the loss is ")
+
+
 def test_a_gradient_that_the_whole_has_not_is_named() -> None:
     one = torch.ones(1)
     found = Truth(1.0, {"a": one}).against(lambda *_: (1.0, {"a": one, "b": one}), None, None)  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def _proof(config: PretrainedConfig, family: Family) -> Proof:
     for twin in twins.values():
         truth = Truth.of(twin)
         if whole is None and pp is None:
-            whole = truth.problem()
+            whole = truth.problem() or (None if family.asks_for_attention else truth.by_default(twin, family))
             pp = truth.against(in_stages, twin, family) if whole is None else None
         if pp is not None:
             whole = whole or (pp if len(family.stacks) == 1 else truth.against(alone, twin, family))

@@ -40,9 +40,9 @@ class Truth:
     gradients: Mapping[str, Tensor]
 
     @staticmethod
-    def of(twin: PretrainedConfig) -> Truth:
+    def of(twin: PretrainedConfig, attention: str = "eager") -> Truth:
         """Run it once."""
-        model, (inputs, labels) = twin_model(twin), batch_of(twin)
+        model, (inputs, labels) = twin_model(twin, attention=attention), batch_of(twin)
         if task_of(twin) == "contrast":
             loss = ROWS * model(**inputs, return_loss=True).loss
         else:
@@ -67,6 +67,15 @@ class Truth:
         if abs(loss - self.loss) > TOLERANCE * abs(self.loss):
             return f"the loss is {loss:.6g}, not {self.loss:.6g}"
         return self._wrong_gradient(gradients)
+
+    def by_default(self, twin: PretrainedConfig, family: Family) -> str | None:
+        """What differs in SDPA, as a sentence: a type that attends by itself runs eagerly, unlike in transformers."""
+        try:
+            usual = Truth.of(twin, "sdpa")
+        except ValueError:  # it has none
+            return None
+        found = self.against(lambda *_: (usual.loss, dict(usual.gradients)), twin, family)
+        return found and f"its eager attention is not its attention by SDPA: {found}"
 
     def _wrong_gradient(self, gradients: Gradients) -> str | None:
         largest: dict[str, float] = {}
