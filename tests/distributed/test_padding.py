@@ -220,7 +220,7 @@ def test_padding_behind_texts_that_are_contrasted_is_seen_by_none() -> None:
     whole, plain = tiny_model("clip"), tiny_model("clip")
     plan = pure_plans(spec_of(whole), 1)["dp"]
     inputs = random_inputs(whole.config, "contrast", plan.global_batch_size, plan.seq_len, torch.Generator(), lowest=3)
-    lengths = torch.tensor(LENGTHS[: plan.global_batch_size])
+    lengths = torch.tensor((LENGTHS * plan.global_batch_size)[: plan.global_batch_size])
     inputs["attention_mask"] = (torch.arange(plan.seq_len) < lengths.unsqueeze(1)).long()
     inputs["input_ids"] *= inputs["attention_mask"]
     inputs["input_ids"][torch.arange(len(lengths)), lengths - 1] = 96  # the end, which is the highest of all
