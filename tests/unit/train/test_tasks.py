@@ -431,6 +431,14 @@ def test_a_bad_source_of_images_is_one_sentence(tmp_path: Path, name: str, conte
         Picture.find(tmp_path / name)
 
 
+def reads_processors() -> bool:
+    try:
+        return AutoImageProcessor.from_pretrained is not None
+    except ImportError:
+        return False
+
+
+OF_IMAGES = pytest.mark.skipif(not reads_processors(), reason="this release of transformers needs torchvision for it")
 SKIPPED: dict[str, dict[str, Any]] = {
     "text_classification": {"bad": {"text": "w1", "label": 1.5}, "words": "must have a class"},
     "pairs": {"bad": {"prompt": "w1", "completion": "w2 " * 20}, "words": "has a prompt or a completion of 21 tokens"},
@@ -441,7 +449,10 @@ SKIPPED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SKIPPED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=OF_IMAGES) if "image" in kind["bad"] else name for name, kind in SKIPPED.items()],
+)
 def test_a_bad_record_is_named_or_left_out_of_every_kind(
     name: str, tmp_path: Path, tokenizer: Any, processor: Any
 ) -> None:
@@ -546,14 +557,7 @@ def test_pairs_are_padded_on_both_sides_and_what_is_too_long_is_refused(tmp_path
         AnsweredTexts.read(data, 3, HuggingFaceTokenizer(tokenizer, "own"), start=7)
 
 
-def reads_processors() -> bool:
-    try:
-        return AutoImageProcessor.from_pretrained is not None
-    except ImportError:
-        return False
-
-
-@pytest.mark.skipif(not reads_processors(), reason="this release of transformers needs torchvision for it")
+@OF_IMAGES
 def test_conversations_about_images_are_rendered_and_their_answers_learnt(
     folder: Path, tmp_path: Path, processor: Any, tokenizer: Any
 ) -> None:
@@ -585,7 +589,7 @@ def test_conversations_about_images_are_rendered_and_their_answers_learnt(
         load_dataset(titled, train, tmp_path, config=tiny_config("clip"))
 
 
-@pytest.mark.skipif(not reads_processors(), reason="this release of transformers needs torchvision for it")
+@OF_IMAGES
 def test_texts_have_one_or_more_images_of_any_size(tmp_path: Path, tokenizer: Any) -> None:
     """Those of a record in their order; where its text names none they stand before it, as the config says."""
     for name, size in (("a", (8, 8)), ("b", (16, 8)), ("thin", (300, 1))):
