@@ -37,7 +37,7 @@ def test_a_gate_that_feeds_no_row_stays_whole() -> None:
         ("gpt_bigcode", {}, ("heads", "kv_head", "kv_head")),
         ("falcon", {}, ("heads", "kv_head", "kv_head")),
         ("falcon", {"new_decoder_architecture": True}, ("kv_heads",)),
-        ("falcon", {"multi_query": False, "alibi": True}, ("heads",)),
+        ("falcon", {"multi_query": False}, ("heads",)),
     ],
 )
 def test_one_matrix_of_queries_keys_and_values_is_cut_whatever_the_order_in_it(
