@@ -17,18 +17,22 @@ from .forward import wrap_forward
 MASK = "attention_mask"
 
 
-def told_of_own_rows(layer: nn.Module) -> None:
-    """Let ``layer`` see masks and biases [rows, ...] or [rows x heads, ...] of as many rows as its hidden states."""
+def told_of_own_rows(layer: nn.Module, side: str | None) -> None:
+    """Let ``layer`` see masks and biases [rows, ...] or [rows x heads, ...] of as many rows as its hidden states.
+
+    ``side``: the argument that another stack's states are, whose rows are not alike and are the layer's own already.
+    """
 
     def own(forward: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        mask = arguments_by_name(layer, args, kwargs).get(MASK)
+        named = arguments_by_name(layer, args, kwargs)
+        mask, states = named.get(MASK), named.get(side) if side else None
         rows, told = len(hidden), len(mask) if isinstance(mask, Tensor) else 1
         if told in (1, rows):
             return forward(*args, **kwargs)
 
         def part(given: Tensor) -> Tensor:
-            if given is hidden or given.dim() < 2 or len(given) % told:
+            if given is hidden or given is states or given.dim() < 2 or len(given) % told:
                 return given
             one = given.unflatten(0, (told, -1))[:1]
             return one.expand(rows, *one.shape[1:]).flatten(0, 1)
