@@ -11,13 +11,14 @@ import pytest
 from exported import evaluated_by_transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoImageProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from galvatron.core.job import Job
 from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import tiny_config
 from galvatron.train import read_metrics
+from processors import OF_IMAGES
 
 SEQ_LEN, BATCH = 24, 4
 WORDS = ("</s>", "?", "<image>", "<start>", "<end>", "red", "blue", "which")
@@ -43,14 +44,7 @@ eval_batches = 2
 """
 
 
-def reads_processors() -> bool:
-    try:
-        return AutoImageProcessor.from_pretrained is not None
-    except ImportError:
-        return False
-
-
-@pytest.mark.skipif(not reads_processors(), reason="this release of transformers needs torchvision for it")
+@OF_IMAGES
 def test_texts_with_several_images_train_under_two_plans_and_are_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, galvatron: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:

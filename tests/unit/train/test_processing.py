@@ -26,6 +26,7 @@ from galvatron.core.job import DataSection
 from galvatron.core.tasks import Task
 from galvatron.testing.models import tiny_config
 from galvatron.train import processing_of
+from processors import OF_IMAGES
 
 READERS: dict[str, Any] = {
     "vit": ViTImageProcessorPil(size={"height": 16, "width": 16}),
@@ -43,14 +44,7 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
-def reads_processors() -> bool:
-    try:
-        return AutoImageProcessor.from_pretrained is not None
-    except ImportError:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not reads_processors(), reason="this release of transformers needs torchvision for it")
+pytestmark = OF_IMAGES
 
 
 @pytest.mark.parametrize(

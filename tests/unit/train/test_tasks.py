@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, processors
-from transformers import AutoImageProcessor, PreTrainedTokenizerFast, WhisperFeatureExtractor
+from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -51,6 +51,7 @@ from galvatron.train.tasks.spans import lengths_of
 from galvatron.train.text import reader
 from galvatron.train.tokenizer import HuggingFaceTokenizer
 from galvatron.train.tokens import UNLEARNT
+from processors import OF_IMAGES
 
 WORDS, SENTINELS, RATE = 200, 100, 16000
 
@@ -431,14 +432,6 @@ def test_a_bad_source_of_images_is_one_sentence(tmp_path: Path, name: str, conte
         Picture.find(tmp_path / name)
 
 
-def reads_processors() -> bool:
-    try:
-        return AutoImageProcessor.from_pretrained is not None
-    except ImportError:
-        return False
-
-
-OF_IMAGES = pytest.mark.skipif(not reads_processors(), reason="this release of transformers needs torchvision for it")
 SKIPPED: dict[str, dict[str, Any]] = {
     "text_classification": {"bad": {"text": "w1", "label": 1.5}, "words": "must have a class"},
     "pairs": {"bad": {"prompt": "w1", "completion": "w2 " * 20}, "words": "has a prompt or a completion of 21 tokens"},
