@@ -18,6 +18,15 @@ ALIKE = {"vocab_size": 97, "hidden_size": 32, "attention_dropout": 0.0, "hidden_
 TYPES: dict[str, dict[str, Any]] = {
     "bloom": {**ALIKE, "n_layer": 3, "n_head": 4, "eos_token_id": 0},
     "falcon": {**ALIKE, "num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": 0},
+    "mpt": {  # biases of as many heads as the embedding may have rows
+        "vocab_size": 97,
+        "d_model": 32,
+        "n_layers": 3,
+        "n_heads": 4,
+        "max_seq_len": 32,
+        "resid_pdrop": 0.0,
+        "emb_pdrop": 0.0,
+    },
     "mvp": {  # of two stacks: a decoder's rows see states of their own
         "vocab_size": 97,
         "d_model": 32,

@@ -90,7 +90,8 @@ def cut(
         if stage.later is not None:
             put_off(layer, tp.size, stage.later)
         if not family.asks_for_attention:
-            told_of_own_rows(layer, stack.side)
+            biases = {name for region in regions for name in region.head_inputs}
+            told_of_own_rows(layer, biases, kinds[index].num_heads)
         places[strategy].enter(layer, of_side=stage.chain[index].stack.side is not None)
         if isinstance(stage, WholeStage):
             _meet_whole(stage, index, grid, filling)

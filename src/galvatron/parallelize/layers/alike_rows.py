@@ -5,6 +5,7 @@ Such layers are given no padding (``checks.packing``), so that all rows are told
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,30 +15,33 @@ from galvatron.models.chain import arguments_by_name
 
 from .forward import wrap_forward
 
-MASK = "attention_mask"
+MASKS = ("attention_mask", "encoder_attention_mask")
+"""Arguments [rows, ...]; what else has as many entries by chance (MPT's biases [heads, ...]) stays."""
 
 
-def told_of_own_rows(layer: nn.Module, side: str | None) -> None:
-    """Let ``layer`` see masks and biases [rows, ...] or [rows x heads, ...] of as many rows as its hidden states.
+def told_of_own_rows(layer: nn.Module, biases: Collection[str], num_heads: int) -> None:
+    """Let ``layer`` see masks of as many rows as its hidden states, and ``biases`` [rows x ``num_heads``, ...]."""
 
-    ``side``: the argument that another stack's states are, whose rows are not alike and are the layer's own already.
-    """
-
-    def own(forward: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+    def own(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         named = arguments_by_name(layer, args, kwargs)
-        mask, states = named.get(MASK), named.get(side) if side else None
-        rows, told = len(hidden), len(mask) if isinstance(mask, Tensor) else 1
+        rows, told = len(named["hidden_states"]), _rows(named.get(MASKS[0]))
         if told in (1, rows):
             return forward(*args, **kwargs)
+        counts = dict.fromkeys(MASKS, told) | dict.fromkeys(biases, told * num_heads)
+        alike = [named[name] for name, count in counts.items() if _rows(named.get(name)) == count]
 
         def part(given: Tensor) -> Tensor:
-            if given is hidden or given is states or given.dim() < 2 or len(given) % told:
+            if not any(given is one for one in alike):
                 return given
-            one = given.unflatten(0, (told, -1))[:1]
-            return one.expand(rows, *one.shape[1:]).flatten(0, 1)
+            first = given.unflatten(0, (told, -1))[:1]
+            return first.expand(rows, *first.shape[1:]).flatten(0, 1)
 
         args, kwargs = tree_map_only(Tensor, part, (args, kwargs))
         return forward(*args, **kwargs)
 
     wrap_forward(layer, own)
+
+
+def _rows(given: Any) -> int:
+    """How many entries a tensor has; 1 where there is none."""
+    return len(given) if isinstance(given, Tensor) else 1
