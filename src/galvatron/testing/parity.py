@@ -95,7 +95,7 @@ def parity(
     replicas end with the same bits.
 
     Args:
-        model: a Hugging Face causal language model of a supported family, without dropout, perhaps with a LoRA
+        model: a Hugging Face model that galvatron trains, of any task, without dropout, perhaps with a LoRA
             adapter by peft; or its config, for drawn weights.  One process trains a copy of it, so a large model is
             better certified by a twin: the same config with smaller sizes and the same number of layers.
         plan: any plan for it, whose gradients are reduced in fp32; ``plan.world_size`` processes run on this machine.

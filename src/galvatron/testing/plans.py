@@ -24,8 +24,6 @@ MAX_PP = 4
 MAX_MICROBATCHES = 8
 MAX_CHUNKS = 3
 HOSTED_OF = 4
-
-
 SAMPLES = {"contrast": 16, "image_classification": 8}
 """How many times as many samples a microbatch has as of texts: a loss of few samples averages no rounding, and of two
 pairs gradients all but cancel."""
