@@ -14,7 +14,7 @@ from galvatron.core.files import write_atomic
 from galvatron.core.records import dump_json
 
 from . import __doc__ as questions
-from . import modes, parity, peers, predictions, ranks
+from . import families, modes, parity, peers, predictions, ranks
 from .children import Child, Clock, CutShortError, Row, Start
 from .report import Parts, cell, tables, targets
 from .sizes import Device, describe
@@ -25,7 +25,9 @@ PARTS: dict[str, tuple[float, Callable[[Device, Clock], Iterator[Row]]]] = {
     "peers 1.2B": (75, partial(peers.run, "1.2B")),
     "peers 3B": (55, partial(peers.run, "3B")),
     "ranks": (20, ranks.run),
-    "parity": (240, parity.run),
+    "parity": (90, partial(parity.run, parity.pure)),
+    "mixes": (150, partial(parity.run, parity.mixed)),
+    "families": (400, families.run),
 }
 """Every part with its share of the seconds; what one leaves goes to those after it."""
 

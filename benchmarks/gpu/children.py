@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, Self
 
 from galvatron.testing.pool import PRELOAD
@@ -63,6 +63,9 @@ class Child:
         while (row := self.receive(clock.left_s + GRACE_S)) is not None:
             yield row
 
+    def fileno(self) -> int:
+        return self._ours.fileno()
+
     def send(self, message: Any) -> None:
         try:
             self._ours.send(message)
@@ -92,6 +95,23 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def rows_of_all(children: Collection[Child], clock: Clock) -> Iterator[Row]:
+    """What several send, in the order of its coming; one that fails ends alone: its reason is a row's ``failed``."""
+    running = set(children)
+    while running:
+        ready = wait(running, max(clock.left_s + GRACE_S, 0.0))
+        for child in ready or list(running):
+            assert isinstance(child, Child)
+            try:
+                row = child.receive(0.0)
+            except CutShortError as cut:
+                row = {"failed": str(cut)}
+            if row is None or "failed" in row:
+                running.remove(child)
+            if row is not None:
+                yield row
 
 
 def reason_of(error: BaseException) -> str:

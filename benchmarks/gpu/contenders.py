@@ -1,6 +1,6 @@
-"""Ways to train one LLaMA on one device: Galvatron's, and those that a user would write instead.
+"""Ways to train one model on one device: Galvatron's, and those that a user would write instead.
 
-A contender is made from a Work and a size of microbatch, and gives ``step(ids, labels)``: forward, backward, clip and
+A contender is made from a Work and a size of microbatch, and gives ``step(batch)``: forward, backward, clip and
 update of a whole global batch, weights in float32, compute in bf16 on a GPU.  All are given the same CPU tensors.
 Between its turns a contender keeps no memory: ``park`` frees the storages of all that lasts, ``unpark`` takes as much
 again, with values of the usual size (times, and the power drawn, depend on little else).
@@ -8,19 +8,22 @@ again, with values of the usual size (times, and the power drawn, depend on litt
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from galvatron.core.model import Recompute
+from galvatron.models import auto_class, build_spec, task_of
 from galvatron.parallelize import init_world
 
 from .runs import one_device_plan, started, train
-from .sizes import Device, Work, config_of
+from .sizes import Batch, Device, Work, config_of
 
 LR, BETAS, DECAY = 3e-4, (0.9, 0.95), 0.1  # as Galvatron's by default
 NEEDS = {"liger": "liger_kernel", "liger, compiled layers": "liger_kernel", "accelerate": "accelerate"}
@@ -30,7 +33,7 @@ NEEDS = {"liger": "liger_kernel", "liger, compiled layers": "liger_kernel", "acc
 class Contender(Protocol):
     """See the module."""
 
-    def step(self, ids: Tensor, labels: Tensor) -> float:
+    def step(self, batch: Batch) -> float:
         """Train on a global batch; its mean loss, once all is done."""
         ...
 
@@ -51,9 +54,8 @@ def missing(name: str, device: Device) -> str | None:
 
 def rungs(name: str, work: Work) -> list[tuple[int, Recompute]]:
     """What is tried in turn until it fits: less recompute first, then smaller microbatches."""
-    sizes = [work.micro_batch_size >> shift for shift in range(work.micro_batch_size.bit_length())]
     modes: tuple[Recompute, ...] = ("none", "selective") if name == "galvatron" else ("none",)
-    return [(size, mode) for size in sizes for mode in modes]
+    return [(size, mode) for size in work.sizes for mode in modes]
 
 
 def make(name: str, work: Work, micro_batch_size: int, recompute: Recompute, device: torch.device) -> Contender:
@@ -70,15 +72,15 @@ class Galvatron:
 
     def __init__(self, work: Work, micro_batch_size: int, recompute: Recompute, device: torch.device) -> None:
         config, precision = config_of(work.model), "bf16" if device.type == "cuda" else "fp32"
-        plan = one_device_plan(work, micro_batch_size, precision, [recompute] * config.num_hidden_layers)
+        plan = one_device_plan(work, micro_batch_size, precision, [recompute] * build_spec(config).num_layers)
         world = init_world("cuda" if device.type == "cuda" else "cpu")
         self._model, self._optimizer = started(plan, world)
 
-    def step(self, ids: Tensor, labels: Tensor) -> float:
+    def step(self, batch: Batch) -> float:
         model = self._model
         # parking has moved the weights, which a step would otherwise take for replaced
         model._check.place()
-        return train(model, self._optimizer, ids, labels)
+        return train(model, self._optimizer, batch)
 
     def lasting(self) -> Iterable[Tensor]:
         yield from self._model.parameters()
@@ -100,16 +102,17 @@ class Plain:
         if name == "compiled":
             self._forward = torch.compile(self._model)
         elif name.endswith("compiled layers"):
-            for layer in self._model.model.layers:
-                layer.compile()
+            for module in self._model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.compile()
         self._optimizer = _adamw(self._model)
 
-    def step(self, ids: Tensor, labels: Tensor) -> float:
+    def step(self, batch: Batch) -> float:
         total = torch.zeros((), device=self._device)
         rows = self._micro_batch_size
-        for own in ids.split(rows):
+        for own in microbatches(self._work, batch, rows, self._device):
             with torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
-                loss = _loss(self._forward, own.to(self._device)) * (rows / self._work.global_batch_size)
+                loss = _loss(self._forward, own) * (rows / self._work.global_batch_size)
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
@@ -138,18 +141,18 @@ class Accelerated:
         model = hugging_face(work, device)
         self._model, self._optimizer = self._accelerator.prepare(model, _adamw(model))
 
-    def step(self, ids: Tensor, labels: Tensor) -> float:
+    def step(self, batch: Batch) -> float:
         total = torch.zeros((), device=self._device)
-        microbatches = ids.split(self._micro_batch_size)
-        for own in microbatches:
+        parts = list(microbatches(self._work, batch, self._micro_batch_size, self._device))
+        for own in parts:
             with self._accelerator.accumulate(self._model):
-                loss = _loss(self._model, own.to(self._device))
+                loss = _loss(self._model, own)
                 self._accelerator.backward(loss)
                 if self._accelerator.sync_gradients:
                     self._accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
-            total += loss.detach() / len(microbatches)
+            total += loss.detach() / len(parts)
         return float(total)
 
     def lasting(self) -> Iterable[Tensor]:
@@ -161,13 +164,24 @@ def hugging_face(work: Work, device: torch.device) -> Any:
     """The model in float32 on ``device``, initialised there."""
     torch.set_float32_matmul_precision("high")
     with device:
-        model = AutoModelForCausalLM.from_config(config_of(work.model), dtype=torch.float32, attn_implementation="sdpa")
+        config = config_of(work.model)
+        model = auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
     return model.train()
 
 
-def _loss(forward: Any, ids: Tensor) -> Tensor:
-    """The mean over tokens; transformers shifts labels itself, so the last token of a sequence has none."""
-    loss: Tensor = forward(input_ids=ids, labels=ids, use_cache=False).loss
+def microbatches(work: Work, batch: Batch, rows: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """What transformers' models take, ``rows`` samples at once; pairs have no labels."""
+    inputs, labels = batch
+    given = inputs if task_of(config_of(work.model)) == "contrast" else inputs | {"labels": labels}
+    for parts in zip(*(value.split(rows) for value in given.values()), strict=True):
+        yield {name: part.to(device) for name, part in zip(given, parts, strict=True)}
+
+
+def _loss(forward: Any, given: dict[str, Tensor]) -> Tensor:
+    """The mean over what counts; of causal models transformers shifts labels itself, so that last tokens have none."""
+    options = {"return_loss": True} if "labels" not in given else {}
+    options |= {"use_cache": False} if "use_cache" in inspect.signature(forward.forward).parameters else {}
+    loss: Tensor = forward(**given, **options).loss
     return loss
 
 

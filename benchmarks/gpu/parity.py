@@ -1,8 +1,8 @@
-"""Part ``parity``: plans of several ranks against one process in float32 on the CPU, over NCCL.
+"""Parts ``parity`` and ``mixes``: plans of several ranks against one process in float32 on the CPU, over NCCL.
 
 On one GPU the ranks share it (``galvatron.testing.Pool``): what they send each other is slow, what they compute and in
-which order is what many GPUs would.  Pure plans first, then random mixes of every kind of model, in the precisions that
-train, the last ones compiled.
+which order is what many GPUs would.  ``parity``: plans of one technique; ``mixes``: random ones of every kind of model,
+in the precisions that train, the last ones compiled.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from galvatron.core.errors import GalvatronError
@@ -22,11 +24,13 @@ from galvatron.testing.models import VARIANTS
 from galvatron.testing.plans import pure_plans, random_plans
 from galvatron.testing.sweep import Sweep, seq_len_for, variant_spec
 
-from .children import Clock, Row, reason_of
+from .children import Child, Clock, CutShortError, Row, reason_of, rows_of_all
 from .sizes import Device
 
 PURE = {"llama": 2, "mixtral": 2, "gpt_oss": 2}
 """Models whose plans of one technique are tried, and on how many ranks."""
+LANES = 4
+"""Checks that run at once: ranks of one mostly wait for each other."""
 FIRST = (
     "llama",
     "mixtral",
@@ -72,19 +76,29 @@ class Case:
         return {"model": self.variant, "plan": self.name, "ranks": self.plan.world_size, **how}
 
 
-def run(device: Device, clock: Clock) -> Iterator[Row]:
-    """A row a plan; a CPU tries the first of either kind."""
-    chosen = itertools.chain(pure(), mixed()) if device.is_gpu else (next(pure()), next(mixed()))
+def run(cases: Callable[[], Iterator[Case]], device: Device, clock: Clock) -> Iterator[Row]:
+    """A row for each of ``pure`` or ``mixed``; a CPU tries the first."""
+    with ExitStack() as stack:
+        lanes = range(LANES if device.is_gpu else 1)
+        children = [stack.enter_context(Child(lane, cases, n, device, clock, start=device.start)) for n in lanes]
+        for row in rows_of_all(children, clock):
+            if "failed" in row:
+                raise CutShortError(row["failed"])
+            yield row
+
+
+def lane(connection: Connection, cases: Callable[[], Iterator[Case]], place: int, device: Device, clock: Clock) -> None:
+    """Sends a row for every case that falls to this one of ``LANES`` processes, each with ranks of its own."""
     with Pool(device=device.type, start=device.start) as pool, tempfile.TemporaryDirectory() as folder:
         sweep = Sweep(pool, Path(folder))
-        for case in chosen:
+        for case in itertools.islice(cases(), place, None if device.is_gpu else 1, LANES):
             if clock.left_s <= 0:
-                yield {**case.words, "skipped": "no time left, nor for those that would follow"}
+                connection.send({**case.words, "skipped": "no time left, nor for those that would follow"})
                 return
             pool.timeout_s = min(TIMEOUT_S[case.compiled], clock.left_s + 10.0)
             start = time.perf_counter()
             found = _checked(sweep, case, ENGINES[device.type] if case.compiled else None)
-            yield {**case.words, **found, "seconds": time.perf_counter() - start}
+            connection.send({**case.words, **found, "seconds": time.perf_counter() - start})
 
 
 def pure() -> Iterator[Case]:

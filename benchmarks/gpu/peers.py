@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,23 +27,41 @@ from .sizes import Device, Work, config_of
 OURS = "galvatron"
 NAMES = (OURS, "liger", "plain", "liger, compiled layers", "accelerate", "compiled")
 """In the order of their first turn: what is compiled whole comes last, for it may take the seconds that are left."""
+TURN, PREPARE = "turn", "prepare"
 ROUNDS, STEPS = 4, 3
 SETTLING = 2
 """Untimed steps of a first turn, after which nothing is compiled any more."""
 
 
 def run(model: str, device: Device, clock: Clock) -> Iterator[Row]:
-    """A row a turn, and before them one with what the model counts."""
-    work = work_for(model, device)
-    yield _about(work, device)
+    """See ``race``; every contender is made in its first turn."""
+    return race(work_for(model, device), NAMES, device, clock)
+
+
+def race(
+    work: Work, names: Sequence[str], device: Device, clock: Clock, *, made_at_once: bool = False
+) -> Iterator[Row]:
+    """A row a turn, and before them one with what the model counts.
+
+    ``made_at_once``: before the first turn, which saves time where memory holds all of them.
+    """
+    yield about(work, device)
     with ExitStack() as stack:
         children: dict[str, Child] = {}
-        for name in NAMES:
+        for name in names:
             reason = missing(name, device)
             if reason is not None:
                 yield {"contender": name, "skipped": reason}
             else:
                 children[name] = stack.enter_context(Child(serve, name, work, device, start=device.start))
+        if made_at_once:
+            for child in children.values():
+                child.send(PREPARE)
+            for name, child in list(children.items()):
+                row = _answer(child, clock.left_s)
+                if "skipped" in row:
+                    yield {"contender": name, **row}
+                    children.pop(name).close()
         later_s = 0.0  # what two more rounds of those that have run will take
         for turn in range(ROUNDS if device.is_gpu else 2):
             order = list(children)
@@ -67,10 +85,11 @@ def work_for(model: str, device: Device) -> Work:
     return Work(model, 4, 4096, 2 * largest if device.is_large else largest)
 
 
-def _about(work: Work, device: Device) -> Row:
-    """``causal_flops_per_token``: products, and half of what attention that masks nothing takes."""
+def about(work: Work, device: Device) -> Row:
+    """``causal_flops_per_token``: products and attention, half of what it takes unmasked where it is causal."""
     spec, preset = build_spec(config_of(work.model)), find_preset(device.name)
-    attention = sum(3.0 * kind.count * kind.attention_flops_per_token(work.seq_len) for kind in spec.layers)
+    causal = [kind for kind in spec.layers if kind.causal]
+    attention = sum(3.0 * kind.count * kind.attention_flops_per_token(work.seq_len) for kind in causal)
     return {
         "model": work.model,
         "tokens": work.tokens,
@@ -85,36 +104,42 @@ def _turn(child: Child, seconds: float) -> Row:
     if seconds <= 0:
         return {"skipped": "no time left"}
     try:
-        child.send("turn")
+        child.send(TURN)
+    except CutShortError as cut:
+        return {"skipped": str(cut)}
+    return _answer(child, seconds)
+
+
+def _answer(child: Child, seconds: float) -> Row:
+    try:
         return child.receive(seconds) or {"skipped": "the process has ended"}
     except CutShortError as cut:
         return {"skipped": str(cut)}
 
 
 def serve(connection: Connection, name: str, work: Work, device: Device) -> None:
-    """Takes turns until the connection closes."""
+    """Takes turns until the connection closes; before the first it may be told to prepare for it."""
     place = torch.device(device.type)
     if not device.is_gpu:
         torch.set_num_threads(1)
     taken: tuple[Contender, str] | None = None
     while True:
         try:
-            connection.recv()
+            command = connection.recv()
         except EOFError:
             return
         if taken is None:
             start = time.perf_counter()
-            contender, about = _first_that_fits(name, work, place)
-            taken, prepared_s = (contender, about), time.perf_counter() - start
-            parking = Parking(contender)
+            taken, prepared_s = _first_that_fits(name, work, place), time.perf_counter() - start
+            parking = Parking(taken[0])
         else:
             parking.unpark()
-        contender, about = taken
-        row = _timed(contender, work, place)
+        contender, runs = taken
+        row = _timed(contender, work, place) if command == TURN else {}
         parking.park()
         if place.type == "cuda":
             torch.cuda.empty_cache()
-        connection.send({"runs": about, "prepared_s": prepared_s, **row})
+        connection.send({"runs": runs, "prepared_s": prepared_s, **row})
 
 
 def _first_that_fits(name: str, work: Work, place: torch.device) -> tuple[Contender, str]:
@@ -122,7 +147,7 @@ def _first_that_fits(name: str, work: Work, place: torch.device) -> tuple[Conten
         try:
             contender = make(name, work, size, recompute, place)
             for _ in range(SETTLING):
-                contender.step(*work.batch())
+                contender.step(work.batch())
             return contender, f"micro batch {size}" + ("" if recompute == "none" else f", recompute {recompute}")
         except torch.OutOfMemoryError as error:
             reason = reason_of(error)
@@ -134,15 +159,15 @@ def _first_that_fits(name: str, work: Work, place: torch.device) -> tuple[Conten
 
 def _timed(contender: Contender, work: Work, place: torch.device) -> dict[str, Any]:
     """Seconds of every timed step and the most memory of tensors in them."""
-    ids, labels = work.batch()
-    contender.step(ids, labels)
+    batch = work.batch()
+    contender.step(batch)
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
     seconds = []
     for _ in range(STEPS):
         synchronize(place)
         start = time.perf_counter()
-        contender.step(ids, labels)
+        contender.step(batch)
         synchronize(place)
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None

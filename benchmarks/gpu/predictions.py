@@ -19,6 +19,7 @@ from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model import RECOMPUTES, Precision, Recompute
 from galvatron.core.model_profile import ModelProfile
 from galvatron.cost import predict
+from galvatron.models import build_spec
 from galvatron.parallelize import World, init_world
 from galvatron.plan import Plan
 from galvatron.profile import profile_hardware, profile_model
@@ -31,13 +32,17 @@ from .sizes import Device, Work, config_of
 
 STEPS = {"cpu": 1, "cuda": 3}
 Halves = tuple[Recompute, Recompute]
+Cases = tuple[tuple[bool, tuple[Halves, ...], int], ...]
 ALIKE: tuple[Halves, ...] = tuple((level, level) for level in RECOMPUTES)
 MIXED: tuple[Halves, ...] = (("none", "full"), ("none", "selective"), ("selective", "full"))
 """Levels of recompute of the first and of the second half of the layers."""
+SIZES = 4
+"""How many sizes of microbatches are tried at most, each half of the one before."""
 
 
 def run(device: Device, clock: Clock) -> Iterator[Row]:
-    with Child(measure, device, work_for(device), clock, start=device.start) as child:
+    cases = (False, MIXED, SIZES), (device.is_gpu, ALIKE, SIZES)
+    with Child(measure, device, work_for(device), cases, clock, start=device.start) as child:
         yield from child.rows(clock)
 
 
@@ -45,25 +50,26 @@ def work_for(device: Device) -> Work:
     return Work("1.2B", 4, 4096, 2) if device.is_gpu else Work("tiny", 2, 64, 1)
 
 
-def plans(work: Work, precision: Precision, halves: tuple[Halves, ...]) -> Iterator[Plan]:
-    """Microbatches of all sizes with the layers' ``halves``."""
-    half = config_of(work.model).num_hidden_layers // 2
-    sizes = [size for size in (8, 4, 2, 1) if size <= work.micro_batch_size]
+def plans(work: Work, precision: Precision, halves: tuple[Halves, ...], most_sizes: int) -> Iterator[Plan]:
+    """Microbatches of the largest sizes with the layers' ``halves``."""
+    num_layers = build_spec(config_of(work.model)).num_layers
+    half = num_layers // 2
+    sizes = work.sizes[:most_sizes]
     for size, (first, second) in itertools.product(sizes, halves):
-        yield one_device_plan(work, size, precision, [first] * half + [second] * half)
+        yield one_device_plan(work, size, precision, [first] * half + [second] * (num_layers - half))
 
 
-def measure(connection: Connection, device: Device, work: Work, clock: Clock) -> None:
-    """Sends a row with a profile, then one a plan: of mixed layers, eager, then of equal ones, compiled on a GPU."""
+def measure(connection: Connection, device: Device, work: Work, cases: Cases, clock: Clock) -> None:
+    """Sends for every case a row with a profile, where it needs another, then one a plan."""
     if not device.is_gpu:
         torch.set_num_threads(1)
     world, most_s = init_world(device.type), 6.0 if device.is_gpu else 2.0
     precision: Precision = "bf16" if device.is_gpu else "fp32"
     hardware = profile_hardware(world, budget_s=min(clock.left_s / 20, most_s / 4))
     model: ModelProfile | None = None
-    for compiled, halves in ((False, MIXED), (device.is_gpu, ALIKE)):
+    for compiled, halves, most_sizes in cases:
         if clock.left_s <= 0:
-            connection.send({"plan": "equal layers" if halves is ALIKE else "mixed layers", "skipped": "no time left"})
+            connection.send({"plan": "compiled" if compiled else "eager", "skipped": "no time left"})
             return
         if model is None or model.compiled != compiled:
             start = time.perf_counter()
@@ -77,7 +83,7 @@ def measure(connection: Connection, device: Device, work: Work, clock: Clock) ->
                 compile=compiled,
             )
             connection.send({"profile": _about(model), "seconds": time.perf_counter() - start})
-        for plan in plans(work, precision, halves):
+        for plan in plans(work, precision, halves, most_sizes):
             connection.send(_row(plan, work, model, hardware, world, clock))
 
 
@@ -125,13 +131,13 @@ def _measure(plan: Plan, work: Work, world: World, *, compiled: bool) -> tuple[l
     device = world.device
     model, optimizer = started(plan, world, compiled=compiled)
     memory = peak_from_now(device)
-    ids, labels = work.batch()
+    batch = work.batch()
     seconds = []
     for _ in range(1 + STEPS[device.type]):
         synchronize(device)
         start = time.perf_counter()
-        with memory.watch(model, optimizer, [ids, labels]):
-            train(model, optimizer, ids, labels)
+        with memory.watch(model, optimizer, [*batch[0].values(), batch[1]]):
+            train(model, optimizer, batch)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     outside = outside_bytes(device)

@@ -132,7 +132,7 @@ def _peak_bytes(plan: Plan, device: Device) -> int:
         memory = peak_from_now(place)
         ids = torch.zeros(plan.global_batch_size, plan.seq_len, dtype=torch.int64)
         with memory.watch(model, optimizer, [ids]):
-            train(model, optimizer, ids, ids)
+            train(model, optimizer, ({"input_ids": ids}, ids))
         return memory.bytes() - (cublas_bytes(place) if device.is_gpu else 0)
     finally:
         dist.destroy_process_group()

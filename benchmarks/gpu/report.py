@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .children import Row
+from .families import PEERS
 from .peers import OURS
 
 Parts = dict[str, dict[str, Any]]
@@ -61,7 +62,7 @@ def tables(parts: Parts, *, on_gpu: bool) -> list[Table]:
 def targets(parts: Parts, *, on_gpu: bool) -> list[Target]:
     """What was aimed at beside what came out; a CPU's times are not judged, for others use it too."""
     found = []
-    for name, what in (("modes", "modes"), ("parity", "plans of several ranks")):
+    for name, what in (("modes", "modes"), ("parity", "plans of several ranks"), ("mixes", "mixes of several ranks")):
         if name in parts:
             rows = [row for row in parts[name]["rows"] if "holds" in row]
             held = sum(row["holds"] for row in rows)
@@ -72,6 +73,8 @@ def targets(parts: Parts, *, on_gpu: bool) -> list[Target]:
     for model, mfu in MFU.items():
         if on_gpu and f"peers {model}" in parts:
             found += _of_peers(model, mfu, parts[f"peers {model}"]["rows"])
+    if "families" in parts:
+        found += _of_families(parts["families"]["rows"], on_gpu)
     if "ranks" in parts:
         errors = [row["tensor_error"] for row in parts["ranks"]["rows"] if "tensor_error" in row]
         least = min(errors, default=0.0)
@@ -123,6 +126,41 @@ def _of_peers(model: str, mfu: float, rows: list[Row]) -> list[Target]:
             (reached or 0) >= mfu,
         ),
     ]
+
+
+def _of_families(rows: list[Row], on_gpu: bool) -> list[Target]:
+    by_model = _by_model(rows)
+    measured = [row for row in rows if "time_error" in row]
+    times = [abs(row["time_error"]) for row in measured if on_gpu]
+    memories = [row["memory_error"] for row in measured]
+    least = min(memories, default=0.0)
+    ratios = {name: _median(ratios_to_fastest(_turns(of_one))) for name, of_one in by_model.items() if on_gpu}
+    slowest = min(ratios, key=ratios.__getitem__, default="")
+    figure = f"{slowest} {ratios[slowest]:.3f}" if ratios else "-"
+    share, met = f"at most {TIME_ERROR:.0%}", _median(times) <= TIME_ERROR
+    return [
+        _target("families: time error, median", _percent(_median(times)), share, times, met),
+        _target("families: least memory error", _percent(least), "never under", memories, least >= 0),
+        _target(
+            "families: least against the fastest peer",
+            figure,
+            "at least 1",
+            [*ratios],
+            min(ratios.values(), default=0.0) >= 1,
+        ),
+    ]
+
+
+def _by_model(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["model"], []).append(row)
+    return found
+
+
+def _turns(rows: list[Row]) -> list[Row]:
+    """Those of ``peers`` among one model's."""
+    return [row for row in rows if "contender" in row]
 
 
 def ratios_to_fastest(rows: list[Row]) -> list[float]:
@@ -225,6 +263,32 @@ def _peers(rows: list[Row]) -> _Shown:
     return columns, shown + [[row["contender"], row["skipped"], *[None] * 6] for row in skipped]
 
 
+def _families(rows: list[Row]) -> _Shown:
+    columns = ["model", "step, predicted", "measured", "error", "memory, predicted", "measured", "error"]
+    columns += ["samples/s", *(f"beside {name}" for name in PEERS), "peak tensors", *(f"of {name}" for name in PEERS)]
+    shown: list[list[object]] = []
+    for model, of_one in _by_model(rows).items():
+        line: list[object] = [None] * 6
+        for row in of_one:
+            if "time_error" in row:
+                line = _predictions([row])[1][0][1:7]
+        turned = [row for row in _turns(of_one) if "step_times_s" in row]
+        steps, turns = _steps(turned), {row["contender"]: row for row in turned}
+        seconds = {name: _median(s for turn in steps[name].values() for s in turn) for name in steps}
+        rate = f"{of_one[0]['samples'] / seconds[OURS]:,.1f}" if OURS in seconds else None
+        ratios = [
+            f"{seconds[name] / seconds[OURS]:.2f} x" if {name, OURS} <= seconds.keys() else None for name in PEERS
+        ]
+        peaks = [turns[name]["peak_tensor_bytes"] if name in turns else None for name in (OURS, *PEERS)]
+        shown.append([model, *line, rate, *ratios, *(peak and _mib(peak) for peak in peaks)])
+        shown += [
+            [f"{model}: {row.get('contender', row.get('plan', ''))}", row["skipped"], *[None] * (len(columns) - 2)]
+            for row in of_one
+            if "skipped" in row
+        ]
+    return columns, shown
+
+
 def _ranks(rows: list[Row]) -> _Shown:
     columns = ["plan", "devices", "tensors of rank 0, predicted", "measured", "error"]
     return columns, [
@@ -251,7 +315,8 @@ def _parity(rows: list[Row]) -> _Shown:
     return columns, shown
 
 
-_TABLES = {"modes": _modes, "parity": _parity, "predictions": _predictions, "peers": _peers, "ranks": _ranks}
+_TABLES = {"modes": _modes, "parity": _parity, "mixes": _parity, "predictions": _predictions, "peers": _peers}
+_TABLES |= {"ranks": _ranks, "families": _families}
 
 
 def _median(values: Iterable[float]) -> float:

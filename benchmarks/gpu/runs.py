@@ -9,7 +9,7 @@ import gc
 from collections.abc import Sequence
 
 import torch
-from transformers import LlamaConfig
+from transformers import PretrainedConfig
 
 from galvatron.core.job import TrainSection
 from galvatron.core.model import Precision, Recompute
@@ -19,7 +19,7 @@ from galvatron.plan import LayerStrategy, Plan
 from galvatron.train import PeakMemory, build_optimizer
 from galvatron.train.optimizer import update
 
-from .sizes import Work, config_of
+from .sizes import Batch, Work, config_of
 
 
 def one_device_plan(work: Work, micro_batch_size: int, precision: Precision, recompute: Sequence[Recompute]) -> Plan:
@@ -38,9 +38,10 @@ def one_device_plan(work: Work, micro_batch_size: int, precision: Precision, rec
     )
 
 
-def train(model: ParallelModel, optimizer: torch.optim.AdamW, ids: torch.Tensor, labels: torch.Tensor) -> float:
+def train(model: ParallelModel, optimizer: torch.optim.AdamW, batch: Batch) -> float:
     """A whole step as the trainer takes it; its loss, once all is done."""
-    loss = model.train_step(ids, labels)
+    inputs, labels = batch
+    loss = model.train_step(labels=labels, **inputs)
     update(optimizer, loss, model.clip_grad_norm_(None), 1.0)
     return float(loss)
 
@@ -72,7 +73,7 @@ class DrawnWeights:
 
     origin = "the benchmark"
 
-    def __init__(self, config: LlamaConfig, device: torch.device) -> None:
+    def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
         self._device = device
         self._shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}  # a tied one once
 

@@ -59,6 +59,16 @@ def test_peers_take_turns_and_those_that_cannot_say_why(parts: Parts) -> None:
     assert len(ratios_to_fastest([about, *rows])) == 2
 
 
+def test_models_of_other_kinds_are_predicted_and_raced(parts: Parts) -> None:
+    rows = parts["families"]["rows"]
+    assert {row["model"] for row in rows} == {"tiny BERT", "tiny CLIP"}
+    errors = [row["memory_error"] for row in rows if "memory_error" in row]
+    assert len(errors) == 2
+    assert all(0 <= error <= 0.05 for error in errors)
+    ran = {(row["model"], row["contender"], row["round"]) for row in rows if "step_times_s" in row}
+    assert ran == {(f"tiny {m}", c, n) for m in ("BERT", "CLIP") for c in ("galvatron", "plain") for n in (0, 1)}
+
+
 def _rows(times: dict[str, list[float]]) -> list[dict[str, object]]:
     about = {"peak_flops_per_s": 1e15, "causal_flops_per_token": 1e10, "tokens": 1000}
     return [about] + [
