@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -55,7 +56,7 @@ def measured(out: Path, wanted: str, seconds: float, names: Sequence[str] | None
         name, share = next(iter(left.items()))
         clock = Clock.of(end.left_s * share / sum(left.values()))
         del left[name]
-        parts[name] = _part(PARTS[name][1], device, clock)
+        parts[name] = _part(name, PARTS[name][1], device, clock)
         write(out, about, parts)
     return about, parts
 
@@ -72,11 +73,13 @@ def _described(wanted: str, end: Clock) -> tuple[Row, Start]:
     raise SystemExit(f"the device cannot be used: {reason}")
 
 
-def _part(run: Callable[[Device, Clock], Iterator[Row]], device: Device, clock: Clock) -> Row:
+def _part(name: str, run: Callable[[Device, Clock], Iterator[Row]], device: Device, clock: Clock) -> Row:
     start, rows, status = time.monotonic(), list[Row](), "whole"
     try:
         for row in run(device, clock):
             rows.append(row)
+            told = {key: value for key, value in row.items() if isinstance(value, str | float | bool)}
+            print(f"{time.monotonic() - start:6.1f} s  {name}: {told}", file=sys.stderr, flush=True)
     except CutShortError as cut:
         status = f"cut short ({cut})"
     return {"status": status, "seconds": time.monotonic() - start, "rows": rows}

@@ -7,9 +7,10 @@ transformers' own loop, plain and with compiled layers, in turns.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 from . import predictions
-from .children import Child, Clock, CutShortError, Row
+from .children import Child, Clock, CutShortError, Row, rows_of_all
 from .peers import OURS, race
 from .sizes import TINY, Device, Work
 
@@ -30,19 +31,33 @@ NO_RECOMPUTE = (("none", "none"),)
 def run(device: Device, clock: Clock) -> Iterator[Row]:
     """Rows of ``predictions`` and of ``peers``, each with its model's name; what fails ends its own model alone."""
     works = list(WORKS if device.is_gpu else TINY_WORKS)
+    if device.is_gpu:
+        _compile_at_once(works, device, Clock.of(clock.left_s / 3))
     while works:
         model_clock = Clock.of(clock.left_s / len(works))
         work = works.pop(0)
-        try:
-            for row in _of_one(work, device, model_clock):
-                yield {"model": work.model, **row}
-        except CutShortError as cut:
-            yield {"model": work.model, "skipped": str(cut)}
+        yield {"model": work.model, "samples": work.global_batch_size}
+        for part in (_predicted, _raced):
+            try:
+                for row in part(work, device, model_clock):
+                    yield {**row, "model": work.model}
+            except CutShortError as cut:
+                yield {"model": work.model, "skipped": str(cut)}
 
 
-def _of_one(work: Work, device: Device, clock: Clock) -> Iterator[Row]:
-    yield {"samples": work.global_batch_size}
+def _compile_at_once(works: list[Work], device: Device, clock: Clock) -> None:
+    """What compiles for seconds each, on all cores, before anything is timed; what fails here will fail there."""
+    with ExitStack() as stack:
+        made = [stack.enter_context(Child(predictions.compile_once, device, w, start=device.start)) for w in works]
+        for _ in rows_of_all(made, clock):
+            pass
+
+
+def _predicted(work: Work, device: Device, clock: Clock) -> Iterator[Row]:
     cases: predictions.Cases = ((device.is_gpu, NO_RECOMPUTE, 1),)
-    with Child(predictions.measure, device, work, cases, Clock.of(clock.left_s / 2), start=device.start) as child:
-        yield from child.rows(clock)
-    yield from race(work, (OURS, *PEERS), device, clock, made_at_once=device.is_large)
+    with Child(predictions.measure, device, work, cases, clock, start=device.start) as child:
+        yield from child.rows(Clock.of(clock.left_s / 2))
+
+
+def _raced(work: Work, device: Device, clock: Clock) -> Iterator[Row]:
+    return race(work, (OURS, *PEERS), device, clock, made_at_once=device.is_large)

@@ -64,6 +64,8 @@ def race(
                     children.pop(name).close()
         later_s = 0.0  # what two more rounds of those that have run will take
         for turn in range(ROUNDS if device.is_gpu else 2):
+            if not children:
+                return
             order = list(children)
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 if turn > 0 and clock.left_s <= 0:
@@ -74,8 +76,6 @@ def race(
                     children.pop(name).close()
                 elif turn == 0:
                     later_s += 2 * (2 * sum(row["step_times_s"]) + 0.5)
-            if not children:
-                return
 
 
 def work_for(model: str, device: Device) -> Work:

@@ -31,6 +31,7 @@ from .runs import one_device_plan, peak_from_now, started, train
 from .sizes import Device, Work, config_of
 
 STEPS = {"cpu": 1, "cuda": 3}
+PRECISIONS: dict[str, Precision] = {"cpu": "fp32", "cuda": "bf16"}
 Halves = tuple[Recompute, Recompute]
 Cases = tuple[tuple[bool, tuple[Halves, ...], int], ...]
 ALIKE: tuple[Halves, ...] = tuple((level, level) for level in RECOMPUTES)
@@ -64,7 +65,7 @@ def measure(connection: Connection, device: Device, work: Work, cases: Cases, cl
     if not device.is_gpu:
         torch.set_num_threads(1)
     world, most_s = init_world(device.type), 6.0 if device.is_gpu else 2.0
-    precision: Precision = "bf16" if device.is_gpu else "fp32"
+    precision = PRECISIONS[device.type]
     hardware = profile_hardware(world, budget_s=min(clock.left_s / 20, most_s / 4))
     model: ModelProfile | None = None
     for compiled, halves, most_sizes in cases:
@@ -73,18 +74,27 @@ def measure(connection: Connection, device: Device, work: Work, cases: Cases, cl
             return
         if model is None or model.compiled != compiled:
             start = time.perf_counter()
-            model = profile_model(
-                config_of(work.model),
-                world,
-                seq_len=work.seq_len,
-                precision=precision,
-                max_batch=work.micro_batch_size,
-                budget_s=min(clock.left_s / 6, most_s),
-                compile=compiled,
-            )
+            model = _profiled(work, world, min(clock.left_s / 6, most_s), compiled)
             connection.send({"profile": _about(model), "seconds": time.perf_counter() - start})
         for plan in plans(work, precision, halves, most_sizes):
             connection.send(_row(plan, work, model, hardware, world, clock))
+
+
+def compile_once(connection: Connection, device: Device, work: Work) -> None:
+    """Fills the cache of compiled kernels: processes that profile and train ``work`` later find theirs there."""
+    _profiled(work, init_world(device.type), 0.0, device.is_gpu)
+
+
+def _profiled(work: Work, world: World, budget_s: float, compiled: bool) -> ModelProfile:
+    return profile_model(
+        config_of(work.model),
+        world,
+        seq_len=work.seq_len,
+        precision=PRECISIONS[world.device.type],
+        max_batch=work.micro_batch_size,
+        budget_s=budget_s,
+        compile=compiled,
+    )
 
 
 def _about(model: ModelProfile) -> Row:
