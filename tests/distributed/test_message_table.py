@@ -37,15 +37,21 @@ KINDS: dict[str, Op] = {
     "all-to-all": "all_to_all",
     "receive": "p2p",
 }
+OWN = (Variant(name="gpt2-dropout", family="gpt2", overrides={"resid_pdrop": 0.1}),)
+"""Of no other table: dropout is not compared with one process's."""
 NOT_COSTED = {("all-reduce", 4), ("all-reduce", 16)}
 """The loss of a step; and ranks compare their batches now and then."""
 Totals = dict[Op, tuple[int, int]]
 """Of each operation, messages and bytes."""
 
 
+def named(variant: str) -> Variant:
+    return next((own for own in OWN if own.name == variant), None) or Variant.named(variant)
+
+
 def sent(variant: str, plan: Plan, capacity_factor: float | None = None) -> list[Message]:
     """Of a second step: FSDP2 prepares itself in the first."""
-    whole = Variant.named(variant).model(heads_for(plan.world_size), smooth=True)
+    whole = named(variant).model(heads_for(plan.world_size), smooth=True)
     model = parallelize(whole, plan, world=init_world("cpu"), capacity_factor=capacity_factor)
     task, rows = model.spec.task, plan.global_batch_size
     batch = random_inputs(model.config, task, rows, plan.seq_len, torch.Generator().manual_seed(0))
@@ -142,7 +148,7 @@ def _seconds(plan: Plan, setting: Setting, stages: tuple[Stage, ...], index: int
 @cache
 def spec_of(variant: str, world_size: int) -> ModelSpec:
     """With all experts chosen, so that what travels does not depend on values."""
-    found = Variant.named(variant)
+    found = named(variant)
     return build_spec(found.config(heads_for(world_size), smooth=True), variant, found.freeze, found.lora)
 
 
@@ -150,6 +156,14 @@ def mixes(variant: str, world_size: int, count: int, seed: int = 2026) -> list[P
     spec = spec_of(variant, world_size)
     seq_len = usual_length(spec) if spec.task == "image_classification" else seq_len_for(world_size)
     return random_plans(spec, world_size, count, seed, seq_len)
+
+
+def plan_of(ends: LayerStrategy, *layers: LayerStrategy) -> Plan:
+    """Two microbatches of one stage."""
+    return Plan(
+        model="tiny", world_size=ends.num_devices, layers_per_stage=(len(layers),), num_microbatches=2, embedding=ends,
+        head=ends, layers=layers, global_batch_size=8, seq_len=16,
+    )  # fmt: skip
 
 
 SAMPLES = (("llama", 4, 0), ("llama", 4, 1), ("gpt2", 4, 1), ("qwen2", 4, 4))
@@ -187,16 +201,26 @@ def test_what_rides_along_between_stacks_is_costed(
     check(pool, variant, plan)
 
 
+@pytest.mark.parametrize("variant", ["bart", "olmo2", "gpt2-dropout"])
+def test_what_layers_run_again_whose_output_something_follows(pool: Pool, variant: str) -> None:
+    """A norm or dropout: its input, the sum of the last region, is kept by all levels but the last."""
+    cut, levels = LayerStrategy(tp=2), ("selective", "mlp", "linears", "full")
+    plan = plan_of(cut, *(cut.model_copy(update={"recompute": level}) for level in levels))
+    check(pool, variant, plan)
+
+
+def test_layers_of_one_layout_share_what_they_see_of_another_stack(pool: Pool) -> None:
+    """One all-to-all, though FSDP2 hands the layers that it shards tensors of their own."""
+    ends, one = LayerStrategy(dp_replicate=2), LayerStrategy(dp_shard=2, zero=3)
+    sharded = LayerStrategy(ulysses=2, zero=3, recompute="selective")
+    check(pool, "t5", plan_of(ends, ends, one, sharded, LayerStrategy(tp=2, recompute="linears")))
+
+
 def test_full_experts_send_what_is_costed(pool: Pool) -> None:
     """Of two ranks the first one fills all experts: it sends as many tokens as without a capacity, and gets half."""
     both = LayerStrategy(ep=2, dp_replicate=2)
     layers = (both, LayerStrategy(ep=2, ulysses=2), LayerStrategy(tp=2), both.model_copy(update={"recompute": "full"}))
-    ends = LayerStrategy(dp_replicate=2)
-    plan = Plan(
-        model="tiny", world_size=2, layers_per_stage=(4,), num_microbatches=2, embedding=ends, head=ends, layers=layers,
-        global_batch_size=8, seq_len=16,
-    )  # fmt: skip
-    check(pool, "mixtral", plan, 0.5)
+    check(pool, "mixtral", plan_of(LayerStrategy(dp_replicate=2), *layers), 0.5)
 
 
 @pytest.mark.slow

@@ -78,6 +78,7 @@ class Stack(Record):
     ``outputs``: how many a layer returns in a tuple, hidden states first; 0 for these alone.
     ``causal``: whether a token attends to those before it alone.  ``side``: the argument by which layers are given
     what another stack ends with.  ``biased``: whether the first layer makes a bias of all layers' attention scores.
+    ``needs_output``: whether a backward needs what a layer's last region comes to: a norm or a factor follows it.
     ``recorded``: whether what follows takes states from between its layers, which then all end with whole sequences.
     ``joined``: of the family's ``before``, what runs on the way from the stack before to this one.  ``pooled``: the
     module whose output is all that is taken of this stack, where the next one takes nothing of it (towers).
@@ -90,6 +91,7 @@ class Stack(Record):
     causal: StrictBool = True
     side: str | None = None
     biased: StrictBool = False
+    needs_output: StrictBool = False
     recorded: StrictBool = False
     joined: tuple[str, ...] = ()
     pooled: str | None = None
@@ -217,6 +219,11 @@ WINDOWS = ("sliding_window", "local_attention")
 """Keys of configs that say how far a token sees."""
 BEYOND_RINGS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_logit_softcapping")
 """Keys of configs under which attention needs all scores of a query at once: dropout of its weights, capped scores."""
+DROPS = (
+    *("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "residual_dropout", "resid_dropout", "dropout"),
+    *("dropout_rate", "drop_path_rate"),
+)
+"""Keys of configs for dropout of what regions come to, or of whole regions: which of them a backward has to know."""
 
 FOLDER = Path(__file__).parent / "families"
 

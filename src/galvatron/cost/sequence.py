@@ -44,6 +44,14 @@ def regions_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) ->
     return [_gather_and_scatter_s(setting, unit, s, batch * of_region) for of_region in of_regions]
 
 
+def wide_norms_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -> Floats:
+    """What the ranks of a layer's norms over all heads tell each other in one pass: a float32 square a token."""
+    if unit in ENDS or not setting.model.spec.kind(unit).wide_norms:
+        return np.zeros(len(s))
+    squares = batch * setting.cut_tokens(unit, s.sequence_degree) * s.tp * DTYPE_BYTES["fp32"]
+    return setting.model.spec.kind(unit).wide_norms * collective_s(setting, "all_gather", s.tp, 1, squares)
+
+
 def tensor_parallel_s(
     setting: Setting, unit: UnitName, s: Strategies, batch: Floats, regions: list[tuple[Floats, Floats]]
 ) -> tuple[Floats, Floats]:

@@ -19,7 +19,7 @@ from .communication import exposed_s
 from .compute import interpolate
 from .data_parallel import data_parallel_s, messages_s, replicated_bytes_s, tied_s
 from .experts import expert_messages
-from .sequence import attention_share, context_parallel_s, regions_s, sequence_s, tensor_parallel_s
+from .sequence import attention_share, context_parallel_s, regions_s, sequence_s, tensor_parallel_s, wide_norms_s
 from .setting import Setting
 from .sizes import held_and_trained
 from .strategies import FULL, NONE, Floats, Ints, Strategies
@@ -155,7 +155,8 @@ def _passes_s(setting: Setting, unit: UnitName, s: Strategies) -> tuple[dict[str
     regions, side, nothing = regions_s(setting, unit, s, batch), setting.side_kind(unit), np.zeros(len(s))
     side_s = (nothing, nothing) if side is None else sequence_s(setting, side.name, s, batch)
     tp_forward_s, tp_backward_s = tensor_parallel_s(setting, unit, s, batch, regions)
-    tp_forward_s, tp_backward_s = tp_forward_s + side_s[0], tp_backward_s + side_s[1]
+    norms_s = wide_norms_s(setting, unit, s, batch)
+    tp_forward_s, tp_backward_s = tp_forward_s + side_s[0] + norms_s, tp_backward_s + side_s[1] + norms_s
     exchange_s, ring_s, ring_back_s = context_parallel_s(setting, unit, s, batch, forward_s, backward_s)
     context_forward_s, context_backward_s = exchange_s + ring_s, exchange_s + ring_back_s
     experts = expert_messages(setting, unit, s, batch)
@@ -166,10 +167,14 @@ def _passes_s(setting: Setting, unit: UnitName, s: Strategies) -> tuple[dict[str
     tp_forward_s = tp_forward_s + experts.gather_s + experts.scatter_s
     tp_backward_s = tp_backward_s + experts.gather_back_s + experts.scatter_back_s
     # what runs again asks again for what it takes in; sums are kept by all levels but the last, which needs all but
-    # the layer's own
-    gathers_s = sum((gather_s for gather_s, _ in regions), side_s[0] + experts.gather_s)
-    repeated_s = (s.recompute > NONE) * (gathers_s + exchange_s + experts.counts_s + dispatch_again_s)
-    sums = regions if _has_experts(setting, unit) else regions[:-1]
+    # the layer's own, and that too where something follows it; experts keep nothing
+    needed = unit not in ENDS and setting.model.spec.kind(unit).needs_output
+    gathers_s = sum((gather_s for gather_s, _ in regions), side_s[0] + norms_s + experts.gather_s)
+    if needed and setting.model.spec.kind(unit).windowed:
+        gathers_s = gathers_s + regions[-1][0]
+    repeated_s = gathers_s + exchange_s + experts.counts_s + dispatch_again_s
+    repeated_s = (s.recompute > NONE) * (repeated_s + needed * (experts.combine_s + experts.scatter_s))
+    sums = regions if _has_experts(setting, unit) or needed else regions[:-1]
     repeated_s = repeated_s + (s.recompute == FULL) * sum((scatter_s for _, scatter_s in sums), ring_s)
     reached = setting.model.spec.is_reached(unit)
     again_s, repeated_s, tp_backward_s, context_backward_s = (

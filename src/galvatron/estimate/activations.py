@@ -80,18 +80,20 @@ def _mlp(layer: LocalLayer, size: int) -> float:
 def _kept(layer: LocalLayer, recompute: Recompute, size: int) -> float:
     """What a layer that recomputes keeps beside its input: of attention, then of linears, as far as its level says.
 
-    The last region's output is not among them: nothing in the layer needs it again.  Experts always run again.  Sums
-    over tensor-parallel ranks are kept where a single rank's linears are not.
+    The last region's output is among them where the layer needs it again.  Experts always run again.  Sums over
+    tensor-parallel ranks are kept where a single rank's linears are not.
     """
     if recompute == "full":
         return 0.0
     has_linears = recompute != "linears"
     projected = 2 * layer.key_value + layer.query if has_linears else 0
     attention = layer.tokens * (size * (layer.query + projected) + FLOAT * layer.heads)
-    output = layer.chunk * layer.hidden * size if has_linears or layer.tp > 1 else 0
-    kept = layer.attentions * (attention + output)
+    output = layer.chunk * layer.hidden * size
+    kept = layer.attentions * (attention + (has_linears or layer.tp > 1) * output)
     if recompute == "selective":
         kept += layer.tokens * size * layer.kept_ups * layer.ffn
+    if layer.needs_output and not layer.experts and (recompute == "selective" or layer.tp > 1):
+        kept += output
     return kept
 
 

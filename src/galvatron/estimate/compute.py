@@ -137,13 +137,14 @@ def layer_sample(
         for count, width, share in (shared, routed)
     )
     one_s = shared_s + routed_s  # of the MLP's products: up, gate or down
+    last_s = one_s if layer.needs_output else 0.0  # if not, it does not run again
     levels: dict[Recompute, float] = {
-        "selective": again_s + layer.kept_ups * routed_s,
-        "mlp": again_s + layer.kept_ups * one_s,
-        "linears": again_s + matmul_s - one_s,  # the last is not needed again
+        "selective": again_s + layer.kept_ups * routed_s + min(last_s, routed_s),
+        "mlp": again_s + layer.kept_ups * one_s + last_s,
+        "linears": again_s + matmul_s - one_s + last_s,
     }
     if compiled:  # and leaves it out, which a full recompute run operator by operator does not
-        levels["full"] = max(forward_s - one_s, DISPATCH_S * (operators - 1))
+        levels["full"] = max(forward_s - one_s + last_s, DISPATCH_S * (operators - (not layer.needs_output)))
     return _sample(kind.name, tp, batch, seq_len, forward_s, backward_s, operators, levels)
 
 

@@ -101,7 +101,8 @@ def _swin_stage(config: Config, stage: int, first: int, grid: tuple[int, int]) -
     )
     kind = multi_head(count, hidden, ffn, heads, parameters, f"layers {first}-{first + count - 1}", causal=False)
     seen = {"fixed_tokens": math.prod(grid), "attention_span": window**2, "windowed": True}
-    return kind.model_copy(update={**seen, "drops_attention": True, "asks_for_attention": False})
+    drops = config.raw("drop_path_rate") != 0 or bool(config.raw("hidden_dropout_prob"))  # paths are unless told not to
+    return kind.model_copy(update={**seen, "drops_attention": True, "asks_for_attention": False, "needs_output": drops})
 
 
 def _swin_merge(index: int, hidden: int) -> tuple[ParameterSpec, ...]:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, WINDOWS, Family, KnownFamily, Shape, Stack, beside_experts, known_family
+from galvatron.core.family import (
+    BEYOND_RINGS,
+    DROPS,
+    WINDOWS,
+    Family,
+    KnownFamily,
+    Shape,
+    Stack,
+    beside_experts,
+    known_family,
+)
 from galvatron.core.formulas import num_patches, value
 from galvatron.core.lora import Lora, with_adapters
 from galvatron.core.model import Cut, Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
@@ -37,6 +47,7 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
                 count=len(run),
                 asks_for_attention=family.asks_for_attention,
                 cuttable=family.is_cuttable,
+                needs_output=stack.needs_output or any(map(reader.rate, DROPS)),
                 causal=stack.causal,
                 drops_attention=_is_beyond_rings(reader, family, stack),
                 side_inputs=int(stack.side is not None and "carried" not in every[at]),

@@ -35,8 +35,8 @@ class LocalLayer:
     Elements a token: ``hidden`` between regions; ``query``, ``key_value`` (keys alone, or values alone) and ``ffn``
     of this rank; ``inner``, the normed queries and keys or latents inside attention.  ``routed``: copies of a token
     that ``experts`` take, ``routed_ffn`` their width.  ``kept_ups``: of the MLP's kept elements, how many come out of
-    linears.  ``gathers_all``: whole sequences are gathered around the layer.  ``compiled``: what lies between products
-    is fused.
+    linears.  ``needs_output``: a norm or dropout follows what the last region comes to.  ``gathers_all``: whole
+    sequences are gathered around the layer.  ``compiled``: what lies between products is fused.
     """
 
     tokens: int
@@ -59,6 +59,7 @@ class LocalLayer:
     span: int
     windowed: bool
     gathers_all: bool
+    needs_output: bool
     masked_share: float
     compiled: bool
     matrices: tuple[tuple[int, int, int, float], ...]
@@ -107,6 +108,7 @@ def local_layer(kind: LayerKind, family: str, tp: int, seq_len: int, *, compiled
         span=span,
         windowed=kind.attention_span is not None,
         gathers_all=kind.windowed,
+        needs_output=kind.needs_output,
         masked_share=0.5 if kind.causal and span == tokens else 0.0,
         compiled=compiled,
         matrices=matrices(kind.parameters, tp, kind.experts_per_token),

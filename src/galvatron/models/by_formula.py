@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, WINDOWS, Family, Shape
+from galvatron.core.family import BEYOND_RINGS, DROPS, WINDOWS, Family, Shape
 from galvatron.core.formulas import num_patches, value
 from galvatron.core.tasks import CLASSIFICATION, Task
 
@@ -284,7 +284,7 @@ def defaults_in(
         found["tie_word_embeddings"] = bool(config.tie_word_embeddings)
     fresh = type(config)()
     both_ways = () if family.stacks[0].causal else WINDOWS
-    found |= {name: rate for name in (*BEYOND_RINGS, *both_ways) if (rate := getattr(fresh, name, None))}
+    found |= {name: rate for name in (*BEYOND_RINGS, *DROPS, *both_ways) if (rate := getattr(fresh, name, None))}
     for prefix, part in parts_of(fresh):
         found |= {f"{prefix}{name}": value for name, value in _defaults_of(part, prefix, used).items()}
     return found | {name: formula for name, formula in OTHERS.items() if name in used}

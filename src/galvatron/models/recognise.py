@@ -95,7 +95,7 @@ def _described(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList, befor
     side = _side(trace, stack, before)
     regions: list[Region] = []
     experts: list[Experts | None] = []
-    is_cuttable = True
+    is_cuttable, needs_output = True, False
     for index in _one_of_each_kind(stack):
         prefix = f"{path}.{index}."
         inside = [call for call in trace.calls if call.name.startswith(prefix)]
@@ -103,6 +103,8 @@ def _described(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList, befor
         regions = _merged([*regions, *found])
         experts.append(experts_of(stack[index], inside, prefix, trace.of(stack[index]).argument.shape[-1]))
         is_cuttable &= bool(found)
+        ends = [f"{prefix}{name}" for name in (*(r.row for r in found), *(e.module for e in experts[-1:] if e))]
+        needs_output |= trace.of(stack[index]).saved > max((c.saved for c in inside if c.name in ends), default=0)
     kinds = [kind for nth, kind in enumerate(experts) if kind is not None and kind not in experts[:nth]]
     is_cuttable &= len({region.row for region in regions}) == len(regions) and len(kinds) <= 1
     return Stack(
@@ -113,6 +115,7 @@ def _described(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList, befor
         causal=_is_causal(trace, stack),
         side=side,
         biased=any(hasattr(module, "compute_bias") for module in stack.modules()),
+        needs_output=is_cuttable and needs_output,
         recorded=_is_recorded(trace, stack),
     )
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, WINDOWS, Family, Stack, beside_experts
+from galvatron.core.family import BEYOND_RINGS, DROPS, WINDOWS, Family, Stack, beside_experts
 from galvatron.core.lora import Lora
 from galvatron.core.model import Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
@@ -207,6 +207,7 @@ def _kind(
         windowed=stack.windowed,
         asks_for_attention=family.asks_for_attention,
         cuttable=bool(stack.regions),
+        needs_output=stack.needs_output or any(getattr(own, name, None) for name in DROPS),
         parameters=parameters,
         beside_experts=beside_experts(stack, parameters),
         **(_expert_counts(own) if any(p.experts for p in parameters) else {}),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +21,8 @@ from .twin import run_twin, twin_inputs
 class Call:
     """One call of a module: its name, its first argument and (first) output.
 
-    ``outputs``: how many it returns in a tuple; 0 for one alone.  ``named``: all its tensors, by argument.
+    ``outputs``: how many it returns in a tuple; 0 for one alone.  ``named``: all its tensors, by argument.  ``saved``:
+    how many matrices autograd had kept for the backward when it returned.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Call:
     output: Tensor
     outputs: int = 0
     named: dict[str, Tensor] = field(default_factory=dict)
+    saved: int = 0
 
     @property
     def is_linear(self) -> bool:
@@ -54,7 +57,13 @@ class Trace:
 
 def traced(model: PreTrainedModel) -> Trace:
     """Run a twin once and watch."""
-    trace, handles = Trace(), []
+    trace, handles, saved = Trace(), [], 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.dim() > 1
+        return tensor
+
     for name, module in model.named_modules():
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
@@ -63,10 +72,11 @@ def traced(model: PreTrainedModel) -> Trace:
             if isinstance(value, Tensor):
                 argument = argument if isinstance(argument, Tensor) else value  # some are told of a shape alone
                 named = {n: v for n, v in arguments_by_name(module, args, kwargs).items() if isinstance(v, Tensor)}
-                trace.calls.append(Call(name, module, argument, value, outputs, named))
+                trace.calls.append(Call(name, module, argument, value, outputs, named, saved))
 
         handles.append(module.register_forward_hook(note, with_kwargs=True))
-    trace.logits = run_twin(model, twin_inputs(model.config))
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        trace.logits = run_twin(model, twin_inputs(model.config))
     for handle in handles:
         handle.remove()
     return trace

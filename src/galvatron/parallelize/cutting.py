@@ -84,7 +84,14 @@ def cut(
             drop_alike(layer, grid.axis_group(1, strategy.sequence_degree))
         attend_across(layer, Context(grid.ulysses(strategy, filling), grid.ring(strategy), tp))
         if spec.is_layer_reached(index):  # nothing is kept of other layers, and compilers fail on such a checkpoint
-            recompute_in_backward(layer, regions, tp, strategy.recompute, has_experts=experts is not None)
+            recompute_in_backward(
+                layer,
+                regions,
+                tp,
+                strategy.recompute,
+                has_experts=experts is not None,
+                needs_output=kinds[index].needs_output,
+            )
         if compiler is not None:
             compiler(layer, (kinds[index].name, strategy))
         if stage.later is not None:

@@ -195,7 +195,14 @@ class UnitShape:
         compiler = LayerCompiler(backend) if self.compiled else None
         for level in RECOMPUTES:
             layer.forward = plain
-            recompute_in_backward(layer, regions, tp, level, has_experts=experts is not None)
+            recompute_in_backward(
+                layer,
+                regions,
+                tp,
+                level,
+                has_experts=experts is not None,
+                needs_output=self.spec.kind(self.name).needs_output,
+            )
             if compiler is not None:
                 compiler(layer, level)
             unit.forwards[level] = layer.forward

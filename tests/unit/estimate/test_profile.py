@@ -63,7 +63,8 @@ def test_every_card_has_samples_of_every_unit_and_survives_its_file(name):
                 for sample in (s for s in profile.compute if (s.unit, s.tp) == (unit, tp)):
                     again_s = [sample.recompute_s(level) for level in RECOMPUTES]
                     assert again_s == sorted(again_s)
-                    assert again_s[-1] < sample.forward_s  # without the last product
+                    everything = spec.kind(unit).needs_output  # or without the last product
+                    assert again_s[-1] <= sample.forward_s if everything else again_s[-1] < sample.forward_s
     assert profile.compiled
     layers = [sample for sample in profile.compute if sample.unit != "head"]  # whose loss does it all in its forward
     assert all(sample.forward_s < sample.backward_s * 1.01 for sample in layers)

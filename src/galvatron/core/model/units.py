@@ -43,6 +43,8 @@ class LayerKind(UnitSpec):
     ways: no ring can do these.
     ``asks_for_attention``: whether tokens see each other through an attention that is given to layers alone; layers
     with their own need whole sequences.  ``cuttable``: whether it is known how tensor parallelism cuts them.
+    ``needs_output``: whether a backward needs what the last region comes to (a norm, a factor or dropout follows it):
+    recompute keeps it or makes it again.
     ``beside_experts``: the module that every token takes while it travels to experts on other ranks, if any.
     """
 
@@ -63,6 +65,7 @@ class LayerKind(UnitSpec):
     drops_attention: StrictBool = False
     asks_for_attention: StrictBool = True
     cuttable: StrictBool = True
+    needs_output: StrictBool = False
     num_experts: Whole = 0
     experts_per_token: Whole = 0
     beside_experts: str | None = None
@@ -90,6 +93,11 @@ class LayerKind(UnitSpec):
         tokens = self.tokens(seq_len)
         side, window = math.isqrt(tokens), math.isqrt(self.attention_span or tokens)
         return tokens if side * side < tokens else (-(-side // window) * window) ** 2
+
+    @property
+    def wide_norms(self) -> int:
+        """Norms over the width of all heads, whose squares tensor-parallel ranks sum."""
+        return sum(len(p.shape) == 1 and p.cut is not None and p.name.endswith("norm.weight") for p in self.parameters)
 
     @property
     def sees_side(self) -> bool:

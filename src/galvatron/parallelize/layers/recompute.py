@@ -8,8 +8,9 @@ Every level runs more again than the one before it, and keeps less beside the la
 * ``linears`` keeps attention's output alone: all linears run again;
 * ``full`` keeps nothing (Chen et al. 2016).
 
-None repeats the layer's last product: nothing in the layer needs its output.  Under tensor parallelism a row-cut
-product is whole and partial: what is kept of it is the ranks' sum, by all levels but ``full``, since it took a message.
+Where nothing in the layer needs the output of its last product, none repeats or keeps that; where a norm, a factor or
+dropout follows it, they treat it as any other.  Under tensor parallelism a row-cut product is whole and partial: what
+is kept of it is the ranks' sum, by all levels but ``full``, since it took a message.
 
 A layer calls its linears in the order of its family's regions, so that their place tells them apart: eagerly, and in a
 compiled graph, where their modules are no more.  A linear with an adapter (``layers.adapters``) makes three products,
@@ -51,9 +52,18 @@ class Kept:
 
 
 def recompute_in_backward(
-    layer: nn.Module, regions: tuple[Region, ...], tp: AxisGroup, recompute: Recompute, *, has_experts: bool = False
+    layer: nn.Module,
+    regions: tuple[Region, ...],
+    tp: AxisGroup,
+    recompute: Recompute,
+    *,
+    has_experts: bool = False,
+    needs_output: bool = False,
 ) -> None:
-    """Let ``layer`` of these ``regions``, already cut by ``tp``, keep no more than ``recompute`` says."""
+    """Let ``layer`` of these ``regions``, already cut by ``tp``, keep no more than ``recompute`` says.
+
+    ``needs_output``: whether its backward needs what the last of them comes to.
+    """
     if recompute == "none":
         return
     again = partial(checkpoint, use_reentrant=False)
@@ -63,8 +73,9 @@ def recompute_in_backward(
             for region in regions
         )
         if has_experts:
-            products += (((), (True,)),)  # which are of another kind
-        again = partial(again, context_fn=partial(_contexts, kept(recompute, products, summed=tp.size > 1)))
+            products += (((), (True,)),)  # which are of another kind, and always run again
+        ends = needs_output and not has_experts
+        again = partial(again, context_fn=partial(_contexts, kept(recompute, products, summed=tp.size > 1, ends=ends)))
     wrap_forward(layer, again)
 
 
@@ -77,8 +88,13 @@ def _products(layer: nn.Module, linear: str) -> Products:
 
 
 @lru_cache  # one for all layers that are alike, or they would not share a graph when compiled
-def kept(recompute: Recompute, regions: tuple[tuple[Products, Products], ...], *, summed: bool) -> Kept:
-    """What is kept of regions of so many column-cut and row-cut products; ``summed``: over tensor-parallel ranks."""
+def kept(
+    recompute: Recompute, regions: tuple[tuple[Products, Products], ...], *, summed: bool, ends: bool = False
+) -> Kept:
+    """What is kept of regions of so many column-cut and row-cut products.
+
+    ``summed``: over tensor-parallel ranks; ``ends``: whether what the last region comes to is needed.
+    """
     products, sums, first = set[int](), set[int](), 0
     for index, (columns, rows) in enumerate(regions[:-1]):
         if recompute != "linears":
@@ -88,8 +104,13 @@ def kept(recompute: Recompute, regions: tuple[tuple[Products, Products], ...], *
         if summed:
             sums.add(index)
         first += len(columns) + len(rows)
-    if recompute == "selective" and regions:  # of the last region, the MLP; nothing needs its output
-        products |= _places(first, regions[-1][0])
+    if recompute == "selective" and regions:  # of the last region, the MLP
+        columns, rows = regions[-1]
+        products |= _places(first, columns)
+        if ends and not summed:
+            products |= _places(first + len(columns), rows)
+    if ends and summed and regions:
+        sums.add(len(regions) - 1)
     return Kept(frozenset(products), frozenset(sums))
 
 

@@ -19,7 +19,8 @@ from .forward import wrap_forward
 class OwnSide:
     """Makes of whole sequences what layers of one strategy see of them: once a forward, however many layers ask.
 
-    Of what another stage has sent it is made of that, this rank's part already, whatever the layers are given.
+    All are given the same, if not the same tensor: FSDP2 hands the layers that it shards aliases of their own.  Of what
+    another stage has sent it is made of that, this rank's part already, whatever the layers are given.
     """
 
     def __init__(
@@ -30,7 +31,6 @@ class OwnSide:
     ) -> None:
         """``sequence``: the ranks that have the whole sequences of the same rows; ``change``: to the layers' layout."""
         self._sequence, self._change, self._received = sequence, change, received
-        self._source: Tensor | None = None
         self._own: Tensor | None = None
 
     def enter(self, layer: nn.Module, name: str) -> None:
@@ -48,11 +48,9 @@ class OwnSide:
 
     def forget(self) -> None:
         """Let go of what layers saw."""
-        self._source, self._own = None, None
+        self._own = None
 
     def _of(self, whole: Tensor) -> Tensor:
-        source = whole if self._received is None else self._received()
-        if source is not self._source or self._own is None:
-            part = own_part(whole, self._sequence) if self._received is None else source
-            self._source, self._own = source, self._change(part)
+        if self._own is None:
+            self._own = self._change(own_part(whole, self._sequence) if self._received is None else self._received())
         return self._own
