@@ -15,7 +15,7 @@ import numpy as np
 
 from galvatron.core.model import ENDS, UnitName
 from galvatron.cost.step import objective_s
-from galvatron.cost.strategies import Ints
+from galvatron.cost.strategies import Floats, Ints
 from galvatron.plan.plan import LayerStrategy
 
 from .borders import ANY, MOST, Borders
@@ -63,7 +63,8 @@ class TaskSolver:
         self.patience = patience
         self.space, self.geometry, self.bounds, self.effort = space, space.geometry, bounds, effort
         self.at_most, self.merged, self.bound_s = at_most, False, math.inf
-        self.most_s = most_work_s(self.geometry, self.bounds, at_most * ROUNDING)
+        self.allowed_s = most_work_s(self.geometry, self.bounds, at_most * ROUNDING)
+        self.most_s = self.allowed_s
 
     def solve(self) -> Solution | None:
         """The best plan of what is left; None when there is none."""
@@ -107,6 +108,7 @@ class TaskSolver:
         return min((s for s in (exact, free) if s is not None), key=lambda s: s.value)
 
     def _solve_with(self, borders: Borders, effort: Effort) -> Solution | None:
+        self.most_s = [most.copy() for most in self.allowed_s]  # chains that pay for borders may take more than others
         bounds: list[Tables] = []
         grown: list[Found] = []
         exits: list[Ints] = []
@@ -183,13 +185,14 @@ class TaskSolver:
                     for row, k in members:
                         if k in result.work_s:
                             found.setdefault((row, k), []).append(result)
-                            self._tighten(row, k, float(result.work_s[k].min()))
+                            self._tighten(stage, row, k, result.work_s[k])
         return found
 
-    def _tighten(self, row: int, k: int, work_s: float) -> None:
-        """On one stage what was found is the most that others may take."""
-        if len(self.bounds) == 1:
-            self.most_s[0][row, k] = min(self.most_s[0][row, k], work_s * ROUNDING)
+    def _tighten(self, stage: int, row: int, k: int, work_s: Floats) -> None:
+        """Where layouts make no difference what was found is the most that others may take, and to a little effort."""
+        if len(self.bounds) == 1 or work_s.size == 1 or not self.effort.bounds:
+            found = float(work_s.min() + self.bounds[stage].shape.received_s[row, k]) * ROUNDING
+            self.most_s[stage][row, k] = min(self.most_s[stage][row, k], found)
 
     def _table(self, stage: int, found: Found, of: Literal["work_s", "bound_s"]) -> Tables:
         """The table of one stage from its chains: the best that were found, or what none is below."""
