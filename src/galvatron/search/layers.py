@@ -55,7 +55,7 @@ class Effort:
 FULL_EFFORT = Effort(100_000, 2_000, 5_000, True)
 GREAT_EFFORT = Effort(400_000, 8_000, 20_000, True)
 LITTLE_EFFORT = Effort(5_000, 100, 1_000, False)
-FEW_EFFORT = Effort(10_000, 200, 500, True)
+FEW_EFFORTS = Effort(1_000, 50, 100, True), Effort(10_000, 200, 500, True)
 WHOLE_EFFORT = replace(FULL_EFFORT, whole=True)
 
 
@@ -229,9 +229,10 @@ def _extended(chain: Chain, before: Labels, unit: int, done: int, goals: dict[in
     first = chain.critical
     work = before.work_s[:, None] + own.options.work_s
     if chain.moves_into(done):
-        work += own.moves_s[before.layout[:, None], own.options.layout]
-    peak = chain.transients[np.maximum(before.rank[:, None], own.rank)]
-    peak += before.held[:, None] + own.held
+        work += own.moves_s[:, own.options.layout][before.layout]
+    peak = np.maximum(chain.transients[before.rank][:, None], chain.transients[own.rank])
+    peak += before.held[:, None]
+    peak += own.held
     parent, option = np.nonzero((work + prices[first] * peak <= most[first]) & (peak <= room))
     work, peak = work[parent, option], peak[parent, option]
     excess = np.full(len(work), -np.inf)

@@ -21,7 +21,7 @@ from galvatron.plan.plan import LayerStrategy
 from .borders import ANY, MOST, Borders
 from .bounds import StageBound
 from .layers import (
-    FEW_EFFORT,
+    FEW_EFFORTS,
     FULL_EFFORT,
     Chain,
     ClassOptions,
@@ -88,11 +88,11 @@ class TaskSolver:
         layouts = self._worth_passing()
         if len(layouts) < 2:
             return None
-        own, few = self.effort, FEW_EFFORT if self.effort.bounds else self.effort
-        free = self._solve_with(Borders(np.array([ANY]), chunks), few)
-        if few is not own and self.merged and not self._is_good(self.bound_s):
+        for effort in (*FEW_EFFORTS, self.effort) if self.effort.bounds else (self.effort,):
             self.bound_s, self.merged = math.inf, False
-            free = self._solve_with(Borders(np.array([ANY]), chunks), own)
+            free = self._solve_with(Borders(np.array([ANY]), chunks), effort)
+            if not self.merged or self._is_good(self.bound_s):
+                break
         if free is None or self.bound_s * ROUNDING >= self.at_most:
             return None
         passing = Borders(layouts, chunks)
@@ -101,7 +101,7 @@ class TaskSolver:
             return free
         below_s, self.bound_s, self.merged = self.bound_s, math.inf, False
         try:
-            exact = self._solve_with(passing, replace(few, whole=True) if self._is_good(below_s) else own)
+            exact = self._solve_with(passing, replace(effort, whole=True) if self._is_good(below_s) else self.effort)
         except TooManyLabels:
             exact, self.bound_s, self.merged = None, below_s, True
         self.bound_s = max(self.bound_s, below_s)
