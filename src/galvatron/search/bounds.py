@@ -27,7 +27,7 @@ from .geometry import StageShape, UnitClass
 from .hulls import hull_slopes, prices_of
 from .space import Options, Space
 from .stages import BY_ENDS, Division, Tables, by_ends, divide, least_total_and_largest
-from .unbeaten import NEVER, Staircase
+from .unbeaten import NEVER, Staircase, distinct
 
 ROUNDING = 1e-12  # relative; keeps float rounding from lifting a bound above the optimum that attains it
 NUM_LEVELS = 16
@@ -91,7 +91,7 @@ class Bounds:
         near = np.flatnonzero(level_s <= level_s.min() * (1 + FINE))
         if not np.isfinite(level_s.min()):
             return coarse
-        transients = np.unique(np.concatenate([o.transient_bytes for o in part.options.values()]))
+        transients = distinct(np.concatenate([o.transient_bytes for o in part.options.values()]))
         level = np.searchsorted(edges, transients)
         finer = np.unique(np.concatenate([edges, *(_quantiles(transients[level == q], FINER) for q in near)]))
         own = {unit: Staircase.of(options, finer) for unit, options in part.options.items()}
@@ -159,7 +159,7 @@ def stage_bounds(space: Space) -> list[StageBound]:
 
 def _level_edges(options: list[Options]) -> Ints:
     """Transients, ascending, at which the bound distinguishes levels."""
-    return _quantiles(np.unique(np.concatenate([o.transient_bytes for o in options])))
+    return _quantiles(distinct(np.concatenate([o.transient_bytes for o in options])))
 
 
 def _quantiles(ascending: Ints, most: int = NUM_LEVELS) -> Ints:
@@ -201,10 +201,8 @@ def _leasts(
     least_s = np.full((levels, len(own), len(prices)), NEVER_S)
     least_held = np.full((levels, len(own)), NEVER, dtype=np.int64)
     for at, (staircase, (work, held)) in enumerate(zip(own, columns, strict=True)):
-        np.minimum.at(least_s[:, at], staircase.level, work[:, None] + np.outer(held, prices))
-        np.minimum.at(least_held[:, at], staircase.level, held)
-    np.minimum.accumulate(least_s, axis=0, out=least_s)
-    np.minimum.accumulate(least_held, axis=0, out=least_held)
+        staircase.lower(least_s[:, at], work[:, None] + np.outer(held, prices))
+        staircase.lower(least_held[:, at], held)
     return least_s, least_held, np.min([staircase.least_transient for staircase in own], axis=0)
 
 

@@ -134,7 +134,7 @@ class Job:
                 self.progress(f"bounded {len(self._bounds)} of {len(self.tasks)} combinations")
             kin, batch = [j for j, plain in self._plain.items() if plain == i], self.tasks[i].global_batch_size
             settings = [self.builder.setting(self.tasks[j]) for j in kin]
-            own, *others = lower_bounds_s(self.space(i), *settings)
+            own, *others = lower_bounds_s(self.builder.build(self.tasks[i]), *settings)
             self._bounds[i] = own / batch
             self._floors |= {j: floor / batch for j, floor in zip(kin, others, strict=True)}
         return self._bounds[i]
