@@ -20,7 +20,7 @@ from galvatron.plan.schedules import in_flight
 from .bounds import ROUNDING
 from .builder import Rows
 from .space import Space
-from .stages import by_ends
+from .stages import places
 from .tasks import Task
 
 BLOCK = 64  # members that are looked at together
@@ -148,9 +148,9 @@ def _fit(space: Space, kinds: list[UnitName], rows: Ints) -> NDArray[np.bool_]:
         ]
         segments = np.nonzero(shape.allowed)
         needed = shape.counts[segments] @ np.array(held) + shape.beside_bytes[segments][:, None]  # [segment, member]
-        free = np.full((rows.shape[1], *shape.allowed.shape), np.inf)
-        free[:, shape.allowed] = np.where(needed <= room, 0.0, np.inf).T
-        through = np.isfinite([by_ends(own, layers) for own in free])
+        fits = np.zeros((rows.shape[1], shape.allowed.size + 1), dtype=bool)
+        fits[:, np.flatnonzero(shape.allowed)] = (needed <= room).T
+        through = fits[:, places(len(shape.allowed), layers)]  # [member, first layer, end]
         reached = np.any(reached[:, :, None] & through, axis=1)
     return reached[:, layers]
 

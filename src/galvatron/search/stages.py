@@ -149,13 +149,13 @@ def _single_layout_path(matrices: list[Floats], num_layers: int, join: Join, lim
 
 def by_ends(work: Floats, num_layers: int) -> Floats:
     """work[first layer, end] from work[row, k]; infinite where a segment would end before it begins."""
-    matrix: Floats = np.append(work, np.inf)[_places(len(work), num_layers)]
+    matrix: Floats = np.append(work, np.inf)[places(len(work), num_layers)]
     return matrix
 
 
 @lru_cache(maxsize=64)
-def _places(rows: int, num_layers: int) -> Ints:
-    """Where each (first layer, end) is among work[row, k] and what is appended to it."""
+def places(rows: int, num_layers: int) -> Ints:
+    """Where each (first layer, end) is among [row, k] and one more, for those that would end before they begin."""
     start, end = np.ogrid[: num_layers + 1, : num_layers + 1]
     row = np.zeros_like(start) if rows == 1 else np.minimum(start, rows - 1)
     found: Ints = np.where(
