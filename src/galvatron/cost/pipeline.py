@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from galvatron.plan.plan import Schedule
 from galvatron.plan.schedules import Action, Kind, actions
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One pass of one microbatch through one chunk of a stage, in seconds from the step's start."""
 
     stage: int
@@ -76,6 +76,10 @@ class Pipeline:
         return self.transfer_s[entry if action.kind == "forward" else entry + 1] if self.transfer_s else 0.0
 
 
+_Ends = dict[int, float]
+"""By microbatch when a pass ends."""
+
+
 def timeline(pipeline: Pipeline, *, receiving_blocks: bool = False) -> tuple[Event, ...]:
     """Events of one step, by stage and then by time, each as early as its stage and its input allow.
 
@@ -85,7 +89,8 @@ def timeline(pipeline: Pipeline, *, receiving_blocks: bool = False) -> tuple[Eve
     pp = pipeline.pp
     orders = [pipeline.actions(stage) for stage in range(pp)]
     next_action, free_at = [0] * pp, list(pipeline.ready_s or [0.0] * pp)
-    ends: dict[tuple[int, Kind, int], float] = {}
+    ends: dict[tuple[int, Kind], _Ends] = {}
+    passes = [_passes(pipeline, stage, orders[stage], ends) for stage in range(pp)]
     events: list[list[Event]] = [[] for _ in range(pp)]
     waiting = sum(map(len, orders))
     while waiting:
@@ -93,16 +98,36 @@ def timeline(pipeline: Pipeline, *, receiving_blocks: bool = False) -> tuple[Eve
         for stage in range(pp):
             while next_action[stage] < len(orders[stage]):
                 action = orders[stage][next_action[stage]]
-                source, start = pipeline.input_of(stage, action), free_at[stage]
-                if source is not None:
-                    if source not in ends:
+                kind, microbatch, chunk = action
+                sent, own, travel, seconds = passes[stage][kind, chunk]
+                start = free_at[stage]
+                if sent is not None:
+                    if microbatch not in sent:
                         break
-                    arrived, travel = ends[source], pipeline.message_s(stage, action)
+                    arrived = sent[microbatch]
                     start = max(start, arrived) + travel if receiving_blocks else max(start, arrived + travel)
-                end = start + pipeline.duration_s(stage, action)
-                events[stage].append(Event(stage, action.kind, action.microbatch, start, end, action.chunk))
-                ends[action.chunk * pp + stage, action.kind, action.microbatch] = free_at[stage] = end
+                is_last = microbatch == pipeline.num_microbatches - 1
+                end = start + (pipeline.duration_s(stage, action) if is_last else seconds)
+                events[stage].append(Event(stage, kind, microbatch, start, end, chunk))
+                own[microbatch] = free_at[stage] = end
                 next_action[stage] += 1
                 waiting -= 1
         assert waiting < before, f"schedule {pipeline.schedule} deadlocks with pp={pp}"
     return tuple(event for stage_events in events for event in stage_events)
+
+
+def _passes(
+    pipeline: Pipeline, stage: int, order: Sequence[Action], ends: dict[tuple[int, Kind], _Ends]
+) -> dict[tuple[Kind, int], tuple[_Ends | None, _Ends, float, float]]:
+    """By (kind, chunk): ends of the passes that it needs first, if any, and its own, both of ``ends``.
+
+    With them the seconds of its message and of any microbatch's pass but the last one's.
+    """
+    found = {}
+    for action in {(action.kind, action.chunk): action for action in reversed(order)}.values():
+        own = ends.setdefault((action.chunk * pipeline.pp + stage, action.kind), {})
+        source = pipeline.input_of(stage, action)
+        sent = None if source is None else ends.setdefault(source[:2], {})
+        message_s = 0.0 if source is None else pipeline.message_s(stage, action)
+        found[action.kind, action.chunk] = sent, own, message_s, pipeline.duration_s(stage, action)
+    return found

@@ -99,10 +99,8 @@ def _ends(pipeline: Pipeline, setting: Setting) -> tuple[tuple[Event, ...], list
 
 
 def _stage_ends(events: Sequence[Event], pp: int) -> list[float]:
-    ends = [0.0] * pp
-    for event in events:
-        ends[event.stage] = max(ends[event.stage], event.end_s)
-    return ends
+    ends = {event.stage: event.end_s for event in events}  # each stage's are in the order of time
+    return [ends[stage] for stage in range(pp)]
 
 
 def _events(pipeline: Pipeline, setting: Setting) -> tuple[Event, ...]:

@@ -33,14 +33,18 @@ def actions(schedule: Schedule, pp: int, stage: int, num_microbatches: int, mode
     Zero bubble (ZB-H1, Qi et al. 2024): 1F1B whose stage p puts off gradients of parameters by p microbatches.
     """
     if schedule == "interleaved":
-        return _interleaved(pp, stage, num_microbatches, model_chunks)
-    forwards = [Action("forward", i) for i in range(num_microbatches)]
-    backwards = [Action("backward", i) for i in range(num_microbatches)]
-    warmup = num_microbatches if schedule == "gpipe" else min(pp - stage - 1, num_microbatches)
+        turns = [(turn, chunk) for turn in range(0, num_microbatches, pp) for chunk in range(model_chunks)]
+        forwards = [Action("forward", turn + i, chunk) for turn, chunk in turns for i in range(pp)]
+        backwards = [Action("backward", turn + i, model_chunks - 1 - chunk) for turn, chunk in turns for i in range(pp)]
+        warmup = min(2 * (pp - stage - 1) + (model_chunks - 1) * pp, len(forwards))
+    else:
+        forwards = [Action("forward", i) for i in range(num_microbatches)]
+        backwards = [Action("backward", i) for i in range(num_microbatches)]
+        warmup = num_microbatches if schedule == "gpipe" else min(pp - stage - 1, num_microbatches)
     if schedule == "zero_bubble":
         return _zero_bubble(forwards, backwards, warmup, stage)
     steady = [action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair]
-    return forwards[:warmup] + steady + backwards[num_microbatches - warmup :]
+    return forwards[:warmup] + steady + backwards[len(forwards) - warmup :]
 
 
 def turns_at_once(schedule: Schedule, num_microbatches: int) -> bool:
@@ -57,21 +61,6 @@ def _zero_bubble(forwards: list[Action], backwards: list[Action], warmup: int, d
         if i >= delay:
             order.append(Action("weight", i - delay))
     return order + [Action("weight", i) for i in range(max(m - delay, 0), m)]
-
-
-def _interleaved(pp: int, stage: int, m: int, chunks: int) -> list[Action]:
-    total = m * chunks
-
-    def action(kind: Kind, i: int) -> Action:
-        round_, within = divmod(i, pp * chunks)
-        chunk = within // pp
-        return Action(kind, round_ * pp + within % pp, chunk if kind == "forward" else chunks - 1 - chunk)
-
-    warmup = min(2 * (pp - stage - 1) + (chunks - 1) * pp, total)
-    order = [action("forward", i) for i in range(warmup)]
-    for i in range(total - warmup):
-        order += [action("forward", warmup + i), action("backward", i)]
-    return order + [action("backward", i) for i in range(total - warmup, total)]
 
 
 def forwards(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: int = 1) -> list[Action]:
