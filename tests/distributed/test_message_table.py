@@ -37,8 +37,11 @@ KINDS: dict[str, Op] = {
     "all-to-all": "all_to_all",
     "receive": "p2p",
 }
-OWN = (Variant(name="gpt2-dropout", family="gpt2", overrides={"resid_pdrop": 0.1}),)
-"""Of no other table: dropout is not compared with one process's."""
+OWN = (
+    Variant(name="gpt2-dropout", family="gpt2", overrides={"resid_pdrop": 0.1}),
+    Variant(name="deepseek_v3", family="deepseek_v3", overrides={"num_experts_per_tok": 4, "topk_group": 2}),
+)
+"""Of no other table: dropout is not compared with one process's, and routers here leave out no expert."""
 NOT_COSTED = {("all-reduce", 4), ("all-reduce", 16)}
 """The loss of a step; and ranks compare their batches now and then."""
 Totals = dict[Op, tuple[int, int]]
@@ -214,6 +217,27 @@ def test_layers_of_one_layout_share_what_they_see_of_another_stack(pool: Pool) -
     ends, one = LayerStrategy(dp_replicate=2), LayerStrategy(dp_shard=2, zero=3)
     sharded = LayerStrategy(ulysses=2, zero=3, recompute="selective")
     check(pool, "t5", plan_of(ends, ends, one, sharded, LayerStrategy(tp=2, recompute="linears")))
+
+
+def test_a_ring_and_regions_of_latent_attention_with_shared_experts(pool: Pool) -> None:
+    """Keys and values go round as wide as heads are, not as latents; shared experts are a region of their own."""
+    ring, ends = LayerStrategy(cp=2), LayerStrategy(ulysses=2)
+    again = [ring.model_copy(update={"recompute": level}) for level in ("selective", "full")]
+    check(pool, "deepseek_v3", plan_of(ends, ring, *again, LayerStrategy(tp=2, recompute="full")))
+
+
+def test_sharded_experts_that_are_dealt_out_run_again(pool: Pool) -> None:
+    """Experts and the layer around them are two groups of FSDP2, each gathered for every pass, each reduced apart."""
+    dealt = LayerStrategy(ep=2, dp_shard=2, zero=3)
+    levels = ("none", "selective", "mlp", "full")
+    layers = [dealt.model_copy(update={"recompute": level}) for level in levels]
+    check(pool, "mixtral", plan_of(LayerStrategy(dp_replicate=2), *layers))
+
+
+def test_what_nothing_takes_is_not_run(pool: Pool) -> None:
+    """A tower's states are taken before its last layer: that sends nothing, and the others end as any other does."""
+    cut, sharded = LayerStrategy(tp=2), LayerStrategy(dp_shard=2, zero=3)
+    check(pool, "llava", plan_of(cut, sharded, cut, sharded, LayerStrategy(ulysses=2), cut))
 
 
 def test_full_experts_send_what_is_costed(pool: Pool) -> None:

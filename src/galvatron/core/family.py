@@ -80,6 +80,8 @@ class Stack(Record):
     what another stack ends with.  ``biased``: whether the first layer makes a bias of all layers' attention scores.
     ``needs_output``: whether a backward needs what a layer's last region comes to: a norm or a factor follows it.
     ``recorded``: whether what follows takes states from between its layers, which then all end with whole sequences.
+    ``taken_at``: the key of the config that says after how many of its layers its states are taken, from its end where
+    that is negative (-1: after all); the layers behind do not run.
     ``joined``: of the family's ``before``, what runs on the way from the stack before to this one.  ``pooled``: the
     module whose output is all that is taken of this stack, where the next one takes nothing of it (towers).
     """
@@ -93,8 +95,15 @@ class Stack(Record):
     biased: StrictBool = False
     needs_output: StrictBool = False
     recorded: StrictBool = False
+    taken_at: str | None = None
     joined: tuple[str, ...] = ()
     pooled: str | None = None
+
+    def idle_layers(self, taken_at: object, layers: int) -> int:
+        """How many of its ``layers`` nothing takes anything of, by what its config says."""
+        if self.taken_at is None or not isinstance(taken_at, (int, float)):
+            return 0
+        return min(max(int(-1 - taken_at if taken_at < 0 else layers - taken_at), 0), layers)
 
     @property
     def windowed(self) -> bool:

@@ -29,11 +29,13 @@ Layout = tuple[UnitName, int]
 
 def layouts(plan: Plan, setting: Setting, layers: range) -> list[Layout]:
     """What hidden states pass in ``layers``, one by one; where a stack ends, the embedding's layout."""
-    kinds, starts = setting.model.spec.kind_of_layers(), {joint.layer for joint in setting.model.spec.joints}
+    spec, kinds = setting.model.spec, setting.model.spec.kind_of_layers()
+    ends = {spec.taken(joint) for joint in spec.joints}
     found: list[Layout] = []
     for index in layers:
-        found.append((kinds[index].name, plan.layers[index].sequence_degree))
-        if index + 1 in starts:
+        if not kinds[index].idle:
+            found.append((kinds[index].name, plan.layers[index].sequence_degree))
+        if index in ends:
             found.append((kinds[index].name, plan.embedding.sequence_degree))
     return found
 
@@ -56,12 +58,17 @@ def joined_times(plan: Plan, setting: Setting, layers: range, stage: int) -> Uni
         return None
     joints = [joint for joint in spec.joints if joint.layer - 1 in layers]
     found, forward_s, backward_s = {field.name: np.zeros(()) for field in fields(UnitTimes)}, 0.0, 0.0
+    for joint in spec.joints:  # a stage that begins among idle layers gathers what it is sent
+        if (taken := spec.taken(joint)) in layers or taken < layers.start < joint.layer:
+            gather_s, scatter_s = _sequence_s(setting, kinds[taken].name, plan.embedding)
+            forward_s += gather_s
+            backward_s += spec.is_reached(kinds[joint.layer].name) * scatter_s
     for joint in joints:
-        gather_s, scatter_s = _sequence_s(setting, kinds[joint.layer - 1].name, plan.embedding)
-        looks_up = joint.table and spec.embedding.parameters[0].cut is not None
+        table = spec.embedding.parameters[0]
+        looks_up = (joint.table or table.name in joint.parameters) and table.cut is not None
         table_s = looks_up * sum(_sequence_s(setting, kinds[joint.layer].name, plan.embedding))
-        forward_s += gather_s + table_s
-        backward_s += spec.is_reached(kinds[joint.layer].name) * (scatter_s + table_s)
+        forward_s += table_s
+        backward_s += spec.is_reached(kinds[joint.layer].name) * table_s
     if setting.pp > 1 and joints and setting.parameters("embedding", layers):
         own = unit_times(setting, "embedding", plan.embedding, layers)
         alone = [unit_times(setting, "embedding", plan.embedding)] if layers.start == 0 else []

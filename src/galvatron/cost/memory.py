@@ -110,6 +110,8 @@ def all_unit_memory(
     )
     held, trained = dense.held + experts.held, trained_dense.held + trained_experts.held
     whole = trained_dense.whole + trained_experts.whole
+    if setting.model.spec.is_idle(unit):
+        return _idle_memory(setting, s, held)
     activations, workspace = (column[which] for column in _passing_bytes(setting, unit, cuts, layers))
     gathered = (dense.held * s.shard + experts.held * s.expert_shard) * setting.compute_bytes
     reduced = (trained_dense.held * s.shard + trained_experts.held * s.expert_shard) * setting.reduce_bytes
@@ -142,6 +144,13 @@ def all_unit_memory(
         waiting_bytes=_waiting_bytes(setting, unit, cuts)[which],
         transient_bytes=transient,
     )
+
+
+def _idle_memory(setting: Setting, s: Strategies, held: Ints) -> UnitMemory:
+    """What is held and never runs; where nothing is sharded with the copy that all have."""
+    nothing = np.zeros(len(s), dtype=np.int64)
+    copies = np.where(s.zero == 0, held * copied_bytes(setting), 0)
+    return UnitMemory(held * MASTER_BYTES, nothing, nothing, copies, nothing, nothing, nothing)
 
 
 def _early_gradient_bytes(setting: Setting, unit: UnitName, s: Strategies) -> Ints:

@@ -40,7 +40,7 @@ def regions_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) ->
         filled = np.full(len(s), kind.window_tokens(setting.seq_len))
         of_regions = [filled, *[tokens] * (kind.regions - 1)]
     else:
-        of_regions = [setting.cut_tokens(unit, s.sequence_degree)] * (kind.regions - bool(kind.num_experts))
+        of_regions = [setting.cut_tokens(unit, s.sequence_degree)] * kind.gathering_regions
     return [_gather_and_scatter_s(setting, unit, s, batch * of_region) for of_region in of_regions]
 
 

@@ -125,6 +125,8 @@ def all_unit_times(setting: Setting, unit: UnitName, strategies: Strategies, lay
     ``layers``: of a pipeline's embedding with the parameters that a stage with these has (``Setting.parameters``).
     """
     s, (cuts, which) = strategies, strategies.cuts
+    if setting.model.spec.is_idle(unit):
+        return UnitTimes(*(np.zeros(len(s)) for _ in fields(UnitTimes)))
     passes, again_s = _passes_s(setting, unit, cuts)
     passes, again_s = {name: seconds[which] for name, seconds in passes.items()}, again_s[which]
     forward_s, backward_s = passes["compute_forward_s"], passes["compute_backward_s"]

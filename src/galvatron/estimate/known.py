@@ -47,6 +47,7 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
                 count=len(run),
                 asks_for_attention=family.asks_for_attention,
                 cuttable=family.is_cuttable,
+                idle=idle,
                 needs_output=stack.needs_output or any(map(reader.rate, DROPS)),
                 causal=stack.causal,
                 drops_attention=_is_beyond_rings(reader, family, stack),
@@ -57,7 +58,7 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
                 **_sizes_of_run(every[at], parameters),
             )
             for at, stack in enumerate(family.stacks)
-            for run, parameters in _runs(reader, known, at, sum(counts[:at]), counts[at])
+            for run, parameters, idle in _runs(reader, known, at, sum(counts[:at]), counts[at])
         ),
         vocab_size=words,
         max_seq_len=longest,
@@ -82,16 +83,24 @@ def _is_beyond_rings(reader: _Reader, family: Family, stack: Stack) -> bool:
 
 def _runs(
     reader: _Reader, known: KnownFamily, stack: int, start: int, layers: int
-) -> Iterator[tuple[range, tuple[ParameterSpec, ...]]]:
-    """(which layers, parameters) of every run of a stack's layers that have the same; ``start``: of all, its first."""
+) -> Iterator[tuple[range, tuple[ParameterSpec, ...], bool]]:
+    """(which layers, parameters, whether they are idle) of every run of a stack's layers that have the same.
+
+    ``start``: of all layers, the stack's first.
+    """
     shapes = tuple(shape for shape in known.layer if shape.stack == stack)
     first = min(max(max(map(reader.count, (shape.after, shape.until))) for shape in shapes), layers)
     runs = [run for run in (range(first), range(first, layers)) if run]
     had = [reader.unit(tuple(s for s in shapes if _has(reader, s, run.start))) for run in runs]
     if len(set(had)) == 1:
         runs = [range(layers)]
+    own = known.family.stacks[stack]
+    used = layers - own.idle_layers(reader.rate(own.taken_at) if own.taken_at else None, layers)
     for run, parameters in zip(runs, had, strict=False):
-        yield range(start + run.start, start + run.stop), parameters
+        frozen = tuple(p.model_copy(update={"trainable": False}) for p in parameters)
+        for first, stop, idle in ((run.start, min(run.stop, used), False), (max(run.start, used), run.stop, True)):
+            if first < stop:
+                yield range(start + first, start + stop), frozen if idle else parameters, idle
 
 
 def _sizes_of_run(sizes: dict[str, int], parameters: tuple[ParameterSpec, ...]) -> dict[str, int]:

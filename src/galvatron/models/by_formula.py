@@ -284,7 +284,10 @@ def defaults_in(
         found["tie_word_embeddings"] = bool(config.tie_word_embeddings)
     fresh = type(config)()
     both_ways = () if family.stacks[0].causal else WINDOWS
-    found |= {name: rate for name in (*BEYOND_RINGS, *DROPS, *both_ways) if (rate := getattr(fresh, name, None))}
+    taken = (stack.taken_at for stack in family.stacks if stack.taken_at is not None)
+    found |= {
+        name: rate for name in (*BEYOND_RINGS, *DROPS, *both_ways, *taken) if (rate := getattr(fresh, name, None))
+    }
     for prefix, part in parts_of(fresh):
         found |= {f"{prefix}{name}": value for name, value in _defaults_of(part, prefix, used).items()}
     return found | {name: formula for name, formula in OTHERS.items() if name in used}

@@ -17,12 +17,16 @@ SCORE_BIAS = "position_bias"
 
 @dataclass(frozen=True)
 class Link:
-    """A layer of the chain: its path in the model, its stack, and whether it begins or ends with whole sequences."""
+    """A layer of the chain: its path in the model, its stack, and whether it begins or ends with whole sequences.
+
+    ``is_idle``: nothing takes what it comes to; whole sequences pass it.
+    """
 
     path: str
     stack: Stack
     is_first: bool
     is_last: bool
+    is_idle: bool = False
 
 
 def chain_of(model: PreTrainedModel, family: Family) -> tuple[Link, ...]:
@@ -31,9 +35,12 @@ def chain_of(model: PreTrainedModel, family: Family) -> tuple[Link, ...]:
     for stack in family.stacks:
         layers = model.get_submodule(stack.path)
         assert isinstance(layers, nn.ModuleList)
-        last = len(layers) - 1
-        meets = stack.recorded
-        links += [Link(f"{stack.path}.{i}", stack, meets or i == 0, meets or i == last) for i in range(len(layers))]
+        taken_at = getattr(model.config, stack.taken_at or "", None)
+        last, meets = len(layers) - 1 - stack.idle_layers(taken_at, len(layers)), stack.recorded
+        links += [
+            Link(f"{stack.path}.{i}", stack, meets or i == 0 or i > last, meets or i >= last, is_idle=i > last)
+            for i in range(len(layers))
+        ]
     return tuple(links)
 
 

@@ -154,9 +154,9 @@ def _depths(twin: PretrainedConfig, family: Family) -> list[int]:
 
 
 def _kinds_of_stack(spec: ModelSpec, stack: int) -> list[LayerKind]:
-    """The kinds of a stack's layers, in order."""
+    """The kinds of a stack's layers that run, in order."""
     layers = spec.stack_ranges[stack]
-    return list(dict.fromkeys(spec.kind_of_layers()[layers.start : layers.stop]))
+    return [kind for kind in dict.fromkeys(spec.kind_of_layers()[layers.start : layers.stop]) if not kind.idle]
 
 
 def _all_parameters(kinds: list[LayerKind]) -> tuple[ParameterSpec, ...]:

@@ -28,6 +28,7 @@ from .trace import Trace, traced
 from .twin import twin_config, twin_model
 
 MAX_REASON = 200
+FEATURE_LAYER = "vision_feature_layer"
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn")
 
 
@@ -61,7 +62,10 @@ def _reason(error: Exception) -> str:
 def _family(config: PretrainedConfig, model: PreTrainedModel, trace: Trace) -> Family:
     stacks, packed = _stacks(model, trace)
     tower = tower_of(model, packed, stacks)
-    found = tuple(_described(model, trace, stack, stacks[:nth]) for nth, stack in enumerate(stacks))
+    found = tuple(
+        _described(model, trace, stack, stacks[:nth], is_tower=stack is not stacks[-1])
+        for nth, stack in enumerate(stacks)
+    )
     asks, masks = asks_for_attention(config, found)
     if asks:  # galvatron's attention takes its heads of biases itself
         plain = [tuple(_with_head_inputs(region, {}) for region in stack.regions) for stack in found]
@@ -89,8 +93,13 @@ def _merged(regions: list[Region]) -> list[Region]:
     return list(found.values())
 
 
-def _described(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> Stack:
-    """A stack, with the regions of every kind of layer that it has; ``before``: those that end before it begins."""
+def _described(
+    model: PreTrainedModel, trace: Trace, stack: nn.ModuleList, before: list[nn.ModuleList], *, is_tower: bool
+) -> Stack:
+    """A stack, with the regions of every kind of layer that it has.
+
+    ``before``: those that end before it begins; ``is_tower``: whether one follows it.
+    """
     path = next(name for name, module in model.named_modules() if module is stack)
     side = _side(trace, stack, before)
     regions: list[Region] = []
@@ -106,6 +115,7 @@ def _described(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList, befor
         ends = [f"{prefix}{name}" for name in (*(r.row for r in found), *(e.module for e in experts[-1:] if e))]
         needs_output |= trace.of(stack[index]).saved > max((c.saved for c in inside if c.name in ends), default=0)
     kinds = [kind for nth, kind in enumerate(experts) if kind is not None and kind not in experts[:nth]]
+    is_taken_at = is_tower and _is_taken_at(model, trace, stack)
     is_cuttable &= len({region.row for region in regions}) == len(regions) and len(kinds) <= 1
     return Stack(
         path=path,
@@ -116,7 +126,8 @@ def _described(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList, befor
         side=side,
         biased=any(hasattr(module, "compute_bias") for module in stack.modules()),
         needs_output=is_cuttable and needs_output,
-        recorded=_is_recorded(trace, stack),
+        recorded=not is_taken_at and _is_recorded(trace, stack),
+        taken_at=FEATURE_LAYER if is_taken_at else None,
     )
 
 
@@ -128,6 +139,16 @@ def _side(trace: Trace, stack: nn.ModuleList, before: list[nn.ModuleList]) -> st
         if tensor is not first.argument and second.named.get(name) is tensor and _depends_on(tensor, parameters):
             return name
     return None
+
+
+def _is_taken_at(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList) -> bool:
+    """Whether the config says after which layer of a tower its states are taken: none behind it counts, and it does."""
+    taken_at, layers = getattr(model.config, FEATURE_LAYER, None), len(stack)
+    if not isinstance(taken_at, int):
+        return False
+    first = layers - Stack(path="", taken_at=FEATURE_LAYER).idle_layers(taken_at, layers)
+    behind = first == layers or _is_recorded(trace, stack[: first + 1])
+    return first > 0 and behind and not _is_recorded(trace, stack[:first])
 
 
 def _is_recorded(trace: Trace, stack: nn.ModuleList) -> bool:

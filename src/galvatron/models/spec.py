@@ -17,7 +17,7 @@ from galvatron.core.lora import Lora
 from galvatron.core.model import Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.core.numbers import MAX_TOKENS
 
-from .chain import chain_of, regions_in
+from .chain import Link, chain_of, regions_in
 from .cuts import embedding_parameters, first_names, head_parameters, layer_parameters, weight_sizes
 from .family import family_of
 from .freeze import freeze_parameters
@@ -85,15 +85,15 @@ def spec_of(model: PreTrainedModel, name: str | None = None, family: Family | No
 def _described(model: PreTrainedModel, name: str | None, family: Family) -> ModelSpec:
     config = model.config
     tokens = fixed_tokens(config, family)
-    layers = [(model.get_submodule(link.path), link.stack) for link in chain_of(model, family)]
+    layers = [(model.get_submodule(link.path), link) for link in chain_of(model, family)]
     carried = _carried(model, family, tokens)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return ModelSpec(
         name=name or f"{config.model_type}-{millions:.3g}M",
         family=config.model_type,
         layers=tuple(
-            _kind(name, count, layer, stack, parameters, config, family, tokens, carried[stack.path])
-            for name, count, layer, stack, parameters in _kinds(layers, config)
+            _kind(name, count, layer, link, parameters, config, family, tokens, carried[link.stack.path])
+            for name, count, layer, link, parameters in _kinds(layers, config)
         ),
         task=family.task,
         ends=family.ends,
@@ -180,13 +180,14 @@ def _kind(
     name: str,
     count: int,
     layer: nn.Module,
-    stack: Stack,
+    link: Link,
     parameters: tuple[ParameterSpec, ...],
     config: PretrainedConfig,
     family: Family,
     tokens: dict[str, int],
     carried: int,
 ) -> LayerKind:
+    stack = link.stack
     own, heads, hidden = config_in(layer, config), heads_in(layer, config), _width(layer, stack)
     rides_along = stack.side is not None and not carried
     return LayerKind(
@@ -207,6 +208,7 @@ def _kind(
         windowed=stack.windowed,
         asks_for_attention=family.asks_for_attention,
         cuttable=bool(stack.regions),
+        idle=link.is_idle,
         needs_output=stack.needs_output or any(getattr(own, name, None) for name in DROPS),
         parameters=parameters,
         beside_experts=beside_experts(stack, parameters),
@@ -215,16 +217,24 @@ def _kind(
 
 
 def _kinds(
-    layers: list[tuple[nn.Module, Stack]], config: PretrainedConfig
-) -> Iterator[tuple[str, int, nn.Module, Stack, tuple[ParameterSpec, ...]]]:
-    """(name, count, first, its stack, parameters) of every run of layers of a stack that train alike."""
+    layers: list[tuple[nn.Module, Link]], config: PretrainedConfig
+) -> Iterator[tuple[str, int, nn.Module, Link, tuple[ParameterSpec, ...]]]:
+    """(name, count, first, its link, parameters) of every run of layers of a stack that run and train alike."""
     start = 0
-    described = ((stack.path, layer_parameters(layer, stack, heads_in(layer, config))) for layer, stack in layers)
-    for (_, parameters), members in itertools.groupby(described):
+    described = (
+        (link.stack.path, link.is_idle, _frozen(parameters) if link.is_idle else parameters)
+        for layer, link in layers
+        for parameters in [layer_parameters(layer, link.stack, heads_in(layer, config))]
+    )
+    for (*_, parameters), members in itertools.groupby(described):
         count = len(list(members))
         name = "layer" if count == len(layers) else f"layers {start}-{start + count - 1}"
         yield name, count, *layers[start], parameters
         start += count
+
+
+def _frozen(parameters: tuple[ParameterSpec, ...]) -> tuple[ParameterSpec, ...]:
+    return tuple(parameter.model_copy(update={"trainable": False}) for parameter in parameters)
 
 
 def _has_one_kv_head(layer: nn.Module, stack: Stack) -> bool:

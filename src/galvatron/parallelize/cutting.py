@@ -33,6 +33,7 @@ from .losses.balance import Balance
 from .losses.fused import fuse_loss
 from .losses.loads import Loads
 from .pipeline.stage import Stage
+from .pipeline.standins import pass_on
 from .pipeline.whole import WholeStage, stage_of
 from .processes.collectives import AxisGroup
 from .processes.grid import Grid
@@ -72,6 +73,10 @@ def cut(
         filling, layer = filling_of(plan, spec, kinds[index]), stage.layer(index)
         tp = grid.axis_group(1, strategy.tp, filling=filling)
         stack = stage.chain[index].stack
+        if stage.chain[index].is_idle:
+            shrink(layer, kinds[index].parameters, tp)
+            layer.requires_grad_(False).forward = partial(pass_on, stack.outputs)
+            continue
         regions, experts = regions_in(layer, stack), experts_in(layer, stack)
         if capacity is not None and experts is not None and strategy.ep == 1:
             without_nobody(layer.get_submodule(experts.module), kinds[index].num_experts)

@@ -41,11 +41,13 @@ class Unit:
 
     Attributes:
         inner: the unit of some module within these, if it lives apart: experts that are dealt out.
+        is_idle: whether they never run; nothing of theirs is gathered then.
     """
 
     modules: tuple[nn.Module, ...]
     strategy: LayerStrategy
     inner: Unit | None = None
+    is_idle: bool = False
 
     @property
     def apart(self) -> tuple[nn.Module, ...]:
@@ -61,8 +63,8 @@ class Unit:
 def chunk_of(stage: Stage, units: list[Unit], grid: Grid) -> Chunk:
     """``stage`` with memory for what this rank holds of its parameters."""
     sharded = _shard(stage, units, grid)
-    _materialise(stage, sharded, grid.world.device)
     every = [unit for outer in units for unit in outer.both]
+    _materialise(stage, [unit for unit in every if unit.strategy.zero], grid.world.device)
     unsharded = tuple(_unsharded(unit, grid) for unit in every if not unit.strategy.zero)
     if isinstance(stage, WholeStage):
         stage.bare.place()
@@ -104,7 +106,7 @@ def _shard(stage: Stage, units: list[Unit], grid: Grid) -> tuple[ShardedUnit, ..
         if unit.strategy.zero:
             shard_unit(sharded_of(unit), grid.mesh(unit.strategy), policy, ignored=whole.intersection(_inside(unit)))
     forward, backward = (
-        [unit for outer in order for unit in outer.both if unit is outer or unit.strategy.zero]
+        [unit for outer in order if not outer.is_idle for unit in outer.both if unit is outer or unit.strategy.zero]
         for order in (units, units[::-1])
     )
     for order, prefetch in ((forward, prefetch_in_forward), (backward, prefetch_in_backward)):
@@ -155,6 +157,8 @@ def units_of(stage: Stage, spec: ModelSpec, grid: Grid) -> Iterator[Unit]:
 def _layer_unit(stage: Stage, index: int, spec: ModelSpec, grid: Grid) -> Unit:
     """A layer; experts that are dealt out and tables that other stages have too live apart from it."""
     layer, strategy = stage.layer(index), grid.plan.layers[index]
+    if stage.chain[index].is_idle:  # what its forward passes on goes by FSDP2, which would gather it
+        return Unit(tuple(layer.children()), strategy, is_idle=True)
     experts = experts_in(layer, stage.chain[index].stack) if strategy.ep > 1 else None
     if experts is not None:
         return Unit((layer,), strategy, Unit((layer.get_submodule(experts.module),), strategy.of_experts))
@@ -167,7 +171,7 @@ def _owner(layer: nn.Module, parameter: ParameterSpec) -> nn.Module:
     return layer.get_submodule(parameter.name.rpartition(".")[0])
 
 
-def _materialise(stage: Stage, sharded: tuple[ShardedUnit, ...], device: torch.device) -> None:
+def _materialise(stage: Stage, sharded: list[Unit], device: torch.device) -> None:
     """Give the shards memory on ``device``; buffers keep their values and move there."""
     buffers = [(module, name, b) for module in stage.modules() for name, b in module.named_buffers(recurse=False)]
     for unit in sharded:

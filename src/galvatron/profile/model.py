@@ -147,7 +147,12 @@ def _shapes(like: UnitShape, degrees: Iterable[int]) -> list[UnitShape]:
 
 
 def _first_alike(spec: ModelSpec, kind: LayerKind) -> UnitName:
-    """The first kind that is like ``kind`` in all but name and count, and is reached by the backward as it is."""
+    """The first kind that is like ``kind`` in all but name and count, and is reached by the backward as it is.
+
+    Of idle layers, which do not run, the one before them.
+    """
+    if kind.idle:
+        return _first_alike(spec, spec.layers[spec.layers.index(kind) - 1])
 
     def what(kind: LayerKind) -> tuple[LayerKind, bool]:
         return kind.model_copy(update={"name": "", "count": 1}), spec.is_reached(kind.name)

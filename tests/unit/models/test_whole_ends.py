@@ -34,8 +34,19 @@ def test_a_decoder_sees_what_the_encoder_ends_with() -> None:
 
 def test_a_language_model_sees_images_by_states_between_layers_of_a_tower() -> None:
     spec, family = spec_of(meta_model(tiny_config("llava"))), family_of(tiny_config("llava"))
-    assert [(stack.recorded, stack.causal) for stack in family.stacks] == [(True, False), (False, True)]
-    assert [(kind.fixed_tokens, kind.hidden_size) for kind in spec.layers] == [(10, 32), (0, 32)]
+    assert [(stack.taken_at, stack.recorded) for stack in family.stacks] == [
+        ("vision_feature_layer", False),
+        (None, False),
+    ]
+    assert [(kind.fixed_tokens, kind.hidden_size, kind.idle) for kind in spec.layers] == [
+        (10, 32, False),
+        (10, 32, True),
+        (0, 32, False),
+    ]
+    assert not any(parameter.trainable for parameter in spec.layers[1].parameters)
+    for taken_at, idle in ((-1, 0), (-3, 2), (1, 2), (3, 0)):
+        layers = spec_of(meta_model(tiny_config("llava", vision_feature_layer=taken_at))).layers
+        assert sum(kind.count for kind in layers if kind.idle) == idle
     assert spec.layers[0].tokens(100) == 10
 
 
@@ -52,7 +63,7 @@ def test_patches_are_filled_up_where_they_are_cut() -> None:
     assert filling == Filling(17, 20)
     assert [filling.local(degree) for degree in (1, 2, 4)] == [17, 10, 5]
     text = spec_of(meta_model(tiny_config("llava", num_hidden_layers=1)))
-    assert [text.patches(kind, 16) for kind in text.layers] == [10, 0]
+    assert [text.patches(kind, 16) for kind in text.layers] == [10, 10, 0]
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,15 @@ class ModelSpec(Record):
         """The kind of every layer, first to last."""
         return tuple(kind for kind in self.layers for _ in range(kind.count))
 
+    def is_idle(self, unit: UnitName) -> bool:
+        """Whether ``unit`` is layers that are held alone."""
+        return unit not in ENDS and self.kind(unit).idle
+
+    def taken(self, joint: Joint) -> int:
+        """The layer whose states go on at ``joint``: the last one before it that runs."""
+        kinds = self.kind_of_layers()
+        return next((index for index in reversed(range(joint.layer)) if not kinds[index].idle), joint.layer - 1)
+
     def is_reached(self, unit: UnitName) -> bool:
         """Whether the backward pass reaches ``unit``: whether it or a unit before it has a trainable parameter."""
         if unit not in ENDS:
@@ -194,7 +203,7 @@ class ModelSpec(Record):
         projects = all(p.trainable for p in self.head.parameters[-1:])
         reached = 2.0 * self.is_reached(self.layers[-1].name)
         total = (2.0 + reached + 2.0 * projects) * self.vocab_size * self.layers[-1].hidden_size
-        for kind in self.layers:
+        for kind in (kind for kind in self.layers if not kind.idle):
             reached = 2.0 * self.is_reached(kind.name)
             matmuls = (2.0 + reached + 2.0 * kind.trained_share) * kind.active_parameters
             layer = matmuls + (1.0 + reached) * kind.attention_flops_per_token(seq_len)

@@ -45,6 +45,7 @@ class LayerKind(UnitSpec):
     with their own need whole sequences.  ``cuttable``: whether it is known how tensor parallelism cuts them.
     ``needs_output``: whether a backward needs what the last region comes to (a norm, a factor or dropout follows it):
     recompute keeps it or makes it again.
+    ``idle``: whether nothing takes what they come to: they are held, and never run or trained.
     ``beside_experts``: the module that every token takes while it travels to experts on other ranks, if any.
     """
 
@@ -66,6 +67,7 @@ class LayerKind(UnitSpec):
     asks_for_attention: StrictBool = True
     cuttable: StrictBool = True
     needs_output: StrictBool = False
+    idle: StrictBool = False
     num_experts: Whole = 0
     experts_per_token: Whole = 0
     beside_experts: str | None = None
@@ -93,6 +95,14 @@ class LayerKind(UnitSpec):
         tokens = self.tokens(seq_len)
         side, window = math.isqrt(tokens), math.isqrt(self.attention_span or tokens)
         return tokens if side * side < tokens else (-(-side // window) * window) ** 2
+
+    @property
+    def gathering_regions(self) -> int:
+        """Regions but experts, each with one linear that is cut along its input: beside experts that of shared ones."""
+        if not self.num_experts:
+            return self.regions
+        rows = (p for p in self.parameters if not p.experts and len(p.shape) == 2 and ".lora_" not in p.name)
+        return sum(p.cut is not None and p.cut.dim == 1 for p in rows)
 
     @property
     def wide_norms(self) -> int:

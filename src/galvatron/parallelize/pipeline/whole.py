@@ -187,7 +187,13 @@ class WholeStage(Stage):
     def _follows_recorded(self) -> bool:
         """Whether what follows may take the states that this stage is sent from where a layer of another one ends."""
         start = self.layers.start
-        return not self.is_first and self.chain[start].stack.recorded and self._nth(start) == self._nth(start - 1)
+        return not self.is_first and self.chain[start].is_first and self._nth(start) == self._nth(start - 1)
+
+    @property
+    def _taken(self) -> int:
+        """The layer in whose place a stage gives the states that it is sent, if what follows may take them."""
+        before = range(self.layers.start)
+        return next((index for index in reversed(before) if not self.chain[index].is_idle), before[-1])
 
     def draw_alike(self, index: int, tp: AxisGroup) -> None:
         """Let layer ``index``, of windows of whole sequences, draw what all ranks of ``tp`` draw."""
@@ -244,7 +250,7 @@ class WholeStage(Stage):
         for path in pooled.intersection(self._entries):
             self.model.get_submodule(path).register_forward_hook(partial(self._ride, path))
         if self._follows_recorded:
-            self.layer(start - 1).forward = lambda *_, **__: whole_sequence(self._open(), whole_of(start))
+            self.layer(self._taken).forward = lambda *_, **__: whole_sequence(self._open(), whole_of(start))
         elif not self.is_first:
             self.receive_in(self.layer(start))
         if not self.is_first:
