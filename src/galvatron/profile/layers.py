@@ -129,7 +129,7 @@ def _runnable(shape: UnitShape, precision: Precision, world: World) -> LocalUnit
     """The unit in memory, as where nothing is sharded, its gradients from the second microbatch on added up."""
     unit = shape.build()
     held = UnshardedUnit(unit.owners, DTYPES[precision], torch.float32, world.device, None)
-    unit.place_buffers(lambda tensor: tensor.to(world.device))
+    unit.place_inputs(DTYPES[precision], lambda tensor: tensor.to(world.device))
     with torch.no_grad():
         held.master.normal_(0, INITIAL_STD)
     held.refresh()

@@ -75,13 +75,18 @@ class LocalUnit(nn.Module):
                     new = nn.Parameter(value, requires_grad=parameter.requires_grad)
                     made |= {id(parameter): new, id(new): new}
                 put_parameter(module, name, made[id(parameter)])
-        self.place_buffers(place)
+        self.place_inputs(dtype, place)
 
-    def place_buffers(self, place: Callable[[Tensor], Tensor]) -> None:
-        """Take buffers and side inputs where they are needed."""
+    def place_inputs(self, dtype: torch.dtype, place: Callable[[Tensor], Tensor]) -> None:
+        """Take buffers and side inputs where they are needed, these in ``dtype``: FSDP2 casts what modules see."""
         for module in self.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 put_buffer(module, name, place(buffer))
-        self.args, self.kwargs = tree_map_only(Tensor, place, (self.args, self.kwargs))
+
+        def given(own: Tensor) -> Tensor:
+            placed = place(own)
+            return placed.to(dtype) if placed.is_floating_point() else placed
+
+        self.args, self.kwargs = tree_map_only(Tensor, given, (self.args, self.kwargs))
         for learnt in self.learnt_inputs():
             learnt.requires_grad_()

@@ -50,6 +50,12 @@ class WholeUnit(LocalUnit):
         loss: Tensor = stage(tokens, self.of_rows(self.kwargs), **others)
         return loss
 
+    def place_inputs(self, dtype: torch.dtype, place: Callable[[Tensor], Tensor]) -> None:
+        """The same; what the model is given is cast when it is, as in training."""
+        super().place_inputs(dtype, place)
+        if isinstance(self.inner, WholeStage):
+            self.inner.compute_dtype = dtype
+
     def of_rows(self, of_one: Any) -> Any:
         """What is of one row, of as many as the unit has been given, in no memory; positions may have no rows."""
 

@@ -36,20 +36,22 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("tp", "dtype"), [(1, torch.float32), (2, torch.float32), (4, torch.float32), (1, torch.bfloat16)]
+)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_units_hold_the_shapes_of_the_first_tp_rank_and_run(family, tp):
+def test_units_hold_the_shapes_of_the_first_tp_rank_and_run(family, tp, dtype):
     config = CONFIGS[family]
     spec = build_spec(config)
     seq_len = min(spec.max_seq_len, 16)
     tp = math.gcd(tp, *(kind.tokens(seq_len) for kind in spec.layers))  # an image's 10 tokens
     for name in spec.units:
-        shape = UnitShape(config, spec, name, tp, seq_len, torch.float32)
+        shape = UnitShape(config, spec, name, tp, seq_len, dtype)
         unit = shape.build()
         expected = sorted(math.prod(p.local_shape(tp)) for p in spec.unit(name).parameters)
         held = set(itertools.chain.from_iterable(owner.parameters() for owner in unit.owners))
         assert sorted(p.numel() for p in held) == expected
-        unit.allocate(torch.float32, torch.device("cpu"), torch.clone)
+        unit.allocate(dtype, torch.device("cpu"), torch.clone)
         tokens, labels = shape.inputs(3, torch.device("cpu"))
         if family == "sounds to texts" and name == "layers 2-3":
             assert labels["encoder_hidden_states"].shape == (3, 12 // tp, 32)  # whatever the text's length
@@ -57,6 +59,7 @@ def test_units_hold_the_shapes_of_the_first_tp_rank_and_run(family, tp):
         is_number = name == "head" or (name == "embedding" and spec.stacks > 1)
         own = spec.kind(name).tokens(seq_len) if name not in ENDS else seq_len
         assert tuple(output.shape) == (() if is_number else (3, own // tp, 32))
+        assert name == "head" or output.dtype == dtype
         output.backward(torch.ones_like(output))
         unused = {n for owner in unit.owners for n, p in owner.named_parameters() if p.requires_grad and p.grad is None}
         # the tower's last norm makes what a LLaVA does not take
