@@ -16,8 +16,8 @@ from typing import Any
 
 import measure
 
-from galvatron.core.family import known_families
 from galvatron.core.files import write_atomic
+from galvatron.core.known import known_families
 from galvatron.estimate import ClusterShape, estimate_model, spec_of_config
 from galvatron.search import Limits, search
 

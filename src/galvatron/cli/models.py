@@ -6,7 +6,6 @@ Takes a config or the names of types; gives text, and the data files of families
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,7 +39,7 @@ def list_(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the table of docs/models.md.")] = False,
 ) -> None:
     """List the types and tasks whose shapes and proofs ship; other types are recognised when they are used."""
-    from galvatron.core.family import known_families
+    from galvatron.core.known import known_families
 
     rows = [_row(name) for name in known_families()]
     if markdown:
@@ -52,7 +51,7 @@ def list_(
 
 
 def _row(name: str) -> tuple[str, ...]:
-    from galvatron.core.family import FOLDER, known_families
+    from galvatron.core.known import FOLDER, known_families
 
     known = known_families()[name]
     stacks = known.family.stacks
@@ -143,18 +142,6 @@ def _check(name: str, task: Task | None, write: Path | None) -> bool:
     return proof.whole is None
 
 
-def compact(text: str) -> str:
-    """The same JSON with a line for every parameter, region and setting."""
-    lines = []
-    for key, part in json.loads(text).items():
-        if isinstance(part, list):
-            rows = ",\n".join(f"  {json.dumps(row)}" for row in part)
-            lines.append(f"{json.dumps(key)}: [\n{rows}\n ]")
-        else:
-            lines.append(f"{json.dumps(key)}: {json.dumps(part)}")
-    return "{\n " + ",\n ".join(lines) + "\n}\n"
-
-
 def _write(config: PretrainedConfig, folder: Path) -> None:
     from transformers import AutoConfig
 
@@ -166,5 +153,5 @@ def _write(config: PretrainedConfig, folder: Path) -> None:
     usual = task_of(AutoConfig.for_model(config.model_type))
     task = known.family.task
     path = folder / f"{config.model_type}{'' if task == usual else f'.{task}'}.json"
-    write_output(path, compact(known.to_json()))
+    write_output(path, known.to_json())
     say(f"  written to {path}, {len(known.proved)} structures proved")

@@ -6,16 +6,15 @@ as data.  It holds for every size: counts are named (``heads``), never given.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
-from functools import cache
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, StrictBool
 
 from .model import ParameterSpec
 from .numbers import Whole
-from .records import FileRecord, Record
+from .records import Record
 from .tasks import Ends, Task
 
 Blocks = Literal["heads", "kv_heads", "kv_head", "ffn"]
@@ -26,9 +25,9 @@ class Region(Record):
     """A part of a layer that needs whole sequences: it gathers its input and scatters its output; paths in the layer.
 
     Attributes:
-        entries: modules whose first argument is gathered.
+        entries: modules whose first argument is gathered, but for the usual one: what has all columns and the row.
         columns: linears cut along their output, with the blocks of every segment.
-        row: the linear cut along its input, whose output is reduce-scattered, and what it is cut by.
+        row: the linear cut along its input, whose output is reduce-scattered.
         wide_norms: norms over the whole width of a column, which need the squares of all ranks, with their blocks.
         by_head: parameters, or modules whose parameters, have an entry a head, with their blocks.
         by_head_dims: in which dim of those parameters, where it is not the first.
@@ -39,10 +38,9 @@ class Region(Record):
         head_inputs: arguments of the entries that have an entry a head, and in which dim: biases of scores.
     """
 
-    entries: tuple[str, ...] = Field(min_length=1)
+    entries: tuple[str, ...] = ()
     columns: dict[str, tuple[Blocks, ...]]
     row: str
-    row_blocks: Blocks
     wide_norms: dict[str, Blocks] = Field(default_factory=dict)
     by_head: dict[str, Blocks] = Field(default_factory=dict)
     by_head_dims: dict[str, Whole] = Field(default_factory=dict)
@@ -50,6 +48,23 @@ class Region(Record):
     windows: StrictBool = False
     sides: tuple[str, ...] = ()
     head_inputs: dict[str, int] = Field(default_factory=dict)
+
+    @property
+    def gathering(self) -> tuple[str, ...]:
+        """The modules whose first argument is gathered."""
+        return self.entries or (around((*self.columns, self.row)),)
+
+    @property
+    def row_blocks(self) -> Blocks:
+        """What the row is cut by."""
+        return "ffn" if any("ffn" in blocks for blocks in self.columns.values()) else "heads"
+
+
+def around(paths: Iterable[str]) -> str:
+    """The path of the innermost module that has all of ``paths``."""
+    parents = [path.split(".")[:-1] for path in paths]
+    alike = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))
+    return ".".join(names[0] for names in alike)
 
 
 class Experts(Record):
@@ -125,8 +140,8 @@ class Logits(Record):
     soft_cap: str | None = None
 
 
-class Family(Record):
-    """Where a type keeps its units; paths in the model.
+class Outline(Record):
+    """Where a type keeps its units, but for its stacks; paths in the model.
 
     Embedding and head see tokens (``ends``) where both treat every token by itself, as most decoders' do: then each
     rank has its part of every sequence there too.  Otherwise they see whole sequences.
@@ -141,7 +156,6 @@ class Family(Record):
         after: of ends that see whole sequences, what has parameters and runs after the layers, but the head.
         bare: parameters after the layers that no module but one around the layers has, by name.
         head: the projection to the vocabulary; None where the model's own output is what the loss takes.
-        stacks: in the order of the forward pass.
         asks_for_attention: whether tokens see each other through the attention alone that layers are told to call; if
             not, ends see whole sequences, and layers take masks as tensors.
         needless_masks: whether that attention is given masks that say what causality says already.
@@ -153,75 +167,27 @@ class Family(Record):
     task: Task = "causal_lm"
     ends: Ends = "tokens"
     decoder: str = ""
-    stacks: tuple[Stack, ...] = Field(min_length=1)
-    embedding: str | None
+    embedding: str | None = None
     before: tuple[str, ...] = ()
     norm: str | None = None
     after: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
-    head: str | None
+    head: str | None = None
     logits: Logits = Logits()
     asks_for_attention: StrictBool = True
     needless_masks: StrictBool = False
     tower: str | None = None
 
+
+class Family(Outline):
+    """Where a type keeps its units: ``stacks`` in the order of the forward pass, and what is around them."""
+
+    stacks: tuple[Stack, ...] = Field(min_length=1)
+
     @property
     def is_cuttable(self) -> bool:
         """Whether it is known how tensor parallelism cuts all its layers."""
         return all(stack.regions for stack in self.stacks)
-
-
-class Shape(Record):
-    """A ParameterSpec whose numbers are formulas (``core.formulas``); it exists where the flags of ``when`` are so.
-
-    ``stack``: whose layers have it; of an embedding's, on the way to which it is, and ``again``: on the way to which
-    it is looked up too.  ``after``: how many layers, the first ones of the stack, lack it; ``until``: how many alone
-    have it, if not 0; formulas of numbers that may be 0.  ``shared`` and ``trainable``: see ``ParameterSpec``.
-    """
-
-    name: str
-    shape: tuple[str, ...]
-    dim: int | None = None
-    segments: tuple[str, ...] = ()
-    uneven: Literal["refuse", "whole", "shared", "ceil"] = "refuse"
-    experts: StrictBool = False
-    shared: StrictBool = False
-    trainable: StrictBool = True
-    stack: Whole = 0
-    again: tuple[Whole, ...] = ()
-    after: str = "0"
-    until: str = "0"
-    when: dict[str, bool] = Field(default_factory=dict)
-
-
-class KnownFamily(FileRecord):
-    """A family as data: recognised, proved, and described for every size without its code.
-
-    Attributes:
-        proved: the structures (``models.structure_key``) whose gradients were proved, in words.
-        transformers: the version they were proved with.
-        names: what the config file calls a size, where that is another name; ``part.size`` is in a config within it.
-        defaults: what the type takes for a key that a file leaves out: a number, a flag, a formula, or ``key^begins``,
-            a flag that is set where the word of another key begins so.
-        fixed: values under which the shapes hold.
-        sizes: those of ``ModelSpec``, and of ``LayerKind`` for the first stack; ``dense_ffn_size`` of layers without
-            experts in a stack with some.
-        further: those of ``LayerKind`` for each stack after it.
-    """
-
-    FORMAT: ClassVar[str] = "galvatron.family"
-
-    family: Family
-    transformers: str
-    proved: dict[str, str]
-    names: dict[str, str] = Field(default_factory=dict)
-    defaults: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    fixed: dict[str, bool | int | str | list[int]] = Field(default_factory=dict)
-    sizes: dict[str, str]
-    further: tuple[dict[str, str], ...] = ()
-    embedding: tuple[Shape, ...]
-    layer: tuple[Shape, ...]
-    head: tuple[Shape, ...]
 
 
 WINDOWS = ("sliding_window", "local_attention")
@@ -233,19 +199,3 @@ DROPS = (
     *("dropout_rate", "drop_path_rate"),
 )
 """Keys of configs for dropout of what regions come to, or of whole regions: which of them a backward has to know."""
-
-FOLDER = Path(__file__).parent / "families"
-
-
-@cache
-def known_families() -> dict[str, KnownFamily]:
-    """The families that ship, by type; those of another task than the type's usual one by ``type.task``."""
-    return {path.stem: KnownFamily.load(path) for path in sorted(FOLDER.glob("*.json"))}
-
-
-def known_family(model_type: str, task: Task | None = None) -> KnownFamily | None:
-    """The one that ships for a type's usual ``task``, or for another; None where there is none."""
-    usual = known_families().get(model_type)
-    if usual is None or task in (None, usual.family.task):
-        return usual
-    return known_families().get(f"{model_type}.{task}")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from galvatron.core.defects import sentence
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import known_families, known_family
+from galvatron.core.known import known_families, known_family
 from galvatron.core.model import ModelSpec
 from galvatron.core.tasks import Task, task_named
 from galvatron.core.words import shown

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from galvatron.core.cuts import are_experts, layer_cuts
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import (
-    BEYOND_RINGS,
-    DROPS,
-    WINDOWS,
-    Family,
+from galvatron.core.family import BEYOND_RINGS, DROPS, WINDOWS, Blocks, Family, Stack, beside_experts
+from galvatron.core.formulas import num_patches, value
+from galvatron.core.known import (
+    USUAL_DEFAULTS,
+    USUAL_SIZES,
     KnownFamily,
     Shape,
-    Stack,
-    beside_experts,
     known_family,
 )
-from galvatron.core.formulas import num_patches, value
 from galvatron.core.lora import Lora, with_adapters
 from galvatron.core.model import Cut, Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
-from galvatron.core.numbers import MAX_TOKENS
 from galvatron.core.words import shown
 
 from .parts import Config
@@ -29,9 +26,8 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
     """The model of ``config``, called ``name``; raises ConfigError where a size is missing or no size."""
     reader = _Reader(known, config)
     reader.check_fixed()
-    sizes = {key: reader.size(known.sizes[key]) for key in known.sizes}
-    longest, words = sizes.pop("max_seq_len", MAX_TOKENS), sizes.pop("vocab_size")
-    every = [sizes, *({key: reader.size(further[key]) for key in further} for further in known.further)]
+    whole = reader.sizes(USUAL_SIZES | known.sizes)
+    every = [reader.sizes(stack.formulas) for stack in known.stacks]
     counts = [sizes.pop("num_layers") for sizes in every]
     family = known.family
     return ModelSpec(
@@ -58,10 +54,10 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
                 **_sizes_of_run(every[at], parameters),
             )
             for at, stack in enumerate(family.stacks)
-            for run, parameters, idle in _runs(reader, known, at, sum(counts[:at]), counts[at])
+            for run, parameters, idle in _runs(reader, known, at, every[at], counts)
         ),
-        vocab_size=words,
-        max_seq_len=longest,
+        vocab_size=whole["vocab_size"],
+        max_seq_len=whole["max_seq_len"],
         tied_embeddings=family.embedding is not None and family.head is not None and reader.flag("tie_word_embeddings"),
         embedding=UnitSpec(parameters=reader.unit(known.embedding)),
         head=UnitSpec(parameters=reader.unit(known.head)),
@@ -82,25 +78,36 @@ def _is_beyond_rings(reader: _Reader, family: Family, stack: Stack) -> bool:
 
 
 def _runs(
-    reader: _Reader, known: KnownFamily, stack: int, start: int, layers: int
+    reader: _Reader, known: KnownFamily, at: int, sizes: dict[str, int], counts: list[int]
 ) -> Iterator[tuple[range, tuple[ParameterSpec, ...], bool]]:
-    """(which layers, parameters, whether they are idle) of every run of a stack's layers that have the same.
+    """(which layers, parameters, whether they are idle) of every run of layers of stack ``at`` that have the same.
 
-    ``start``: of all layers, the stack's first.
+    ``counts``: the layers of every stack.
     """
-    shapes = tuple(shape for shape in known.layer if shape.stack == stack)
+    shapes, layers, start = known.stacks[at].layer, counts[at], sum(counts[:at])
     first = min(max(max(map(reader.count, (shape.after, shape.until))) for shape in shapes), layers)
     runs = [run for run in (range(first), range(first, layers)) if run]
-    had = [reader.unit(tuple(s for s in shapes if _has(reader, s, run.start))) for run in runs]
+    had = [
+        _cut(known.stacks[at], sizes, tuple(s for s in shapes if _has(reader, s, run.start)), reader) for run in runs
+    ]
     if len(set(had)) == 1:
         runs = [range(layers)]
-    own = known.family.stacks[stack]
+    own = known.stacks[at]
     used = layers - own.idle_layers(reader.rate(own.taken_at) if own.taken_at else None, layers)
     for run, parameters in zip(runs, had, strict=False):
         frozen = tuple(p.model_copy(update={"trainable": False}) for p in parameters)
         for first, stop, idle in ((run.start, min(run.stop, used), False), (max(run.start, used), run.stop, True)):
             if first < stop:
                 yield range(start + first, start + stop), frozen if idle else parameters, idle
+
+
+def _cut(stack: Stack, sizes: dict[str, int], shapes: tuple[Shape, ...], reader: _Reader) -> tuple[ParameterSpec, ...]:
+    """The parameters of layers of ``shapes`` with their cuts."""
+    whole = reader.unit(shapes)
+    counts: dict[Blocks, int] = {"heads": sizes["num_heads"], "kv_heads": sizes["num_kv_heads"]}
+    transposed = {name for shape in shapes if shape.transposed for name in shape.names}
+    cuts = layer_cuts(stack, {p.name: p.shape for p in whole}, counts, transposed)
+    return tuple(p.model_copy(update={"cut": cuts.get(p.name), "experts": are_experts(p.name, p.shape)}) for p in whole)
 
 
 def _sizes_of_run(sizes: dict[str, int], parameters: tuple[ParameterSpec, ...]) -> dict[str, int]:
@@ -141,6 +148,10 @@ class _Reader:
         """The value of a formula."""
         return value(formula, self._named)
 
+    def sizes(self, formulas: dict[str, str]) -> dict[str, int]:
+        """The values of several."""
+        return {name: self.size(formula) for name, formula in formulas.items()}
+
     def count(self, formula: str) -> int:
         """The value of one whose numbers may be 0."""
         return value(formula, self._whole)
@@ -162,7 +173,8 @@ class _Reader:
 
     def unit(self, shapes: tuple[Shape, ...]) -> tuple[ParameterSpec, ...]:
         """The parameters that exist under the configuration's flags."""
-        return tuple(self._parameter(s) for s in shapes if all(self.flag(f) == v for f, v in s.when.items()))
+        exist = (shape for shape in shapes if all(self.flag(name) == wanted for name, wanted in shape.when.items()))
+        return tuple(parameter for shape in exist for parameter in self._parameters(shape))
 
     def check_fixed(self) -> None:
         """Raise ConfigError where a flag is another than the one that the shapes hold for."""
@@ -188,7 +200,7 @@ class _Reader:
     def _named(self, name: str) -> int:
         if name.rpartition(".")[2] in MADE:
             return self._made(name)
-        (config, key), default = self._part(name), self._known.defaults.get(name)
+        (config, key), default = self._part(name), self._default(name)
         if key in config or default is None:
             return config.size(key)
         if isinstance(default, str) and "/" in default:
@@ -198,6 +210,12 @@ class _Reader:
                 config.heads(whole, parts)  # which says so
             return size // count
         return self.size(default) if isinstance(default, str) else int(default)
+
+    def _default(self, name: str) -> bool | int | float | str | None:
+        """What the type takes where a file says nothing."""
+        prefix, own = name[: name.rfind(".") + 1], name.rpartition(".")[2]
+        usual = USUAL_DEFAULTS.get(own)
+        return self._known.defaults.get(name, usual and "/".join(f"{prefix}{part}" for part in usual.split("/")))
 
     def _made(self, name: str) -> int:
         """A size that no key has by itself."""
@@ -219,15 +237,16 @@ class _Reader:
             return (self._named(f"{prefix}qk_head_dim") + self._named(f"{prefix}v_head_dim")) // 2
         return self._named("max_position_embeddings") - int(self.rate("pad_token_id")) - 1
 
-    def _parameter(self, shape: Shape) -> ParameterSpec:
-        cut = None
-        if shape.dim is not None:
-            cut = Cut(dim=shape.dim, segments=tuple(map(self.size, shape.segments)), uneven=shape.uneven)
-        return ParameterSpec(
-            name=shape.name,
-            shape=tuple(map(self.size, shape.shape)),
-            cut=cut,
-            experts=shape.experts,
-            shared=shape.shared,
-            trainable=shape.trainable,
-        )
+    def _parameters(self, shape: Shape) -> Iterator[ParameterSpec]:
+        """Uncut, but for words."""
+        sizes = tuple(map(self.size, shape.shape))
+        weight = ".weight" if shape.bias else ""
+        has_bias = self.flag(shape.bias) if isinstance(shape.bias, str) else shape.bias
+        for name in shape.names:
+            cut = Cut(dim=0, segments=(sizes[0],), uneven="ceil") if shape.words else None
+            yield ParameterSpec(
+                name=name + weight, shape=sizes, cut=cut, shared=shape.shared, trainable=shape.trainable
+            )
+            if has_bias:
+                outputs = sizes[-1 if shape.transposed else 0]
+                yield ParameterSpec(name=f"{name}.bias", shape=(outputs,), trainable=shape.trainable)

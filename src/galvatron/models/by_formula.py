@@ -12,8 +12,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import BEYOND_RINGS, DROPS, WINDOWS, Family, Shape
+from galvatron.core.family import BEYOND_RINGS, DROPS, WINDOWS, Family
 from galvatron.core.formulas import num_patches, value
+from galvatron.core.known import USUAL_DEFAULTS, Shape
 from galvatron.core.tasks import CLASSIFICATION, Task
 
 from .heads import kv_names
@@ -81,7 +82,6 @@ OTHERS = {
 }
 """Sizes that follow from others where files leave them out."""
 PER_TOKEN = "num_experts_per_tok"
-HEAD_DIM = "hidden_size/num_attention_heads"
 DECODER_HEAD_DIM, DECODER_HEADS = "decoder_head_dim", "decoder_attention_heads"
 TIES = "tie_word_embeddings"
 NO_KEY = "-"
@@ -261,7 +261,7 @@ def _candidates(names: list[str]) -> Iterator[str]:
 
 def used_keys(units: list[tuple[Shape, ...]], counted: list[dict[str, str]]) -> set[str]:
     """The keys that formulas read, directly or not."""
-    formulas = [f for unit in units for shape in unit for f in (*shape.shape, *shape.segments)]
+    formulas = [f for unit in units for shape in unit for f in shape.shape]
     formulas += [formula for sizes in counted for formula in sizes.values()]
     names = {n for f in formulas for n in f.replace("+", "*").split("*") if not n.isdigit()} | {PER_TOKEN}
     made = {
@@ -276,12 +276,12 @@ def used_keys(units: list[tuple[Shape, ...]], counted: list[dict[str, str]]) -> 
 def defaults_in(
     config: PretrainedConfig, family: Family, used: set[str], flags: Mapping[str, bool]
 ) -> dict[str, bool | int | float | str]:
-    """What a file may leave out: keys and values' heads, a head's width, positions, flags."""
+    """What a file may leave out: keys and values' heads, a head's width, positions, flags that are set."""
     found: dict[str, bool | int | float | str] = {
-        name: WORDS_OF_FLAGS.get(name, usual) for name, usual in flags.items()
+        name: WORDS_OF_FLAGS.get(name, usual) for name, usual in flags.items() if usual or name in WORDS_OF_FLAGS
     }
-    if family.head is not None:
-        found["tie_word_embeddings"] = bool(config.tie_word_embeddings)
+    if family.head is not None and config.tie_word_embeddings:
+        found[TIES] = True
     fresh = type(config)()
     both_ways = () if family.stacks[0].causal else WINDOWS
     taken = (stack.taken_at for stack in family.stacks if stack.taken_at is not None)
@@ -301,17 +301,14 @@ def _defaults_of(fresh: PretrainedConfig, prefix: str, used: set[str]) -> dict[s
     usual = type(fresh)()
     found: dict[str, int | str] = {}
     kv_key, dim_key = key_of(fresh, "num_key_value_heads"), key_of(fresh, "head_dim")
-    if key_of(fresh, "num_attention_heads"):
-        kv_heads = getattr(fresh, kv_key) if kv_key else None
-        own = kv_key is not None and _is_given(fresh, kv_key)
-        found["num_key_value_heads"] = kv_heads if own and isinstance(kv_heads, int) else f"{prefix}num_attention_heads"
-        head_dim = getattr(fresh, dim_key, None) if dim_key else None
-        is_given = isinstance(head_dim, int) and _is_given(fresh, str(dim_key))
-        found["head_dim"] = head_dim if is_given and head_dim else "/".join(f"{prefix}{n}" for n in HEAD_DIM.split("/"))
+    for name, key in (("num_key_value_heads", kv_key), ("head_dim", dim_key)):  # else USUAL_DEFAULTS
+        size = getattr(fresh, key, None) if key and f"{prefix}{name}" in used else None
+        if isinstance(size, int) and size and _is_given(fresh, str(key)):
+            found[name] = size
     if f"{prefix}{DECODER_HEAD_DIM}" in used:
         found[DECODER_HEAD_DIM] = f"hidden_size/{DECODER_HEADS}"
     for name in (*NAMES, *MORE, *DEPTHS) if prefix else LEFT_OUT:
-        key = key_of(fresh, name) if name not in found and f"{prefix}{name}" in used else None
+        key = key_of(fresh, name) if name not in USUAL_DEFAULTS and f"{prefix}{name}" in used else None
         if key and isinstance(getattr(fresh, key), int) and getattr(usual, key) == getattr(fresh, key):
             found[name] = getattr(fresh, key)
     for name in ("pad_token_id", "image_size"):

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from galvatron.core.family import Blocks, Experts, Family, Region, Stack
-from galvatron.core.lora import adapter_cuts
+from galvatron.core.cuts import are_experts, layer_cuts
+from galvatron.core.family import Blocks, Family, Region, Stack
+from galvatron.core.lora import adapter_cuts, plain_name
 from galvatron.core.model import Cut, ParameterSpec
 
-from .chain import experts_in, regions_in, score_table
+from .chain import regions_in, score_table
 from .lora import base_linear
 
 
 def layer_parameters(layer: nn.Module, stack: Stack, counts: dict[Blocks, int]) -> tuple[ParameterSpec, ...]:
     """Every parameter of an uncut ``layer`` with its cut, in the module's own order."""
-    cuts = {name: cut for region in regions_in(layer, stack) for name, cut in _cuts(layer, region, counts)}
-    if (experts := experts_in(layer, stack)) is not None:
-        cuts |= _expert_cuts(layer, experts)
+    shapes = {plain_name(name): tuple(p.shape) for name, p in layer.named_parameters()}
+    transposed = {name for name, module in layer.named_modules() if isinstance(base_linear(module), Conv1D)}
+    cuts = layer_cuts(stack, shapes, counts, transposed)
+    adapters = {name: cut for region in regions_in(layer, stack) for name, cut in _adapter_cuts(layer, region, cuts)}
     table = score_table(layer) if stack.biased else None
     shared = None if table is None else f"{table[0]}.weight"
     return tuple(
         ParameterSpec(
             name=name,
             shape=tuple(p.shape),
-            cut=cuts.get(name),
-            experts=_are_experts(name, p),
+            cut=adapters.get(name, cuts.get(plain_name(name))),
+            experts=are_experts(name, tuple(p.shape)),
             shared=name == shared,
             trainable=p.requires_grad,
         )
@@ -73,56 +74,14 @@ def weight_sizes(linear: nn.Module) -> tuple[int, int]:
     return (int(rows), int(columns)) if isinstance(linear, Conv1D) else (int(columns), int(rows))
 
 
-def _are_experts(name: str, value: nn.Parameter) -> bool:
-    """Batched matrices, or biases beside them, dim 0 of which counts experts."""
-    owner = name.rpartition(".")[0]
-    return (".experts." in name and value.dim() == 3) or (owner.endswith(".experts") and value.dim() == 2)
-
-
-def _cuts(layer: nn.Module, region: Region, counts: dict[Blocks, int]) -> Iterator[tuple[str, Cut]]:
-    row = base_linear(layer.get_submodule(region.row))
-    counts = {**counts, "kv_head": 1, "ffn": weight_sizes(row)[0]}
-    for name, blocks in region.columns.items():
-        output_dim = 1 if isinstance(base_linear(layer.get_submodule(name)), Conv1D) else 0
-        segments = tuple(counts[block] for block in blocks)
-        cut = Cut(dim=output_dim, segments=segments, uneven=_uneven(region, blocks))
-        yield from _linear_cuts(layer, name, cut, is_row=False)
-    for name, block in (*region.wide_norms.items(), *region.by_head.items()):
-        for parameter, _ in layer.named_parameters():
-            if parameter == name or parameter.startswith(f"{name}."):
-                yield parameter, Cut(dim=region.by_head_dims.get(name, 0), segments=(counts[block],))
-    row_cut = Cut(dim=0 if isinstance(row, Conv1D) else 1, segments=(counts[region.row_blocks],))
-    yield from _linear_cuts(layer, region.row, row_cut, is_row=True)
-
-
-def _uneven(region: Region, blocks: tuple[Blocks, ...]) -> Literal["refuse", "whole", "shared"]:
-    """What becomes of kv heads fewer than tp."""
-    if "kv_heads" in (*region.wide_norms.values(), *region.by_head.values()) or region.wide_norms:
-        return "refuse"  # a norm over all of them leaves no way to keep them whole
-    if "kv_head" in blocks or ("kv_heads" in blocks and len(blocks) > 1):
-        return "shared"
-    has_queries = any("heads" in others for others in region.columns.values())  # not in the same blocks
-    return "whole" if blocks == ("kv_heads",) and has_queries else "refuse"
-
-
-def _linear_cuts(layer: nn.Module, name: str, cut: Cut, *, is_row: bool) -> Iterator[tuple[str, Cut]]:
-    """Of a linear whose weight is cut so, and of the adapters around it."""
-    linear = layer.get_submodule(name)
-    base = name if base_linear(linear) is linear else f"{name}.base_layer"
-    yield f"{base}.weight", cut
-    if not is_row:
-        yield f"{base}.bias", cut.model_copy(update={"dim": 0})
-    for letter, own in zip("AB", adapter_cuts(cut, is_row=is_row), strict=True):
-        if own is not None:
-            yield from ((f"{name}.lora_{letter}.{key}.weight", own) for key in getattr(linear, f"lora_{letter}", ()))
-
-
-def _expert_cuts(layer: nn.Module, experts: Experts) -> dict[str, Cut]:
-    found = {}
-    for name, (dim, segments) in experts.cuts.items():
-        width = layer.get_parameter(f"{experts.module}.{name}").shape[dim] // segments
-        found[f"{experts.module}.{name}"] = Cut(dim=dim, segments=(width,) * segments)
-    return found
+def _adapter_cuts(layer: nn.Module, region: Region, cuts: Mapping[str, Cut]) -> Iterator[tuple[str, Cut]]:
+    """Of the adapters around a region's linears."""
+    for name in (*region.columns, region.row):
+        linear, of_weight = layer.get_submodule(name), cuts[f"{name}.weight"]
+        for letter, own in zip("AB", adapter_cuts(of_weight, is_row=name == region.row), strict=True):
+            if own is not None:
+                for key in getattr(linear, f"lora_{letter}", ()):
+                    yield f"{name}.lora_{letter}.{key}.weight", own
 
 
 def _whole(name: str, value: nn.Parameter) -> ParameterSpec:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import transformers
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import Family, KnownFamily, Shape
+from galvatron.core.family import Family, Outline
+from galvatron.core.known import USUAL_LAYERS, USUAL_SIZES, KnownFamily, KnownStack, Shape, usual_sizes
 from galvatron.core.model import LayerKind, ModelSpec, ParameterSpec
-from galvatron.core.numbers import MAX_TOKENS
 
 from .by_formula import (
     DEPTHS,
@@ -34,6 +33,7 @@ from .by_formula import (
     with_head_dim,
 )
 from .flags import flags_of
+from .fold import folded, transposed_in
 from .load import meta_model
 from .recognise import recognise
 from .spec import spec_of
@@ -52,22 +52,28 @@ def describe(config: PretrainedConfig, proved: Mapping[str, str]) -> KnownFamily
     flags, fixed = flags_of(config, family)
     settings = _settings(twins, family, flags)
     ends = [_conditional(settings, sizes, unit) for unit in ("embedding", "head")]
-    layer = [shape for stack in range(len(family.stacks)) for shape in _conditional(settings, sizes, "layer", stack)]
+    layers = [_conditional(settings, sizes, "layer", stack) for stack in range(len(family.stacks))]
     specs = [spec_of(meta_model(twin), "x", family) for twin in twins]
-    counted, *further = _layer_sizes(specs, twins, family, sizes, config)
-    used = used_keys([ends[0], tuple(layer), ends[1]], [counted, *further])
+    whole, counted = _model_sizes(specs, sizes), _layer_sizes(specs, twins, family, sizes)
+    used = used_keys([*ends, *layers], [whole, *counted])
     return KnownFamily(
-        family=family,
+        outline=Outline(**{name: getattr(family, name) for name in Outline.model_fields}),
         transformers=transformers.__version__,
         proved=dict(proved),
         names=names_in(config),
         defaults=defaults_in(config, family, used, flags),
         fixed=fixed | {f"{prefix}model_type": part.model_type for prefix, part in parts_of(config) if prefix},
-        sizes=counted,
-        further=tuple(further),
-        embedding=ends[0],
-        layer=tuple(layer),
-        head=ends[1],
+        sizes=_unusual(whole, USUAL_SIZES),
+        embedding=folded(ends[0]),
+        stacks=tuple(
+            KnownStack(
+                **dict(stack),
+                sizes=_unusual(own, usual_sizes(stack)),
+                layer=folded(layer, transposed_in(specs[0], family, at)),
+            )
+            for at, (stack, own, layer) in enumerate(zip(family.stacks, counted, layers, strict=True))
+        ),
+        head=folded(ends[1]),
     )
 
 
@@ -119,9 +125,7 @@ def _conditional(settings: list[Setting], sizes: list[dict[str, int]], unit: str
     if unit == "embedding":
         return _with_ways(tuple(shapes), [specs[0] for _, specs in settings])
     return tuple(
-        shape.model_copy(
-            update={"stack": stack, "after": lacking.get(shape.name, "0"), "until": alone.get(shape.name, "0")}
-        )
+        shape.model_copy(update={"after": lacking.get(shape.names[0], "0"), "until": alone.get(shape.names[0], "0")})
         for shape in shapes
     )
 
@@ -135,7 +139,7 @@ def _with_ways(shapes: tuple[Shape, ...], specs: list[ModelSpec]) -> tuple[Shape
         tables = tuple(stack for stack, joint in enumerate(spec.joints, 1) if joint.table)
         again |= {p.name: tables for p in spec.embedding.parameters[:1]}
     return tuple(
-        shape.model_copy(update={"stack": ways.get(shape.name, 0), "again": again.get(shape.name, ())})
+        shape.model_copy(update={"stack": ways.get(shape.names[0], 0), "again": again.get(shape.names[0], ())})
         for shape in shapes
     )
 
@@ -207,39 +211,43 @@ def _when(settings: list[dict[str, bool]], every: int) -> dict[str, bool]:
 def _shape(alike: tuple[ParameterSpec, ...], sizes: list[dict[str, int]], when: dict[str, bool]) -> Shape:
     first = alike[0]
     shape = tuple(find_formula(dims, sizes) for dims in zip(*(p.shape for p in alike), strict=True))
-    cuts = [p.cut for p in alike if p.cut is not None]
-    common: dict[str, Any] = {name: getattr(first, name) for name in ("name", "experts", "shared", "trainable")}
-    if not cuts:
-        return Shape(shape=shape, when=when, **common)
-    segments = tuple(find_formula(blocks, sizes) for blocks in zip(*(cut.segments for cut in cuts), strict=True))
-    return Shape(shape=shape, dim=cuts[0].dim, segments=segments, uneven=cuts[0].uneven, when=when, **common)
+    words = first.cut is not None and first.cut.uneven == "ceil"
+    return Shape(
+        names=(first.name,), shape=shape, words=words, shared=first.shared, trainable=first.trainable, when=when
+    )
+
+
+def _unusual(formulas: dict[str, str], usual: dict[str, str]) -> dict[str, str]:
+    return {name: formula for name, formula in formulas.items() if usual.get(name) != formula}
+
+
+def _model_sizes(specs: list[ModelSpec], sizes: list[dict[str, int]]) -> dict[str, str]:
+    """Formulas of the sizes that a model has once."""
+    return {name: _formula(name, tuple(getattr(spec, name) for spec in specs), sizes) for name in USUAL_SIZES}
+
+
+def _formula(name: str, values: tuple[int, ...], sizes: list[dict[str, int]]) -> str:
+    """The usual formula of a size, if it holds."""
+    usual = (USUAL_SIZES | USUAL_LAYERS).get(name)
+    return usual if usual and values == tuple(size.get(usual) for size in sizes) else find_formula(values, sizes)
 
 
 def _layer_sizes(
-    specs: list[ModelSpec],
-    twins: tuple[PretrainedConfig, ...],
-    family: Family,
-    sizes: list[dict[str, int]],
-    config: PretrainedConfig,
+    specs: list[ModelSpec], twins: tuple[PretrainedConfig, ...], family: Family, sizes: list[dict[str, int]]
 ) -> list[dict[str, str]]:
-    """Formulas of every stack's sizes; the first one's with the model's."""
-    lasts = [[_kinds_of_stack(spec, stack)[-1] for spec in specs] for stack in range(len(family.stacks))]
+    """Formulas of every stack's sizes."""
     found: list[dict[str, str]] = []
-    for key, kinds in zip(_depth_keys(twins[0], family), lasts, strict=True):
-        own = {"num_layers": key, "hidden_size": find_formula(tuple(kind.hidden_size for kind in kinds), sizes)}
-        if not found:
-            own["vocab_size"] = find_formula(tuple(spec.vocab_size for spec in specs), sizes)
-        names = ("ffn_size", "num_heads", "num_kv_heads", "head_dim")
-        for name in (*names, *(name for name in ("fixed_tokens", "carried") if getattr(kinds[0], name))):
-            own[name] = find_formula(tuple(getattr(kind, name) for kind in kinds), sizes)
-        found.append(own)
-    if (longest := tuple(spec.max_seq_len for spec in specs)) != (MAX_TOKENS, MAX_TOKENS):
-        found[0]["max_seq_len"] = find_formula(longest, sizes)
-    if specs[0].layers[-1].num_experts:
-        found[0]["num_experts"] = find_formula(tuple(spec.layers[-1].num_experts for spec in specs), sizes)
-        found[0]["experts_per_token"] = PER_TOKEN
-        if not specs[0].layers[0].num_experts:
-            found[0]["dense_ffn_size"] = find_formula(tuple(spec.layers[0].ffn_size for spec in specs), sizes)
+    for stack, key in enumerate(_depth_keys(twins[0], family)):
+        kinds = [_kinds_of_stack(spec, stack) for spec in specs]
+        lasts = [own[-1] for own in kinds]
+        names = ["hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim"]
+        names += [name for name in ("fixed_tokens", "carried", "num_experts") if getattr(lasts[0], name)]
+        own = {name: _formula(name, tuple(getattr(kind, name) for kind in lasts), sizes) for name in names}
+        if lasts[0].num_experts:
+            own["experts_per_token"] = PER_TOKEN
+            if not kinds[0][0].num_experts:
+                own["dense_ffn_size"] = find_formula(tuple(first.ffn_size for first, *_ in kinds), sizes)
+        found.append({"num_layers": key, **own})
     return found
 
 

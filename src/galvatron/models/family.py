@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import Family, known_family
+from galvatron.core.family import Family
+from galvatron.core.known import known_family
 
 from .recognise import recognise
 from .tasks import task_of

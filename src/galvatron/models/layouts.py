@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galvatron.core.family import Blocks, Experts, Region
+from galvatron.core.family import Blocks, Experts, Region, around
 
 from .trace import Call
 
@@ -159,11 +159,11 @@ def _region(
     entries, flat = _entries(row, columns, calls, prefix)
     inner = [call.argument for call in calls if call.name in entries]
     strip, numbers = len(prefix), _numbers_by_head(row, entries, calls, prefix, heads)
+    is_usual = [name[strip:] for name in entries] == [around(name[strip:] for name in (*layouts, row.name))]
     return Region(
-        entries=tuple(name[strip:] for name in entries),
+        entries=() if is_usual else tuple(name[strip:] for name in entries),
         columns={name[strip:]: layout for name, layout in layouts.items()},
         row=row.name[strip:],
-        row_blocks="ffn" if heads is None else "heads",
         wide_norms={name[strip:]: layouts[column.name][0] for name, (_, column) in norms.items()},
         by_head={call.name[strip:]: layouts[of.name][0] for call in calls for of in _heads_of(call, columns)}
         | dict.fromkeys(numbers, "heads"),

@@ -77,7 +77,7 @@ def fixed_tokens(config: PretrainedConfig, family: Family) -> dict[str, int]:
 
 def windowed_path(stack: Stack) -> str:
     """The path of the attention of a stack's first layer that sees windows; '' where none does."""
-    entries = (region.entries[0] for region in stack.regions if region.windows)
+    entries = (region.gathering[0] for region in stack.regions if region.windows)
     return next((f"{stack.path}.0.{entry}" for entry in entries), "")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import known_families
 from galvatron.core.job import Job
+from galvatron.core.known import known_families
 from galvatron.core.lora import Lora, with_adapters
 from galvatron.estimate import adapted_spec, model_spec
 

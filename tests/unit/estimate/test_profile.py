@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import known_families
 from galvatron.core.hardware import Device
+from galvatron.core.known import known_families
 from galvatron.core.model import RECOMPUTES
 from galvatron.core.model_profile import ModelProfile
 from galvatron.estimate import CARDS, cluster, estimate_model, model_spec, spec_of_config

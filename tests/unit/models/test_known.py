@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from galvatron.cli import app
+from galvatron.core.compact import WIDTH
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import known_families
+from galvatron.core.known import FOLDER, KnownFamily, known_families
 from galvatron.estimate import spec_of_config
 from galvatron.models import build_spec, family_of, for_task, structure_key
 from galvatron.models.describe import describe
@@ -122,6 +124,26 @@ def test_widths_of_heads_that_a_type_leaves_open() -> None:
         config = tiny_config(model_type)
         config.head_dim = 2 * config.hidden_size // config.num_attention_heads
         assert spec_of_config(config.to_dict(), "x") == build_spec(config, "x")
+
+
+def test_what_follows_from_other_sizes_of_a_part_does() -> None:
+    """LLaVA 1.5 13B: its language model counts no heads of keys and values."""
+    text = {"model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14}
+    vision |= {"num_attention_heads": 16, "num_hidden_layers": 24, "image_size": 336}
+    config = {"model_type": "llava", "text_config": text, "vision_config": vision}
+    kind = spec_of_config(config, "x").layers[-1]
+    assert (kind.num_kv_heads, kind.head_dim) == (40, 128)
+
+
+def test_what_a_family_costs_in_lines() -> None:
+    """As the command writes it, in lines of a page; the documentation says how many."""
+    texts = {path: path.read_text() for path in FOLDER.glob("*.json")}
+    assert all(KnownFamily.load(path).to_json() == text for path, text in texts.items())
+    assert max(len(line) for text in texts.values() for line in text.splitlines()) <= WIDTH
+    lines = sorted(text.count("\n") for text in texts.values())
+    assert statistics.median(lines) <= 25
+    assert f"({statistics.median(lines):.0f} lines in the median, {lines[0]} to {lines[-1]}:" in DOCS.read_text()
 
 
 def test_the_table_of_the_docs_is_the_commands() -> None:

@@ -27,7 +27,7 @@ def test_a_decoder_sees_what_the_encoder_ends_with() -> None:
     family = family_of(tiny_config("t5"))
     encoder, decoder = family.stacks
     assert (encoder.causal, encoder.side, decoder.causal, decoder.side) == (False, None, True, "encoder_hidden_states")
-    sides = {region.entries[0]: region.sides for region in decoder.regions if region.sides}
+    sides = {region.gathering[0]: region.sides for region in decoder.regions if region.sides}
     assert sides == {"layer.1.EncDecAttention": ("key_value_states",)}
     assert (encoder.biased, encoder.outputs) == (True, 3)
 

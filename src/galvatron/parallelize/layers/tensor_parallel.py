@@ -66,7 +66,7 @@ def cut_layer(
         rows = _Rows()
         if region.flat:
             wrap_forward(layer, rows.noting)
-        for name in region.entries:
+        for name in region.gathering:
             module = layer.get_submodule(name)
             if region.row_blocks == "heads":
                 count_own_heads(module, linears_of_region(layer, region), tp)

@@ -9,7 +9,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.family import known_family
+from galvatron.core.known import known_family
 from galvatron.core.model import ModelSpec
 from galvatron.models import Family, family_of, spec_of, structure_key, task_of, twin_config, twin_model
 from galvatron.models.recognise import recognise
@@ -65,7 +65,7 @@ def proved_structures(config: PretrainedConfig) -> dict[str, str]:
         except ConfigError:
             right = False
         if right:
-            found.setdefault(key, f"{name}={str(not usual).lower()}" if name else "as the type's own config")
+            found.setdefault(key, f"{name}={str(not usual).lower()}" if name else "as it is")
     return found
 
 
