@@ -16,6 +16,7 @@ from galvatron.core.errors import PlanError
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.job import Job
 from galvatron.core.model_profile import ModelProfile
+from galvatron.core.units import format_bytes
 from galvatron.plan import Plan, check_plan_for_job
 
 from .console import heading, rank, say
@@ -26,7 +27,7 @@ from .legs import Leg, Start, start_at
 from .options import JobFile, LoraSettings, Nproc, RunDir, TaskName, Validation, examples
 from .profile import Measurement, ModelRequest, measure
 from .rundir import RunDirectory
-from .search import runner_up, search_for_job, show
+from .search import search_for_job, show
 from .train import check_inputs, check_model, run_leg, show_summary
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def plan_legs(job: Job, run: RunDirectory) -> list[Leg]:
     model, hardware = ModelProfile.load(run.model), HardwareProfile.load(run.hardware)
     model = model.with_capacity(job.train.capacity_factor)
     result = search_for_job(job, model, hardware)
-    other = None if job.resume is None else _second_plan(job.resume.plan, result)
+    other = None if job.resume is None else _second_plan(job.resume.plan, result, model, hardware)
     result.plan.save(run.plan)
     if other is not None:
         other.save(run.resumed_plan)
@@ -158,13 +159,16 @@ def legs_under(plan: Plan, other: Plan | None, job: Job, run: RunDirectory) -> l
     ]
 
 
-def _second_plan(name: str, result: SearchResult) -> Plan:
+def _second_plan(name: str, result: SearchResult, model: ModelProfile, hardware: HardwareProfile) -> Plan:
+    from galvatron.search.second import second_plan
+
     if name != RUNNER_UP:
         return Plan.load(name)
-    other = runner_up(result)
+    other = second_plan(result, model, hardware)
     if other is None:
         raise PlanError(
-            "resume.plan is runner-up but the search found no second plan; name a plan file or remove [resume]"
+            f"resume.plan is runner-up but no other plan fits in {format_bytes(result.memory_limit_bytes)}; raise "
+            "search.memory, name a plan file or remove [resume]"
         )
     return other
 

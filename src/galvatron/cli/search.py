@@ -29,7 +29,6 @@ from .inputs import Cluster, Model, batch_sizes, fraction, memory_limit
 from .options import LoraSettings, TaskName, examples
 
 if TYPE_CHECKING:
-    from galvatron.plan import Plan
     from galvatron.search import Change, Limits, SearchResult
     from galvatron.search.sensitivity import SearchAgain
 
@@ -220,12 +219,3 @@ def show(result: SearchResult, changes: Sequence[Change] = ()) -> None:
     from galvatron.report import explain
 
     say(explain(result, changes))
-
-
-def runner_up(result: SearchResult) -> Plan | None:
-    """The fastest other candidate with another pipeline or other layer strategies; None if there is none."""
-    chosen = result.plan
-    others = (
-        c for c in result.candidates if (c.layers_per_stage, c.layers) != (chosen.layers_per_stage, chosen.layers)
-    )
-    return next(others, None)

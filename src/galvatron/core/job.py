@@ -219,7 +219,7 @@ class TrainSection(Record):
 class ResumeSection(Record):
     """A rehearsed restart: stop and save after ``at_step``, then train on in new processes under another plan.
 
-    ``plan`` is ``runner-up`` (the search's best plan with another pipeline or other layer strategies) or a plan file.
+    ``plan`` is ``runner-up`` (another plan that fits, with another pipeline or other layer strategies) or a plan file.
     """
 
     at_step: Count

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from galvatron.cli.inputs import batch_sizes, tp_degrees
-from galvatron.cli.search import limits_of, runner_up
+from galvatron.cli.search import limits_of
 from galvatron.core.job import SearchSection
 from galvatron.plan import Plan
-from galvatron.search import search
 from galvatron.search.layers import Effort
 from galvatron.search.patience import Patience
 from galvatron.search.solve import Solved, solve
@@ -193,13 +192,6 @@ def test_what_cannot_be_is_one_sentence_and_no_plan(
     assert message in error
     assert error.count("\n") == 1
     assert not (profiles / "plan.json").exists()
-
-
-def test_the_runner_up_differs_in_more_than_microbatches(profiles: Path) -> None:
-    result = search(make_model(), make_hardware(4), global_batch_size=8)
-    other = runner_up(result)
-    assert other is not None
-    assert (other.layers_per_stage, other.layers) != (result.plan.layers_per_stage, result.plan.layers)
 
 
 def test_help_has_examples(galvatron: Verb, capsys: pytest.CaptureFixture[str]) -> None:
