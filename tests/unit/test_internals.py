@@ -13,6 +13,8 @@ from torch import nn
 
 import galvatron
 from galvatron import internals
+from galvatron.internals import hooks, record_layers_alone
+from galvatron.testing.models import tiny_config, tiny_model
 
 SOURCES = Path(galvatron.__file__).parent
 PUBLIC = {"os._exit"}  # documented
@@ -98,3 +100,14 @@ def test_operations_are_known_by_what_they_do() -> None:
     assert internals.takes_generator(normal)
     assert not internals.changes_in_place(add)
     assert not internals.takes_generator(add)
+
+
+def test_a_model_records_its_layers_and_nothing_within_them() -> None:
+    model = tiny_model(tiny_config("clip")).vision_model
+    layers = model.encoder.layers
+    record_layers_alone(model, layers)
+    inside = [part for layer in layers for child in layer.children() for part in child.modules()]
+    size = model.config.image_size
+    seen = model(torch.zeros(1, 3, size, size), output_hidden_states=True, output_attentions=False)
+    assert len(seen.hidden_states) == len(layers) + 1
+    assert [hook for part in inside for hook in hooks(part)] == []

@@ -33,6 +33,7 @@ from .hugging_face import (
     model_types,
     multiply_one_by_one,
     needless_names,
+    record_layers_alone,
     to_be_initialised,
     without_value_checks,
 )
@@ -133,6 +134,7 @@ __all__ = [
     "owned",
     "put_buffer",
     "put_parameter",
+    "record_layers_alone",
     "reduce_gradients",
     "reduce_scatter",
     "sharded_parameter",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 
 @contextmanager
@@ -45,6 +47,19 @@ def multiply_one_by_one(experts: nn.Module) -> None:
         own = copy.deepcopy(config)
         own._experts_implementation = "eager"
         experts.config = own  # type: ignore[assignment]
+
+
+def record_layers_alone(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
+    """Let ``model`` record what its layers give, as a later call may ask it to, but nothing inside of ``layers``.
+
+    What would record attentions has hooks there, which torch.compile cannot trace on torch 2.11.
+    """
+    maybe_install_capturing_hooks(model)
+    for module in itertools.chain.from_iterable(layer.children() for layer in layers):
+        for part in module.modules():
+            for key, hook in list(part._forward_hooks.items()):
+                if hook.__module__ == maybe_install_capturing_hooks.__module__:
+                    del part._forward_hooks[key]
 
 
 def to_be_initialised(module: nn.Module) -> None:

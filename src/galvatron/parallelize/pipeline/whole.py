@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from galvatron.core.model import ParameterSpec
+from galvatron.internals import record_layers_alone
 from galvatron.models import Family, Reached, argument_names, arguments_by_name, emptied, score_table
 from galvatron.models.chain import SCORE_BIAS
 from galvatron.models.grids import PIXELS, Grids
@@ -52,6 +53,7 @@ class WholeStage(Stage):
 
     def _leave_others(self) -> None:
         model = self.model
+        record_layers_alone(model, [self.layer(index) for index in self.layers])
         self._entries = tuple(path for path in self.family.before if self._has_entry(path))
         self._riding: dict[str, Tensor] = {}
         self._sides: dict[int, OwnSide] = {}
