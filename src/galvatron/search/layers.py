@@ -55,7 +55,7 @@ class Effort:
 FULL_EFFORT = Effort(100_000, 2_000, 5_000, True)
 GREAT_EFFORT = Effort(400_000, 8_000, 20_000, True)
 LITTLE_EFFORT = Effort(5_000, 100, 1_000, False)
-FEW_EFFORTS = Effort(1_000, 50, 100, True), Effort(10_000, 200, 500, True)
+FEW_EFFORT = Effort(10_000, 200, 500, True)
 WHOLE_EFFORT = replace(FULL_EFFORT, whole=True)
 
 

@@ -21,7 +21,7 @@ from galvatron.plan.plan import LayerStrategy
 from .borders import ANY, MOST, Borders
 from .bounds import StageBound
 from .layers import (
-    FEW_EFFORTS,
+    FEW_EFFORT,
     FULL_EFFORT,
     Chain,
     ClassOptions,
@@ -88,7 +88,7 @@ class TaskSolver:
         layouts = self._worth_passing()
         if len(layouts) < 2:
             return None
-        for effort in (*FEW_EFFORTS, self.effort) if self.effort.bounds else (self.effort,):
+        for effort in (FEW_EFFORT, self.effort) if self.effort.bounds else (self.effort,):
             self.bound_s, self.merged = math.inf, False
             free = self._solve_with(Borders(np.array([ANY]), chunks), effort)
             if not self.merged or self._is_good(self.bound_s):
