@@ -96,12 +96,6 @@ class UnitTimes:
         work_s: Floats = (setting.num_microbatches * microbatch_s + others_s + at_once_s) / setting.slots
         return work_s
 
-    def passes(self) -> UnitTimes:
-        """Of a forward and a backward alone: nothing runs again, and parameters are kept and updated for free."""
-        kept = {field.name: getattr(self, field.name) for field in fields(self)}
-        free = dict.fromkeys(OF_PARAMETERS, np.zeros_like(self.recompute_s))
-        return UnitTimes(**(kept | free))
-
     def row(self, row: int) -> UnitTimes:
         """The times of one strategy, as arrays without dimensions."""
         return UnitTimes(*(getattr(self, field.name)[row] for field in fields(self)))
@@ -216,12 +210,12 @@ def _compute_s(setting: Setting, unit: UnitName, s: Strategies, batch: Floats) -
     forward_s, backward_s, again_s = np.zeros(len(s)), np.zeros(len(s)), np.zeros(len(s))
     for tp in np.unique(s.tp):
         rows, samples = np.flatnonzero(s.tp == tp), setting.compute_samples(unit, int(tp))
-        for seconds, name in ((forward_s, "forward_s"), (backward_s, "backward_s")):
-            seconds[rows] = interpolate([(sample.batch, getattr(sample, name)) for sample in samples], batch[rows])
-        for level in np.unique(s.recompute[rows]):
-            own = rows[s.recompute[rows] == level]
-            points = [(sample.batch, sample.recompute_s(RECOMPUTES[level])) for sample in samples]
-            again_s[own] = interpolate(points, batch[own])
+        levels, level = np.unique(s.recompute[rows], return_inverse=True)
+        again = [[sample.recompute_s(RECOMPUTES[at]) for at in levels] for sample in samples]
+        points = [(x.batch, (x.forward_s, x.backward_s, *more)) for x, more in zip(samples, again, strict=True)]
+        seconds = interpolate(points, batch[rows])
+        forward_s[rows], backward_s[rows] = seconds[:, 0], seconds[:, 1]
+        again_s[rows] = seconds[np.arange(len(rows)), 2 + level]
     taken = 1 - _experts_share(setting, unit) * (1 - kept(setting, unit, s).asked)
     return taken * forward_s, taken * backward_s, taken * again_s
 

@@ -261,13 +261,6 @@ def _least_s(space: Space, setting: Setting, tables: list[Tables]) -> float:
     return bound_of(setting, *least)
 
 
-def free_bound_s(space: Space) -> float:
-    """Seconds that the objective cannot go below whatever memory there is: every unit at its fastest option."""
-    if space.is_empty:
-        return math.inf
-    return fastest_s(space.setting, {unit: float(options.work_s.min()) for unit, options in space.options.items()})
-
-
 def fastest_s(setting: Setting, least: Mapping[UnitName, float]) -> float:
     """Seconds that the objective cannot go below where no unit's work is less than ``least``; infinite where one is."""
     if math.inf in least.values():

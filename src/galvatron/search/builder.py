@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from galvatron.plan.axes import StageAxes
 from galvatron.plan.plan import Schedule
 
 from .limits import Limits
-from .rows import allowed_rows, cuts_of
+from .rows import allowed_rows, fastest_of
 from .space import Options, Space
 from .tasks import Task
 
@@ -32,12 +32,11 @@ MIN_CACHED, MAX_CACHED_ROWS = 8, 2**18
 
 
 @dataclass(frozen=True)
-class _Costed:
-    """What a unit's options cost whatever the schedule."""
+class _Timed:
+    """The options of a unit and what they take whatever the schedule."""
 
     strategies: Strategies
     times: UnitTimes
-    memory: UnitMemory
     layout: Ints
 
 
@@ -59,16 +58,15 @@ class SpaceBuilder:
         self.rows: Rows = lru_cache(maxsize=None)(
             rows or (lambda stage_size, unit: allowed_rows(job, self.limits, stage_size, unit))
         )
-        self._cuts: Callable[[int, UnitName], Strategies] = lru_cache(maxsize=None)(
-            lambda stage_size, unit: cuts_of(self.rows(stage_size, unit))
-        )
+        self._fastest: Rows = lru_cache(maxsize=None)(lambda *where: fastest_of(self.rows(*where)))
         self._degrees: Callable[[int, UnitName], tuple[Ints, Ints]] = lru_cache(maxsize=None)(
             lambda stage_size, unit: np.unique(self.rows(stage_size, unit).dp, return_counts=True)
         )
         num_rows = sum(len(self.rows(job.hardware.world_size, unit)) for unit in job.model.spec.units)
         remembered = lru_cache(maxsize=max(MIN_CACHED, MAX_CACHED_ROWS // (num_rows + 1)))
-        self._passes = lru_cache(maxsize=2)(self._pass_times)
-        self._costs, self.build = remembered(self._cost), remembered(self._build)
+        self._times, self._memory = remembered(self._timed), remembered(self._held)
+        self._least = lru_cache(maxsize=2)(partial(self._timed, every=self._fastest))
+        self.build = remembered(self._build)
 
     def setting(self, task: Task) -> Setting:
         """The job's setting, of ``task``."""
@@ -82,21 +80,22 @@ class SpaceBuilder:
         )
 
     def _build(self, task: Task, usable: int | None = None) -> Space:
-        setting = self.setting(task)
-        costs = self._costs(task.global_batch_size, task.pp, task.num_microbatches, _to_a_unit(task.schedule))
+        setting, outside = self.setting(task), (task.global_batch_size, task.pp, task.num_microbatches)
+        timed = self._times(*outside, _in_time(task.schedule))
+        memory = self._memory(*outside, _in_memory(task.schedule))
         layouts = StageAxes(setting.stage_size).degrees
         moves = {unit: _moves_s(setting, unit, layouts) for unit in setting.model.spec.units[1:]}
         options = {
             unit: Options(
-                cost.strategies,
-                cost.times.work_s(setting),
-                np.asarray(cost.memory.resident_bytes),
-                cost.memory.activation_bytes,
-                cost.memory.waiting_bytes * (task.schedule == "zero_bubble"),
-                cost.memory.transient_bytes,
-                cost.layout,
+                own.strategies,
+                own.times.work_s(setting),
+                np.asarray(memory[unit].resident_bytes),
+                memory[unit].activation_bytes,
+                memory[unit].waiting_bytes * (task.schedule == "zero_bubble"),
+                memory[unit].transient_bytes,
+                own.layout,
             )
-            for unit, cost in costs.items()
+            for unit, own in timed.items()
         }
         return Space(task, setting, layouts, options, moves, self.usable_bytes if usable is None else usable)
 
@@ -109,36 +108,37 @@ class SpaceBuilder:
         return most
 
     def least_work_s(self, task: Task) -> dict[UnitName, float]:
-        """Of every unit what no option's work is less than: its passes alone, a row for every way to cut it.
+        """Of every unit what its fastest option takes, infinite where there is none, without costing all."""
+        setting, outside = self.setting(task), (task.global_batch_size, task.pp, task.num_microbatches)
+        timed = self._least(*outside, _in_time(task.schedule))
+        return {unit: float(own.times.work_s(setting).min(initial=math.inf)) for unit, own in timed.items()}
 
-        A tenth or a hundredth of the rows of ``build``.  Infinite where a unit has no options.
-        """
-        setting = self.setting(task)
-        passes = self._passes(task.global_batch_size, task.pp, task.num_microbatches, _to_a_unit(task.schedule))
-        return {unit: float(times.work_s(setting).min(initial=math.inf)) for unit, times in passes.items()}
-
-    def _pass_times(self, batch: int, pp: int, m: int, schedule: Schedule) -> dict[UnitName, UnitTimes]:
-        setting = replace(self.job, pp=pp, num_microbatches=m, global_batch_size=batch, schedule=schedule)
-        times = {}
-        for unit in setting.model.spec.units:
-            cuts = self._cuts(setting.stage_size, unit)
-            times[unit] = all_unit_times(setting, unit, cuts.take(setting.micro_batch_size % cuts.dp == 0)).passes()
-        return times
-
-    def _cost(self, batch: int, pp: int, m: int, schedule: Schedule) -> dict[UnitName, _Costed]:
+    def _timed(
+        self, batch: int, pp: int, m: int, schedule: Schedule, every: Rows | None = None
+    ) -> dict[UnitName, _Timed]:
         setting = replace(self.job, pp=pp, num_microbatches=m, global_batch_size=batch, schedule=schedule)
         layouts = np.array(StageAxes(setting.stage_size).degrees, dtype=np.int64)
-        costs = {}
+        timed = {}
         for unit in setting.model.spec.units:
-            rows = self.rows(setting.stage_size, unit)
+            rows = (every or self.rows)(setting.stage_size, unit)
             rows = rows.take(setting.micro_batch_size % rows.dp == 0)
-            times, memory = all_unit_times(setting, unit, rows), all_unit_memory(setting, unit, rows)
-            costs[unit] = _Costed(rows, times, memory, np.searchsorted(layouts, rows.sequence_degree).astype(np.int64))
-        return costs
+            layout = np.searchsorted(layouts, rows.sequence_degree).astype(np.int64)
+            timed[unit] = _Timed(rows, all_unit_times(setting, unit, rows), layout)
+        return timed
+
+    def _held(self, batch: int, pp: int, m: int, schedule: Schedule) -> dict[UnitName, UnitMemory]:
+        setting = replace(self.job, pp=pp, num_microbatches=m, global_batch_size=batch, schedule=schedule)
+        timed = self._times(batch, pp, m, _in_time(schedule))
+        return {unit: all_unit_memory(setting, unit, own.strategies) for unit, own in timed.items()}
 
 
-def _to_a_unit(schedule: Schedule) -> Schedule:
-    """A schedule whose units cost the same."""
+def _in_time(schedule: Schedule) -> Schedule:
+    """A schedule whose units take the same."""
+    return "gpipe" if schedule == "gpipe" else "1f1b"
+
+
+def _in_memory(schedule: Schedule) -> Schedule:
+    """A schedule whose units hold the same."""
     return schedule if schedule in ("gpipe", "zero_bubble") else "1f1b"
 
 

@@ -18,7 +18,7 @@ from galvatron.plan.plan import Plan
 
 from .ascending import Ascending
 from .baselines import FAMILIES, members, rows_of
-from .bounds import fastest_s, free_bound_s, lower_bounds_s
+from .bounds import fastest_s, lower_bounds_s
 from .builder import SpaceBuilder
 from .limits import Limits
 from .patience import ENDLESS, Patience
@@ -35,7 +35,7 @@ LEAN = 32  # tasks whose spaces are remembered without what is beaten in them
 class Job:
     """The tasks of one search; bounds are in seconds a sample, so that batches compare.
 
-    ``least[i]``: what task i is not below for its passes alone; ``strategies``: the most that a unit has in any task.
+    ``least[i]``: what task i is not below with endless memory; ``strategies``: the most that a unit has in any task.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class Job:
             lambda i: replace(without_beaten(self.builder.build(self.tasks[i])), whole=None)
         )
         self._families: dict[str, SpaceBuilder] = {}
-        self._free: dict[int, float] = {}
         self._bounds: dict[int, float] = {}
         self._floors: dict[int, float] = {}
         # several kinds are mixed by interleaving, which may balance stages better: 1F1B then says nothing of them
@@ -83,7 +82,7 @@ class Job:
         return self._lean(i)
 
     def look_at_all(self) -> None:
-        """Bound every task without costing its strategies."""
+        """Bound every task by the fastest of its strategies."""
         for i, task in enumerate(self.tasks):
             if i % 32 == 0:
                 self.progress(f"looking at {i}/{len(self.tasks)} combinations of pipeline and microbatches")
@@ -91,18 +90,9 @@ class Job:
             bound = fastest_s(self.builder.setting(task), self.builder.least_work_s(task))
             self.least.append(bound / task.global_batch_size)
 
-    def free(self, i: int) -> float:
-        """What task i is not below with endless memory."""
-        if i not in self._free:
-            self.patience.check()
-            if len(self._free) % 32 == 0:
-                self.progress(f"costed {len(self._free)} of {len(self.tasks)} combinations")
-            self._free[i] = free_bound_s(self.builder.build(self.tasks[i])) / self.tasks[i].global_batch_size
-        return self._free[i]
-
     def ascending(self) -> Ascending:
         """The tasks by what none of their plans is below."""
-        return Ascending(self.least, (self.free, self._floor, self._bound))
+        return Ascending(self.least, (self._floor, self._bound))
 
     def family(self, name: str) -> Ascending:
         """The same by what no plan of a family is below; infinite where a task has none."""
@@ -112,13 +102,13 @@ class Job:
             return math.inf if first is None else first.bound_s / self.tasks[i].global_batch_size
 
         belongs = FAMILIES[name].tasks
-        bounds = (self._free, self._floors, self._bounds)
+        bounds = (self._floors, self._bounds)
         known = [max(least, *(of.get(i, 0.0) for of in bounds)) for i, least in enumerate(self.least)]
         return Ascending([b if belongs(t) else math.inf for b, t in zip(known, self.tasks, strict=True)], (bound,))
 
     def without_limit(self) -> Ascending:
         """The tasks by what none of their plans is below with endless memory."""
-        return Ascending(self.least, (self.free,))
+        return Ascending(self.least, ())
 
     def _floor(self, i: int) -> float:
         """What the 1F1B task of the same stages and microbatches says of an interleaved one."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from galvatron.core.model import ENDS, OFFLOADS, RECOMPUTES, UnitName
 from galvatron.cost.setting import Setting
-from galvatron.cost.strategies import Ints, Strategies
+from galvatron.cost.strategies import NONE, Ints, Strategies
 from galvatron.plan.axes import StageAxes
 from galvatron.plan.hetu import inexpressible_strategy
 from galvatron.plan.plan import LayerStrategy
@@ -48,11 +48,12 @@ def allowed_rows(job: Setting, limits: Limits, stage_size: int, unit: UnitName) 
     return strategies
 
 
-def cuts_of(rows: Strategies) -> Strategies:
-    """One row for every way in which some of ``rows`` cut a unit, whatever runs again."""
-    cuts, _ = rows.cuts
-    key = np.stack([cuts.tp, cuts.ulysses, cuts.cp, cuts.ep])
-    return cuts.take(np.unique(key, axis=1, return_index=True)[1])
+def fastest_of(rows: Strategies) -> Strategies:
+    """Without those that take no less than another, whatever the batch: to recompute and to copy moments takes time."""
+    whole = np.zeros(int(rows.tp.max(initial=0)) + 1, dtype=bool)
+    whole[rows.tp[rows.recompute == NONE]] = True
+    copied = (rows.offload > 0) & (rows.offload == 0).any()
+    return rows.take(~copied & ((rows.recompute == NONE) | ~whole[rows.tp]))
 
 
 def _product(cut: tuple[int, ...], kept: Sequence[tuple[int, ...]], passes: Sequence[tuple[int, ...]]) -> Ints:
@@ -107,12 +108,14 @@ def _sequence_degrees(
     factors = [degree // tp for degree in degrees if degree % tp == 0]
     dealt = [e for e in factors if e == 1 or (experts and experts % e == 0)]
     dealt = [ep for ep in dealt if limits.allows("ep", ep, unit)]
+
+    def fits(ulysses: int, cp: int, ep: int) -> bool:
+        replicas = stage_size // (tp * ulysses * cp)
+        strategy = LayerStrategy(tp=tp, ulysses=ulysses, cp=cp, ep=ep, dp_replicate=replicas)
+        return check_cuts(strategy, unit, spec, stage_size, job.seq_len) is None
+
+    dealt = [ep for ep in dealt if fits(1, 1, ep)]  # what deals experts out cuts nothing else
     for ulysses in (u for u in factors if limits.allows("ulysses", u, unit)):
         for cp in (f // ulysses for f in factors if f % ulysses == 0):
-            if (end and cp > 1) or not limits.allows("cp", cp, unit):
-                continue
-            for ep in dealt:
-                inner = tp * ulysses * cp
-                strategy = LayerStrategy(tp=tp, ulysses=ulysses, cp=cp, ep=ep, dp_replicate=stage_size // inner)
-                if check_cuts(strategy, unit, spec, stage_size, job.seq_len) is None:
-                    yield ulysses, cp, ep
+            if not (end and cp > 1) and limits.allows("cp", cp, unit) and fits(ulysses, cp, 1):
+                yield from ((ulysses, cp, ep) for ep in dealt)

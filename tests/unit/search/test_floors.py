@@ -12,7 +12,7 @@ from galvatron.cost.memory import UnitMemory, all_unit_memory, unit_memory
 from galvatron.cost.setting import Setting
 from galvatron.cost.unit import UnitTimes, all_unit_times, unit_times
 from galvatron.search.baselines import members
-from galvatron.search.bounds import relaxed_division
+from galvatron.search.bounds import fastest_s, relaxed_division
 from galvatron.search.job import Job
 from galvatron.search.smallest import smallest
 from galvatron.search.solve import UNLIMITED, parts, solve
@@ -34,13 +34,26 @@ def job(seed: int) -> Job:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_task_is_not_below_what_it_is_taken_for_before_it_is_costed(seed: int) -> None:
+def test_what_a_task_is_not_below_is_told_by_its_fastest_options_alone(seed: int) -> None:
     found = job(seed)
     for i, task in enumerate(found.tasks):
         space = found.builder.build(task)
-        assert 0 < found.least[i] <= found.free(i) * (1 + 1e-12)
+        fastest = {unit: float(options.work_s.min(initial=np.inf)) for unit, options in space.options.items()}
+        assert found.least[i] * task.global_batch_size == pytest.approx(fastest_s(space.setting, fastest), rel=1e-12)
         assert np.isinf(found.least[i]) == any(not len(options) for options in space.options.values())
         assert found.builder.num_options(task) == max(map(len, space.options.values()))
+
+
+def test_costs_shared_by_schedules_are_those_of_each() -> None:
+    found = job(SEEDS[0])
+    for space in map(found.builder.build, found.tasks):
+        for unit, options in space.options.items():
+            times = all_unit_times(space.setting, unit, options.strategies)
+            memory = all_unit_memory(space.setting, unit, options.strategies)
+            assert (options.work_s == times.work_s(space.setting)).all()
+            assert (options.resident_bytes == memory.resident_bytes).all()
+            assert (options.transient_bytes == memory.transient_bytes).all()
+    assert {"1f1b", "zero_bubble"} <= {task.schedule for task in found.tasks}
 
 
 @pytest.mark.parametrize("seed", SEEDS[:2])
