@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import torch
+
+from galvatron.models import build_spec
+from galvatron.parallelize.layers.compile import compiles
+
 from . import predictions
 from .children import Child, Clock, CutShortError, Row, rows_of_all
 from .peers import OURS, race
-from .sizes import TINY, Device, Work
+from .sizes import TINY, Device, Work, config_of
 
 WORKS = (
     Work("BERT", 64, 512, 32),
@@ -54,7 +59,8 @@ def _compile_at_once(works: list[Work], device: Device, clock: Clock) -> None:
 
 
 def _predicted(work: Work, device: Device, clock: Clock) -> Iterator[Row]:
-    cases: predictions.Cases = ((device.is_gpu, NO_RECOMPUTE, 1),)
+    compiled = compiles(None, torch.device(device.type), build_spec(config_of(work.model)))
+    cases: predictions.Cases = ((compiled, NO_RECOMPUTE, 1),)
     with Child(predictions.measure, device, work, cases, clock, start=device.start) as child:
         yield from child.rows(Clock.of(clock.left_s / 2))
 

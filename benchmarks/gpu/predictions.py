@@ -82,10 +82,10 @@ def measure(connection: Connection, device: Device, work: Work, cases: Cases, cl
 
 def compile_once(connection: Connection, device: Device, work: Work) -> None:
     """Fills the cache of compiled kernels: processes that profile and train ``work`` later find theirs there."""
-    _profiled(work, init_world(device.type), 0.0, device.is_gpu)
+    _profiled(work, init_world(device.type), 0.0, None)
 
 
-def _profiled(work: Work, world: World, budget_s: float, compiled: bool) -> ModelProfile:
+def _profiled(work: Work, world: World, budget_s: float, compiled: bool | None) -> ModelProfile:
     return profile_model(
         config_of(work.model),
         world,
