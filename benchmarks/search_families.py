@@ -29,6 +29,10 @@ PAIRS = 4096
 """In the batch of a contrast, which lives on many and has one microbatch alone."""
 WIDE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 SO400M = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304}
+QWEN_TEXT = {
+    "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "intermediate_size": 18944, "vocab_size": 152064,
+}  # fmt: skip
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("BART large", {}),
     "bert": ("BERT large", WIDE),
@@ -53,6 +57,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
         "intermediate_size": 10240,
     }),
     "glm4": ("GLM-4 9B", {}),
+    "glm4v": ("GLM-4.1V 9B", {}),
     "gpt2": ("GPT-2 XL", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
     "gpt_neox": ("GPT-NeoX 20B", {}),
     "gpt_oss": ("GPT-OSS 120B", {}),
@@ -78,10 +83,9 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "pegasus": ("PEGASUS large", {"encoder_layers": 16, "decoder_layers": 16, "vocab_size": 96103}),
     "phi3": ("Phi-3 mini", {}),
-    "qwen2": ("Qwen2.5 7B", {
-        "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "intermediate_size": 18944, "vocab_size": 152064,
-    }),
+    "qwen2": ("Qwen2.5 7B", QWEN_TEXT),
+    "qwen2_5_vl": ("Qwen2.5-VL 7B", {"text_config": QWEN_TEXT, "vision_config": {"hidden_size": 1280}}),
+    "qwen2_vl": ("Qwen2-VL 7B", {"text_config": QWEN_TEXT}),
     "qwen3": ("Qwen3 8B", {
         "num_hidden_layers": 36, "num_key_value_heads": 8, "intermediate_size": 12288, "head_dim": 128,
     }),

@@ -101,6 +101,10 @@ def search(
         typer.echo(json.dumps(summary(result, changes), indent=2, allow_nan=False))  # ASCII: for any pipe
     else:
         show(result, changes)
+        if profile.spec.tower is not None:
+            seq_len = result.plan.seq_len
+            tokens = profile.spec.tower.image_tokens(seq_len)
+            say(f"Images: one square one a text is assumed, for which {tokens:,} of {seq_len:,} tokens stand")
         draw(result.plan, profile, where.hardware, picture, limits.runtime)
         say(f"wrote {out}")
 

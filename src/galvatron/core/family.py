@@ -148,7 +148,6 @@ class Outline(Record):
 
     Attributes:
         task: what the model is trained for.
-        decoder: of ends that see tokens, the module that runs the layers when it is given ``inputs_embeds``.
         embedding: the table of the vocabulary; None where there is none.
         before: what has parameters and runs before the layers: positions, norms, patches.  Of ends that see whole
             sequences it holds the embedding too.
@@ -166,7 +165,6 @@ class Outline(Record):
     model_type: str
     task: Task = "causal_lm"
     ends: Ends = "tokens"
-    decoder: str = ""
     embedding: str | None = None
     before: tuple[str, ...] = ()
     norm: str | None = None
@@ -183,6 +181,11 @@ class Family(Outline):
     """Where a type keeps its units: ``stacks`` in the order of the forward pass, and what is around them."""
 
     stacks: tuple[Stack, ...] = Field(min_length=1)
+
+    @property
+    def decoder(self) -> str:
+        """Of ends that see tokens, the module that runs the layers when it is given ``inputs_embeds``."""
+        return self.stacks[0].path.rpartition(".")[0] if self.ends == "tokens" else ""
 
     @property
     def is_cuttable(self) -> bool:

@@ -45,6 +45,7 @@ class Shape(Record):
         transposed: the weight is [inputs, outputs].
         words: dim 0 counts words, which are dealt out as they come.
         shared: see ``ParameterSpec``; ``trainable`` too.
+        each: how many modules in a row have these, and those of the lines beside that say the same; ``*`` counts them.
         stack: of an embedding's, on the way to which stack it is; ``again``: on the way to which it is looked up too.
         after: how many layers, the first ones of the stack, lack it; a formula of numbers that may be 0.
         until: how many alone have it, if not 0.
@@ -57,6 +58,7 @@ class Shape(Record):
     words: StrictBool = False
     shared: StrictBool = False
     trainable: StrictBool = True
+    each: str = ""
     stack: Whole = 0
     again: tuple[Whole, ...] = ()
     after: str = "0"
@@ -93,8 +95,8 @@ class KnownFamily(FileRecord):
         transformers: the version it was proved with.
         proved: the structures (``models.structure_key``) whose gradients were proved, in words.
         names: what the config file calls a size, where that is another name; ``part.size`` is in a config within it.
-        defaults: what the type takes for a key that a file leaves out: a number, a flag, a formula, or ``key^begins``,
-            a flag that is set where the word of another key begins so.
+        defaults: what the type takes for a key that a file leaves out: a number, a list, a flag, a formula, or
+            ``key^begins``, a flag that is set where the word of another key begins so.
         fixed: values under which the shapes hold.
         sizes: ``vocab_size`` and ``max_seq_len`` of ``ModelSpec``.
     """
@@ -106,7 +108,7 @@ class KnownFamily(FileRecord):
     proved: dict[str, str]
     outline: Outline
     names: dict[str, str] = Field(default_factory=dict)
-    defaults: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    defaults: dict[str, bool | int | float | str | list[int]] = Field(default_factory=dict)
     fixed: dict[str, bool | int | str | list[int]] = Field(default_factory=dict)
     sizes: dict[str, str] = Field(default_factory=dict)
     embedding: tuple[Shape, ...]

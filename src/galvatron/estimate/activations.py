@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from galvatron.core.model import LayerKind, ModelSpec, Precision, Recompute, UnitName
+from galvatron.core.model import LayerKind, ModelSpec, ParameterSpec, Precision, Recompute, UnitName
 from galvatron.core.model_profile import ActivationSample
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.core.units import DTYPE_BYTES
@@ -129,9 +129,15 @@ def stack_tokens(spec: ModelSpec, seq_len: int) -> list[tuple[int, int]]:
     return [(kind.tokens(seq_len) * (1 + kind.side_inputs), kind.hidden_size) for kind in kinds.values()]
 
 
+def beside_tower(spec: ModelSpec) -> tuple[ParameterSpec, ...]:
+    """The embedding's parameters but those of a tower (``estimate.tower``)."""
+    every, tower = spec.embedding.parameters, spec.tower
+    return every if tower is None else tuple(p for p in every if not p.name.startswith(tower.within))
+
+
 def _whole_embedding(spec: ModelSpec, tp: int, seq_len: int, size: int, ids: int, rotary: int) -> ActivationSample:
     """All tokens on every rank: ids, and the input of a norm; images are counted with a step (``cost.memory``)."""
-    normed = any("norm" in p.name.lower() for p in spec.embedding.parameters)
+    normed = any("norm" in p.name.lower() for p in beside_tower(spec))
     saved = 0 if spec.task == "image_classification" else ids * (1 + (spec.task == "seq2seq_lm"))
     hidden = sum(tokens * width for tokens, width in stack_tokens(spec, seq_len)) * size
     copies = (NORMED_COPIES if normed else EMBEDDING_COPIES) + (tp > 1) / 2

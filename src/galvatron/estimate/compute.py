@@ -20,7 +20,7 @@ from galvatron.core.model import LayerKind, ModelSpec, ParameterSpec, Precision,
 from galvatron.core.model_profile import ComputeSample
 from galvatron.core.units import DTYPE_BYTES
 
-from .activations import FLOAT, TOKEN_ID, chunk_tokens, head_cut, head_rows, head_tokens, stack_tokens
+from .activations import FLOAT, TOKEN_ID, beside_tower, chunk_tokens, head_cut, head_rows, head_tokens, stack_tokens
 from .devices import Preset, find_preset
 from .layer import LocalLayer, local_layer, matrices, uses_rms
 
@@ -220,12 +220,12 @@ def embedding_sample(spec: ModelSpec, tp: int, batch: int, seq_len: int, rates: 
 
     Backward adds rows into a new gradient of zeros, and that, whole, to the float32 sum.
     """
-    size, stacks = rates.element_bytes, stack_tokens(spec, seq_len)
+    size, stacks, own = rates.element_bytes, stack_tokens(spec, seq_len), beside_tower(spec)
     elements = batch * sum(tokens * width for tokens, width in stacks)
     passes = COPY_MOVED if tp == 1 else COPY_MOVED + 3 * COPY_MOVED
-    zeros = sum(math.prod(p.local_shape(tp)) for p in spec.embedding.parameters if p.trainable) * size
-    gradient = zeros + added_bytes(spec.embedding.parameters, tp, size)
-    patches = sum(math.prod(p.shape) for p in spec.embedding.parameters if len(p.shape) == 4)
+    zeros = sum(math.prod(p.local_shape(tp)) for p in own if p.trainable) * size
+    gradient = zeros + added_bytes(own, tp, size)
+    patches = sum(math.prod(p.shape) for p in own if len(p.shape) == 4)
     project_s = 2.0 * patches * batch * stacks[0][0] / rates.flops_per_s
     forward_s = rates.moved_s(passes * elements * size + batch * seq_len * TOKEN_ID) + project_s
     backward_s = rates.moved_s((passes + RESIDUAL_MOVED) * elements * size + gradient) + project_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from galvatron.core.cuts import are_experts, layer_cuts
@@ -16,7 +17,8 @@ from galvatron.core.known import (
     known_family,
 )
 from galvatron.core.lora import Lora, with_adapters
-from galvatron.core.model import Cut, Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.core.model import Cut, Joint, LayerKind, ModelSpec, ParameterSpec, Tower, UnitSpec
+from galvatron.core.model.tower import windows_of
 from galvatron.core.words import shown
 
 from .parts import Config
@@ -61,6 +63,7 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
         tied_embeddings=family.embedding is not None and family.head is not None and reader.flag("tie_word_embeddings"),
         embedding=UnitSpec(parameters=reader.unit(known.embedding)),
         head=UnitSpec(parameters=reader.unit(known.head)),
+        tower=_tower(reader, known),
     )
 
 
@@ -69,6 +72,17 @@ def _joint(reader: _Reader, known: KnownFamily, stack: int, layer: int) -> Joint
     own = tuple(shape for shape in known.embedding if shape.stack == stack)
     table = any(stack in shape.again for shape in known.embedding)
     return Joint(layer=layer, parameters=tuple(p.name for p in reader.unit(own)), table=table)
+
+
+def _tower(reader: _Reader, known: KnownFamily) -> Tower | None:
+    """What sees images of any size, if something does."""
+    layers = (shape.names[0].partition(".*")[0] for shape in known.embedding if shape.each)
+    if known.outline.tower is None:
+        return None
+    heads, merge = (reader.size(f"vision_config.{name}") for name in ("num_attention_heads", "spatial_merge_size"))
+    names = ("window_size", "patch_size", "fullatt_block_indexes")
+    windows = windows_of({name: reader.given(f"vision_config.{name}") for name in names})
+    return Tower(layers=next(layers), num_heads=heads, merge=merge, **windows)
 
 
 def _is_beyond_rings(reader: _Reader, family: Family, stack: Stack) -> bool:
@@ -138,11 +152,15 @@ MADE = ("num_labels", "num_patches", "num_positions", "latent_head_dim")
 """Names in formulas that are no keys of a config."""
 
 
+TEXT = "text_config"
+
+
 class _Reader:
     """A configuration read by the names of its family's formulas."""
 
     def __init__(self, known: KnownFamily, config: Config) -> None:
         self._known, self._config = known, config
+        self._defaults = {name: usual for name, usual in known.defaults.items() if not isinstance(usual, list)}
 
     def size(self, formula: str) -> int:
         """The value of a formula."""
@@ -159,7 +177,7 @@ class _Reader:
     def flag(self, name: str) -> bool:
         """A flag, or its default."""
         config, key = self._part(name)
-        default = self._known.defaults.get(name, self._known.fixed.get(name, False))
+        default = self._defaults.get(name, self._known.fixed.get(name, False))
         if isinstance(default, str):
             word, _, begins = default.partition("^")
             default = config.get(word, "").startswith(begins)
@@ -169,12 +187,22 @@ class _Reader:
         """A number that may be zero or missing."""
         config, key = self._part(name)
         value = config.raw(key)
-        return float(self._known.defaults.get(name, 0.0) if value is None else value)
+        return float(self._defaults.get(name, 0.0) if value is None else value)
+
+    def given(self, name: str) -> object:
+        """What a file has of any kind, or the default."""
+        config, key = self._part(name)
+        return config.given(key) if key in config else self._known.defaults.get(name)
 
     def unit(self, shapes: tuple[Shape, ...]) -> tuple[ParameterSpec, ...]:
         """The parameters that exist under the configuration's flags."""
         exist = (shape for shape in shapes if all(self.flag(name) == wanted for name, wanted in shape.when.items()))
-        return tuple(parameter for shape in exist for parameter in self._parameters(shape))
+        found: list[ParameterSpec] = []
+        for each, beside in itertools.groupby(exist, lambda shape: shape.each):
+            one = [parameter for shape in beside for parameter in self._parameters(shape)]
+            numbers = map(str, range(self.size(each) if each else 1))
+            found += [p.model_copy(update={"name": p.name.replace("*", n)}) for n in numbers for p in one]
+        return tuple(found)
 
     def check_fixed(self) -> None:
         """Raise ConfigError where a flag is another than the one that the shapes hold for."""
@@ -190,12 +218,14 @@ class _Reader:
     def _part(self, name: str) -> tuple[Config, str]:
         """The configuration that has ``name``, and how it calls it: as its type does, or as most types do."""
         part, _, own = name.rpartition(".")
-        config, key = self._config.part(part) if part else self._config, self._known.names.get(name, own)
+        is_flat = part == TEXT and part not in self._config and own != "model_type"  # as older files of two parts are
+        config = self._config.part(part) if part and not is_flat else self._config
+        key = self._known.names.get(name, own)
         return config, own if own in config and key not in config else key
 
     def _whole(self, name: str) -> int:
         config, key = self._part(name)
-        return config.whole(key) if key in config else int(self._known.defaults[name])
+        return config.whole(key) if key in config else int(self._defaults[name])
 
     def _named(self, name: str) -> int:
         if name.rpartition(".")[2] in MADE:
@@ -215,7 +245,7 @@ class _Reader:
         """What the type takes where a file says nothing."""
         prefix, own = name[: name.rfind(".") + 1], name.rpartition(".")[2]
         usual = USUAL_DEFAULTS.get(own)
-        return self._known.defaults.get(name, usual and "/".join(f"{prefix}{part}" for part in usual.split("/")))
+        return self._defaults.get(name, usual and "/".join(f"{prefix}{part}" for part in usual.split("/")))
 
     def _made(self, name: str) -> int:
         """A size that no key has by itself."""
@@ -224,7 +254,7 @@ class _Reader:
             return self._config.num_labels()
         if own == "num_patches":
             names = (f"{prefix}image_size", f"{prefix}patch_size")
-            config, defaults = self._part(names[0])[0], (self._known.defaults.get(key) for key in names)
+            config, defaults = self._part(names[0])[0], (self._defaults.get(key) for key in names)
             image, patch = (
                 config.sides(key, default) for key, default in zip(("image_size", "patch_size"), defaults, strict=True)
             )

@@ -83,7 +83,7 @@ class LocalLayer:
 def local_layer(kind: LayerKind, family: str, tp: int, seq_len: int, *, compiled: bool) -> LocalLayer:
     """The part of tp rank 0, which holds the most."""
     tokens, names = kind.tokens(seq_len), [p.name for p in kind.parameters]
-    gated = any(re.search(r"gate_proj|gate_up_proj|wi_0", name) for name in names)
+    gated = is_gated(kind)
     kept, moved = _activation(family, gated, compiled)
     span = min(tokens, kind.attention_span or tokens)
     ffn = kind.ffn_size // tp
@@ -113,6 +113,11 @@ def local_layer(kind: LayerKind, family: str, tp: int, seq_len: int, *, compiled
         compiled=compiled,
         matrices=matrices(kind.parameters, tp, kind.experts_per_token),
     )
+
+
+def is_gated(kind: LayerKind) -> bool:
+    """Whether its MLP multiplies two projections."""
+    return any(re.search(r"gate_proj|gate_up_proj|wi_0", p.name) for p in kind.parameters)
 
 
 def matrices(

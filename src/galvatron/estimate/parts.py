@@ -82,6 +82,10 @@ class Config:
             return 0
         return self.size(key)
 
+    def given(self, key: str) -> object:
+        """The value of a key as it is; None if it is missing."""
+        return self._data.get(key)
+
     def raw(self, key: str) -> float | None:
         """A number of any sign; None if it is missing, or null."""
         value = self._data.get(key)

@@ -6,6 +6,7 @@ Takes a ModelSpec and a device; gives a ModelProfile labelled ``estimated``.  Kn
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 
 from galvatron.core.errors import ConfigError
@@ -16,6 +17,7 @@ from galvatron.core.model_profile import ActivationSample, ComputeSample, ModelP
 from .activations import embedding_activations, head_activations, layer_activations
 from .compute import Rates, embedding_sample, head_sample, layer_sample, update_bytes
 from .devices import Preset, preset
+from .tower import tower_bytes, tower_seconds
 
 TP_DEGREES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -93,14 +95,25 @@ def _cuts(spec: ModelSpec, unit: UnitName, tp: int, seq_len: int) -> bool:
 def _compute(
     spec: ModelSpec, unit: UnitName, tp: int, batch: int, seq_len: int, rates: Rates, compiled: bool
 ) -> ComputeSample:
-    if unit in ENDS:
-        return (embedding_sample if unit == "embedding" else head_sample)(spec, tp, batch, seq_len, rates)
+    if unit == ENDS[0]:
+        sample = embedding_sample(spec, tp, batch, seq_len, rates)
+        forward_s, backward_s = tower_seconds(spec, batch, seq_len, rates)
+        taken = {"forward_s": sample.forward_s + forward_s, "backward_s": sample.backward_s + backward_s}
+        return sample.model_copy(update=taken)
+    if unit == ENDS[1]:
+        return head_sample(spec, tp, batch, seq_len, rates)
     return layer_sample(spec.kind(unit), spec.family, tp, batch, seq_len, rates, compiled=compiled)
 
 
 def _activations(
     spec: ModelSpec, unit: UnitName, tp: int, recompute: Recompute, seq_len: int, precision: Precision, compiled: bool
 ) -> ActivationSample:
-    if unit in ENDS:
-        return (embedding_activations if unit == "embedding" else head_activations)(spec, tp, seq_len, precision)
+    if unit == ENDS[0]:
+        sample = embedding_activations(spec, tp, seq_len, precision)
+        saved, workspace = tower_bytes(spec, seq_len, precision)
+        most = max(sample.workspace_bytes_per_sequence, math.ceil(workspace))
+        kept = {"bytes_per_sequence": sample.bytes_per_sequence + math.ceil(saved)}
+        return sample.model_copy(update={**kept, "workspace_bytes_per_sequence": most})
+    if unit == ENDS[1]:
+        return head_activations(spec, tp, seq_len, precision)
     return layer_activations(spec.kind(unit), spec.family, tp, recompute, seq_len, precision, compiled=compiled)

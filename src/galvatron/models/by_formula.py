@@ -6,7 +6,7 @@ Takes a type's config, with those within it; gives twins in two sizes, formulas 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -54,6 +54,11 @@ MORE = (
     "v_head_dim",
     "n_shared_experts",
     "first_k_dense_replace",
+    "embed_dim",
+    "out_hidden_size",
+    "in_channels",
+    "temporal_patch_size",
+    "spatial_merge_size",
 )
 LEFT_OUT = (
     "max_position_embeddings",
@@ -82,6 +87,13 @@ OTHERS = {
 }
 """Sizes that follow from others where files leave them out."""
 PER_TOKEN = "num_experts_per_tok"
+SEEN = {
+    "num_heads": "vision_config.num_attention_heads",
+    "merge": "vision_config.spatial_merge_size",
+    "window": "vision_config.window_size*vision_config.patch_size",
+    "whole_layers": "vision_config.fullatt_block_indexes",
+}
+"""What a tower is described by (``core.model.Tower``)."""
 DECODER_HEAD_DIM, DECODER_HEADS = "decoder_head_dim", "decoder_attention_heads"
 TIES = "tie_word_embeddings"
 NO_KEY = "-"
@@ -90,6 +102,7 @@ DEPTHS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
 """Keys that may count a stack's layers."""
 WORDS_OF_FLAGS = {"is_gated_act": "feed_forward_proj^gated"}
 """Flags that a config makes of how the word of another key begins."""
+Default = bool | int | float | str | list[int]
 MAX_FACTOR, MAX_OFFSET = 8, 2
 
 
@@ -190,6 +203,11 @@ def _resize(twin: PretrainedConfig, which: int, index: int, task: Task) -> None:
         "first_k_dense_replace": 2 - which,
         "hidden_dim": ffn,
         "embedding_size": 20 + heads,
+        "embed_dim": 5 * heads,
+        "out_hidden_size": 50 + 7 * heads,
+        "in_channels": (1, 3)[which],
+        "temporal_patch_size": (3, 2)[which],
+        "spatial_merge_size": (2, 4)[which],
         "type_vocab_size": 1 + heads // 2,
         "num_channels": (1, 3)[which],
         "patch_size": (2, 3)[which],
@@ -251,6 +269,8 @@ def _candidates(names: list[str]) -> Iterator[str]:
     yield from (f"{factor}*{name}" for factor in range(2, MAX_FACTOR + 1) for name in names)
     yield from (f"{name}+{offset}" for offset in range(1, MAX_OFFSET + 1) for name in names)
     yield from (f"{a}*{b}" for a, b in itertools.combinations(names, 2))
+    merges = [name for name in names if name.endswith("spatial_merge_size")]
+    yield from (f"{a}*{merge}*{merge}" for merge in merges for a in names)
     yield from (f"3*{a}*{b}" for a, b in itertools.combinations(names, 2))
     latents = [name for name in names if name.startswith(("kv_lora", "qk_", "v_head"))]
     yield from (f"{a}+{b}" for a, b in itertools.combinations(latents, 2))
@@ -262,6 +282,7 @@ def _candidates(names: list[str]) -> Iterator[str]:
 def used_keys(units: list[tuple[Shape, ...]], counted: list[dict[str, str]]) -> set[str]:
     """The keys that formulas read, directly or not."""
     formulas = [f for unit in units for shape in unit for f in shape.shape]
+    formulas += [shape.each for unit in units for shape in unit if shape.each]
     formulas += [formula for sizes in counted for formula in sizes.values()]
     names = {n for f in formulas for n in f.replace("+", "*").split("*") if not n.isdigit()} | {PER_TOKEN}
     made = {
@@ -275,9 +296,9 @@ def used_keys(units: list[tuple[Shape, ...]], counted: list[dict[str, str]]) -> 
 
 def defaults_in(
     config: PretrainedConfig, family: Family, used: set[str], flags: Mapping[str, bool]
-) -> dict[str, bool | int | float | str]:
+) -> dict[str, Default]:
     """What a file may leave out: keys and values' heads, a head's width, positions, flags that are set."""
-    found: dict[str, bool | int | float | str] = {
+    found: dict[str, Default] = {
         name: WORDS_OF_FLAGS.get(name, usual) for name, usual in flags.items() if usual or name in WORDS_OF_FLAGS
     }
     if family.head is not None and config.tie_word_embeddings:
@@ -293,13 +314,13 @@ def defaults_in(
     return found | {name: formula for name, formula in OTHERS.items() if name in used}
 
 
-def _defaults_of(fresh: PretrainedConfig, prefix: str, used: set[str]) -> dict[str, int | str]:
+def _defaults_of(fresh: PretrainedConfig, prefix: str, used: set[str]) -> dict[str, Default]:
     """Sizes that files leave out of a configuration, or of one within it: there, all that are those of its own type.
 
     A type may give a whole part, if files leave it out, other sizes than those of the part's type; these are asked for.
     """
     usual = type(fresh)()
-    found: dict[str, int | str] = {}
+    found: dict[str, Default] = {}
     kv_key, dim_key = key_of(fresh, "num_key_value_heads"), key_of(fresh, "head_dim")
     for name, key in (("num_key_value_heads", kv_key), ("head_dim", dim_key)):  # else USUAL_DEFAULTS
         size = getattr(fresh, key, None) if key and f"{prefix}{name}" in used else None
@@ -311,10 +332,10 @@ def _defaults_of(fresh: PretrainedConfig, prefix: str, used: set[str]) -> dict[s
         key = key_of(fresh, name) if name not in USUAL_DEFAULTS and f"{prefix}{name}" in used else None
         if key and isinstance(getattr(fresh, key), int) and getattr(usual, key) == getattr(fresh, key):
             found[name] = getattr(fresh, key)
-    for name in ("pad_token_id", "image_size"):
+    for name in ("pad_token_id", "image_size", "window_size", "fullatt_block_indexes"):
         size = getattr(fresh, name, None)
-        if prefix and f"{prefix}{name}" in used and isinstance(size, int) and getattr(usual, name) == size:
-            found[name] = size
+        if prefix and f"{prefix}{name}" in used and getattr(usual, name, None) == size:
+            found |= {name: size} if isinstance(size, int) else {name: list(size)} if isinstance(size, Sequence) else {}
     return found
 
 

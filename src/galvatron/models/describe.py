@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 
 import transformers
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import Family, Outline
@@ -21,6 +21,7 @@ from galvatron.core.model import LayerKind, ModelSpec, ParameterSpec
 from .by_formula import (
     DEPTHS,
     PER_TOKEN,
+    SEEN,
     WORDS_OF_FLAGS,
     defaults_in,
     find_formula,
@@ -33,7 +34,7 @@ from .by_formula import (
     with_head_dim,
 )
 from .flags import flags_of
-from .fold import folded, transposed_in
+from .fold import folded, repeated, transposed_in
 from .load import meta_model
 from .recognise import recognise
 from .spec import spec_of
@@ -55,14 +56,17 @@ def describe(config: PretrainedConfig, proved: Mapping[str, str]) -> KnownFamily
     layers = [_conditional(settings, sizes, "layer", stack) for stack in range(len(family.stacks))]
     specs = [spec_of(meta_model(twin), "x", family) for twin in twins]
     whole, counted = _model_sizes(specs, sizes), _layer_sizes(specs, twins, family, sizes)
-    used = used_keys([*ends, *layers], [whole, *counted])
+    tower = specs[0].tower
+    if tower is not None:
+        ends[0] = repeated(ends[0], tower.layers, _depth_keys(twins[0], (tower.layers,))[0])
+    used = used_keys([*ends, *layers], [whole, *counted, *([] if tower is None else [SEEN])])
     return KnownFamily(
         outline=Outline(**{name: getattr(family, name) for name in Outline.model_fields}),
         transformers=transformers.__version__,
         proved=dict(proved),
         names=names_in(config),
         defaults=defaults_in(config, family, used, flags),
-        fixed=fixed | {f"{prefix}model_type": part.model_type for prefix, part in parts_of(config) if prefix},
+        fixed=fixed | _types_of_parts(config),
         sizes=_unusual(whole, USUAL_SIZES),
         embedding=folded(ends[0]),
         stacks=tuple(
@@ -75,6 +79,12 @@ def describe(config: PretrainedConfig, proved: Mapping[str, str]) -> KnownFamily
         ),
         head=folded(ends[1]),
     )
+
+
+def _types_of_parts(config: PretrainedConfig) -> dict[str, str]:
+    """Of configurations within one that may be of any type."""
+    may_be = [name for name, kind in config.sub_configs.items() if kind is AutoConfig]
+    return {f"{name}.model_type": getattr(config, name).model_type for name in may_be}
 
 
 def _with_variants(config: PretrainedConfig) -> Family:
@@ -151,10 +161,10 @@ def _put_in_order(order: list[str], names: list[str]) -> None:
             order.insert(0 if before is None else order.index(before) + 1, name)
 
 
-def _depths(twin: PretrainedConfig, family: Family) -> list[int]:
-    """How many layers each stack of a model has."""
+def _depths(twin: PretrainedConfig, paths: tuple[str, ...]) -> list[int]:
+    """How many layers each of these lists of a model has."""
     model = meta_model(twin)
-    return [len(list(model.get_submodule(stack.path).children())) for stack in family.stacks]
+    return [len(list(model.get_submodule(path).children())) for path in paths]
 
 
 def _kinds_of_stack(spec: ModelSpec, stack: int) -> list[LayerKind]:
@@ -237,7 +247,7 @@ def _layer_sizes(
 ) -> list[dict[str, str]]:
     """Formulas of every stack's sizes."""
     found: list[dict[str, str]] = []
-    for stack, key in enumerate(_depth_keys(twins[0], family)):
+    for stack, key in enumerate(_depth_keys(twins[0], tuple(stack.path for stack in family.stacks))):
         kinds = [_kinds_of_stack(spec, stack) for spec in specs]
         lasts = [own[-1] for own in kinds]
         names = ["hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim"]
@@ -251,14 +261,14 @@ def _layer_sizes(
     return found
 
 
-def _depth_keys(twin: PretrainedConfig, family: Family) -> list[str]:
-    """Which key counts each stack's layers: that whose change the stack follows."""
-    before, found = _depths(twin, family), [""] * len(family.stacks)
+def _depth_keys(twin: PretrainedConfig, paths: tuple[str, ...]) -> list[str]:
+    """Which key counts the layers of the list at each of ``paths``: that whose change it follows."""
+    before, found = _depths(twin, paths), [""] * len(paths)
     for prefix, part in parts_of(twin):
         for name in DEPTHS:
             if (key := key_of(part, name)) and isinstance(usual := getattr(part, key), int):
                 setattr(part, key, usual - 1)  # lists of kinds of layers are no longer
-                after = _depths(twin, family)
+                after = _depths(twin, paths)
                 setattr(part, key, usual)
                 found = [
                     f"{prefix}{name}" if b != a else known for known, b, a in zip(found, before, after, strict=True)

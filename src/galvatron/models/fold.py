@@ -6,8 +6,9 @@ Takes a Shape for each parameter, in order; gives fewer, of the same parameters.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
+from galvatron.core.errors import ConfigError
 from galvatron.core.family import Family
 from galvatron.core.known import Shape
 from galvatron.core.model import ModelSpec
@@ -51,3 +52,25 @@ def transposed_in(spec: ModelSpec, family: Family, stack: int) -> set[str]:
     layers = spec.kind_of_layers()[spec.stack_ranges[stack].start : spec.stack_ranges[stack].stop]
     cuts = {p.name: p.cut for kind in layers for p in kind.parameters}
     return {name for name, dim in dims.items() if (cut := cuts.get(f"{name}.weight")) is not None and cut.dim == dim}
+
+
+def repeated(shapes: Sequence[Shape], path: str, each: str) -> tuple[Shape, ...]:
+    """``shapes`` with those of the first module of the list at ``path`` for all of them, of which ``each`` counts.
+
+    Raises:
+        ConfigError: the modules are not alike.
+    """
+    before = f"{path}."
+    kept = tuple(shape for shape in shapes if not shape.names[0].startswith(before))
+    modules: dict[str, list[Shape]] = {}
+    for shape in shapes:
+        if shape.names[0].startswith(before):
+            number, _, rest = shape.names[0].removeprefix(before).partition(".")
+            modules.setdefault(number, []).append(
+                shape.model_copy(update={"names": (f"{before}*.{rest}",), "each": each})
+            )
+    first, *others = modules.values()
+    if any(other != first for other in others):
+        raise ConfigError(f"the layers of {path} are not alike; keep the type out of the data")
+    place = next(at for at, shape in enumerate(shapes) if shape.names[0].startswith(before))
+    return (*kept[:place], *first, *kept[place:])

@@ -185,7 +185,6 @@ def _ends_of_tokens(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList) 
     if logits is None:
         return None
     return {
-        "decoder": names[id(stack)].rpartition(".")[0],
         "embedding": names[id(embedding)],
         "before": tuple(before),
         "norm": after[0],

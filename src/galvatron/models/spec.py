@@ -28,6 +28,7 @@ from .lora import attach_lora
 from .shapes import entering_tokens, fixed_tokens, pooled_width, windowed_path
 from .sizes import EXPERT_KEYS, TAKEN_KEYS
 from .tasks import config_of
+from .towers import described_tower
 
 POSITIONS = ("max_position_embeddings", "max_target_positions")
 """Keys of configs for how long a text can be."""
@@ -104,6 +105,7 @@ def _described(model: PreTrainedModel, name: str | None, family: Family) -> Mode
         tied_embeddings=_is_tied(model, family),
         embedding=UnitSpec(parameters=tuple(embedding_parameters(model, family))),
         head=UnitSpec(parameters=tuple(head_parameters(model, family))),
+        tower=described_tower(model, family),
     )
 
 

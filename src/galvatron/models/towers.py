@@ -9,7 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from galvatron.core.family import Family
+from galvatron.core.model import Tower
+from galvatron.core.model.tower import windows_of
+
 from .grids import GRIDS, PIXELS, Grids, positions_beside_images
+from .heads import heads_in
 from .twin import run_twin, twin_inputs
 
 
@@ -50,3 +55,21 @@ def _places_images(model: PreTrainedModel, decoder: str) -> bool:
 def is_within(stack: nn.ModuleList, other: nn.Module) -> bool:
     """Whether ``other`` has it, or is it."""
     return any(module is stack for module in other.modules())
+
+
+def tower_layers(model: PreTrainedModel, family: Family) -> tuple[str, nn.ModuleList] | None:
+    """The path of a tower's list of layers, and the list; None where a model has no tower."""
+    if family.tower is None:
+        return None
+    within = model.get_submodule(family.tower).named_modules(prefix=family.tower)
+    return next((name, module) for name, module in within if isinstance(module, nn.ModuleList))
+
+
+def described_tower(model: PreTrainedModel, family: Family) -> Tower | None:
+    """What ``ModelSpec`` says of a model's tower."""
+    layers, grids = tower_layers(model, family), Grids.of(model.config)
+    if layers is None or grids is None:
+        return None
+    path, (first, *_) = layers
+    windows = windows_of(model.config.vision_config.to_dict())
+    return Tower(layers=path, num_heads=heads_in(first, model.config)["heads"], merge=grids.merge, **windows)

@@ -7,6 +7,7 @@ lists its parameters and how tensor and expert parallelism cut each: enough to k
 
 from .parameters import Cut, ParameterSpec, shard_dim
 from .spec import Joint, ModelSpec
+from .tower import Tower
 from .units import LayerKind, UnitSpec
 from .words import ENDS, OFFLOADS, RECOMPUTES, Offload, Origin, Precision, Recompute, ReduceDtype, UnitName
 
@@ -24,6 +25,7 @@ __all__ = [
     "Precision",
     "Recompute",
     "ReduceDtype",
+    "Tower",
     "UnitName",
     "UnitSpec",
     "shard_dim",

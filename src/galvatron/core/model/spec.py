@@ -13,6 +13,7 @@ from ..numbers import Count, Tokens
 from ..records import Record
 from ..tasks import TOKEN_TASKS, Ends, Task
 from .parameters import ParameterSpec
+from .tower import Tower
 from .units import LayerKind, UnitSpec
 from .words import ENDS, UnitName
 
@@ -34,7 +35,7 @@ class ModelSpec(Record):
 
     ``task``: what it is trained for; where that gives whole samples classes these are the vocabulary.  ``ends``: see
     ``core.family.Family``.  ``stacks``: lists of layers that the model runs one after the other, and the ``joints``
-    between them, which are part of the embedding.
+    between them, which are part of the embedding.  ``tower``: what of the embedding sees images of any size.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModelSpec(Record):
     tied_embeddings: StrictBool
     embedding: UnitSpec
     head: UnitSpec
+    tower: Tower | None = None
 
     @model_validator(mode="after")
     def _kinds_have_names_of_their_own(self) -> Self:
