@@ -204,7 +204,7 @@ def test_what_rides_along_between_stacks_is_costed(
     check(pool, variant, plan)
 
 
-@pytest.mark.parametrize("variant", ["bart", "olmo2", "gpt2-dropout"])
+@pytest.mark.parametrize("variant", ["bert", "olmo2", "gpt2-dropout"])
 def test_what_layers_run_again_whose_output_something_follows(pool: Pool, variant: str) -> None:
     """A norm or dropout: its input, the sum of the last region, is kept by all levels but the last."""
     cut, levels = LayerStrategy(tp=2), ("selective", "mlp", "linears", "full")
