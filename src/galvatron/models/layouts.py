@@ -144,6 +144,8 @@ def _region(
     side: Tensor | None,
     layer: Call,
 ) -> Region | None:
+    if len({column.name for column in columns}) < len(columns):
+        return None  # a linear that runs twice: of tokens, and of what they are to each other
     norms = {call.name: (call, column) for call in calls for column in columns if _is_wide_norm(call, column)}
     reached = {}
     for column in columns:

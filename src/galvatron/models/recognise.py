@@ -20,10 +20,11 @@ from galvatron.core.tasks import TOKEN_TASKS
 
 from .attention import asks_for_attention
 from .ends import around, joints_of, makers_of
+from .failures import said
 from .heads import heads_in
 from .layouts import experts_of, regions_of
 from .tasks import task_of
-from .towers import is_within, tower_of
+from .towers import OwnWay, is_within, tower_of
 from .trace import Trace, traced
 from .twin import twin_config, twin_model
 
@@ -50,8 +51,10 @@ def recognise(config: PretrainedConfig) -> Family:
         raise _unlike(config, f"cannot be run as a tiny model ({_reason(error)})") from None
     try:
         return _family(config, model, trace)
+    except OwnWay as way:
+        raise _unlike(config, str(way)) from None
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what chains of layers have
-        raise _unlike(config, f"is described in no way that is known ({_reason(error)})") from None
+        raise _unlike(config, f"is described in no way that is known ({said(error)})") from None
 
 
 def _reason(error: Exception) -> str:

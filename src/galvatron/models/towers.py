@@ -18,11 +18,15 @@ from .heads import heads_in
 from .twin import run_twin, twin_inputs
 
 
+class OwnWay(Exception):
+    """What a model does in no way that is known, in words."""
+
+
 def tower_of(model: PreTrainedModel, packed: list[nn.ModuleList], stacks: list[nn.ModuleList]) -> str | None:
     """The outermost module that has the ``packed`` layers and none of the others; None where there are none.
 
     Raises:
-        ValueError: the model's images are no patches with grids, or their tokens are counted in a way of its own.
+        OwnWay: the model's images are no patches with grids, or their tokens are counted in a way of its own.
     """
     if not packed:
         return None
@@ -33,7 +37,7 @@ def tower_of(model: PreTrainedModel, packed: list[nn.ModuleList], stacks: list[n
     ]
     decoder = next(name for name, module in model.named_modules() if module is stacks[-1]).rpartition(".")[0]
     if Grids.of(model.config) is None or not _places_images(model, decoder):
-        raise ValueError("images come in a way of their own")
+        raise OwnWay("takes images in a way of its own")
     return min(holding, key=len)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -9,6 +11,8 @@ from transformers import AutoConfig
 from galvatron.core.errors import ConfigError
 from galvatron.core.family import Family
 from galvatron.models import family_of
+from galvatron.models.failures import said
+from galvatron.models.heads import heads_in
 from galvatron.parallelize.proof import Proof, prove, refuse_unproved, structures
 from galvatron.parallelize.proof.truth import Truth
 from galvatron.testing.models import tiny_config
@@ -89,3 +93,22 @@ def test_a_gradient_that_the_whole_has_not_is_named() -> None:
 def test_what_is_no_such_chain_is_refused_in_words() -> None:
     with pytest.raises(ConfigError, match="no stack of equal layers"):
         family_of(AutoConfig.for_model("albert"))
+    relative = AutoConfig.for_model("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"])
+    with pytest.raises(ConfigError, match=r"has parameters that no module .* has \(deberta.encoder.rel_embeddings"):
+        family_of(relative)  # whose layers run a linear twice
+
+
+def _failing(work: Callable[[], object]) -> Exception:
+    try:
+        work()
+    except Exception as failure:
+        return failure
+    raise AssertionError
+
+
+def test_an_error_of_our_own_says_where_not_what() -> None:
+    ours = said(_failing(lambda: heads_in(None, None)))  # type: ignore[arg-type]
+    assert ours == "AttributeError in galvatron.models.heads, which knows no such model"
+    foreign = said(_failing(lambda: torch.nn.Linear(2, 2)(torch.ones(3))))
+    assert foreign.startswith("RuntimeError (")
+    assert said(ConfigError("a=1 must be 2; give 2")) == "a=1 must be 2; give 2"

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from galvatron.core.errors import UnsupportedError
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.models import Family, family_of, structure_key, task_of, twin_config, twin_model
+from galvatron.models.failures import said
 from galvatron.models.twin import run_twin, twin_inputs
 
 from ..layers.attention import Context, attend_across, use_attention
@@ -91,7 +92,7 @@ def _padding_problem(config: PretrainedConfig) -> str | None:
     try:
         wanted, found = run_twin(twin_model(twin), inputs), run_twin(ours, seen)
     except Exception as failure:  # of any kind: a foreign model runs there
-        return _in_words(failure)
+        return said(failure)
     if task_of(config) in TOKEN_TASKS - {"seq2seq_lm"}:
         wanted, found = wanted[mask == 1], found[mask == 1]
     return _difference(found, wanted, "outputs")
@@ -103,10 +104,6 @@ def _take_documents(model: PreTrainedModel, family: Family, rows: range, packed:
         for layer in model.get_submodule(stack.path).children():
             attend_across(layer, Context())
             OwnPlaces(rows, rows, None, packed).enter(layer, of_side=stack.side is not None)
-
-
-def _in_words(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
 
 
 def _difference(found: torch.Tensor, wanted: torch.Tensor, of: str) -> str | None:
@@ -134,5 +131,5 @@ def _problem(config: PretrainedConfig) -> str | None:
         packed.now = {whole: documents_of(positions.unsqueeze(0), torch.device("cpu"))}
         together = hidden(ids, positions)
     except Exception as failure:  # of any kind: a foreign model runs there
-        return _in_words(failure)
+        return said(failure)
     return _difference(together, torch.cat(alone, dim=1), "hidden states")

@@ -12,9 +12,10 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.known import known_family
 from galvatron.core.model import ModelSpec
 from galvatron.models import Family, family_of, spec_of, structure_key, task_of, twin_config, twin_model
+from galvatron.models.failures import said
 from galvatron.models.recognise import recognise
 
-from .truth import Truth, said
+from .truth import Truth
 from .ways import TP, alone, between_threads, in_stages
 
 KV_HEADS = (2, 1)

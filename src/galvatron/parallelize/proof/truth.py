@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.models import Family, task_of, twin_model
+from galvatron.models.failures import said
 from galvatron.models.sizes import CLASSES, WORDS
 from galvatron.models.twin import run_twin, twin_inputs
 
@@ -89,12 +90,6 @@ class Truth:
         if more := sorted(name for name in gradients.keys() - self.gradients.keys() if bool(gradients[name].any())):
             return f"{more[0]} has a gradient, which it has not in the whole twin"
         return None
-
-
-def said(failure: Exception) -> str:
-    """An error of any kind in a line."""
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__} ({lines[0][:200] if lines else 'no message'})"
 
 
 def _unit(name: str) -> str:
