@@ -35,6 +35,11 @@ class Borders:
         """Whether changes of layout at borders are left out."""
         return bool(self.layouts[0] == ANY)
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What tells them from others."""
+        return (self.chunks, *self.layouts.tolist())
+
     def __len__(self) -> int:
         """How many codes there are."""
         return int(len(self.layouts) ** self.chunks)

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,7 @@ class StageBound:
     least_transient: Ints
     level_s: Floats
     bound_s: Floats
+    kept: list[Any] = field(default_factory=list, compare=False)
 
     @cached_property
     def matrix(self) -> Floats:

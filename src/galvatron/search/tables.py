@@ -108,7 +108,7 @@ class TaskSolver:
         return min((s for s in (exact, free) if s is not None), key=lambda s: s.value)
 
     def _solve_with(self, borders: Borders, effort: Effort) -> Solution | None:
-        self.most_s = [most.copy() for most in self.allowed_s]  # chains that pay for borders may take more than others
+        self.most_s = list(self.allowed_s)  # chains that pay for borders may take more than others
         bounds: list[Tables] = []
         grown: list[Found] = []
         exits: list[Ints] = []
@@ -173,20 +173,37 @@ class TaskSolver:
         return best
 
     def _stage(self, stage: int, entries: Ints, borders: Borders, effort: Effort) -> Found:
-        """By (row, k) the chains of one stage's segments, of every level of the largest transient one."""
+        """By (row, k) the chains of one stage's segments.
+
+        Parts with other ends have the stages between them too: what was found where no less was allowed is found here.
+        """
+        kept, asked, most_s = self.bounds[stage].kept, (effort, borders.key, entries.tobytes()), self.most_s[stage]
+        found: Found
+        if kept and kept[0] == asked and (kept[1] >= most_s).all():
+            found, merged = kept[2:]
+        else:
+            found, merged = self._chains(stage, entries, borders, effort)
+            if 0 < stage < len(self.bounds) - 1:
+                kept[:] = asked, most_s, found, merged
+        self.merged |= merged
+        return found
+
+    def _chains(self, stage: int, entries: Ints, borders: Borders, effort: Effort) -> tuple[Found, bool]:
+        """Those of every level of the largest transient one, and whether some were merged."""
         found: Found = {}
+        merged, self.most_s[stage] = False, self.most_s[stage].copy()
         for level in np.argsort(self.bounds[stage].level_s.min(axis=(1, 2)), kind="stable").tolist():
             for members in self._alike(stage, level):
                 self.patience.check()
                 chain = self._chain(stage, level, members, entries, borders, effort)
                 if chain is not None:
                     result = grow(chain)
-                    self.merged |= result.merged
+                    merged |= result.merged
                     for row, k in members:
                         if k in result.work_s:
                             found.setdefault((row, k), []).append(result)
                             self._tighten(stage, row, k, result.work_s[k])
-        return found
+        return found, merged
 
     def _tighten(self, stage: int, row: int, k: int, work_s: Floats) -> None:
         """Where layouts make no difference what was found is the most that others may take, and to a little effort."""
