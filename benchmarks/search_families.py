@@ -97,6 +97,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "smollm3": ("SmolLM3 3B", {}),
     "starcoder2": ("StarCoder2 3B", {}),
+    "swin": ("Swin large", {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}),
     "t5": ("T5 3B", {"d_model": 1024, "d_ff": 16384, "d_kv": 128, "num_heads": 32, "num_layers": 24}),
     "vit": ("ViT huge", {
         "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120,

@@ -70,7 +70,7 @@ class KnownStack(Stack):
     """A stack with its ``sizes``, those of ``LayerKind`` (``dense_ffn_size``: without experts), and its layers."""
 
     sizes: dict[str, str] = Field(default_factory=dict)
-    layer: tuple[Shape, ...]
+    layer: tuple[Shape, ...] = ()
 
     @property
     def formulas(self) -> dict[str, str]:
@@ -90,6 +90,8 @@ def usual_sizes(stack: Stack) -> dict[str, str]:
 
 class KnownFamily(FileRecord):
     """A family as data: recognised, proved, and described for every size without its code.
+
+    One whose sizes are lists has no shapes: no formula says them.
 
     Attributes:
         transformers: the version it was proved with.
@@ -111,14 +113,19 @@ class KnownFamily(FileRecord):
     defaults: dict[str, bool | int | float | str | list[int]] = Field(default_factory=dict)
     fixed: dict[str, bool | int | str | list[int]] = Field(default_factory=dict)
     sizes: dict[str, str] = Field(default_factory=dict)
-    embedding: tuple[Shape, ...]
+    embedding: tuple[Shape, ...] = ()
     stacks: tuple[KnownStack, ...] = Field(min_length=1)
-    head: tuple[Shape, ...]
+    head: tuple[Shape, ...] = ()
 
     @property
     def family(self) -> Family:
         """What the runtime knows of it."""
         return Family(**dict(self.outline), stacks=tuple(known.stack for known in self.stacks))
+
+    @property
+    def has_shapes(self) -> bool:
+        """Whether its parameters are described too."""
+        return bool(self.head)
 
     def to_json(self) -> str:
         """The file's text, in lines of a page."""

@@ -45,7 +45,8 @@ def spec_of_config(config: Mapping[str, Any], name: str, task: Task | None = Non
         raise ConfigError(
             f"model_type={shown(model_type)} has no shapes here; choose one of {', '.join(sorted(types))}"
         )
-    known = known_family(model_type, task or task_named(config))
+    found = known_family(model_type, task or task_named(config))
+    known = found if found is not None and found.has_shapes else None
     if known is None and (model_type not in FAMILIES or task not in (None, FAMILIES[model_type][1])):
         tasks = sorted(
             known.family.task for known in known_families().values() if known.family.model_type == model_type

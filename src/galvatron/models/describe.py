@@ -38,14 +38,19 @@ from .fold import folded, repeated, transposed_in
 from .load import meta_model
 from .recognise import recognise
 from .spec import spec_of
+from .staged import is_staged
 
 
 def describe(config: PretrainedConfig, proved: Mapping[str, str]) -> KnownFamily:
     """The family of a type's default ``config``, which names its architecture, its shapes, and what was ``proved``.
 
+    Of stages, whose sizes are lists, without shapes.
+
     Raises:
         ConfigError: it is no chain of layers, or some size follows from no formula.
     """
+    if is_staged(config):
+        return _without_shapes(recognise(config), proved)
     config = with_head_dim(config)
     family = _with_variants(config)
     twins = two_sizes(config)
@@ -78,6 +83,16 @@ def describe(config: PretrainedConfig, proved: Mapping[str, str]) -> KnownFamily
             for at, (stack, own, layer) in enumerate(zip(family.stacks, counted, layers, strict=True))
         ),
         head=folded(ends[1]),
+    )
+
+
+def _without_shapes(family: Family, proved: Mapping[str, str]) -> KnownFamily:
+    """A family whose sizes are lists."""
+    return KnownFamily(
+        outline=Outline(**{name: getattr(family, name) for name in Outline.model_fields}),
+        transformers=transformers.__version__,
+        proved=dict(proved),
+        stacks=tuple(KnownStack(**dict(stack)) for stack in family.stacks),
     )
 
 

@@ -131,7 +131,7 @@ def test_every_family_is_estimated(name):
     family = known_families()[name].family
     config = json.loads(AutoConfig.for_model(family.model_type).to_json_string(use_diff=False))
     spec = spec_of_config(config, name, family.task)
-    profile = estimate_model(spec, "h100", seq_len=min(spec.max_seq_len, 512), tp_degrees=(1, 2))
+    profile = estimate_model(spec, "h100", seq_len=_length(spec), tp_degrees=(1, 2))
     assert {sample.unit for sample in profile.compute} == set(spec.units)
     assert all(sample.forward_s > 0 for sample in profile.compute)
 
