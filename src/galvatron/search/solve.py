@@ -160,12 +160,12 @@ def _joined(space: Space) -> list[Space]:
 def _parts(group: Space, at_most: float) -> Iterator[Part]:
     """Where ends are alike, or stages that join stacks have parts of the embedding, one for every pair of ends."""
     bounds, tied = Bounds(group), group.end_pairs is not None
-    if not (tied or group.is_joined) and group.task.model_chunks == 1:
+    if not (tied or group.is_joined):
         yield Part(0.0, group, bounds)
         return
     least = least_works_s(group.with_free_ends() if tied and not group.is_joined else group, bounds)
     floor = math.inf if least is None else bound_of(group.setting, *least)
-    if not (tied or group.is_joined) or floor > at_most:
+    if floor > at_most:
         yield Part(floor, group, bounds)
         return
     pairs = undominated_pairs(group)
