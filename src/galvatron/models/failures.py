@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 from galvatron.core.errors import GalvatronError
 
 MAX_MESSAGE = 200
@@ -15,15 +17,21 @@ def said(failure: Exception) -> str:
     lines = str(failure).strip().splitlines()
     if isinstance(failure, GalvatronError):
         return lines[0]
-    module = _module(failure)
-    if module.startswith("galvatron."):
-        return f"{type(failure).__name__} in {module}, which knows no such model"
+    if _modules(failure)[-1:] == _ours(failure)[-1:] != []:
+        return where(failure)
     return f"{type(failure).__name__} ({lines[0][:MAX_MESSAGE] if lines else 'no message'})"
 
 
-def _module(failure: Exception) -> str:
-    """Which module's code raised it."""
-    trace, name = failure.__traceback__, ""
-    while trace is not None:
-        name, trace = str(trace.tb_frame.f_globals.get("__name__", "")), trace.tb_next
-    return name
+def where(failure: Exception) -> str:
+    """The kind of an error, and where in galvatron's code it came up."""
+    return f"{type(failure).__name__} in {_ours(failure)[-1]}, which knows no such model"
+
+
+def _ours(failure: Exception) -> list[str]:
+    return [name for name in _modules(failure) if name.startswith("galvatron.")]
+
+
+def _modules(failure: Exception) -> list[str]:
+    """Whose code called whose, down to what raised it."""
+    frames = (frame for frame, _ in traceback.walk_tb(failure.__traceback__))
+    return [str(frame.f_globals.get("__name__", "")) for frame in frames]

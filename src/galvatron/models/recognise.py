@@ -20,7 +20,7 @@ from galvatron.core.tasks import TOKEN_TASKS
 
 from .attention import asks_for_attention
 from .ends import around, joints_of, makers_of
-from .failures import said
+from .failures import where
 from .heads import heads_in
 from .layouts import experts_of, regions_of
 from .tasks import task_of
@@ -54,7 +54,7 @@ def recognise(config: PretrainedConfig) -> Family:
     except OwnWay as way:
         raise _unlike(config, str(way)) from None
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what chains of layers have
-        raise _unlike(config, f"is described in no way that is known ({said(error)})") from None
+        raise _unlike(config, f"is described in no way that is known ({where(error)})") from None
 
 
 def _reason(error: Exception) -> str:
