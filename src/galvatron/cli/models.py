@@ -106,7 +106,7 @@ def check(
             say(f"{name}: refused\n  {refusal}")
             wrong = True
     if wrong:
-        raise typer.Exit(1)
+        raise typer.Exit(2)
 
 
 def _check(name: str, task: Task | None, write: Path | None) -> bool:

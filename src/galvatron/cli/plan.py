@@ -27,9 +27,7 @@ PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan file
 @app.command("show", epilog=examples("galvatron plan show plan.json"))
 def show(path: PlanFile) -> None:
     """Show a plan, and what it promises where it carries a prediction."""
-    from galvatron.plan import Plan
-
-    plan = Plan.load(path)
+    plan = _sound(path)
     say(plan.describe())
     if plan.prediction is not None:
         from galvatron.report import explain_prediction
@@ -43,10 +41,9 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="B.json", help="Another plan file.")],
 ) -> None:
     """Say what differs between two plans, layer by layer."""
-    from galvatron.plan import Plan
     from galvatron.report.diff import diff_plans
 
-    say(diff_plans(Plan.load(first), Plan.load(second)))
+    say(diff_plans(_sound(first), _sound(second)))
 
 
 @app.command(
@@ -65,16 +62,23 @@ def export(
 
     A plan that the system cannot run is refused, never changed.
     """
-    from galvatron.plan import Plan
-
     if out is not None:
         check_output(out, path)
-    text = _exported(Plan.load(path), format)
+    text = _exported(_sound(path), format)
     if out is None:
         typer.echo(text, nl=False)
     else:
         write_output(out, text)
         say(f"wrote {out}")
+
+
+def _sound(path: Path) -> Plan:
+    """The plan in a file, if it obeys the rules that need no model."""
+    from galvatron.plan import Plan
+
+    plan = Plan.load(path)
+    plan.validate()
+    return plan
 
 
 def _exported(plan: Plan, format: str) -> str:

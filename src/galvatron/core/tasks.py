@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
+
+from .errors import ConfigError
 
 Task = Literal[
     "causal_lm",
@@ -36,8 +39,28 @@ ENDINGS: dict[str, Task] = {
 """How the names of architectures end."""
 
 
+OF_THE_TYPE = ("ForConditionalGeneration", "ForImageTextToText", "ForPreTraining")
+"""How those of several tasks end: the type says which."""
+_HEAD = re.compile(r"For[A-Z]\w*$")
+
+
 def task_named(config: Mapping[str, Any]) -> Task | None:
-    """The task of the architecture that a ``config.json`` names; None where it names none, or one of no task."""
+    """The task of the architecture that a ``config.json`` names; None where its type says it, or no head is named.
+
+    Raises:
+        ConfigError: the architecture has a head of no task.
+    """
     named = config.get("architectures")
-    first = named[0] if isinstance(named, (list, tuple)) and named else ""
-    return next((task for ending, task in ENDINGS.items() if str(first).endswith(ending)), None)
+    first = str(named[0]) if isinstance(named, (list, tuple)) and named else ""
+    check_head(first)
+    return next((task for ending, task in ENDINGS.items() if first.endswith(ending)), None)
+
+
+def check_head(architecture: str) -> None:
+    """Raise ConfigError if the name of an ``architecture`` says that it has a head of no task."""
+    head = _HEAD.search(architecture)
+    if head is not None and not head[0].startswith((*ENDINGS, *OF_THE_TYPE)):
+        raise ConfigError(
+            f"architectures names {architecture}, whose head is of none of the tasks {', '.join(TASKS)}; name one of "
+            "them with --task, or as model.task in a job, to train another head on the same layers"
+        )

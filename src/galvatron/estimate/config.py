@@ -45,14 +45,15 @@ def spec_of_config(config: Mapping[str, Any], name: str, task: Task | None = Non
         raise ConfigError(
             f"model_type={shown(model_type)} has no shapes here; choose one of {', '.join(sorted(types))}"
         )
-    found = known_family(model_type, task or task_named(config))
+    task = task or task_named(config)
+    found = known_family(model_type, task)
     known = found if found is not None and found.has_shapes else None
     if known is None and (model_type not in FAMILIES or task not in (None, FAMILIES[model_type][1])):
         tasks = sorted(
             known.family.task for known in known_families().values() if known.family.model_type == model_type
         )
         raise ConfigError(
-            f"task={task or task_named(config)} of a {model_type} config has no shapes here, only "
+            f"task={task} of a {model_type} config has no shapes here, only "
             f"{', '.join(tasks) or 'its own'}; profile the model instead, which reads its code"
         )
     try:

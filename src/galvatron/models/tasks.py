@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from galvatron.core.errors import ConfigError
-from galvatron.core.tasks import Task
+from galvatron.core.tasks import Task, check_head
 from galvatron.internals import model_mapping, model_types
 
 CLASSES: dict[Task, Any] = {
@@ -43,13 +43,14 @@ def task_of(config: PretrainedConfig) -> Task:
     """What the model of ``config`` is trained for.
 
     Raises:
-        ConfigError: transformers has no model of this type for any task.
+        ConfigError: transformers has no model of this type for any task, or its architecture has a head of none.
     """
-    named = (getattr(config, "architectures", None) or [None])[0]
+    named = (getattr(config, "architectures", None) or [""])[0]
     possible = {task: model for task in CLASSES if (model := _class_for(config, task)) is not None}
     for task, model in possible.items():
         if model.__name__ == named:
             return task
+    check_head(named)
     usual = [task for task in possible if _suits(config, task)]
     if not usual:
         raise ConfigError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 from galvatron.core.errors import ConfigError
 from galvatron.core.model import ENDS, OFFLOADS, RECOMPUTES, UnitName
@@ -19,6 +19,7 @@ from galvatron.plan import hetu
 from galvatron.plan.plan import SCHEDULES
 from galvatron.plan.rules import RUNTIME_SCHEDULES
 
+T = TypeVar("T")
 Value = int | str
 SpaceName = Literal["runtime", "all", "hetu", "dp", "fsdp", "tp", "pp", "3d", "uniform"]
 SPACES: tuple[SpaceName, ...] = get_args(SpaceName)
@@ -75,9 +76,9 @@ class Limits:
         known = (*DIMENSIONS, *WORDS["schedule"], *WORDS["recompute"][1:])
         return cls(
             cast(SpaceName, _word(space, SPACES, "--space")),
-            dict(_fixed(text) for text in fix),
+            _said_once(map(_fixed, fix), "--fix"),
             frozenset(_word(text, known, "--forbid") for text in forbid),
-            dict(_bound(text) for text in at_most),
+            _said_once(map(_bound, at_most), "--max"),
         )
 
     def problem(self) -> str | None:
@@ -163,6 +164,14 @@ class Limits:
         if dimension in ASKED_FOR:
             return value == NEUTRAL[dimension] or (self.space != "hetu" and value == self.fix.get(dimension))
         return value in (hetu.SCHEDULES.values() if self.space == "hetu" else RUNTIME_SCHEDULES)
+
+
+def _said_once(pairs: Iterable[tuple[str, T]], option: str) -> dict[str, T]:
+    said: dict[str, T] = {}
+    for name, value in pairs:
+        if said.setdefault(name, value) != value:
+            raise ConfigError(f"{option} says {name}={said[name]} and {name}={value}; leave one of them out")
+    return said
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

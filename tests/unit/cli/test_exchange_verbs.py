@@ -137,6 +137,22 @@ def test_show_describes_and_explains(run: Run) -> None:
     assert "Memory, fullest rank of each stage (predicted)" in out
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layers_per_stage": (3,)}, "layers_per_stage"),
+        ({"num_microbatches": 3}, "num_microbatches=3"),
+        ({"head": LayerStrategy(dp_shard=8, zero=3)}, "head: "),
+    ],
+)
+def test_a_plan_that_cannot_be_is_not_shown(run: Run, changed: dict[str, object], message: str) -> None:
+    PLAN.model_copy(update=changed).save("wrong.json")
+    for verb in (["show", "wrong.json"], ["diff", "plan.json", "wrong.json"]):
+        code, out, err = run("plan", *verb)
+        assert (code, out) == (2, "")
+        assert message in err
+
+
 @pytest.mark.parametrize("verb", ["import hetu", "plan show", "plan diff", "plan export", "plan import"])
 def test_help_has_examples(run: Run, verb: str) -> None:
     code, out, _ = run(*verb.split(), "--help")

@@ -7,7 +7,7 @@ from transformers import AutoConfig, GPT2Config, LlamaConfig, MistralConfig, Pre
 
 from galvatron.core.errors import ConfigError
 from galvatron.estimate import spec_of_config
-from galvatron.models import build_spec
+from galvatron.models import build_spec, for_task
 
 SMALL = {
     "hidden_size": 64,
@@ -129,3 +129,19 @@ def test_heads_of_unequal_width_are_refused():
     keys = {"model_type": "vit", "patch_size": 32, "image_size": 16, "num_attention_heads": 4, "hidden_size": 64}
     with pytest.raises(ConfigError, match="patch_size=32 must not exceed image_size=16"):
         spec_of_config({**keys, "intermediate_size": 96, "num_hidden_layers": 2}, "small")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForTokenClassification", "LlamaForQuestionAnswering"])
+def test_a_head_of_no_task_is_refused_unless_a_task_is_named(architecture):
+    config = LlamaConfig(architectures=[architecture])
+    with pytest.raises(ConfigError, match=f"names {architecture}, whose head is of none of the tasks .*--task"):
+        spec_of_config(config.to_dict(), "m")
+    with pytest.raises(ConfigError, match=f"names {architecture}"):
+        build_spec(config)
+    assert spec_of_config(config.to_dict(), "m", "causal_lm").task == "causal_lm"
+    assert build_spec(for_task(config, "causal_lm")).task == "causal_lm"
+
+
+@pytest.mark.parametrize("architecture", ["LlamaModel", "LlamaForPreTraining", "LlamaForConditionalGeneration"])
+def test_without_a_head_of_its_own_the_type_says_the_task(architecture):
+    assert spec_of_config(LlamaConfig(architectures=[architecture]).to_dict(), "m").task == "causal_lm"

@@ -157,6 +157,6 @@ def test_check_says_what_is_found_and_fails_for_what_is_wrong() -> None:
     assert right.exit_code == 0
     assert "self_attn.k_proj by kv_heads" in right.output
     wrong = CliRunner().invoke(app, ["models", "check", "openai-gpt"])
-    assert wrong.exit_code == 1
+    assert wrong.exit_code == 2
     assert "openai-gpt: refused" in wrong.output
     assert "has no stack of equal layers" in " ".join(wrong.output.split())

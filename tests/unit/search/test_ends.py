@@ -74,3 +74,10 @@ def test_tied_ends_of_which_different_things_are_said_are_refused(
     with pytest.raises(ConfigError, match=f"{said}, for the model's embedding and head are one tensor, cut alike; say"):
         search(TIED, HARDWARE, global_batch_size=8, limits=limits)
     assert search(MODEL, HARDWARE, global_batch_size=8, limits=limits, baselines=False).plan.embedding.tp == 4
+
+
+@pytest.mark.parametrize(("option", "name"), [("fix", "--fix"), ("at_most", "--max")])
+def test_what_is_said_twice_is_refused(option, name):
+    with pytest.raises(ConfigError, match=f"{name} says tp=2 and tp=4; leave one of them out"):
+        Limits.parse(**{option: ["tp=2", "tp=4"]})
+    assert Limits.parse(**{option: ["tp=2", "TP=2"]}) == Limits.parse(**{option: ["tp=2"]})
