@@ -76,9 +76,10 @@ def search(
 ) -> None:
     """Find the fastest plan that fits in memory, layer by layer, and explain it.
 
-    Exact over its space: the plan carries a lower bound that no plan of the space beats.  Names of models and devices
-    stand for estimated profiles; files for measured ones.  A picture of the predicted step goes beside the plan
-    (plan.svg).  Ctrl-C or the time limit ends the search with the best plan so far and its gap.
+    Exact over its space in an additive model of the step: the plan carries that model's lower bound, which no plan of
+    the space beats.  Names of models and devices stand for estimated profiles; files for measured ones.  A picture of
+    the predicted step goes beside the plan (plan.svg).  Ctrl-C or the time limit ends the search with the best plan so
+    far and its gap.
     """
     from galvatron.search import Limits
 

@@ -142,7 +142,7 @@ class StagePrediction(Record):
 
 
 class Proof(Record):
-    """What the search can prove: its additive objective, a bound no plan of the space beats, and the gap."""
+    """What the search can prove: its best additive objective, a bound of all plans' of the space, and the gap."""
 
     objective_s: Seconds
     lower_bound_s: Seconds

@@ -22,6 +22,8 @@ MEMORY_WORDS = {
     "runtime_bytes": "runtime",
 }
 MAX_STAGES = 8  # of more stages the memory of the fullest alone is listed
+TOLD_APART = 0.02  # where the replay differs from the additive model by more, the proof says so
+NEARLY_FULL = 0.95  # [Assumed] of the memory limit; what is left is less than an estimate may be off by
 
 
 def explain(result: SearchResult, changes: Sequence[Change] = ()) -> str:
@@ -73,6 +75,12 @@ def _memory(plan: Plan, basis: str) -> Iterator[str]:
     if len(prediction.stages) > MAX_STAGES:
         least = min(stage.peak_memory_bytes for stage in prediction.stages)
         yield f"  the other {counted(len(prediction.stages) - 1, 'stage')}: {format_bytes(least)} or more"
+    limit = prediction.memory_limit_bytes
+    if "estimated" in basis and limit is not None and fullest.peak_memory_bytes > NEARLY_FULL * limit:
+        yield (
+            "  what is left is less than an estimate may be off by: measure a profile on the device, or let the limit "
+            "(--memory) leave a margin"
+        )
 
 
 def _indented(lines: Iterator[str] | list[str]) -> list[str]:
@@ -137,6 +145,13 @@ def _proof(result: SearchResult) -> Iterator[str]:
         f"no plan of the space is below {format_seconds(proof.lower_bound_s)} in the additive model, whose best is "
         f"{format_seconds(proof.objective_s)} (gap {proof.gap:.2%})"
     )
+    apart = result.prediction.step_time_s / proof.objective_s - 1
+    if abs(apart) > TOLD_APART:
+        yield (
+            f"replayed, the plan takes {format_seconds(result.prediction.step_time_s)}, {abs(apart):.0%} "
+            f"{'more' if apart > 0 else 'less'} than that best: the additive model only approximates how stages wait "
+            "for each other, and leaves out what is done where stacks meet; the bound is of that model alone"
+        )
     yield (
         f"{counted(counts.tasks, 'combination')} of batch, stages, microbatches and schedule, up to "
         f"{counts.strategies:,} strategies a layer: {counts.solved} solved, {counts.bounded_away} ruled out by their "

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from galvatron.core.model import Origin
+from galvatron.core.units import format_seconds
 from galvatron.cost import replay
 from galvatron.cost.pipeline import Pipeline, timeline
 from galvatron.report import draw_svg, draw_text, explain, explain_prediction
@@ -70,6 +71,41 @@ def test_without_baselines_nothing_is_said_of_endless_memory() -> None:
 def test_an_interrupted_search_says_so() -> None:
     assert "the search was interrupted" in explain(replace(find(2**34), stopped="interrupt"))
     assert "the search ran out of time" in explain(replace(find(2**34), stopped="time limit"))
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [(1.0, None), (1.015, None), (0.985, None), (1.2, "20% more than that best"), (0.9, "10% less than that best")],
+)
+def test_a_replay_far_from_the_additive_model_is_told_apart_from_the_proof(factor: float, words: str | None) -> None:
+    found = find(2**34, baselines=False)
+    assert found.prediction.proof is not None
+    step_time_s = factor * found.prediction.proof.objective_s
+    prediction = found.prediction.model_copy(update={"step_time_s": step_time_s})
+    sure = explain(replace(found, plan=found.plan.model_copy(update={"prediction": prediction}))).split("How sure")[1]
+    if words is None:
+        assert "replayed, the plan takes" not in sure
+    else:
+        assert f"replayed, the plan takes {format_seconds(step_time_s)}, {words}: " in sure
+
+
+@pytest.mark.parametrize(
+    ("basis", "fraction", "is_told"),
+    [
+        ("predicted from estimated profiles", 0.96, True),
+        ("predicted from a measured model and estimated hardware", 0.96, True),
+        ("predicted from estimated profiles", 0.94, False),
+        ("predicted", 0.96, False),
+        ("predicted from imported profiles", 1.0, False),
+    ],
+)
+def test_an_estimate_that_nearly_fills_memory_asks_for_a_margin(basis: str, fraction: float, is_told: bool) -> None:
+    plan = find(2**34, baselines=False).plan
+    assert plan.prediction is not None
+    limit = int(plan.prediction.peak_memory_bytes / fraction)
+    prediction = plan.prediction.model_copy(update={"memory_limit_bytes": limit})
+    text = explain_prediction(plan.model_copy(update={"prediction": prediction}), basis)
+    assert ("measure a profile on the device, or let the limit (--memory) leave a margin" in text) == is_told
 
 
 def test_what_would_help_is_listed() -> None:
