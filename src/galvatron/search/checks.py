@@ -38,6 +38,9 @@ def check_question(model: ModelProfile, hardware: HardwareProfile, batches: Sequ
         raise ConfigError(problem)
     if model.spec.ends_alike:
         limits.of_tied_ends()
+    ep = limits.fix.get("ep")
+    if isinstance(ep, int) and ep > 1 and not any(kind.num_experts for kind in model.spec.layers):
+        raise ConfigError(f"ep={ep} deals out experts and {model.spec.name} has none; leave ep out")
     pp = limits.fix.get("pp")
     if isinstance(pp, int) and pp > model.spec.num_layers:
         raise ConfigError(f"pp={pp} must not exceed the model's {model.spec.num_layers} layers; lower pp")

@@ -263,6 +263,11 @@ def test_too_little_memory_says_how_much_would_do() -> None:
         find((int(enough[1]) - 1) * 2**20)
 
 
+def test_experts_that_are_not_there_are_not_dealt_out() -> None:
+    with pytest.raises(ConfigError, match=r"ep=2 deals out experts and toy has none; leave ep out"):
+        search(make_model(), make_hardware(4), global_batch_size=4, limits=Limits(fix={"ep": 2}))
+
+
 def test_nothing_divides() -> None:
     model = make_model(tps=(1,))
     said = "fix pp=1 leaves no plan of toy at seq_len=64, global_batch_size=4 on 3 devices; drop or change it"
