@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from galvatron.core.errors import ConfigError, GalvatronError
 from galvatron.core.family import Blocks, Experts, Stack
 from galvatron.core.files import write_output
 
-from .console import say
+from .console import console, say
 from .options import TaskName, examples
 from .survey import survey
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
     from galvatron.core.tasks import Task
 
-HEADINGS = ("type", "task", "attention", "MLP", "outside the layers", "lines of data", "proved with transformers")
+HEADINGS = ("type", "task", "attention", "MLP", "outside the layers", "proved with transformers")
+LIST_WIDTH = 100
 DASHES = ("---",) * len(HEADINGS)
 
 app = typer.Typer(name="models", help="List known models, and check others.", no_args_is_help=True)
@@ -45,13 +48,18 @@ def list_(
     if markdown:
         typer.echo("\n".join(f"| {' | '.join(row)} |" for row in [HEADINGS, DASHES, *rows]))
         return
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in HEADINGS[:-1]:
+        table.add_column(name, no_wrap=name in ("type", "task"), overflow="fold")
     for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        table.add_row(*row[:-1])
+    console().print(table, width=min(LIST_WIDTH, console().width), markup=False)
+    versions = ", ".join(sorted({row[-1] for row in rows}))
+    say(f"Linears by what tensor parallelism cuts them by, proved with transformers {versions}.")
 
 
 def _row(name: str) -> tuple[str, ...]:
-    from galvatron.core.known import FOLDER, known_families
+    from galvatron.core.known import known_families
 
     known = known_families()[name]
     stacks = known.family.stacks
@@ -59,8 +67,7 @@ def _row(name: str) -> tuple[str, ...]:
     experts = [f"experts: {_cuts_of(stack.experts)}" for stack in stacks if stack.experts is not None]
     before = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in known.family.before)) or "-"
     cuts = ("; ".join(found) or "whole" for found in (attention, [*mlp, *experts]))
-    lines = (FOLDER / f"{name}.json").read_text(encoding="utf-8").count("\n")
-    return known.family.model_type, known.family.task, *cuts, before, str(lines), known.transformers
+    return known.family.model_type, known.family.task, *cuts, before, known.transformers
 
 
 def _columns(stacks: Iterable[Stack], blocks: Blocks) -> list[str]:
@@ -125,13 +132,11 @@ def _check(name: str, task: Task | None, write: Path | None) -> bool:
     say(f"{name}: {'right' if proof.whole is None else 'wrong'}, {family.task}")
     layers = ", ".join(stack.path for stack in family.stacks)
     before, after = (", ".join(paths) for paths in (family.before, family.after))
-    around = f"before {before}; after {after}" if family.ends == "whole" else f"norm {family.norm}"
-    say(f"  embedding {family.embedding}, layers {layers}, {around}, head {family.head}")
-    for region in itertools.chain.from_iterable(stack.regions for stack in family.stacks):
-        columns = ", ".join(f"{path} by {' + '.join(blocks)}" for path, blocks in region.columns.items())
-        say(f"  {columns}; then {region.row} by {region.row_blocks}")
-    for experts in filter(None, (stack.experts for stack in family.stacks)):
-        say(f"  experts {experts.module}, sent to by {experts.router}: {_cuts_of(experts)}")
+    around = {"before": before, "after": after} if family.ends == "whole" else {"norm": family.norm}
+    parts = {"embedding": family.embedding, "layers": layers, **around, "head": family.head}
+    say("  " + "; ".join(f"{name} {path}" for name, path in parts.items() if path))
+    for line in dict.fromkeys(itertools.chain.from_iterable(map(_cuts_said, family.stacks))):
+        say(f"  {line}")
     say(f"  stages, data parallelism, recompute: {proof.whole or 'gradients are those of the whole twin'}")
     say(f"  tensor parallelism of layers: {proof.tp or 'gradients are those of the whole twin'}")
     say(f"  {time.perf_counter() - start:.1f} s")
@@ -140,6 +145,16 @@ def _check(name: str, task: Task | None, write: Path | None) -> bool:
             raise ConfigError(f"data files describe types, got {name}; give model_type={config.model_type}")
         _write(config, write)
     return proof.whole is None
+
+
+def _cuts_said(stack: Stack) -> Iterator[str]:
+    """How the layers of a stack are cut, a line a region."""
+    for region in stack.regions:
+        columns = ", ".join(f"{path} by {' + '.join(blocks)}" for path, blocks in region.columns.items())
+        yield f"{columns}; then {region.row} by {region.row_blocks}"
+    if stack.experts is not None:
+        experts = stack.experts
+        yield f"experts {experts.module}, sent to by {experts.router}: {_cuts_of(experts)}"
 
 
 def _write(config: PretrainedConfig, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from pathlib import Path
 
@@ -143,13 +144,31 @@ def test_what_a_family_costs_in_lines() -> None:
     assert max(len(line) for text in texts.values() for line in text.splitlines()) <= WIDTH
     lines = sorted(text.count("\n") for text in texts.values())
     assert statistics.median(lines) <= 25
-    assert f"({statistics.median(lines):.0f} lines in the median, {lines[0]} to {lines[-1]}:" in DOCS.read_text()
+    assert f"({statistics.median(lines):.0f} lines in the median, {lines[0]} to {lines[-1]})" in DOCS.read_text()
 
 
 def test_the_table_of_the_docs_is_the_commands() -> None:
     shown = CliRunner().invoke(app, ["models", "list", "--markdown"])
     assert shown.exit_code == 0
     assert shown.output in DOCS.read_text()
+
+
+def test_the_list_has_a_heading_and_fits_a_page() -> None:
+    lines = CliRunner().invoke(app, ["models", "list"]).output.splitlines()
+    heading, *rows, basis = (line for line in lines if line[:1].isalpha())
+    assert re.split(" {2,}", heading.strip()) == ["type", "task", "attention", "MLP", "outside the layers"]
+    families = [known.family for known in known_families().values()]
+    assert [row.split()[:2] for row in rows] == [[family.model_type, family.task] for family in families]
+    assert max(map(len, lines)) <= 100
+    assert not any("…" in line for line in lines)
+    assert "proved with transformers 5." in basis
+
+
+def test_check_says_what_is_alike_once_and_nothing_of_what_is_not_there() -> None:
+    said = CliRunner().invoke(app, ["models", "check", "swin"]).output
+    assert "None" not in said
+    assert said.count("mlp.fc1 by ffn") == said.count("attention.q_proj by heads") == 1
+    assert "embedding" not in said.replace("swin.embeddings", "")
 
 
 def test_check_says_what_is_found_and_fails_for_what_is_wrong() -> None:
