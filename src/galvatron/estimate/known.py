@@ -17,17 +17,22 @@ from galvatron.core.known import (
     known_family,
 )
 from galvatron.core.lora import Lora, with_adapters
-from galvatron.core.model import Cut, Joint, LayerKind, ModelSpec, ParameterSpec, Tower, UnitSpec
-from galvatron.core.model.tower import windows_of
+from galvatron.core.model import Cut, Joint, LayerKind, ModelSpec, ParameterSpec, UnitSpec
+from galvatron.core.numbers import MAX_LAYERS, MAX_TOKENS
 from galvatron.core.words import shown
 
 from .parts import Config
+from .vision import tower_of
 
 
 def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
     """The model of ``config``, called ``name``; raises ConfigError where a size is missing or no size."""
     reader = _Reader(known, config)
     reader.check_fixed()
+    depths = {shape.each for shape in known.embedding} | {stack.formulas["num_layers"] for stack in known.stacks}
+    for depth in sorted(filter(None, depths)):
+        reader.check_most(depth, MAX_LAYERS)
+    reader.check_most((USUAL_SIZES | known.sizes)["max_seq_len"], MAX_TOKENS)
     whole = reader.sizes(USUAL_SIZES | known.sizes)
     every = [reader.sizes(stack.formulas) for stack in known.stacks]
     counts = [sizes.pop("num_layers") for sizes in every]
@@ -63,7 +68,7 @@ def spec_of_known(known: KnownFamily, config: Config, name: str) -> ModelSpec:
         tied_embeddings=family.embedding is not None and family.head is not None and reader.flag("tie_word_embeddings"),
         embedding=UnitSpec(parameters=reader.unit(known.embedding)),
         head=UnitSpec(parameters=reader.unit(known.head)),
-        tower=_tower(reader, known),
+        tower=None if known.outline.tower is None else tower_of(reader, known),
     )
 
 
@@ -72,17 +77,6 @@ def _joint(reader: _Reader, known: KnownFamily, stack: int, layer: int) -> Joint
     own = tuple(shape for shape in known.embedding if shape.stack == stack)
     table = any(stack in shape.again for shape in known.embedding)
     return Joint(layer=layer, parameters=tuple(p.name for p in reader.unit(own)), table=table)
-
-
-def _tower(reader: _Reader, known: KnownFamily) -> Tower | None:
-    """What sees images of any size, if something does."""
-    layers = (shape.names[0].partition(".*")[0] for shape in known.embedding if shape.each)
-    if known.outline.tower is None:
-        return None
-    heads, merge = (reader.size(f"vision_config.{name}") for name in ("num_attention_heads", "spatial_merge_size"))
-    names = ("window_size", "patch_size", "fullatt_block_indexes")
-    windows = windows_of({name: reader.given(f"vision_config.{name}") for name in names})
-    return Tower(layers=next(layers), num_heads=heads, merge=merge, **windows)
 
 
 def _is_beyond_rings(reader: _Reader, family: Family, stack: Stack) -> bool:
@@ -193,6 +187,19 @@ class _Reader:
         """What a file has of any kind, or the default."""
         config, key = self._part(name)
         return config.given(key) if key in config else self._known.defaults.get(name)
+
+    def key(self, name: str) -> str:
+        """What the file calls ``name``, with the part that it is in."""
+        part, dot, _ = name.rpartition(".")
+        return f"{part}{dot}{self._part(name)[1]}"
+
+    def check_most(self, formula: str, most: int) -> None:
+        """Raise ConfigError where a formula that is a key has more than ``most``."""
+        if (size := self.size(formula)) > most:
+            raise ConfigError(
+                f"{self.key(formula)}={size} of a {self._known.family.model_type} config must be at most {most}; "
+                "give a Hugging Face config.json"
+            )
 
     def unit(self, shapes: tuple[Shape, ...]) -> tuple[ParameterSpec, ...]:
         """The parameters that exist under the configuration's flags."""

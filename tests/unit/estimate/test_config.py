@@ -112,8 +112,11 @@ def test_classes_are_those_named_or_counted():
         ({"head_dim": "8"}, "head_dim of a llama config must be a positive integer, got '8'"),
         ({"attention_bias": "yes"}, "attention_bias of a llama config must be true or false, got 'yes'"),
         ({"hidden_size": 2}, "num_attention_heads of a llama config must be a divisor of hidden_size=2, got 4"),
-        ({"num_hidden_layers": 10**6}, "less than or equal to 16384"),
-        ({"max_position_embeddings": 2**30}, "less than or equal to 134217728"),
+        ({"num_hidden_layers": 10**6}, "^num_hidden_layers=1000000 of a llama config must be at most 16384; give"),
+        (
+            {"max_position_embeddings": 2**30},
+            "^max_position_embeddings=1073741824 of .* must be at most 134217728; give",
+        ),
         ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "mlp_only_layers of a qwen3_moe config must be a list"),
     ],
 )

@@ -13,8 +13,9 @@ from transformers import AutoConfig, PretrainedConfig
 from typer.testing import CliRunner
 
 from galvatron.cli import app
+from galvatron.core.errors import ConfigError
 from galvatron.core.model import ModelSpec, UnitSpec
-from galvatron.estimate import estimate_model, spec_of_config
+from galvatron.estimate import estimate_model, model_spec, spec_of_config
 from galvatron.estimate.compute import Rates
 from galvatron.estimate.devices import preset
 from galvatron.estimate.layer import matrices
@@ -106,6 +107,58 @@ def test_a_tower_keeps_what_is_counted(model_type: str) -> None:
         kept = next(sample for sample in profile.activations if sample.unit == "embedding")
         counted = count_activations(UnitShape(config, spec, "embedding", 1, S, dtype), "none")
         assert kept.bytes_per_sequence == pytest.approx(counted.bytes_per_sequence, rel=0.1)
+
+
+@pytest.mark.parametrize("model_type", [*HUB, "glm4v"])
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"num_heads": 7}, r"num_heads .* must be a divisor of vision_config\.\w+=\d+, got 7; give"),
+        ({"in_chans": 0}, "in_chans .* must be in_channels=3, by which the model is built, got 0; give"),
+        ({"in_channels": 0}, "in_channels .* must be a positive integer, got 0; give"),
+        ({"depth": 2**30}, "depth=1073741824 .* must be at most 16384; give"),
+        ({"spatial_merge_size": 0}, "spatial_merge_size .* must be a positive integer, got 0; give"),
+    ],
+)
+def test_a_tower_whose_sizes_contradict_is_one_sentence(model_type: str, keys: dict[str, Any], says: str) -> None:
+    config = HUB.get(model_type, {"model_type": model_type})
+    spec_of_config(config, "x")
+    with pytest.raises(ConfigError, match=says) as caught:
+        spec_of_config({**config, "vision_config": {**config.get("vision_config", {}), **keys}}, "x")
+    assert model_type in str(caught.value) or "nested" in str(caught.value)
+
+
+@pytest.mark.parametrize(("model_type", "key"), [("qwen2_vl", "hidden_size"), ("glm4v", "out_hidden_size")])
+def test_a_tower_gives_what_the_text_takes(model_type: str, key: str) -> None:
+    config = HUB.get(model_type, {"model_type": model_type})
+    with pytest.raises(ConfigError, match=rf"{key} of .* must be the \d+ of the text's hidden_size, got 17; give"):
+        spec_of_config({**config, "vision_config": {**config.get("vision_config", {}), key: 17}}, "x")
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"window_size": -112}, "window_size .* must be a positive integer, got -112"),
+        ({"window_size": 1}, r"window_size .* must be a multiple of 28 \(.*patch_size=14 times .*=2\), got 1;"),
+        ({"spatial_merge_size": 3}, r"window_size .* must be a multiple of 42 \(.*\), got 112;"),
+        ({"window_size": "112"}, "window_size .* must be a positive integer, got '112'"),
+        ({"fullatt_block_indexes": "all"}, "must be a list of different layers from 0 to 31, got 'all'"),
+        ({"fullatt_block_indexes": [99]}, r"must be a list of different layers from 0 to 31, got \[99\]"),
+        ({"fullatt_block_indexes": [7, 7]}, r"must be a list of different layers from 0 to 31, got \[7, 7\]"),
+        ({"fullatt_block_indexes": [True]}, r"must be a list of different layers from 0 to 31, got \[True\]"),
+        ({"out_hidden_size": 17}, "out_hidden_size .* must be the 3584 of the text's hidden_size, got 17"),
+    ],
+)
+def test_windows_that_are_none_plan_nothing(tmp_path: Any, keys: dict[str, Any], says: str) -> None:
+    config = HUB["qwen2_5_vl"]
+    file, out = tmp_path / "config.json", tmp_path / "plan.json"
+    file.write_text(json.dumps({**config, "vision_config": {**config["vision_config"], **keys}}))
+    with pytest.raises(ConfigError, match=says) as caught:
+        model_spec(str(file))
+    assert "\n" not in str(caught.value)
+    options = ["--cluster", "h100:1x8", "--seq-len", "2048", "--global-batch-size", "8", "--out", str(out)]
+    assert CliRunner().invoke(app, ["search", "--model", str(file), *options]).exit_code != 0
+    assert not out.exists()
 
 
 def _frozen(spec: ModelSpec) -> ModelSpec:
