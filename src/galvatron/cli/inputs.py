@@ -15,7 +15,7 @@ from galvatron.core.hardware import HardwareProfile
 from galvatron.core.lora import Lora
 from galvatron.core.model import Precision
 from galvatron.core.model_profile import ModelProfile
-from galvatron.core.numbers import MAX_SEQUENCES
+from galvatron.core.numbers import MAX_SEQUENCES, MAX_TOKENS
 from galvatron.core.parsing import is_file, parse_json, read_text
 from galvatron.core.units import format_bytes, parse_bytes
 from galvatron.core.words import shown
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from galvatron.core.tasks import Task
     from galvatron.estimate import ClusterShape
 
+ENDLESS_SEQ_LEN = 512
+"""What models whose positions have no end were trained with, as T5."""
 _SIZE = r"[1-9]\d{0,14}"
 USUAL_TP = 64
 """The largest tp that models are estimated for unless a larger one is asked for; no preset joins more devices fast."""
@@ -97,9 +99,12 @@ class Model:
             spec = adapted_spec(spec, self.lora)
         seq_len = spec.max_seq_len if spec.task == "image_classification" and not self.seq_len else self.seq_len
         if seq_len is None:
+            most, usual = (f"at most {spec.max_seq_len} for", min(spec.max_seq_len, 4096))
+            if spec.max_seq_len == MAX_TOKENS:
+                most, usual = "any number for", ENDLESS_SEQ_LEN
             raise ConfigError(
-                f"a model that was not profiled needs the tokens of a sequence, at most {spec.max_seq_len} for "
-                f"{spec.name}; give --seq-len {min(spec.max_seq_len, 4096)}"
+                f"a model that was not profiled needs the tokens of a sequence, {most} {spec.name}; "
+                f"give --seq-len {usual}"
             )
         degrees = tp_degrees(hardware.world_size, max(USUAL_TP, self.tp_asked))
         return estimate_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from .errors import ConfigError
@@ -53,11 +54,22 @@ def parse_seconds(text: str) -> float:
 
 def format_bytes(count: float) -> str:
     """Bytes for people, in binary units: ``1536`` → ``"1.5 KiB"``."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            break
+    value, unit = _binary(count)
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def enough_bytes(count: int) -> str:
+    """The same of a size to ask for, rounded up to a hundredth: ``1537`` → ``"1.51 KiB"``."""
+    value, unit = _binary(count)
+    return f"{math.ceil(value * 100) / 100:.2f} {unit}"
+
+
+def _binary(count: float) -> tuple[float, str]:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return count, unit
         count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    return count, "TiB"
 
 
 def format_seconds(seconds: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from galvatron.core.errors import InfeasibleError
-from galvatron.core.units import format_bytes
+from galvatron.core.units import enough_bytes, format_bytes
 from galvatron.plan.plan import Plan
 
 from .baselines import FAMILIES, leanest, members
@@ -79,8 +79,8 @@ def infeasible(job: Job) -> InfeasibleError:
     what, wider = (f"no plan of space={name}", "widen it with space=runtime, ") if name in FAMILIES else ("no plan", "")
     return InfeasibleError(
         f"{what} fits in {format_bytes(job.limit)} a device: the smallest (pp={plan.pp}, "
-        f"num_microbatches={plan.num_microbatches}; {plan.layers[0]}) needs {format_bytes(peak)} on stage "
-        f"{short.stage}, {format_bytes(short.bytes_short)} too much; allow {math.ceil(peak / 2**20)} MiB, "
+        f"num_microbatches={plan.num_microbatches}; {plan.layers[0]}) needs {enough_bytes(peak)} on stage "
+        f"{short.stage}, {format_bytes(short.bytes_short)} too much; allow {enough_bytes(peak)}, "
         f"take more devices, {wider}or lower global_batch_size or seq_len",
         constraint=f"memory of stage {short.stage}",
         needed_bytes=peak,

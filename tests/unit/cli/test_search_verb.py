@@ -93,6 +93,7 @@ def test_estimates_are_called_so(
     ("options", "message"),
     [
         ([], "needs the tokens of a sequence, at most 4096 for llama2-7b; give --seq-len 4096"),
+        (["--model", "t5-3b"], "needs the tokens of a sequence, any number for t5-3b; give --seq-len 512"),
         (["--seq-len", "8192"], "seq_len=8192 must be from 1 to max_seq_len=4096 of llama2-7b"),
         (["--seq-len", "64", "--cluster", "abacus:1x8"], "no device is called 'abacus'; choose one of a100"),
         (["--seq-len", "64", "--cluster", "a100"], "a cluster is device:nodesxdevices, got 'a100'; write h100:16x8"),
@@ -101,7 +102,10 @@ def test_estimates_are_called_so(
         (["--seq-len", "64", "--global-batch-size", "512-64"], "got '512-64'; write 64, 64-512 or 64,96,128"),
         (["--seq-len", "64", "--space", "small"], "--space 'small' is not known; choose from runtime, all"),
         (["--seq-len", "64", "--fix", "pp"], "'pp' is no dimension=value; dimensions: schedule, pp"),
-        (["--seq-len", "4096", "--memory", "8GiB", "--cluster", "a100:1x4"], "too much; allow 29033 MiB"),
+        (
+            ["--seq-len", "4096", "--memory", "8GiB", "--cluster", "a100:1x4"],
+            "on stage 0, 20.4 GiB too much; allow 28.36 GiB, take",
+        ),
     ],
 )
 def test_what_cannot_be_estimated_is_one_sentence(

@@ -12,6 +12,7 @@ import pytest
 from galvatron.core.errors import ConfigError, InfeasibleError, ProfileError
 from galvatron.core.model import RECOMPUTES, ModelSpec
 from galvatron.core.model_profile import ModelProfile
+from galvatron.core.units import parse_bytes
 from galvatron.cost import Setting, predict
 from galvatron.cost.step import objective_s
 from galvatron.plan.axes import StageAxes
@@ -253,14 +254,14 @@ def test_tasks_leave_out_what_cannot_differ() -> None:
 
 
 def test_too_little_memory_says_how_much_would_do() -> None:
-    with pytest.raises(InfeasibleError, match=r"needs .* on stage \d, .* too much; allow \d+ MiB") as failure:
+    with pytest.raises(InfeasibleError, match=r"needs (\S+ MiB) on stage \d, .* too much; allow \1, ") as failure:
         find(4 * 2**20)
     assert failure.value.constraint.startswith("memory of stage")
-    enough = re.search(r"allow (\d+) MiB", str(failure.value))
+    enough = re.search(r"allow (\d+\.\d\d) MiB", str(failure.value))
     assert enough is not None
-    find(int(enough[1]) * 2**20)
+    find(parse_bytes(f"{enough[1]}MiB"))
     with pytest.raises(InfeasibleError):
-        find((int(enough[1]) - 1) * 2**20)
+        find(parse_bytes(f"{float(enough[1]) - 0.01}MiB"))
 
 
 def test_experts_that_are_not_there_are_not_dealt_out() -> None:
