@@ -15,6 +15,17 @@ from .words import did_you_mean, printable, shown
 MAX_SHOWN = 8
 """Defects that a sentence names; the rest are counted."""
 MAX_REASON = 300  # characters of one
+WORDS = {
+    r"^Value error, ": "",
+    r"^Field required$": "must be given",
+    r"^\w+ should have at (least|most) (\d+) items? after validation, not (\S+)$": r"must have \2 at \1, has \3",
+    r"^Input should be a valid (dictionary|object).*$": "must be an object",
+    r"^Input should be a valid (tuple|list|array)$": "must be a list",
+    r"^(Input|String) should ": "must ",
+    r"\bgreater than or equal to\b": "at least",
+    r"\bless than or equal to\b": "at most",
+}
+"""Patterns of pydantic's sentences, and what stands for each."""
 
 
 def sentence(cls: type[BaseModel], failure: ValidationError) -> str:
@@ -32,10 +43,17 @@ def _defect(loc: tuple[int | str, ...], error: Any, known: list[str] | None) -> 
     if known is not None:
         choices = f"known here: {', '.join(known)}" if known else "remove it"
         return f"{where}: unknown key{did_you_mean(str(loc[-1]), known)}{choices}"
-    reason = printable(error["msg"].removeprefix("Value error, "))
+    reason = printable(_in_our_words(error["msg"]))
     reason = reason if len(reason) <= MAX_REASON else f"{reason[: MAX_REASON - 3]}..."
     got = "" if isinstance(error["input"], (dict, list, tuple)) else f" (got {shown(error['input'])})"
     return f"{where}: {reason}{got}"
+
+
+def _in_our_words(message: str) -> str:
+    """What pydantic says, as the project says it."""
+    for pattern, words in WORDS.items():
+        message = re.sub(pattern, words, message)
+    return message
 
 
 def _name(part: int | str) -> str:

@@ -24,8 +24,14 @@ def read_text(path: str | Path, error: type[GalvatronError]) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise error(f"{path} does not exist; check the path") from None
-    except (OSError, ValueError) as failure:  # no UTF-8, a path with a null byte
-        raise error(f"{path} cannot be read: {failure}") from None
+    except IsADirectoryError:
+        raise error(f"{path} is a directory; give a file") from None
+    except UnicodeDecodeError:
+        raise error(f"{path} is no text in UTF-8; give a text file, not a binary one") from None
+    except OSError as failure:
+        raise error(f"{path} cannot be read: {failure.strerror}; check the path and its permissions") from None
+    except ValueError:  # a path with a null byte
+        raise error(f"{shown(str(path))} cannot be read: it is no path; check it") from None
 
 
 def is_file(text: str) -> bool:

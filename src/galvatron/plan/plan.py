@@ -9,8 +9,9 @@ import itertools
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, StrictBool, field_serializer, field_validator, model_validator
+from pydantic import Field, StrictBool, ValidationError, field_serializer, field_validator, model_validator
 
+from galvatron.core.defects import sentence
 from galvatron.core.errors import GalvatronError, PlanError
 from galvatron.core.model import ModelSpec, Offload, Precision, Recompute, ReduceDtype
 from galvatron.core.numbers import (
@@ -209,7 +210,8 @@ class Plan(FileRecord):
     def _expand_runs(cls, value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or all(isinstance(run, LayerStrategy) for run in value):
             return value
-        layers: list[Any] = []
+        layers: list[LayerStrategy] = []
+        wrong: list[str] = []
         for run in value:
             if not isinstance(run, dict):
                 raise ValueError(f"a run of layers must be an object such as {EXAMPLE_RUN}, got {shown(run)}")
@@ -219,7 +221,9 @@ class Plan(FileRecord):
                 raise ValueError(
                     f"runs of layers must follow each other; expected one from layer {len(layers)}, got {first}"
                 )
-            layers += [fields] * (last - first + 1)
+            layers += [_of_run(run["layers"], fields, wrong)] * (last - first + 1)
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return layers
 
     @field_serializer("layers", mode="plain")
@@ -299,6 +303,15 @@ def counts(numbers: tuple[int, ...]) -> str:
         return "+".join(map(str, numbers))
     grouped = [(number, len(list(members))) for number, members in itertools.groupby(numbers)]
     return "+".join(f"{count}x{number}" if count > 1 else str(number) for number, count in grouped)
+
+
+def _of_run(name: str, fields: dict[str, Any], wrong: list[str]) -> LayerStrategy:
+    """The strategy of run ``name``, said once for all its layers; what is wrong with it is added to ``wrong``."""
+    try:
+        return LayerStrategy.model_validate(fields)
+    except ValidationError as failure:
+        wrong.append(f'in the run "{name}", {sentence(LayerStrategy, failure)}')
+        return LayerStrategy()
 
 
 def runs(layers: tuple[LayerStrategy, ...]) -> list[tuple[int, int, LayerStrategy]]:

@@ -25,7 +25,7 @@ seq_len = 8
 @pytest.mark.parametrize("name", ["lr", "min_lr", "eps", "weight_decay", "max_grad_norm"])
 def test_numbers_must_be_finite(tmp_path: Path, name: str, value: str) -> None:
     (tmp_path / "job.toml").write_text(f"{JOB}num_steps = 6\n{name} = {value}\n")
-    with pytest.raises(ConfigError, match=rf"train\.{name}: Input should be .* \(got {value}\)"):
+    with pytest.raises(ConfigError, match=rf"train\.{name}: must be .* \(got {value}\)"):
         Job.load(tmp_path / "job.toml")
     with pytest.raises(ValidationError, match=name):
         TrainSection(global_batch_size=4, seq_len=8, num_steps=6, **{name: float(value)})
@@ -40,20 +40,20 @@ def test_numbers_must_be_finite(tmp_path: Path, name: str, value: str) -> None:
         ('lr_schedule = "wsd"', "wsd schedule needs decay_steps from 1 to"),
         ('lr_schedule = "wsd"\ndecay_steps = 5\nwarmup_steps = 2', "= 4, got 5"),
         ("decay_steps = 2", "belongs to the wsd schedule"),
-        ("betas = [0.9, 1.0]", r"train\.betas\.1: Input should be less than 1 \(got 1\.0\)"),
-        ("betas = [-0.1, 0.9]", r"train\.betas\.0: Input should be greater than or equal to 0 \(got -0\.1\)"),
-        ("betas = [nan, 0.9]", r"train\.betas\.0: Input should be a finite number \(got nan\)"),
-        ("eps = 0.0", r"train\.eps: Input should be greater than 0"),
-        ("weight_decay = -0.1", r"train\.weight_decay: Input should be greater than or equal to 0"),
-        ("seed = -1", r"train\.seed: Input should be greater than or equal to 0 \(got -1\)"),
-        (f"seed = {2**64}", rf"train\.seed: Input should be less than {2**64}"),
+        ("betas = [0.9, 1.0]", r"train\.betas\.1: must be less than 1 \(got 1\.0\)"),
+        ("betas = [-0.1, 0.9]", r"train\.betas\.0: must be at least 0 \(got -0\.1\)"),
+        ("betas = [nan, 0.9]", r"train\.betas\.0: must be a finite number \(got nan\)"),
+        ("eps = 0.0", r"train\.eps: must be greater than 0"),
+        ("weight_decay = -0.1", r"train\.weight_decay: must be at least 0"),
+        ("seed = -1", r"train\.seed: must be at least 0 \(got -1\)"),
+        (f"seed = {2**64}", rf"train\.seed: must be less than {2**64}"),
         ("fp8 = true", "fp8 products go with precision=bf16 for all else, got fp32; set it to bf16"),
         (
             'precision = "fp16"\ngrad_reduce_dtype = "fp16"',
-            r"train\.grad_reduce_dtype: Input should be 'fp32' or 'bf16'",
+            r"train\.grad_reduce_dtype: must be 'fp32' or 'bf16'",
         ),
-        ("label_smoothing = 1.0", r"train\.label_smoothing: Input should be less than 1"),
-        ("z_loss = -1e-4", r"train\.z_loss: Input should be greater than or equal to 0"),
+        ("label_smoothing = 1.0", r"train\.label_smoothing: must be less than 1"),
+        ("z_loss = -1e-4", r"train\.z_loss: must be at least 0"),
         ("max_skipped_steps = -1", r"train\.max_skipped_steps"),
     ],
 )

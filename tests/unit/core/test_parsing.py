@@ -60,6 +60,16 @@ def test_what_can_be_no_path(path: str) -> None:
     assert not is_file(path)
 
 
+def test_what_is_no_text_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\x93NUMPY\xff")
+    with pytest.raises(ConfigError, match=r"a\.json is no text in UTF-8; give a text file, not a binary one$"):
+        read_text(tmp_path / "a.json", ConfigError)
+    with pytest.raises(ConfigError, match=r"is a directory; give a file$"):
+        read_text(tmp_path, ConfigError)
+    with pytest.raises(ConfigError, match=r"cannot be read: Not a directory; check the path and its permissions$"):
+        read_text(tmp_path / "a.json" / "b", ConfigError)
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [
@@ -125,7 +135,7 @@ def test_times_that_are_none(text: str) -> None:
 def test_no_number_is_converted_or_out_of_range(old: str, new: str) -> None:
     text = HARDWARE.to_json()
     assert old in text
-    with pytest.raises(ProfileError, match=r"it: \S+: Input should be .* \(got .*\)$"):
+    with pytest.raises(ProfileError, match=r"it: \S+: must be .* \(got .*\)$"):
         HardwareProfile.from_json(text.replace(old, new), "it")
 
 
@@ -139,8 +149,8 @@ def test_all_defects_are_named_at_once(tmp_path: Path) -> None:
         "model.paths: unknown key; did you mean 'path'? known here: freeze, ",
         "search.max-tp: unknown key; did you mean 'max_tp'? known here: max_tp, memory, num_microbatches, pp",
         "trian: unknown key; did you mean 'train'? known here:",
-        "model.path: Field required",
-        "train: Field required",
+        "model.path: must be given",
+        "train: must be given",
     ):
         assert defect in said
     assert "\n" not in said

@@ -79,7 +79,7 @@ def test_a_plan_survives_export_and_import(default: str) -> None:
         ({"tp_consecutive_flags": "1,0,1,1"}, "tp_consecutive_flags must be 1 for every layer"),
         ({"use_sp": "0,1"}, "use_sp must be 4 values of 0 or 1, one a layer"),
         ({"checkpoint": "0,1,2,0"}, "checkpoint must be 4 values of 0 or 1"),
-        ({"pipeline_type": "zbh1"}, "pipeline_type: Input should be 'gpipe' or 'pipedream_flush'"),
+        ({"pipeline_type": "zbh1"}, "pipeline_type: must be 'gpipe' or 'pipedream_flush'"),
         ({"cp_sizes_enc": "1,1,1,1"}, "cp_sizes_enc: unknown key"),
         ({"global_bsz": 2}, "must divide the microbatch of 1 sequence;"),
     ],

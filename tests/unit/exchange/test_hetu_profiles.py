@@ -118,7 +118,7 @@ def test_a_malformed_computation_file_is_one_sentence(tmp_path: Path, data: obje
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("layertype_0_sp", {"128": {"parameter_size": 1.0}}, "tp_activation_per_bsz_dict: Field required"),
+        ("layertype_0_sp", {"128": {"parameter_size": 1.0}}, "tp_activation_per_bsz_dict: must be given"),
         ("layertype_0_sp", 3, "layertype_0_sp must list values by sequence length"),
         ("other_memory_pp_off_sp", {}, "must hold tp 1 of every layer type and of other_memory_pp_off"),
     ],

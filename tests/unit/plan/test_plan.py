@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -197,6 +198,16 @@ def test_every_rank_has_rows_of_the_vocabulary() -> None:
                 plan.validate(small)
 
 
+def test_what_is_wrong_with_a_run_is_said_once() -> None:
+    data = json.loads(make().to_json())
+    data["layers"] = [{"layers": "0-3", "zeroo": 2, "tp": 0}]
+    with pytest.raises(PlanError) as caught:
+        Plan.from_json(json.dumps(data))
+    said = str(caught.value)
+    assert "layers: in the run \"0-3\", zeroo: unknown key; did you mean 'zero'? known here: " in said
+    assert (said.count("zeroo"), said.count("tp: must be at least 1")) == (1, 1)
+
+
 def test_a_plan_does_not_exceed_the_models_positions() -> None:
     with pytest.raises(PlanError, match="seq_len=128 must be from 1 to max_seq_len=64 of toy"):
         make(seq_len=128).validate(SPEC)
@@ -211,10 +222,11 @@ def test_a_plan_does_not_exceed_the_models_positions() -> None:
         ('"layers": "3"', '"layers": "²"', 'needs "layers": "first-last"'),
         ('"layers": "3"', '"layers": 3', 'needs "layers": "first-last" .* got 3'),
         ('"layers": "3"', '"layer": "3"', 'needs "layers": "first-last" .* got None'),
-        ('"tp": 4', '"tp": "4"', r"embedding.tp: Input should be a valid integer \(got '4'\)"),
+        ('"tp": 4', '"tp": "4"', r"embedding.tp: must be a valid integer \(got '4'\)"),
         ('"tp": 4', '"tps": 4', r"embedding.tps: unknown key; did you mean 'tp'\? known here: cp, dp_replicate"),
-        ('"world_size": 8', '"world_size": 100000000000', "less than or equal to 1048576"),
-        ('"global_batch_size": 8', '"global_batch_size": 1000000000000', "less than or equal to 16777216"),
+        ('"layers_per_stage": [ 3, 1 ]', '"layers_per_stage": []', "layers_per_stage: must have 1 at least, has 0"),
+        ('"world_size": 8', '"world_size": 100000000000', "at most 1048576"),
+        ('"global_batch_size": 8', '"global_batch_size": 1000000000000', "at most 16777216"),
     ],
 )
 def test_a_file_that_is_no_plan_is_one_sentence(old: str, new: str, message: str) -> None:
