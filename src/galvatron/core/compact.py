@@ -11,14 +11,15 @@ BEGINNING = 40
 
 
 def compact(data: dict[str, Any]) -> str:
-    """``data`` as text with a trailing newline; its objects and lists begin a line each."""
+    """``data`` as text with a trailing newline; its objects and lists begin a line each, and what would not fit."""
     lines = ["{"]
     for at, (key, value) in enumerate(data.items()):
-        if at and isinstance(value, (dict, list)):
+        head = f"{json.dumps(key)}: "
+        if at and (isinstance(value, (dict, list)) or len(lines[-1] + head + _text(value)) + 2 > WIDTH):
             lines.append(" ")
         elif at:
             lines[-1] += " "
-        _add(lines, f"{json.dumps(key)}: ", value, indent=1, follow=1)
+        _add(lines, head, value, indent=1, follow=1)
         lines[-1] += "," if at < len(data) - 1 else "}"
     return "\n".join(lines) + "\n"
 

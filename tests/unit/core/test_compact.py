@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galvatron.core.compact import WIDTH, compact
@@ -17,6 +17,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(derandomize=True)
 @given(st.dictionaries(WORDS, VALUES, min_size=1, max_size=6))
 def test_text_says_the_same_in_lines_that_fit(data: dict[str, object]) -> None:
     text = compact(data)

@@ -58,7 +58,7 @@ def test_what_has_no_adapters_is_named() -> None:
             Lora(target_modules=(target,)).targets(family)
     assert Lora(target_modules=("v_proj", "mlp.down_proj")).targets(family) == ("self_attn.v_proj", "mlp.down_proj")
     with pytest.raises(ConfigError, match=r"it is not known which linears of .* can have adapters; profile the model"):
-        adapted_spec(model_spec("swin-h"), Lora())
+        adapted_spec(model_spec("swin-h").model_copy(update={"family": "unheard-of"}), Lora())
 
 
 def test_a_frozen_model_with_adapters_is_planned() -> None:
