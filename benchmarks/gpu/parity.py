@@ -25,6 +25,7 @@ from galvatron.testing.plans import pure_plans, random_plans
 from galvatron.testing.sweep import Sweep, seq_len_for, variant_spec
 
 from .children import Child, Clock, CutShortError, Row, reason_of, rows_of_all
+from .modes import WRONG
 from .sizes import Device
 
 PURE = {"llama": 2, "mixtral": 2, "gpt_oss": 2}
@@ -59,8 +60,6 @@ RENAMED = ("dinov2",)
 ENGINES = {"cuda": "inductor", "cpu": "aot_eager"}
 TIMEOUT_S = {False: 45.0, True: 120.0}
 SEED = 2030
-WRONG = 1e9
-"""The error of what is no number."""
 
 
 @dataclass(frozen=True)
