@@ -6,13 +6,15 @@ weights.  Until the last step all parameters are on meta, so no rank ever holds 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from galvatron.core.errors import ConfigError, PlanError
 from galvatron.core.model import ModelSpec
-from galvatron.models import Family, InitialWeights, adapter_of, chain_of, config_of, family_of, spec_of
+from galvatron.models import Adapter, Family, InitialWeights, adapter_of, chain_of, config_of, family_of, spec_of
 from galvatron.models.lora import wrapped
 from galvatron.plan import Plan, check_runnable, copies, folds_sequence
 
@@ -27,6 +29,7 @@ from .layers.compile import LayerCompiler, compiles
 from .layers.fp8 import check_fp8, fp8_problem, use_fp8
 from .model import ParallelModel
 from .parts import held_of, lasting_of, local_parameter, parts_of, replicated_of
+from .pipeline.stage import Stage
 from .pipeline.whole import WholeStage
 from .processes.grid import Grid
 from .processes.ranks import together
@@ -72,9 +75,76 @@ def parallelize(
             seeds, capacities or weights; the model is left as it was.
         CheckpointError: ``weights`` are not those of the model, quantised or not finite.
     """
-    if isinstance(model, ParallelModel):
+    asked = _checked(model, plan, world, weights, seed, capacity_factor, fp8=fp8)
+    grid = Grid(plan, asked.world, copied=copies(asked.spec, plan), folded=folds_sequence(plan, asked.spec))
+    capacity = None if capacity_factor is None else Capacity(capacity_factor, grid)
+    biases = router_biases(asked.model, asked.family, asked.spec)
+    compiled = compiles(compile, asked.world.device, asked.spec)
+    stages = _cut_stages(asked, grid, capacity, compiled=compiled, fp8=fp8)
+    parts = [part for stage in stages for part in parts_of(stage, asked.spec, grid)]
+    chunks = tuple(chunk_of(stage, list(units_of(stage, asked.spec, grid)), grid) for stage in stages)
+    for stage in stages:
+        if isinstance(stage, WholeStage):
+            stage.end_at_head()
+    unsharded = [unit for chunk in chunks for unit in chunk.unsharded]
+    parameters = [local_parameter(part, held_of(part, unsharded), grid) for part in parts]
+    lasting = [buffer for stage in stages for buffer in lasting_of(stage, grid)]
+    given = [buffer for buffer in lasting if asked.weights is not None and asked.weights.find(buffer.name) is not None]
+    together(lambda: fill([*parameters, *given], asked.values, asked.twins))
+    for stage in stages:
+        stage.train()
+    return ParallelModel(
+        grid,
+        asked.spec,
+        asked.config,
+        chunks,
+        {part.name: getattr(part.module, part.attribute) for part in parts if part.layout.zero},
+        [*parameters, *lasting],
+        replicated_of(parts, parameters, grid),
+        seed,
+        asked.adapter,
+        compiled=compiled,
+        balance=balance_of(asked.model.config, asked.spec, grid, stages),
+        loads=loads_of(biases, grid, stages),
+        capacity=capacity,
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model that can run under the plan it was given with.
+
+    Attributes:
+        weights: given beside the model, with the model's own for adapters that they lack; None without.
+        values: where all values come from: ``weights``, or the model's own, or a seed.
+        twins: a tied head that ``weights`` have a copy of, and the embedding.
+    """
+
+    model: PreTrainedModel
+    world: World
+    family: Family
+    spec: ModelSpec
+    config: PretrainedConfig
+    adapter: Adapter | None
+    weights: GivenWeights | None
+    values: Weights
+    twins: dict[str, str]
+
+
+def _checked(
+    given: nn.Module,
+    plan: Plan,
+    world: World | None,
+    weights: GivenWeights | None,
+    seed: int,
+    capacity_factor: float | None,
+    *,
+    fp8: bool,
+) -> _Asked:
+    """Refuse what cannot run, and leave the model as it is."""
+    if isinstance(given, ParallelModel):
         raise ConfigError("this model is parallel already; give parallelize a new one")
-    model = check_model(wrapped(model))
+    model = check_model(wrapped(given))
     adapter = adapter_of(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"parallelize takes a Plan, got {type(plan).__name__}; load a file with Plan.load(path)")
@@ -89,53 +159,28 @@ def parallelize(
     if fp8:
         _check_fp8(model, plan, family, spec, world)
     refuse_unproved(config, uses_tp=any(strategy.tp > 1 for strategy in plan.layers), uses_pp=plan.pp > 1)
-    twins: dict[str, str] = {}  # a tied head that given weights have a copy of
+    twins: dict[str, str] = {}
     if weights is not None:
         weights = weights if adapter is None else CompletedWeights(weights, _own_weights(model, seed))
-        tied = dict([spec.tied_names]) if spec.tied_names else {}
-        twins = check_names(weights, model, tied)
-    values = weights or _own_weights(model, seed)
-    grid = Grid(plan, world, copied=copies(spec, plan), folded=folds_sequence(plan, spec))
-    biases = router_biases(model, family, spec)
+        twins = check_names(weights, model, dict([spec.tied_names]) if spec.tied_names else {})
+    return _Asked(model, world, family, spec, config, adapter, weights, weights or _own_weights(model, seed), twins)
+
+
+def _cut_stages(
+    asked: _Asked, grid: Grid, capacity: Capacity | None, *, compiled: bool, fp8: bool
+) -> tuple[Stage, ...]:
+    """This rank's stages, of parameters on meta."""
+    model, family = asked.model, asked.family
     use_attention(model, family)
     _to_meta(model)
     if fp8:
         for link in chain_of(model, family):
             use_fp8(model.get_submodule(link.path))
     stages = tuple(stages_of(model, family, grid))
-    capacity = None if capacity_factor is None else Capacity(capacity_factor, grid)
-    compiled = compiles(compile, world.device, spec)
     compiler = LayerCompiler() if compiled else None
     for stage in stages:
-        cut(stage, family, spec, grid, compiler, capacity)
-    parts = [part for stage in stages for part in parts_of(stage, spec, grid)]
-    chunks = tuple(chunk_of(stage, list(units_of(stage, spec, grid)), grid) for stage in stages)
-    for stage in stages:
-        if isinstance(stage, WholeStage):
-            stage.end_at_head()
-    unsharded = [unit for chunk in chunks for unit in chunk.unsharded]
-    parameters = [local_parameter(part, held_of(part, unsharded), grid) for part in parts]
-    lasting = [buffer for stage in stages for buffer in lasting_of(stage, grid)]
-    given = [] if weights is None else [own for own in lasting if weights.find(own.name) is not None]
-    together(lambda: fill([*parameters, *given], values, twins))
-    for stage in stages:
-        stage.train()
-    shards = {part.name: getattr(part.module, part.attribute) for part in parts if part.layout.zero}
-    return ParallelModel(
-        grid,
-        spec,
-        config,
-        chunks,
-        shards,
-        [*parameters, *lasting],
-        replicated_of(parts, parameters, grid),
-        seed,
-        adapter,
-        compiled=compiled,
-        balance=balance_of(model.config, spec, grid, stages),
-        loads=loads_of(biases, grid, stages),
-        capacity=capacity,
-    )
+        cut(stage, family, asked.spec, grid, compiler, capacity)
+    return stages
 
 
 def _check_fp8(model: PreTrainedModel, plan: Plan, family: Family, spec: ModelSpec, world: World) -> None:

@@ -6,12 +6,12 @@ whole batch at once, by the model's own way to count, for layers may have other 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from galvatron.models.grids import GRIDS, KINDS, PIXELS, Grids, positions_beside_images
@@ -56,6 +56,24 @@ class ImageSteps:
         if self.device.type == "cuda" and not values.is_cuda:
             values = values.contiguous().pin_memory()
         return values.to(self.device, non_blocking=True)
+
+
+def see_something(model: PreTrainedModel, decoder: nn.Module, has_images: Callable[[], bool]) -> None:
+    """Where no text has an image let ``model``'s tower see one that counts for nothing, before ``decoder`` runs.
+
+    Its gradients are awaited, and FSDP2 wants all ranks to run the embedding's modules in one order.
+    """
+
+    def see(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if has_images():
+            return None
+        grids, hidden = Grids.of(model.config), kwargs["inputs_embeds"]
+        assert grids is not None
+        seen = model.get_image_features(**grids.smallest(hidden.device))  # type: ignore[operator]
+        nothing = 0 * torch.cat(seen.pooler_output).sum().to(hidden.dtype)
+        return args, {**kwargs, "inputs_embeds": hidden + nothing}
+
+    decoder.register_forward_pre_hook(see, with_kwargs=True)
 
 
 def without_images(inputs: Mapping[str, Any]) -> dict[str, Any]:

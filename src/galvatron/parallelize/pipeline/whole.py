@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from galvatron.core.model import ParameterSpec
 from galvatron.internals import record_layers_alone
-from galvatron.models import Family, Reached, argument_names, arguments_by_name, emptied, score_table
+from galvatron.models import Family, Reached, argument_names, arguments_by_name, emptied
 from galvatron.models.chain import SCORE_BIAS
-from galvatron.models.grids import PIXELS, Grids
+from galvatron.models.grids import PIXELS
 from galvatron.plan import LayerStrategy
 
 from ..layers.forward import wrap_forward
@@ -32,6 +32,8 @@ from ..losses.fused import PLAIN, LossTerms
 from ..losses.own import LossFunction, own_loss_share
 from ..losses.samples import right_share, sample_loss_share
 from ..processes.collectives import ALONE, AxisGroup, own_part, whole_sequence
+from .images import see_something
+from .owned import Bare, has_entry, nth_stack, paths_of, score_table_of, tables_of
 from .passes import Inbox, Outputs
 from .stage import Stage
 from .standins import Zeros, call_with, end_with, hidden_of, pass_on
@@ -54,9 +56,10 @@ class WholeStage(Stage):
     def _leave_others(self) -> None:
         model = self.model
         record_layers_alone(model, [self.layer(index) for index in self.layers])
-        self._entries = tuple(path for path in self.family.before if self._has_entry(path))
+        self._entries = tuple(path for path in self.family.before if has_entry(self, path))
         self._riding: dict[str, Tensor] = {}
         self._sides: dict[int, OwnSide] = {}
+        self._score_table = score_table_of(self)
         for index, link in enumerate(self.chain):
             if index not in self.layers:
                 ends = index == self.layers.stop
@@ -65,13 +68,8 @@ class WholeStage(Stage):
             if path not in self._entries:
                 module = model.get_submodule(path)
                 module.forward = Zeros(module, lambda: self.compute_dtype)
-        scores = self._score_table()
-        owners = [self.layer(index) for index in self.layers]
-        owners += [] if scores is None else [model.get_submodule(scores[0])]
-        owners += self.entry_modules
-        owners += self.last_modules if self.is_last else ()
-        owned = {id(module) for owner in owners for module in owner.modules()}
-        self._paths, self._tables = self._owned_paths(owned), self._owned_tables(owned)
+        owned = self._owned()
+        self._paths, self._tables = paths_of(self, owned), tables_of(self, owned)
         object.__setattr__(self, "bare", Bare(self.model, self.family.bare if self.is_last else ()))
         self.masks, self._before = AlikeMasks(), ALONE
         for module in model.modules():
@@ -81,36 +79,16 @@ class WholeStage(Stage):
         self._sees_images = self.family.tower in self._entries
         if self._sees_images:
             decoder = model.get_submodule(self.family.stacks[-1].path.rpartition(".")[0])
-            decoder.register_forward_pre_hook(self._see_something, with_kwargs=True)
+            see_something(model, decoder, lambda: self._has_images)
         takes = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
 
-    def _see_something(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Where no text has an image let the tower see one that counts for nothing.
-
-        Its gradients are awaited, and FSDP2 wants all ranks to run the embedding's modules in one order.
-        """
-        if self._has_images:
-            return None
-        grids, hidden = Grids.of(self.model.config), kwargs["inputs_embeds"]
-        assert grids is not None
-        seen = self.model.get_image_features(**grids.smallest(hidden.device))  # type: ignore[operator]
-        nothing = 0 * torch.cat(seen.pooler_output).sum().to(hidden.dtype)
-        return args, {**kwargs, "inputs_embeds": hidden + nothing}
-
-    def _has_entry(self, path: str) -> bool:
-        """Whether this stage runs the module at ``path``, which runs before some stack: where the last one ends."""
-        at = next((nth for nth, stack in enumerate(self.family.stacks) if path in stack.joined), 0)
-        follows = self._start(at) - 1 if at else -1
-        return (self.is_first or self.layers.start <= follows) and follows < self.layers.stop
-
-    def _start(self, nth: int) -> int:
-        """The first layer of a stack."""
-        return next(index for index, link in enumerate(self.chain) if link.stack is self.family.stacks[nth])
-
-    def _nth(self, index: int) -> int:
-        """Which stack layer ``index`` is of."""
-        return next(nth for nth, stack in enumerate(self.family.stacks) if stack is self.chain[index].stack)
+    def _owned(self) -> frozenset[int]:
+        """Ids of the modules whose parameters this stage has."""
+        owners = [*map(self.layer, self.layers), *self.entry_modules, *(self.last_modules if self.is_last else ())]
+        if self._score_table is not None:
+            owners.append(self.model.get_submodule(self._score_table[0]))
+        return frozenset(id(module) for owner in owners for module in owner.modules())
 
     @property
     def entry_modules(self) -> tuple[nn.Module, ...]:
@@ -131,32 +109,6 @@ class WholeStage(Stage):
     def tables(self) -> list[nn.Embedding]:
         """The embeddings of the vocabulary that this stage has, which share a weight."""
         return self._tables
-
-    def _owned_tables(self, owned: set[int]) -> list[nn.Embedding]:
-        if self.family.embedding is None:
-            return []
-        weight = self.model.get_submodule(self.family.embedding).weight
-        tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.weight is weight]
-        return [table for table in tables if id(table) in owned]
-
-    def _score_table(self) -> tuple[str, nn.Module] | None:
-        """If this stage begins within a stack whose first layer makes a bias of scores for all: its table and maker."""
-        if self.is_first or not self.layers:
-            return None
-        link = self.chain[self.layers.start]
-        first = next(other.path for other in self.chain if other.stack is link.stack)
-        found = score_table(self.model.get_submodule(first)) if first != link.path and link.stack.biased else None
-        return None if found is None else (f"{first}.{found[0]}", found[1])
-
-    def _owned_paths(self, owned: set[int]) -> dict[str, str]:
-        """Of parameters that have several names, from the first one to the one within this stage's modules."""
-        first: dict[int, str] = {}
-        paths: dict[str, str] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            usual = first.setdefault(id(parameter), name)
-            if name != usual and id(self.model.get_submodule(name.rpartition(".")[0])) in owned:
-                paths.setdefault(usual, name)
-        return paths
 
     def placed(self, parameter: ParameterSpec) -> ParameterSpec:
         """``parameter`` of an end by the path where this stage has it, which a tied one has several of."""
@@ -189,7 +141,7 @@ class WholeStage(Stage):
     def _follows_recorded(self) -> bool:
         """Whether what follows may take the states that this stage is sent from where a layer of another one ends."""
         start = self.layers.start
-        return not self.is_first and self.chain[start].is_first and self._nth(start) == self._nth(start - 1)
+        return not self.is_first and self.chain[start].is_first and nth_stack(self, start) == nth_stack(self, start - 1)
 
     @property
     def _taken(self) -> int:
@@ -238,7 +190,7 @@ class WholeStage(Stage):
     def riding(self, index: int) -> tuple[str, ...]:
         """What comes with hidden states into layer ``index``: another stack's states, and what towers came to."""
         side = [SIDE] if self.chain[index].stack.side is not None else []
-        towers = self.family.stacks[: self._nth(index)]
+        towers = self.family.stacks[: nth_stack(self, index)]
         return (*side, *(tower.pooled for tower in towers if tower.pooled is not None))
 
     def meet_neighbours(self, whole_of: Callable[[int | None], AxisGroup]) -> None:
@@ -258,8 +210,8 @@ class WholeStage(Stage):
         if not self.is_first:
             for path in pooled.intersection(self.riding(start)):
                 self.model.get_submodule(path).forward = partial(self._ridden, path)
-        if (scores := self._score_table()) is not None:
-            self._give_scores(scores[1])
+        if self._score_table is not None:
+            self._give_scores(self._score_table[1])
         if not self.is_last:
             self.layer(stop).forward = partial(self._end, stop, whole_of(stop), whole_of(None))
 
@@ -379,21 +331,6 @@ def stage_of(model: PreTrainedModel, family: Family, layers: range, *, is_first:
     """The stage of ``layers``, of either kind of ends."""
     kind = Stage if family.ends == "tokens" else WholeStage
     return kind(model, family, layers, is_first=is_first, is_last=is_last)
-
-
-class Bare(nn.Module):
-    """Parameters that only a module around the layers has (CLIP's temperature): a unit of their own."""
-
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self._owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-        for owner, name in self._owners:
-            self.register_parameter(name, getattr(owner, name))
-
-    def place(self) -> None:
-        """Let the modules around the layers see what this holds."""
-        for owner, name in self._owners:
-            setattr(owner, name, getattr(self, name))
 
 
 def _end_with_output(module: nn.Module, args: Any, output: Tensor) -> None:
