@@ -16,7 +16,7 @@ from .bounds import Bounds, bounds_of
 from .space import Space
 from .stages import Join
 
-Pairs = Sequence[tuple[int, int]]
+Pairs = Sequence[tuple[int, int]] | Ints
 """(embedding, head) as indices of their options; ``ANY`` head where they need not be alike."""
 
 ANY = -1
@@ -58,19 +58,25 @@ def _joined(first: Floats, between: list[Floats], last: Floats, of_first: Ints, 
 
 
 def undominated_pairs(space: Space) -> list[tuple[int, int]]:
-    """Pairs that no other of the same layout equals or beats in work and bytes, what runs between stacks included."""
+    """Pairs that no other equals or beats in bytes and in work, what runs between stacks included.
+
+    Work counts the change of layout towards every layout that layers may have: where these have but one, pairs that are
+    alike in all but their own are one pair.
+    """
     any_head = [(i, ANY) for i in range(len(space.options["embedding"]))]
     pairs = np.array(any_head if space.end_pairs is None else space.end_pairs)
     ends = [space.options["embedding"].take(pairs[:, 0])]
+    moves_s = [space.moves_s[space.geometry.kinds[0]][:, space.layer_layouts]]  # [layout of the end, of the layer]
     if space.end_pairs is not None:
         ends.append(space.options["head"].take(pairs[:, 1]))
-    columns = [column for o in ends for column in (o.work_s, o.resident_bytes, o.activation_bytes, o.transient_bytes)]
+        moves_s.append(space.moves_s["head"][space.layer_layouts].T)
+    columns = [c for o in ends for c in (o.resident_bytes, o.activation_bytes, o.waiting_bytes, o.transient_bytes)]
+    columns += [work for o, move in zip(ends, moves_s, strict=True) for work in o.work_s + move.T[:, o.layout]]
     if space.is_joined:
         columns += [row for bytes_ in space.geometry.between_bytes(ends[0].strategies) for row in bytes_]
-    table, layout = np.array(columns, dtype=np.float64).T, ends[0].layout
+    table = np.array(columns, dtype=np.float64).T
     kept: list[int] = []
-    for at in np.lexsort((*table.T[:0:-1], sum(o.work_s for o in ends))):
-        same = layout[kept] == layout[at]
-        if not (same & (table[kept] <= table[at]).all(axis=1)).any():
+    for at in np.lexsort((*table.T[::-1], sum(o.work_s for o in ends))):
+        if not (table[kept] <= table[at]).all(axis=1).any():
             kept.append(int(at))
     return [(int(pairs[at, 0]), int(pairs[at, 1])) for at in kept]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -90,7 +90,22 @@ def _solve_parts(found: Sequence[Part], at_most: float, effort: Effort, patience
         relaxed = bounded(i)[2]
         return math.inf if relaxed is None else relaxed.value * (1 - 1e-12) + found[i].moves_s
 
-    order, worth = Ascending([part.floor_s for part in found], (relaxed_s,)), at_most
+    @cache
+    def together_s(alike: Part) -> float:
+        relaxed = relaxed_division(alike.space, own := alike.bounds.of(alike.space))
+        if relaxed is None:
+            return math.inf
+        if worth > relaxed.value * (1 + GUESSES[1]):
+            return alike.floor_s
+        solver = TaskSolver(alike.space, own, worth, effort, patience)
+        solver.solve()
+        return min(solver.bound_s, worth * ROUNDING)
+
+    def alike_s(i: int) -> float:
+        alike = found[i].alike
+        return 0.0 if alike is None or not effort.bounds else together_s(alike)
+
+    order, worth = Ascending([part.floor_s for part in found], (relaxed_s, alike_s)), at_most
     while (i := order.first(worth)) is not None:
         order.drop()
         part, own, relaxed = bounded(i)
@@ -103,12 +118,12 @@ def _solve_parts(found: Sequence[Part], at_most: float, effort: Effort, patience
     return Solved(best, min(lower, order.least))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """A part of a space in which any options go together: ``group``, or what is ``chosen`` of it.
 
     ``floor_s``: what none of its plans is below; ``bounds``: for it, and shared with others of the group; ``moves_s``:
-    what all of its plans take beyond the bounds, for a change of layout.
+    what all of its plans take beyond the bounds, for a change of layout; ``alike``: it and others of that floor as one.
     """
 
     floor_s: float
@@ -116,6 +131,7 @@ class Part:
     bounds: Bounds
     chosen: Mapping[UnitName, Ints] = field(default_factory=dict)
     moves_s: float = 0.0
+    alike: Part | None = None
 
     @property
     def space(self) -> Space:
@@ -168,10 +184,20 @@ def _parts(group: Space, at_most: float) -> Iterator[Part]:
     if floor > at_most:
         yield Part(floor, group, bounds)
         return
-    pairs = undominated_pairs(group)
-    for pair, floor_s in zip(pairs, floors_s(group, bounds, pairs).tolist(), strict=True):
-        chosen = {end: np.array([at]) for end, at in zip(ENDS, pair, strict=True) if at != ANY}
-        yield Part(floor_s, group, bounds, chosen)
+    pairs = np.array(undominated_pairs(group), dtype=np.int64).reshape(-1, 2)
+    floors = floors_s(group, bounds, pairs)
+    for floor_s in np.unique(floors).tolist():
+        members = pairs[floors == floor_s]
+        alike = _of_pairs(floor_s, group, bounds, members)
+        for i in range(len(members)):
+            part = _of_pairs(floor_s, group, bounds, members[i : i + 1])
+            yield part if len(members) == 1 else replace(part, alike=alike)
+
+
+def _of_pairs(floor_s: float, group: Space, bounds: Bounds, pairs: Ints) -> Part:
+    """The part that has the ends of some pairs."""
+    chosen = {end: own for end, own in zip(ENDS, pairs.T, strict=True) if ANY not in own}
+    return Part(floor_s, group, bounds, chosen)
 
 
 def _solve_within(

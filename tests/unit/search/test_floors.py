@@ -14,6 +14,7 @@ from galvatron.cost.unit import UnitTimes, all_unit_times, unit_times
 from galvatron.search.baselines import members
 from galvatron.search.bounds import fastest_s, relaxed_division
 from galvatron.search.job import Job
+from galvatron.search.pairs import undominated_pairs
 from galvatron.search.smallest import smallest
 from galvatron.search.solve import UNLIMITED, parts, solve
 from galvatron.search.space import Space
@@ -106,6 +107,19 @@ def test_what_is_said_of_all_pairs_of_tied_ends_is_what_each_says_of_itself() ->
     assert max(ratios) <= 1 + 1e-9
     assert np.median(ratios) > 0.99, "worth having"
     assert len(ratios) > 20
+
+
+def test_no_pair_of_tied_ends_is_better_than_those_that_are_looked_at() -> None:
+    left_out = alike = 0
+    for seed in TIED:
+        for space in (space for space in spaces(seed) if space.task.pp > 1 and space.end_pairs):
+            each = [space.restricted({"embedding": np.array([i]), "head": np.array([j])}) for i, j in space.end_pairs]
+            values = [plan.value for plan in (solve(one).solution for one in each) if plan is not None]
+            found = solve(space).solution
+            assert min(values, default=None) == (found and pytest.approx(found.value, rel=1e-9))
+            left_out += len(space.end_pairs) - len(undominated_pairs(space))
+            alike += sum(part.alike is not None for part in parts(without_beaten(space)))
+    assert min(left_out, alike) > 20
 
 
 def test_simple_plans_that_are_left_out_do_not_fit() -> None:
