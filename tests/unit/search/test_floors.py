@@ -109,17 +109,19 @@ def test_what_is_said_of_all_pairs_of_tied_ends_is_what_each_says_of_itself() ->
     assert len(ratios) > 20
 
 
-def test_no_pair_of_tied_ends_is_better_than_those_that_are_looked_at() -> None:
+@pytest.mark.parametrize("one_layout", [False, True])
+def test_no_pair_of_tied_ends_is_better_than_those_that_are_looked_at(one_layout: bool) -> None:
     left_out = alike = 0
-    for seed in TIED:
-        for space in (space for space in spaces(seed) if space.task.pp > 1 and space.end_pairs):
-            each = [space.restricted({"embedding": np.array([i]), "head": np.array([j])}) for i, j in space.end_pairs]
+    for seed in (8, 13, 16):
+        for space in (space for space in spaces(seed) if space.task.pp > 1):
+            of = space.in_layout(int(space.layer_layouts[-1])) if one_layout else space
+            each = [of.restricted({"embedding": np.array([i]), "head": np.array([j])}) for i, j in of.end_pairs or ()]
             values = [plan.value for plan in (solve(one).solution for one in each) if plan is not None]
-            found = solve(space).solution
+            found = solve(of).solution
             assert min(values, default=None) == (found and pytest.approx(found.value, rel=1e-9))
-            left_out += len(space.end_pairs) - len(undominated_pairs(space))
-            alike += sum(part.alike is not None for part in parts(without_beaten(space)))
-    assert min(left_out, alike) > 20
+            left_out += len(each) - len(undominated_pairs(of))
+            alike += sum(part.alike is not None for part in parts(without_beaten(of)))
+    assert (left_out if one_layout else alike) > 10
 
 
 def test_simple_plans_that_are_left_out_do_not_fit() -> None:

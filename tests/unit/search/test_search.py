@@ -347,6 +347,26 @@ def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
             assert solved.lower_bound_s == solved.solution.value
 
 
+def test_pairs_of_tied_ends_bounded_as_one_hide_no_better_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(
+        make_spec(12, hidden=256, ffn=768, vocab=3000, tied=True), seq_len=2048, flops_per_s=2e11, seed=13
+    )
+    hardware = make_hardware(8, "cuda", seed=13, memory_bytes=2**40)
+    job, alike = Setting(model, hardware, 1, 1, 8, model.seq_len, model.precision, "fp32"), 0
+    spaces = SpaceBuilder(job, Limits("all"), 2**40)
+    for task in (task for task in tasks(8, 12, [8], Limits("all")) if task.schedule == "1f1b" and task.pp in (2, 4)):
+        least = smallest(spaces.build(task))
+        for factor in (1.3, 1.7) if least is not None else ():
+            space = spaces.build(task, int(least.value * factor))  # type: ignore[union-attr]
+            alone = [dataclasses.replace(part, alike=None) for part in parts(space)]
+            alike += sum(part.alike is not None for part in parts(space))
+            found = solve(space)
+            with monkeypatch.context() as patched:
+                patched.setattr("galvatron.search.solve.parts", lambda *_, alone=alone: alone)
+                assert found == solve(space)
+    assert alike > 20
+
+
 @pytest.mark.parametrize(
     ("world_size", "device"),
     [
