@@ -18,7 +18,6 @@ from galvatron.core.records import Record, dump_json, validate
 from galvatron.plan.axes import divisors
 from galvatron.plan.hetu import SCHEDULES, DataParallel, data_parallel_types, inexpressible
 from galvatron.plan.plan import LayerStrategy, Plan
-from galvatron.plan.rules import beyond_runtime
 
 Flag = Literal[0, 1]
 ZERO: dict[DataParallel, Literal[0, 2, 3]] = {"ddp": 0, "zero2": 2, "zero3": 3}
@@ -88,7 +87,7 @@ def import_plan(
             f"{source}: pp_division must list pp_deg={file.pp_deg} stages, got {plan.pp}; change one of them"
         )
     plan.validate(spec)
-    return plan.model_copy(update={"what_if": tuple(beyond_runtime(plan))})
+    return plan
 
 
 def _nearest_divisors(number: int, of: int) -> str:

@@ -183,7 +183,7 @@ class Plan(FileRecord):
 
     ``layers_per_stage`` counts layers in the order of the forward pass.  An interleaved schedule cuts the model into
     ``model_chunks`` chunks a stage: chunk c of stage p is entry c x pp + p.  ``what_if`` names what the runtime
-    cannot run yet; such a plan is for planning alone.
+    cannot run; such a plan is for planning alone.
     """
 
     FORMAT: ClassVar[str] = "galvatron.plan"
@@ -293,7 +293,7 @@ class Plan(FileRecord):
             lines.append(f"layers {first}-{last}: {strategy}" if last > first else f"layer {first}: {strategy}")
         lines.append(f"head: {self.head}")
         if self.what_if:
-            lines.append(f"what-if plan: the runtime cannot run it yet ({'; '.join(self.what_if)})")
+            lines.append(f"what-if plan: the runtime cannot run it ({'; '.join(self.what_if)})")
         return "\n".join(lines)
 
 

@@ -12,7 +12,6 @@ from galvatron.core.units import counted
 from .axes import StageAxes, divisors
 from .plan import LayerStrategy, Plan, Schedule
 
-RUNTIME_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 STACKED_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
 """Those of models of several stacks."""
 MAX_LISTED = 8
@@ -94,18 +93,11 @@ def check_plan_for_job(plan: Plan, train: TrainSection) -> None:
 
 
 def check_runnable(plan: Plan) -> None:
-    """Raise PlanError if the plan needs what the runtime cannot do yet."""
-    missing = tuple(beyond_runtime(plan))
-    if missing:
+    """Raise PlanError if the plan says that it needs what the runtime cannot do."""
+    if plan.what_if:
         raise PlanError(
-            f"the runtime cannot run {'; '.join(missing)} yet; search without --space all for a plan that it can run"
+            f"the plan is for planning alone: its what_if is {'; '.join(plan.what_if)}; search one that can run"
         )
-
-
-def beyond_runtime(plan: Plan) -> Iterator[str]:
-    """What the runtime cannot run yet of ``plan``, a phrase each."""
-    if plan.schedule not in RUNTIME_SCHEDULES:
-        yield f"schedule {plan.schedule}"
 
 
 def check_schedule(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: int) -> str | None:

@@ -17,7 +17,6 @@ from galvatron.core.words import did_you_mean, plain, shown
 from galvatron.cost.setting import Runtime
 from galvatron.plan import hetu
 from galvatron.plan.plan import SCHEDULES
-from galvatron.plan.rules import RUNTIME_SCHEDULES
 
 T = TypeVar("T")
 Value = int | str
@@ -163,7 +162,7 @@ class Limits:
             return True
         if dimension in ASKED_FOR:
             return value == NEUTRAL[dimension] or (self.space != "hetu" and value == self.fix.get(dimension))
-        return value in (hetu.SCHEDULES.values() if self.space == "hetu" else RUNTIME_SCHEDULES)
+        return self.space != "hetu" or value in hetu.SCHEDULES.values()
 
 
 def _said_once(pairs: Iterable[tuple[str, T]], option: str) -> dict[str, T]:

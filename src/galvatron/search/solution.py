@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from galvatron.core.model import UnitName
 from galvatron.plan.plan import LayerStrategy, Plan
-from galvatron.plan.rules import beyond_runtime
 
 from .space import Space
 
@@ -26,9 +25,9 @@ class Solution:
     head: LayerStrategy
 
     def plan(self, space: Space) -> Plan:
-        """The solution as a plan, labelled with what the runtime cannot run yet."""
+        """The solution as a plan."""
         setting, task = space.setting, space.task
-        plan = Plan(
+        return Plan(
             model=setting.model.spec.name,
             world_size=setting.hardware.world_size,
             layers_per_stage=self.layers_per_stage,
@@ -43,7 +42,6 @@ class Solution:
             layers=self.layers,
             head=self.head,
         )
-        return plan.model_copy(update={"what_if": tuple(beyond_runtime(plan))})
 
 
 def grouped(layers: list[LayerStrategy], kinds: list[UnitName]) -> list[LayerStrategy]:

@@ -14,8 +14,8 @@ from typing import Literal
 from galvatron.core.model import RECOMPUTES, ModelSpec, UnitName
 from galvatron.plan import LayerStrategy, Plan, check_strategy
 from galvatron.plan.axes import divisors
-from galvatron.plan.plan import Schedule
-from galvatron.plan.rules import RUNTIME_SCHEDULES, STACKED_SCHEDULES
+from galvatron.plan.plan import SCHEDULES, Schedule
+from galvatron.plan.rules import STACKED_SCHEDULES
 
 SEQ_LEN = 16
 """Tokens of a test sequence: divisible by tp 8, longer than the tiny Mistral's window."""
@@ -57,7 +57,7 @@ def _pipelines(spec: ModelSpec, world_size: int) -> list[tuple[int, Schedule, in
     for pp in divisors(world_size):
         most = min(MAX_CHUNKS, spec.num_layers // pp)
         if pp <= MAX_PP and most:
-            names = RUNTIME_SCHEDULES if spec.stacks == 1 else STACKED_SCHEDULES
+            names = SCHEDULES if spec.stacks == 1 else STACKED_SCHEDULES
             names = names if pp > 1 else names[:1]
             found += [(pp, name, most) for name in names if name != "interleaved" or most > 1]
     return found

@@ -110,8 +110,11 @@ def test_where_parameters_of_experts_lie() -> None:
     assert dealt[8] == LayerStrategy(tp=16, dp_replicate=2)
 
 
-def test_all_that_rules_allow_runs() -> None:
-    check_runnable(make(layers=(LayerStrategy(ep=4, dp_replicate=4),) * 4))
+def test_all_that_rules_allow_runs_unless_the_plan_says_what_it_lacks() -> None:
+    plan = make(layers=(LayerStrategy(ep=4, dp_replicate=4),) * 4)
+    check_runnable(plan)
+    with pytest.raises(PlanError, match="planning alone: its what_if is copper wires; optics"):
+        check_runnable(plan.model_copy(update={"what_if": ("copper wires", "optics")}))
 
 
 def test_experts_that_nobody_knows_to_call_are_not_dealt_out() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from galvatron.core.model import RECOMPUTES, Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
-from galvatron.plan.rules import RUNTIME_SCHEDULES
+from galvatron.plan.plan import SCHEDULES
 from galvatron.testing.plans import pure_plans, random_plans
 
 
@@ -41,7 +41,7 @@ def test_random_plans_cover_what_they_promise() -> None:
     plans = random_plans(_spec(), 8, 60, seed=1)
     layers = [strategy for plan in plans for strategy in plan.layers]
     assert {plan.pp for plan in plans} == {1, 2, 4}
-    assert {plan.schedule for plan in plans} == set(RUNTIME_SCHEDULES)
+    assert {plan.schedule for plan in plans} == set(SCHEDULES)
     assert {plan.model_chunks for plan in random_plans(_spec(6), 4, 60, seed=1)} == {1, 2, 3}
     assert {plan.num_microbatches for plan in plans} == set(range(1, 9))
     assert any(plan.num_microbatches < plan.pp for plan in plans)
@@ -60,7 +60,7 @@ def test_random_plans_cover_what_they_promise() -> None:
 def test_pure_plans_by_name() -> None:
     alone = {"dp", "selective", "mlp", "linears", "full"}
     assert set(pure_plans(_spec(), 1)) == alone
-    names = alone | {"zero1", "zero2", "zero3", "tp", "ulysses", "ring", "offload", *RUNTIME_SCHEDULES}
+    names = alone | {"zero1", "zero2", "zero3", "tp", "ulysses", "ring", "offload", *SCHEDULES}
     assert set(pure_plans(_spec(), 2)) == names
     eight = pure_plans(_spec(heads=8), 8)
     assert {"hsdp1", "hsdp2", "hsdp3"} < set(eight)
