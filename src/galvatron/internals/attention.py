@@ -126,10 +126,9 @@ _HAS_VARLEN = {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).pa
 """Whether torch's function of documents by bounds has windows and fewer heads of keys than of queries."""
 
 
-def attends_by_bounds(query: torch.Tensor, bounds: torch.Tensor | None, dropout: float) -> bool:
+def attends_by_bounds(dtype: torch.dtype, dropout: float) -> bool:
     """Whether ``attend_by_bounds`` has a kernel for it: flash attention's, of half precisions and without dropout."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return bounds is not None and not dropout and half and _HAS_VARLEN
+    return dtype in (torch.bfloat16, torch.float16) and not dropout and _HAS_VARLEN
 
 
 def attend_by_bounds(

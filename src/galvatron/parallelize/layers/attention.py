@@ -148,46 +148,55 @@ def attention(
     if causal:
         _check_whole(query_BNSD.shape[2], key_BKSD.shape[2])
         documents = None if documents is not None and documents.of_side else documents
-    bias = own_heads(position_bias, context.tp, context.ulysses)
     local = query_BNSD.transpose(1, 2), key_BKSD.transpose(1, 2), value_BKSD.transpose(1, 2)
     query, key, value = (heads.transpose(1, 2) for heads in deal_heads(*local, context.ulysses))
     seq_len = query.shape[2] * context.ring.size
     window = sliding_window if sliding_window is not None and sliding_window < seq_len else None
     if context.ring.size > 1 or s_aux is not None:
-        _check_ring(context.ring, dropout, softcap)
+        _check_ring(context.ring, dropout, softcap, position_bias)
         starts, sinks = None if documents is None else documents.starts, own_sinks(s_aux, context.ulysses)
         ring = partial(ring_attention, query, key, value, context.ring, scaling, window)
         out_BNSD = ring(causal=causal, starts=starts, sinks_N=sinks)
-        return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
-    if (
-        documents is not None
-        and causal
-        and bias is None
-        and softcap is None
-        and attends_by_bounds(query, documents.bounds, dropout)
-    ):
-        assert documents.bounds is not None
-        out_BNSD = attend_by_bounds(query, key, value, documents.bounds, scaling, window)
-        return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
-    mask = _mask(seq_len, window, documents, query.device, causal=causal)
+    else:
+        bias = own_heads(position_bias, context.tp, context.ulysses)
+        out_BNSD = _attend(query, key, value, scaling, window, documents, bias, softcap, dropout, causal=causal)
+    return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    window: int | None,
+    documents: Documents | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    dropout: float,
+    *,
+    causal: bool,
+) -> Tensor:
+    """By the fastest kernel that can, of whole sequences: [B, N, S, D]."""
+    bounds, is_plain = None if documents is None else documents.bounds, bias is None and softcap is None
+    if bounds is not None and causal and is_plain and attends_by_bounds(query.dtype, dropout):
+        return attend_by_bounds(query, key, value, bounds, scale, window)
+    mask = _mask(query.shape[2], window, documents, query.device, causal=causal)
     if bias is not None:
         mask = with_bias(bias.to(query.dtype), mask, causal=causal)
     if softcap is not None:
         if not causal:
             raise ConfigError(f"scores are capped where attention is causal, asked for {softcap} where it is not")
-        capped = capped_attention(query, key, value, mask, softcap, scaling, dropout)
-        return collect_heads(capped.transpose(1, 2), context.ulysses).contiguous(), None
-    out_BNSD = F.scaled_dot_product_attention(
+        return capped_attention(query, key, value, mask, softcap, scale, dropout)
+    return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=causal and mask is None,
-        scale=scaling,
+        scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return collect_heads(out_BNSD.transpose(1, 2), context.ulysses).contiguous(), None
 
 
 def _mask(
@@ -205,12 +214,14 @@ def _mask(
     return sees if documents is None else sees & see_each_other(documents.starts, documents.starts)
 
 
-def _check_ring(ring: AxisGroup, dropout: float, softcap: float | None) -> None:
+def _check_ring(ring: AxisGroup, dropout: float, softcap: float | None, bias: Tensor | None) -> None:
     asks = "attention with sinks" if ring.size == 1 else f"a ring (cp={ring.size})"
     if dropout:
         raise ConfigError(f"{asks} draws no dropout of attention, asked for {dropout}; set it to 0")
     if softcap is not None:
         raise ConfigError(f"{asks} caps no scores, asked for {softcap}; set cp to 1, or leave out the cap or sinks")
+    if bias is not None:
+        raise ConfigError(f"{asks} adds no bias of positions; set cp to 1")
 
 
 def _check_whole(num_queries: int, num_keys: int) -> None:
