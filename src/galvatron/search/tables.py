@@ -20,21 +20,11 @@ from galvatron.plan.plan import LayerStrategy
 
 from .borders import ANY, MOST, Borders
 from .bounds import StageBound
-from .layers import (
-    FEW_EFFORT,
-    FULL_EFFORT,
-    Chain,
-    ClassOptions,
-    Effort,
-    Goal,
-    Grown,
-    TooManyLabels,
-    grow,
-    undominated_options,
-)
+from .chains import StageChains
+from .layers import FEW_EFFORT, FULL_EFFORT, Effort, Grown, TooManyLabels, grow
 from .patience import ENDLESS, Patience
 from .solution import Solution, grouped
-from .space import Options, Space
+from .space import Space
 from .stages import Division, Tables, divide
 from .windows import most_work_s
 
@@ -143,15 +133,10 @@ class TaskSolver:
 
     def _worth_passing(self) -> Ints:
         """Layouts of the options of layers that may be part of a plan of value ``at_most`` by the dual bound."""
-        worth = np.zeros(len(self.space.layouts), dtype=bool)
-        for stage, bound in enumerate(self.bounds):
-            for level in range(len(bound.level_s)):
-                for members in self._alike(stage, level):
-                    layers, ends = self._units(stage, members)
-                    goals = self._goals(stage, level, members, layers, ends)
-                    for at in {*layers}:
-                        worth[self._options(stage, level, at, goals, ends).layout] = True
-        return np.flatnonzero(worth)
+        return np.unique(np.concatenate([self._chains_of(stage).layouts for stage in range(len(self.bounds))]))
+
+    def _chains_of(self, stage: int) -> StageChains:
+        return StageChains(self.space, stage, self.bounds[stage], self.most_s[stage])
 
     def _divided(self, tables: list[Tables], borders: Borders, last: Ints) -> Division | None:
         """The best division, for every way in which hidden states may come back from the last stage to the first."""
@@ -191,11 +176,12 @@ class TaskSolver:
     def _chains(self, stage: int, entries: Ints, borders: Borders, effort: Effort) -> tuple[Found, bool]:
         """Those of every level of the largest transient one, and whether some were merged."""
         found: Found = {}
-        merged, self.most_s[stage] = False, self.most_s[stage].copy()
+        merged, self.most_s[stage] = False, self.most_s[stage].copy()  # which what is found tightens
+        chains = self._chains_of(stage)
         for level in np.argsort(self.bounds[stage].level_s.min(axis=(1, 2)), kind="stable").tolist():
-            for members in self._alike(stage, level):
+            for members in chains.alike(level):
                 self.patience.check()
-                chain = self._chain(stage, level, members, entries, borders, effort)
+                chain = chains.chain(level, members, entries, borders, effort)
                 if chain is not None:
                     result = grow(chain)
                     merged |= result.merged
@@ -220,111 +206,6 @@ class TaskSolver:
             at = table.setdefault(k, np.full((shape.allowed.shape[0], *least.shape), np.inf))
             at[row] = least + shape.received_s[row, k]
         return table
-
-    def _alike(self, stage: int, level: int) -> list[list[tuple[int, int]]]:
-        """Segments (row, k) worth solving at a level, those together whose units are the first of one chain."""
-        level_s = self.bounds[stage].level_s[level]
-        worth = np.isfinite(level_s) & (level_s <= self.most_s[stage])
-        groups: dict[tuple[object, ...], list[tuple[int, int]]] = {}
-        for row in np.flatnonzero(worth.any(axis=1)).tolist():
-            lengths = np.flatnonzero(worth[row]).tolist()
-            for k in lengths:
-                longest = k if self.geometry.interleaved else lengths[-1]
-                layers = tuple(self.geometry.layers_of(stage, row, longest))
-                after = self.geometry.kinds[row + longest : row + longest + 1] if self.geometry.rows > 1 else ()
-                groups.setdefault((layers, *after), []).append((row, k))
-        return list(groups.values())
-
-    def _units(self, stage: int, members: list[tuple[int, int]]) -> tuple[list[int], dict[UnitName, int]]:
-        """The classes of the layers of the longest of ``members`` (row, k), and of the stage's ends."""
-        row, longest = max(members, key=lambda member: member[1])
-        layers = [self.geometry.class_of(stage, *layer) for layer in self.geometry.layers_of(stage, row, longest)]
-        classes = self.bounds[stage].shape.classes
-        return layers, {unit.unit: at for at, unit in enumerate(classes) if unit.unit in ENDS}
-
-    def _chain(
-        self,
-        stage: int,
-        level: int,
-        members: list[tuple[int, int]],
-        entries: Ints,
-        borders: Borders,
-        effort: Effort,
-    ) -> Chain | None:
-        """The chain that serves all ``members`` (row, k): equal layers up to the longest.
-
-        It has the options up to ``level``, of which what is below the level counts as its least.
-        """
-        shape = self.bounds[stage].shape
-        layers, ends = self._units(stage, members)
-        goals = self._goals(stage, level, members, layers, ends)
-        used = sorted({*layers, *ends.values()})
-        options = {at: self._options(stage, level, at, goals, ends) for at in used}
-        if not all(len(chosen) for chosen in options.values()):
-            return None
-        floor = self._least_transient(options, ends, goals, layers)
-        above = {at: np.maximum(chosen.transient_bytes, floor) for at, chosen in options.items()}
-        transients = np.unique(np.concatenate(list(above.values())))
-        classes = {
-            at: ClassOptions(
-                chosen,
-                chosen.held_bytes(shape.classes[at].in_flight),
-                np.searchsorted(transients, above[at]).astype(np.int64),
-                self.space.moves_s.get(shape.classes[at].unit, np.zeros((0, 0))),
-            )
-            for at, chosen in options.items()
-        }
-        prices, size = self.bounds[stage].prices, len(self.space.layouts)
-        first, last = ends.get("embedding"), ends.get("head")
-        starts = tuple(itertools.accumulate(self.geometry.chunk_sizes(len(layers))[:-1]))
-        return Chain(classes, first, layers, last, goals, entries, borders, starts, transients, prices, size, effort)
-
-    @staticmethod
-    def _least_transient(
-        options: dict[int, Options], ends: dict[UnitName, int], goals: dict[int, Goal], layers: list[int]
-    ) -> int:
-        """A transient that every chain has anyway, by the units that all of them hold: smaller ones count as that."""
-        always = {*ends.values(), *layers[: min(goals)]}
-        return max(int(options[at].transient_bytes.min()) for at in always)
-
-    def _goals(
-        self, stage: int, level: int, members: list[tuple[int, int]], layers: list[int], ends: dict[UnitName, int]
-    ) -> dict[int, Goal]:
-        """What every number of layers among ``members`` may take, and what remains after each layer."""
-        bound, goals = self.bounds[stage], {}
-        for k in sorted({k for _, k in members}):
-            rows = [row for row, length in members if length == k]
-            units = [*layers[:k], *([ends["head"]] if "head" in ends else [])]
-            least_s, least_held = (
-                np.zeros((len(units) + 1, len(bound.prices))),
-                np.zeros(len(units) + 1, dtype=np.int64),
-            )
-            for j in range(len(units) - 1, -1, -1):
-                least_s[j] = least_s[j + 1] + bound.least_s[level, units[j]]
-                least_held[j] = least_held[j + 1] + bound.least_held[level, units[j]]
-            most_s = max(float(self.most_s[stage][row, k] - bound.shape.received_s[row, k]) for row in rows)
-            goals[k] = Goal(
-                self.space.usable_bytes - int(bound.shape.beside_bytes[rows[0], k]), most_s, least_s, least_held
-            )
-        return goals
-
-    def _options(self, stage: int, level: int, at: int, goals: dict[int, Goal], ends: dict[UnitName, int]) -> Options:
-        """The options of a class that may be part of some goal by the dual bound, and are not dominated."""
-        bound, unit = self.bounds[stage], self.bounds[stage].shape.classes[at]
-        options = self.space.options[unit.unit]
-        options = options.take(np.flatnonzero(options.transient_bytes <= bound.largest[level]))
-        counted = np.maximum(options.transient_bytes, bound.least_transient[level])
-        options, peak = replace(options, transient_bytes=counted), options.held_bytes(unit.in_flight) + counted
-        least_s, least_held = bound.least_s[level], bound.least_held[level]
-        embedding = [ends["embedding"]] if "embedding" in ends else []
-        first_s = least_s[embedding].sum(axis=0) - least_s[at]
-        first_held = int(least_held[embedding].sum()) - int(least_held[at])
-        kept = peak <= max(goal.room - int(goal.least_held[0]) - first_held for goal in goals.values())
-        limits = [goal.most_s + bound.prices * goal.room - goal.least_s[0] - first_s for goal in goals.values()]
-        for price, limit in zip(bound.prices, np.max(limits, axis=0), strict=True):
-            kept &= options.work_s + price * peak <= limit
-        options = options.take(np.flatnonzero(kept))
-        return options.take(undominated_options(options, unit.in_flight, len(self.space.layouts)))
 
     def _solution(self, division: Division, grown: list[Found], exits: list[Ints]) -> Solution:
         pp, chunks = self.space.task.pp, self.space.task.model_chunks
