@@ -26,7 +26,7 @@ from .layouts import experts_of, regions_of
 from .tasks import task_of
 from .towers import OwnWay, is_within, tower_of
 from .trace import Trace, traced
-from .twin import twin_config, twin_model
+from .twin import is_factor, twin_config, twin_model
 
 MAX_REASON = 200
 FEATURE_LAYER = "vision_feature_layer"
@@ -282,7 +282,7 @@ def _logits(config: PretrainedConfig, z: Tensor, logits: Tensor | None) -> Logit
     if torch.equal(z, logits):
         return Logits()
     keys = {name: value for name, value in config.to_dict().items() if isinstance(value, (int, float)) and value}
-    for name, value in keys.items():
+    for name, value in sorted(keys.items(), key=lambda key: not is_factor(key[0])):  # a size may be as large
         for rule, made in (
             (Logits(scale_by=name), z * value),
             (Logits(divide_by=name), z / value),

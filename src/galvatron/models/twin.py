@@ -68,6 +68,7 @@ HOUSEKEEPING = (
 """Keys of a config that change nothing in a layer."""
 ROPE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "llama_4_scaling_beta")
 """What rotary tables of the default kind keep of others."""
+FACTORS = ("scal", "multiplier", "cap")
 NOISE = 0.1
 CLASSIFICATION = ("text_classification", "image_classification")
 IMAGE = 16
@@ -123,12 +124,14 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
     for index, (name, value) in enumerate(twin.to_dict().items()):
         if isinstance(value, float) and "drop" in name:
             setattr(twin, name, 0.0)
-        elif value == 1 and not isinstance(value, bool) and ("scal" in name or "multiplier" in name):
+        elif value == 1 and not isinstance(value, bool) and is_factor(name):
             with suppress(StrictDataclassFieldValidationError):  # a count of times
                 setattr(twin, name, 0.25 + index / 256)  # a factor of one would hide
+        elif isinstance(value, float) and value and is_factor(name):
+            setattr(twin, name, value * (1 + index / 1024))  # no other number's
         elif is_size(value) and value > SEQ_LEN and any(part in name for part in SPANS):
             setattr(twin, name, SPAN)
-        elif isinstance(value, list) and len(value) == getattr(config, "num_hidden_layers", 0) > 1 and not staged:
+        elif isinstance(value, list) and 0 < len(value) == getattr(config, "num_hidden_layers", 0) and not staged:
             setattr(twin, name, _kinds_of(value))
         elif isinstance(value, dict) and name.startswith("rope"):
             setattr(twin, name, _plain_rope(getattr(twin, name)))
@@ -141,6 +144,11 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
         with suppress(Exception):  # of any kind: a foreign model is run
             twin.image_seq_length = made_length(twin)
     return twin
+
+
+def is_factor(name: str) -> bool:
+    """Whether the key of a config is called what factors and caps are."""
+    return any(part in name for part in FACTORS)
 
 
 def _shrink(twin: PretrainedConfig, given: Collection[str], kept: Collection[str]) -> None:

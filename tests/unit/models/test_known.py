@@ -106,6 +106,25 @@ def test_data_says_what_recognition_finds(model_type: str) -> None:
     assert recognise(config) == known_families()[model_type].family
 
 
+@pytest.mark.parametrize(
+    ("model_type", "key", "value"),
+    [
+        ("granite", "logits_scaling", 4.0),  # as many as layers
+        ("granite", "logits_scaling", 2),  # as many as heads of keys
+        ("gemma2", "final_logit_softcapping", 2.0),
+        ("gemma2", "final_logit_softcapping", 50.0),  # as attn_logit_softcapping is
+    ],
+)
+def test_what_logits_are_scaled_by_is_told_from_a_size_as_large(model_type: str, key: str, value: float) -> None:
+    assert recognise(tiny_config(model_type, **{key: value})).logits == known_families()[model_type].family.logits
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "modernbert", "smollm3"])
+def test_a_list_of_one_layer_is_a_list_of_layers(model_type: str) -> None:
+    config = tiny_config(model_type, num_hidden_layers=1)
+    assert recognise(config).stacks[0].regions == known_families()[model_type].family.stacks[0].regions
+
+
 def test_what_is_cut_otherwise_is_not_among_what_is_proved() -> None:
     """Proved by cuts of its own, it would be cut as the type's own config is, without another proof."""
     with_norms = tiny_config("cohere", use_qk_norm=True)
