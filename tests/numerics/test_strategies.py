@@ -140,3 +140,12 @@ def test_sounds_and_images_in_halves(sweep: Sweep, variant: str, strategy: str, 
 def test_ranks_with_and_without_images_gather_alike(sweep: Sweep) -> None:
     """FSDP2 gathers by which module of the embedding ran last: of a frozen tower not the same if it ran by chance."""
     _check(sweep, "qwen2_vl-tower-frozen", 4, "zero3")
+
+
+def test_a_sharded_stage_between_decoders_hands_on_what_is_no_view(sweep: Sweep) -> None:
+    """An encoder's states, whose hooks FSDP2 would warn that it may lose."""
+    plan = pure_plans(variant_spec("t5", 6), 6, 24)["1f1b"]
+    sharded = plan.layers[2].model_copy(update={"dp_replicate": 1, "dp_shard": 2, "zero": 2})
+    layers = (*plan.layers[:2], sharded, plan.layers[3])
+    report = sweep.parity("t5", plan.model_copy(update={"layers_per_stage": (2, 1, 1), "layers": layers}))
+    assert report.ok, report.explain()

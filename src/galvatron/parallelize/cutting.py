@@ -20,7 +20,6 @@ from galvatron.plan.filling import Filling, filling_of
 
 from .layers.alike_rows import told_of_own_rows
 from .layers.attention import Context, attend_across
-from .layers.bias import hand_on
 from .layers.capacity import Capacity, without_nobody
 from .layers.compile import LayerCompiler
 from .layers.documents import OwnPlaces
@@ -138,8 +137,6 @@ def _meet_whole(stage: WholeStage, index: int, grid: Grid, filling: Filling | No
     _enter(layer, grid, before if link.is_first else plan.layers[index - 1].sequence_degree, own, filling)
     if link.is_first:
         stage.enter_from_whole(index, grid.axis_group(1, before, filling=filling))
-    if link.stack.biased:
-        hand_on(layer)
     if link.stack.side is not None:
         side = stage.side_of(plan.layers[index], grid.axis_group(1, before), _change(grid, before, own))
         side.enter(layer, link.stack.side)

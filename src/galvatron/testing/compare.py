@@ -6,6 +6,7 @@ Takes the path of a saved Reference and a plan; gives the rank's deviations and 
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -100,10 +101,12 @@ def compare_on_rank(path: Path, plan: Plan, engine: str | None = None) -> RankFi
     optimizer = reference.recipe.optimizer(list(trained), hosted, fused=fused)
     deviations: list[Deviation] = []
     scalars: list[float] = []
-    for index, step in enumerate(reference.steps):
-        found, seen = _train_step(model, optimizer, step, index, reference.recipe.max_grad_norm)
-        deviations += found
-        scalars += seen
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "FSDP2-wrapped module")  # whose hooks it may lose
+        for index, step in enumerate(reference.steps):
+            found, seen = _train_step(model, optimizer, step, index, reference.recipe.max_grad_norm)
+            deviations += found
+            scalars += seen
     inputs: dict[str, Any] = dict(reference.steps[0].inputs)
     scalars.append(float(model.evaluate(labels=reference.steps[0].labels, **inputs)))
     deviations.append(_scalar("final_loss", -1, scalars[-1], reference.final_loss))

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from galvatron.core.errors import ConfigError
-from galvatron.internals import owned, viewed
 
 from ..processes.collectives import AxisGroup
-from .forward import wrap_forward
 
 DIMS = 5
 
@@ -33,18 +31,6 @@ def whole_bias(compute: Callable[..., Tensor], parts: int) -> Callable[..., Tens
         return bias.unsqueeze(0).clone(memory_format=torch.contiguous_format)
 
     return computed
-
-
-def hand_on(layer: nn.Module) -> None:
-    """Let ``layer`` hand on as a tensor of its own what it was given: under FSDP2 that comes in as a view."""
-
-    def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        if not isinstance(output, tuple):
-            return output
-        return tuple(owned(part) if isinstance(part, Tensor) and viewed(part) is not None else part for part in output)
-
-    wrap_forward(layer, call)
 
 
 def own_heads(bias: Tensor | None, tp: AxisGroup, ulysses: AxisGroup) -> Tensor | None:

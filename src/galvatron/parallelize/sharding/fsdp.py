@@ -76,9 +76,16 @@ def shard_unit(
 
 
 def _owned_output(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """No view of another tensor, whose hooks FSDP2 may lose: LLaVA's projector gives one of a part of the states."""
-    output = forward(*args, **kwargs)
-    return internals.owned(output) if isinstance(output, Tensor) and internals.viewed(output) is not None else output
+    """No view of another tensor, whose hooks FSDP2 may lose.
+
+    LLaVA's projector gives one of a part of the states, T5's layers hand on the bias that FSDP2 gives them as one, and
+    stages between decoders an encoder's states.
+    """
+
+    def own(output: Tensor) -> Tensor:
+        return output if internals.viewed(output) is None else internals.owned(output)
+
+    return internals.tree_map_only(Tensor, own, forward(*args, **kwargs))
 
 
 def shard_root(root: nn.Module, mesh: DeviceMesh, unsharded: Iterable[nn.Parameter], last: ShardedUnit) -> None:
@@ -87,6 +94,7 @@ def shard_root(root: nn.Module, mesh: DeviceMesh, unsharded: Iterable[nn.Paramet
     The ``last`` unit's backward ends a microbatch's: without the root, which has nothing to gather, FSDP2 would gather
     the unit that went forward before it, which is the last one of the microbatch before.
     """
+    root.forward = partial(_owned_output, root.forward)
     fully_shard(root, mesh=mesh, reshard_after_forward=False, ignored_params=set(unsharded))
     assert isinstance(root, FSDPModule)
     _face(last).set_modules_to_backward_prefetch([root])
