@@ -10,20 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import galvatron.parallelize
+from distributed.small_runs import worst_error
 from galvatron.models.buffers import lasting_buffers
 from galvatron.parallelize import init_world, parallelize
 from galvatron.testing.compare import TOLERANCES, compare_on_rank
 from galvatron.testing.pool import Pool
 from galvatron.testing.reference import Recipe, train_reference
-from numerics.planted import BIASES, FAULTS, RUNS
+from numerics.planted import FAULTS
+from numerics.planted_runs import BIASES, CALLS, DOCUMENTS, RUNS
 
 TABLE = Path(__file__).parents[2] / "benchmarks/results/planted_errors_cpu_202611.md"
 MARGIN = 100.0
 """How many tolerances a planted error is off by, at least."""
 RATE = 0.25
+LENGTHS = (3, 5)
+"""Of the documents in a packed row."""
 
 
 def of_parity(run: str, path: Path) -> dict[str, float]:
@@ -44,6 +50,32 @@ def of_biases(run: str, path: Path) -> dict[str, float]:
     return {"bias": float(max(errors))}
 
 
+def of_calls(run: str, _: Path) -> dict[str, float]:
+    """How far gradients that two calls add up are from those of one process."""
+    model = parallelize(RUNS[run].model(), RUNS[run].plan, world=init_world("cpu"))
+    for nth, part in enumerate(tokens().chunk(2)):
+        model.train_step(part, part, accumulate=nth > 0, num_tokens=tokens().numel())
+    return {"gradient": worst_error(model, plain(run, tokens().shape[1]))}
+
+
+def of_documents(run: str, _: Path) -> dict[str, float]:
+    """The same of rows that are packed, where one process sees every document by itself."""
+    model = parallelize(RUNS[run].model(), RUNS[run].plan, world=init_world("cpu"))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).expand(tokens().shape).contiguous()
+    model.train_step(tokens(), tokens(), position_ids=positions)
+    return {"gradient": worst_error(model, plain(run, *LENGTHS))}
+
+
+def plain(run: str, *lengths: int) -> PreTrainedModel:
+    """Of plain transformers, with gradients of the mean over all tokens of documents of these ``lengths`` a row."""
+    model, total = RUNS[run].model(), torch.zeros(())
+    for part in tokens().split(lengths, dim=1):
+        logits = model(part, use_cache=False).logits
+        total = total + F.cross_entropy(logits.flatten(0, 1), part.flatten(), reduction="sum")
+    (total / tokens().numel()).backward()
+    return model
+
+
 def tokens() -> Tensor:
     return torch.randint(0, 97, (8, 8), generator=torch.Generator().manual_seed(0))
 
@@ -61,9 +93,12 @@ def moved_biases(path: Path) -> None:
     torch.save(lasting_buffers(plain), path)
 
 
+OWN_CHECKS = {BIASES: of_biases, CALLS: of_calls, DOCUMENTS: of_documents}
+
+
 def each_planted(run: str, path: Path, faults: list[int]) -> list[dict[str, float]]:
     """What this rank sees with nothing planted, and with each of ``faults``."""
-    check: Callable[[str, Path], dict[str, float]] = of_biases if run == BIASES else of_parity
+    check: Callable[[str, Path], dict[str, float]] = OWN_CHECKS.get(run, of_parity)
     found = [check(run, path)]
     for index in faults:
         with pytest.MonkeyPatch.context() as patch:
@@ -77,11 +112,11 @@ def test_every_planted_error_is_found(pool: Pool, tmp_path: Path, run: str) -> N
     plan, path = RUNS[run].plan, tmp_path / "truth.pt"
     if run == BIASES:
         moved_biases(path)
-    else:
+    elif run not in OWN_CHECKS:
         recipe = Recipe(num_steps=1, num_microbatches=plan.num_microbatches)
         train_reference(RUNS[run].model(), plan.global_batch_size, plan.seq_len, recipe).save(path)
     planted = [index for index, fault in enumerate(FAULTS) if fault.run == run]
-    right, *wrong = zip(*pool.run(each_planted, run, path, planted, world_size=2), strict=True)
+    right, *wrong = zip(*pool.run(each_planted, run, path, planted, world_size=plan.world_size), strict=True)
     limits = {**TOLERANCES["fp32"], "bias": 1e-6}
     assert all(error <= limits[kind] for seen in right for kind, error in seen.items())
     for index, seen in zip(planted, wrong, strict=True):
