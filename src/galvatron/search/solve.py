@@ -238,12 +238,21 @@ def _solve_within(
 def _solve_long(
     space: Space, bounds: list[StageBound], relaxed_s: float, at_most: float, patience: Patience
 ) -> Solved | None:
-    """Long chains, whose labels are the most: None where a little effort comes to nothing that is ``GOOD``.
+    """Long chains, whose labels are the most: None where what a little effort comes to cannot be shown to be ``GOOD``.
 
-    What is good is taken as it is where labels would have to be merged, which takes long and seldom proves more.
+    It is where no plan is better by more than that; it is taken as it is where labels would have to be merged to prove
+    more, which takes long and seldom does.
     """
     best, lower = _solve_near(space, bounds, relaxed_s, at_most, patience), relaxed_s * (1 - 1e-12)
-    if best is None or best.value > lower * (1 + GOOD):
+    if best is None:
+        return None
+    try:
+        if best.value > lower * (1 + GOOD):
+            lower, whole = best.value / (1 + GOOD), replace(GREAT_EFFORT, whole=True)
+            better = TaskSolver(space, bounds, lower, whole, patience).solve()
+            if better is not None:
+                return Solved(better, better.value)
+    except TooManyLabels:
         return None
     try:
         best = _better(best, TaskSolver(space, bounds, best.value, WHOLE_EFFORT, patience).solve()) or best

@@ -347,6 +347,25 @@ def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
             assert solved.lower_bound_s == solved.solution.value
 
 
+@pytest.mark.parametrize("gap", [1e-3, 1e-6])
+def test_long_chains_are_solved_as_nearly_as_is_said(gap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(make_spec(6, hidden=256, ffn=768, vocab=300), seq_len=2048, flops_per_s=2e11, seed=5)
+    job = Setting(model, make_hardware(4, "cuda", seed=5, memory_bytes=2**40), 1, 1, 8, 2048, model.precision, "fp32")
+    spaces = SpaceBuilder(job, Limits("all"), 2**40)
+    for task in (task for task in tasks(4, 6, [8], Limits("all")) if task.model_chunks == 1):
+        least = smallest(spaces.build(task))
+        for factor in (1.1, 1.3, 1.7) if least is not None else ():
+            space = spaces.build(task, int(least.value * factor))  # type: ignore[union-attr]
+            optimum = solve(space).lower_bound_s
+            with monkeypatch.context() as patched:
+                patched.setattr("galvatron.search.solve.LONG", 0)
+                patched.setattr("galvatron.search.solve.GOOD", gap)
+                long = solve(space)
+            assert long.solution is not None
+            assert optimum <= long.solution.value * (1 + 1e-12) <= long.lower_bound_s * (1 + gap) * (1 + 1e-9)
+            assert long.lower_bound_s <= optimum * (1 + 1e-12)
+
+
 def test_pairs_of_tied_ends_bounded_as_one_hide_no_better_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(
         make_spec(12, hidden=256, ffn=768, vocab=3000, tied=True), seq_len=2048, flops_per_s=2e11, seed=13
