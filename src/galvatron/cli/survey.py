@@ -63,7 +63,8 @@ def survey(
             lines.write(json.dumps(verdict.model_dump(exclude_defaults=True)) + "\n")
             lines.flush()
             known[verdict.model_type] = verdict
-            say(f"{len(known)}/{len(wanted)}  {verdict.model_type}: {_outcome(verdict)}")
+            detail = f" ({verdict.detail})" if verdict.detail else ""
+            say(f"{len(known)}/{len(wanted)}  {verdict.model_type}: {_outcome(verdict)}{detail}")
     found = [known[name] for name in wanted]
     if out is not None:
         write_output(out, page(found, len(types_of_tasks())))
@@ -187,7 +188,7 @@ def page(verdicts: list[Verdict], total: int) -> str:
         f"{verdicts[0].transformers} that have a model for one of galvatron's tasks: {counts}.",
         "A tiny twin of each type's own config decides, for the task that the type is known for: losses and all",
         "gradients, in as many stages as layers and between two tensor-parallel ranks, with two heads of keys and",
-        "values and with one.",
+        "values and with one.  `galvatron models check TYPE` says of one type what was found wrong.",
         "",
         "| strategies | types |",
         "| --- | --- |",

@@ -154,6 +154,7 @@ class Outline(Record):
         norm: of ends that see tokens, what runs between the layers and the head.
         after: of ends that see whole sequences, what has parameters and runs after the layers, but the head.
         bare: parameters after the layers that no module but one around the layers has, by name.
+        unused: parameters that the output for this task does not depend on, of no module that runs, by name.
         head: the projection to the vocabulary; None where the model's own output is what the loss takes.
         asks_for_attention: whether tokens see each other through the attention alone that layers are told to call; if
             not, ends see whole sequences, and layers take masks as tensors.
@@ -170,11 +171,17 @@ class Outline(Record):
     norm: str | None = None
     after: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     head: str | None = None
     logits: Logits = Logits()
     asks_for_attention: StrictBool = True
     needless_masks: StrictBool = False
     tower: str | None = None
+
+    @property
+    def loose(self) -> tuple[str, ...]:
+        """Parameters that no module around the layers runs with."""
+        return (*self.bare, *self.unused)
 
 
 class Family(Outline):

@@ -15,7 +15,7 @@ from galvatron.core.family import Stack
 from galvatron.internals import call_attention
 
 from .trace import Trace, traced
-from .twin import twin_config, twin_model
+from .twin import twin_config, twin_inputs, twin_model
 
 WATCHED = "galvatron-watched"
 
@@ -52,7 +52,7 @@ def asks_for_attention(config: PretrainedConfig, stacks: tuple[Stack, ...]) -> t
     }.values():
         call_attention(own, WATCHED)
     try:
-        trace = traced(model)
+        trace = traced(model, twin_inputs(model.config))
     except Exception:  # an attention of the type's own that knows no other name, or masks that matter
         return False, False
     asks = bool(masks) and not any(_mixes(trace, model.get_submodule(stack.path)) for stack in stacks)

@@ -54,6 +54,8 @@ def head_parameters(model: PreTrainedModel, family: Family) -> Iterator[Paramete
     after = family.after if family.norm is None else (family.norm,)
     yield from (_whole(names[p], p) for name in after for p in model.get_submodule(name).parameters())
     yield from (_whole(name, model.get_parameter(name)) for name in family.bare)
+    unused = (_whole(name, model.get_parameter(name)) for name in family.unused)
+    yield from (parameter.model_copy(update={"trainable": False}) for parameter in unused)
     if family.head is None:
         return
     head = model.get_submodule(family.head)

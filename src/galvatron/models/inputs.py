@@ -8,23 +8,36 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from galvatron.core.errors import ConfigError
 from galvatron.core.tasks import Task
 
 from .grids import Grids, random_sides, usual_sides
 from .images import image_length, image_shape, image_token
 
+SOUND_SIZES = ("num_mel_bins", "max_source_positions")
+
 
 def input_shapes(
     config: PretrainedConfig, task: Task, rows: int, seq_len: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtype and shape of every input that a model cannot do without: ids [rows, seq_len], images, sounds."""
+    """The dtype and shape of every input that a model cannot do without: ids [rows, seq_len], images, sounds.
+
+    Raises:
+        ConfigError: the config does not say of what sizes they are.
+    """
     ids = (torch.int64, (rows, seq_len))
     if task == "image_classification":
         return {"pixel_values": image_shape(config, rows)}
     if task == "seq2seq_lm":
         return {"input_ids": ids, "decoder_input_ids": ids}
     if task == "speech_to_text":
-        frames = (torch.float32, (rows, config.num_mel_bins, 2 * config.max_source_positions))
+        bins, positions = (getattr(config, name, None) for name in SOUND_SIZES)
+        if bins is None or positions is None:
+            raise ConfigError(
+                f"model_type={config.model_type!r} does not have {' and '.join(SOUND_SIZES)} in its config: it takes "
+                "other sounds than Whisper; choose a type that takes its"
+            )
+        frames = (torch.float32, (rows, bins, 2 * positions))
         return {"input_features": frames, "decoder_input_ids": ids}
     if task in ("vision_language", "contrast"):
         return {"input_ids": ids, "pixel_values": image_shape(config, rows)}

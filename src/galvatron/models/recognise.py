@@ -7,14 +7,14 @@ of the other.  A guess: the gradients of ``galvatron.parallelize.proof`` decide.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from galvatron.core.errors import ConfigError
+from galvatron.core.errors import ConfigError, GalvatronError
 from galvatron.core.family import Experts, Family, Logits, Region, Stack
 from galvatron.core.tasks import TOKEN_TASKS
 
@@ -23,10 +23,11 @@ from .ends import around, joints_of, makers_of
 from .failures import where
 from .heads import heads_in
 from .layouts import experts_of, regions_of
+from .stacks import is_changed, stacks_of
 from .tasks import task_of
-from .towers import OwnWay, is_within, tower_of
+from .towers import OwnWay, tower_of
 from .trace import Trace, traced
-from .twin import is_factor, twin_config, twin_model
+from .twin import is_factor, twin_config, twin_inputs, twin_model
 
 MAX_REASON = 200
 FEATURE_LAYER = "vision_feature_layer"
@@ -40,21 +41,35 @@ def recognise(config: PretrainedConfig) -> Family:
     Raises:
         ConfigError: it is no chain of equal layers between one embedding and one head, in words.
     """
-    twin = twin_config(config)
-    for name in ACTIVATIONS:
-        if isinstance(getattr(twin, name, None), str):
-            setattr(twin, name, "gelu")  # every unit lets something through
-    try:
-        model = twin_model(twin)
-        trace = traced(model)
-    except Exception as error:  # of any kind: a foreign model is built and run
-        raise _unlike(config, f"cannot be run as a tiny model ({_reason(error)})") from None
+    model, trace = _watched(config)
+    for name in trace.ignored:
+        raise _unlike(config, f"does not look at {name} without further inputs beside them")
     try:
         return _family(config, model, trace)
     except OwnWay as way:
         raise _unlike(config, str(way)) from None
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what chains of layers have
-        raise _unlike(config, f"is described in no way that is known ({where(error)})") from None
+        raise _unlike(config, f"is built in a way that is not known ({where(error)})") from None
+
+
+def _watched(config: PretrainedConfig) -> tuple[PreTrainedModel, Trace]:
+    """A twin, and its forward pass."""
+    lacks = "cannot be built small"
+    try:
+        twin = twin_config(config)
+        for name in ACTIVATIONS:
+            if isinstance(getattr(twin, name, None), str):
+                setattr(twin, name, "gelu")  # every unit lets something through
+        model = twin_model(twin)
+        inputs = twin_inputs(twin)
+        lacks = f"does not run on {' and '.join(inputs)} as other models take them"
+        return model, traced(model, inputs)
+    except ImportError as error:
+        raise _unlike(config, f"needs a package that is not installed ({_reason(error)})") from None
+    except GalvatronError:
+        raise
+    except Exception as error:  # of any kind: a foreign model is built and run
+        raise _unlike(config, f"{lacks} ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:
@@ -63,7 +78,7 @@ def _reason(error: Exception) -> str:
 
 
 def _family(config: PretrainedConfig, model: PreTrainedModel, trace: Trace) -> Family:
-    stacks, packed = _stacks(model, trace)
+    stacks, packed = stacks_of(model, trace)
     tower = tower_of(model, packed, stacks)
     found = tuple(
         _described(model, trace, stack, stacks[:nth], is_tower=stack is not stacks[-1])
@@ -129,7 +144,7 @@ def _described(
         side=side,
         biased=any(hasattr(module, "compute_bias") for module in stack.modules()),
         needs_output=is_cuttable and needs_output,
-        recorded=not is_taken_at and _is_recorded(trace, stack),
+        recorded=is_changed(trace, stack) or (not is_taken_at and _is_recorded(trace, stack)),
         taken_at=FEATURE_LAYER if is_taken_at else None,
     )
 
@@ -157,7 +172,7 @@ def _is_taken_at(model: PreTrainedModel, trace: Trace, stack: nn.ModuleList) -> 
 def _is_recorded(trace: Trace, stack: nn.ModuleList) -> bool:
     """Whether the model's output does not depend on the last layer: it takes states from between layers."""
     assert trace.logits is not None
-    weights = [p for p in stack[-1].parameters() if p.dim() > 1]
+    weights = [p for p in stack[-1].parameters() if p.dim() > 1 and p.requires_grad]
     found = torch.autograd.grad(trace.logits.square().sum(), weights, retain_graph=True, allow_unused=True)
     return all(gradient is None for gradient in found)
 
@@ -200,8 +215,10 @@ def _whole_ends(model: PreTrainedModel, trace: Trace, stacks: list[nn.ModuleList
     """Ends that may look at all tokens of a sequence: the model's own forward runs them."""
     task = task_of(model.config)
     found = around(model, stacks, trace.calls, to_words=task in TOKEN_TASKS, tower=tower)
-    if found.bare and task != "contrast":
-        raise _unlike(model.config, f"has parameters that no module around its layers has ({found.bare[0]})")
+    unused = _unused(model, trace, found.bare)
+    used = [name for name in found.bare if name not in unused]
+    if used and task != "contrast":
+        raise _unlike(model.config, f"multiplies by {used[0]} outside of the module that has it")
     logits: Logits | None = Logits()
     if found.head is not None:
         logits = _logits(model.config, trace.of(model.get_submodule(found.head)).output, trace.logits)
@@ -213,11 +230,21 @@ def _whole_ends(model: PreTrainedModel, trace: Trace, stacks: list[nn.ModuleList
         "embedding": found.embedding,
         "before": found.before,
         "after": found.after,
-        "bare": found.bare,
+        "bare": tuple(used),
+        "unused": unused,
         "tower": tower,
         "head": found.head,
         "logits": logits,
     }
+
+
+def _unused(model: PreTrainedModel, trace: Trace, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the parameters of these ``names`` that the model's output does not depend on."""
+    assert trace.logits is not None
+    trained = {name: p for name in names if (p := model.get_parameter(name)).requires_grad}
+    total = trace.logits.square().sum()
+    found = torch.autograd.grad(total, list(trained.values()), retain_graph=True, allow_unused=True) if trained else ()
+    return tuple(name for name, gradient in zip(trained, found, strict=True) if gradient is None)
 
 
 def _is_causal(trace: Trace, stack: nn.ModuleList) -> bool:
@@ -231,29 +258,6 @@ def _unlike(config: PretrainedConfig, why: str) -> ConfigError:
     return ConfigError(
         f"model_type={config.model_type!r} {why}; galvatron trains chains of layers between an embedding and a head"
     )
-
-
-def _stacks(model: PreTrainedModel, trace: Trace) -> tuple[list[nn.ModuleList], list[nn.ModuleList]]:
-    """The lists of modules of a class, each of two matrices or more, that hand hidden states on; as they are called.
-
-    And those whose states have no dim of samples: the patches of all images of a batch, one after the other.
-    """
-    called = {id(call.module): call for call in trace.calls}
-    found = []
-    for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or len(module) < 2 or any(id(m) not in called for m in module):
-            continue
-        calls = [called[id(member)] for member in module]
-        passes_on = all(later.argument is earlier.output for earlier, later in itertools.pairwise(calls))
-        passes_on &= len({call.argument.shape[-1] for call in calls}) == 1  # stages of growing width have own stacks
-        if len({type(m) for m in module}) == 1 and passes_on and sum(p.dim() > 1 for p in module[0].parameters()) > 1:
-            found.append(module)
-    outer = [stack for stack in found if not any(stack is not other and is_within(stack, other) for other in found)]
-    ordered = sorted(outer, key=lambda stack: trace.place(stack[0]))
-    packed = [stack for stack in ordered if trace.of(stack[0]).argument.dim() < 3]  # [patches, H]
-    if len(packed) == len(ordered):
-        raise _unlike(model.config, "has no stack of equal layers")
-    return [stack for stack in ordered if stack not in packed], packed
 
 
 def _around(

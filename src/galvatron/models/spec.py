@@ -140,10 +140,11 @@ def _carried(model: PreTrainedModel, family: Family, tokens: dict[str, int]) -> 
 
 
 def _width(layer: nn.Module, stack: Stack) -> int:
-    """Of hidden states: what a region gives, or what the first linear takes."""
+    """Of hidden states: what a region gives, or what the first linear or matrix takes."""
     rows = (weight_sizes(layer.get_submodule(region.row))[1] for region in regions_in(layer, stack))
     linears = (weight_sizes(m)[0] for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D)))
-    return next(itertools.chain(rows, linears))
+    matrices = (p.shape[-1] for p in layer.parameters() if p.dim() == 2)
+    return next(itertools.chain(rows, linears, matrices))
 
 
 def _is_beyond_rings(config: PretrainedConfig, stack: Stack) -> bool:
@@ -197,7 +198,7 @@ def _kind(
         count=count,
         hidden_size=hidden,
         fixed_tokens=tokens.get(stack.path, 0),
-        ffn_size=_expert_width(parameters) or _ffn_size(layer, stack, own),
+        ffn_size=_expert_width(parameters) or _ffn_size(layer, stack, own, hidden),
         num_heads=heads["heads"],
         num_kv_heads=1 if _has_one_kv_head(layer, stack) else heads["kv_heads"],
         head_dim=head_width(own, heads["heads"], hidden),
@@ -244,11 +245,11 @@ def _has_one_kv_head(layer: nn.Module, stack: Stack) -> bool:
     return any("kv_head" in blocks for region in regions_in(layer, stack) for blocks in region.columns.values())
 
 
-def _ffn_size(layer: nn.Module, stack: Stack, config: PretrainedConfig) -> int:
-    """The width of the MLP; of layers of experts that are not cut, that of one."""
+def _ffn_size(layer: nn.Module, stack: Stack, config: PretrainedConfig, hidden: int) -> int:
+    """The width of the MLP; of layers of experts that are not cut, that of one; ``hidden`` where nothing says it."""
     widths = (weight_sizes(layer.get_submodule(r.row))[0] for r in regions_in(layer, stack) if r.row_blocks == "ffn")
-    named = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size", "hidden_size"))
-    return next(width for width in itertools.chain(widths, named) if width)
+    named = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size"))
+    return next((width for width in itertools.chain(widths, named) if width), hidden)
 
 
 def _expert_width(parameters: tuple[ParameterSpec, ...]) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .chain import arguments_by_name
-from .twin import run_twin, twin_inputs
+from .twin import run_twin
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +42,14 @@ class Call:
 
 @dataclass
 class Trace:
-    """What happened in one forward pass: modules with parameters of their own, in the order they were called."""
+    """What happened in one forward pass: modules with parameters of their own, in the order they were called.
+
+    ``ignored``: inputs that are no ids, images or sounds, which the output does not depend on.
+    """
 
     calls: list[Call] = field(default_factory=list)
     logits: Tensor | None = None
+    ignored: tuple[str, ...] = ()
 
     def of(self, module: nn.Module) -> Call:
         """The (first) call of ``module``."""
@@ -55,8 +60,8 @@ class Trace:
         return next(i for i, call in enumerate(self.calls) if call.module is module)
 
 
-def traced(model: PreTrainedModel) -> Trace:
-    """Run a twin once and watch."""
+def traced(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Trace:
+    """Run a twin once on ``inputs`` and watch."""
     trace, handles, saved = Trace(), [], 0
 
     def keep(tensor: Tensor) -> Tensor:
@@ -75,8 +80,15 @@ def traced(model: PreTrainedModel) -> Trace:
                 trace.calls.append(Call(name, module, argument, value, outputs, named, saved))
 
         handles.append(module.register_forward_hook(note, with_kwargs=True))
+    seen = {name: tensor.requires_grad_() for name, tensor in inputs.items() if tensor.is_floating_point()}
+    copies = {name: tensor.clone() for name, tensor in seen.items()}  # some write into what they are given
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        trace.logits = run_twin(model, twin_inputs(model.config))
+        trace.logits = run_twin(model, {**inputs, **copies})
+    if seen:
+        found = torch.autograd.grad(
+            trace.logits.square().sum(), list(seen.values()), retain_graph=True, allow_unused=True
+        )
+        trace.ignored = tuple(name for name, gradient in zip(seen, found, strict=True) if gradient is None)
     for handle in handles:
         handle.remove()
     return trace

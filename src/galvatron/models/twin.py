@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from galvatron.core.errors import ConfigError
 from galvatron.internals import call_attention
 
 from .grids import Grids, shrink_grids
@@ -93,7 +94,15 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
 
     ``kv_heads``: heads of keys and values, if they count; ``keep_images``: leave images and sounds at
     their size.
+
+    Raises:
+        ConfigError: it gives layers sizes of their own.
     """
+    if getattr(config, "is_heterogeneous", False):
+        raise ConfigError(
+            f"model_type={config.model_type!r} gives layers sizes of their own in its config, by per_layer_config; "
+            "choose a type whose layers are alike"
+        )
     twin = copy.deepcopy(config)
     if hasattr(twin, "output_router_logits"):
         twin.output_router_logits = False
@@ -193,6 +202,7 @@ def structure_key(config: PretrainedConfig) -> str:
     """What tells structures apart: the type and what is no plain number of its twin, lists by their kinds."""
     given = twin_config(config).to_dict()
     kept = {k: _kind(v) for k, v in given.items() if k not in HOUSEKEEPING and not k.startswith("rope")}
+    kept |= {name: "noise" for name, value in given.items() if "jitter" in name and value}
     if (task := task_of(config)) != "causal_lm":
         kept["task"] = task
     text = json.dumps({k: v for k, v in kept.items() if v is not None}, sort_keys=True, default=str)

@@ -39,6 +39,8 @@ def _fill(config: PretrainedConfig) -> None:
     given = config.to_dict()
     if given.get("head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
+    if given.get("layer_types", ()) is None:
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
     for name, size in OPEN.items():
         if given.get(name, 0) is None:
             setattr(config, name, getattr(config, size) if isinstance(size, str) else size)

@@ -52,7 +52,7 @@ def parts_of(stage: Stage, spec: ModelSpec, grid: Grid) -> list[Part]:
         if not spec.tied_embeddings:
             named.append((last, last.name))
         for p, name in named:
-            strategy = plan.head.replicated if p.name in stage.family.bare else plan.head
+            strategy = plan.head.replicated if p.name in stage.family.loose else plan.head
             parts.append(_part(stage, name, "head", stage.placed(p).name, p, strategy, grid))
         if spec.tied_embeddings and table[0] not in embedding:
             parts.append(_part(stage, table[0].name, "head", last.name, last, plan.head, grid))

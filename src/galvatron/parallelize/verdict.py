@@ -6,6 +6,7 @@ known for.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from transformers import PretrainedConfig
@@ -15,21 +16,26 @@ from galvatron.core.family import Family
 from galvatron.core.records import Record
 from galvatron.core.tasks import Task
 from galvatron.models import family_of, task_of
+from galvatron.models.failures import FAILS, said
 from galvatron.models.types import usual_config
 
-from .proof import prove
+from .proof import is_other, prove
 
 Lacking = Literal["pp", "tp", "ulysses", "ring"]
 ACROSS: tuple[Lacking, Lacking] = ("ulysses", "ring")
 
 
 class Verdict(Record):
-    """Of ``model_type``: the strategies that it ``lacks`` and why; or why it is ``refused``."""
+    """Of ``model_type``: the strategies that it ``lacks`` and why; or why it is ``refused``.
+
+    ``why``: a rule, the same for all types that it holds for; ``detail``: what was seen of this one.
+    """
 
     model_type: str
     task: Task | None = None
     lacks: tuple[Lacking, ...] = ()
     why: str = ""
+    detail: str = ""
     refused: bool = False
     transformers: str
 
@@ -40,43 +46,60 @@ def judge(model_type: str, transformers: str) -> Verdict:
     try:
         config = usual_config(model_type)
         task = task_of(config)
-        lacks, why = _lacking(config, family_of(config))
+        lacks, found = _lacking(config, family_of(config))
     except GalvatronError as refusal:
-        return _refused(model_type, transformers, task, _why(model_type, refusal))
+        lacks, found = None, [_rule_of(refusal)]
     except Exception as failure:  # of any kind: foreign configs are read
-        why = f"is described in no way that is known ({type(failure).__name__})"
-        return _refused(model_type, transformers, task, why)
-    if lacks is None:
-        return _refused(model_type, transformers, task, why)
-    return Verdict(model_type=model_type, task=task, lacks=lacks, why=why, transformers=transformers)
+        lacks, found = None, [("has a config that cannot be read", said(failure))]
+    return Verdict(
+        model_type=model_type,
+        task=task,
+        lacks=lacks or (),
+        why="; ".join(dict.fromkeys(rule for rule, _ in found)),
+        detail="; ".join(dict.fromkeys(detail for _, detail in found if detail)),
+        refused=lacks is None,
+        transformers=transformers,
+    )
 
 
-def _lacking(config: PretrainedConfig, family: Family) -> tuple[tuple[Lacking, ...] | None, str]:
+Reason = tuple[str, str]
+"""A rule, and what was seen."""
+
+
+def _lacking(config: PretrainedConfig, family: Family) -> tuple[tuple[Lacking, ...] | None, list[Reason]]:
     """What cannot be done to a model, and why; None if nothing can."""
     proof = prove(config)
     if proof.whole is not None:
-        return None, f"is not computed right: {proof.whole}"
+        return None, [_reason("driven by galvatron it", proof.whole)]
     lacks: list[Lacking] = []
-    reasons = []
+    reasons: list[Reason] = []
     if len(family.stacks) > 1:
         lacks.append("ring")
-        reasons.append("several stacks")
+        reasons.append(("several stacks", ""))
     if proof.pp is not None:
         lacks.append("pp")
-        reasons.append(proof.pp)
+        reasons.append(_reason("in stages it", proof.pp))
     if proof.tp is not None:
         lacks.append("tp")
-        reasons.append(proof.tp)
+        reasons.append(_reason("cut in two it", proof.tp))
     if not family.asks_for_attention:
         lacks += ACROSS
-        reasons.append("attends by itself")
-    return tuple(dict.fromkeys(lacks)), "; ".join(reasons)
+        reasons.append(("attends by itself", ""))
+    return tuple(dict.fromkeys(lacks)), reasons
 
 
-def _refused(model_type: str, transformers: str, task: Task | None, why: str) -> Verdict:
-    return Verdict(model_type=model_type, task=task, why=why, refused=True, transformers=transformers)
+def _reason(way: str, found: str) -> Reason:
+    """What a proof found of a way to run a model."""
+    if found.startswith(FAILS):
+        return f"{way} fails", found.removeprefix(FAILS)
+    if not is_other(found):
+        return found, ""
+    rule, _, seen = found.rpartition(": ")
+    return rule or f"{way} computes something else", seen
 
 
-def _why(model_type: str, refusal: GalvatronError) -> str:
-    """The rule of a sentence alone: without the type that it names and the remedy."""
-    return str(refusal).removeprefix(f"model_type={model_type!r} ").rpartition("; ")[0]
+def _rule_of(refusal: GalvatronError) -> Reason:
+    """The rule of a sentence alone, without the type that it names and the remedy, and what it says in brackets."""
+    rule = re.sub(r"^model_type='[^']*' ", "", str(refusal).rpartition("; ")[0])
+    rule, _, detail = rule.partition(" (")
+    return rule, detail.removesuffix(")")

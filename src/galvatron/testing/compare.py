@@ -166,7 +166,7 @@ def _final_state(
     parameters: list[LocalParameter], optimizer: torch.optim.AdamW, reference: Reference
 ) -> Iterator[Deviation]:
     for parameter in parameters:
-        if parameter.name in reference.frozen:
+        if parameter.name not in reference.exp_avg:  # frozen, or nothing that the loss depends on
             moved = _error(parameter.tensor, parameter, reference.initial)
             yield _deviation("parameter", parameter.name, -1, math.inf if moved else 0.0)
             continue

@@ -160,6 +160,7 @@ def train_reference(
     optimizer = recipe.optimizer(list(trained.values()))
     batches = make_batches(recipe, config, global_batch_size, seq_len)
     steps = tuple(_step(twin, optimizer, batch, recipe, precision) for batch in batches)
+    states = {name: optimizer.state[p] for name, p in trained.items() if p in optimizer.state}  # the loss needs these
     with torch.no_grad():
         final_loss = mean_loss(twin, *batches[0], precision, recipe.num_microbatches).item()
     return Reference(
@@ -172,8 +173,8 @@ def train_reference(
         steps=steps,
         final_loss=final_loss,
         parameters={name: parameter.detach().clone() for name, parameter in parameters.items()} | lasting,
-        exp_avg={name: optimizer.state[p]["exp_avg"] for name, p in trained.items()},
-        exp_avg_sq={name: optimizer.state[p]["exp_avg_sq"] for name, p in trained.items()},
+        exp_avg={name: state["exp_avg"] for name, state in states.items()},
+        exp_avg_sq={name: state["exp_avg_sq"] for name, state in states.items()},
     )
 
 

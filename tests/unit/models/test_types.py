@@ -85,6 +85,54 @@ def test_a_type_is_completed_where_its_own_config_leaves_sizes_open() -> None:
     assert usual_config("llama").to_dict() == AutoConfig.for_model("llama").to_dict()
 
 
+def test_kinds_of_layers_that_a_config_leaves_open_are_those_of_attention() -> None:
+    assert AutoConfig.for_model("lfm2_moe").layer_types is None
+    assert prove(usual_config("lfm2_moe")) == Proof()
+
+
+def test_states_that_are_changed_between_layers_are_whole_there_and_in_one_stage() -> None:
+    """Qwen3-VL adds what its tower came to after earlier layers."""
+    config = AutoConfig.for_model("qwen3_vl")
+    (stack,) = family_of(config).stacks
+    assert (stack.path, stack.recorded) == ("model.language_model.layers", True)
+    proof = prove(config)
+    assert (proof.whole, proof.tp) == (None, None)
+    assert proof.pp is not None
+    assert "the loss is" in proof.pp
+
+
+def test_parameters_that_a_task_does_not_use_are_held_and_not_trained() -> None:
+    config = AutoConfig.for_model("luke")
+    unused = family_of(config).unused
+    assert "luke.entity_embeddings.entity_embeddings.weight" in unused
+    head = spec_of(meta_model(twin_config(config))).head.parameters
+    assert {p.name for p in head if not p.trainable} == set(unused)
+    assert prove(config) == Proof()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("minicpmv4_6", "does not look at pixel_values without further inputs beside them"),
+        ("mobilebert", "multiplies by cls.predictions.dense.weight outside of the module that has it"),
+        ("resnet", "has no image_size in its config: it takes images of any size, or patches"),
+        ("moonshine", "does not have num_mel_bins and max_source_positions in its config"),
+        ("timm_wrapper", "needs a package that is not installed"),
+        ("gemma4_text", "gives layers sizes of their own in its config, by per_layer_config"),
+        ("llava_next", "does not run on input_ids and pixel_values as other models take them"),
+    ],
+)
+def test_what_is_refused_is_told_by_a_rule(model_type: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"^model_type='{model_type}' {reason}"):
+        family_of(usual_config(model_type))
+
+
+def test_noise_that_is_no_dropout_is_refused() -> None:
+    quiet, noisy = (AutoConfig.for_model("mixtral", router_jitter_noise=noise) for noise in (0.0, 0.1))
+    assert structure_key(quiet) != structure_key(noisy)
+    assert prove(noisy).whole == "it draws random numbers that are no dropout, so that no two runs of it are alike"
+
+
 def test_masks_that_say_what_causality_says_are_needless() -> None:
     config = AutoConfig.for_model("layoutlm")
     family = family_of(config)

@@ -24,7 +24,8 @@ def told_of_own_rows(layer: nn.Module, biases: Collection[str], num_heads: int) 
 
     def own(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         named = arguments_by_name(layer, args, kwargs)
-        rows, told = len(named["hidden_states"]), _rows(named.get(MASKS[0]))
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows, told = len(hidden), _rows(named.get(MASKS[0]))
         if told in (1, rows):
             return forward(*args, **kwargs)
         counts = dict.fromkeys(MASKS, told) | dict.fromkeys(biases, told * num_heads)

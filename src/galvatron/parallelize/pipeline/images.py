@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from galvatron.internals import tree_map_only
 from galvatron.models.grids import GRIDS, KINDS, PIXELS, Grids, positions_beside_images
 
 POSITIONS = "position_ids"
@@ -70,7 +71,9 @@ def see_something(model: PreTrainedModel, decoder: nn.Module, has_images: Callab
         grids, hidden = Grids.of(model.config), kwargs["inputs_embeds"]
         assert grids is not None
         seen = model.get_image_features(**grids.smallest(hidden.device))  # type: ignore[operator]
-        nothing = 0 * torch.cat(seen.pooler_output).sum().to(hidden.dtype)
+        made: list[Tensor] = []
+        tree_map_only(Tensor, made.append, tuple(seen.values()))  # layers may be given states of the tower's too
+        nothing = sum(0 * part.sum().to(hidden.dtype) for part in made if part.requires_grad)
         return args, {**kwargs, "inputs_embeds": hidden + nothing}
 
     decoder.register_forward_pre_hook(see, with_kwargs=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from galvatron.models import score_table
+from galvatron.models import Family, score_table
 
 from .stage import Stage
 
@@ -55,15 +55,19 @@ def paths_of(stage: Stage, owned: Collection[int]) -> dict[str, str]:
 
 
 class Bare(nn.Module):
-    """Parameters that only a module around the layers has (CLIP's temperature): a unit of their own."""
+    """Parameters that only a module around the layers has (CLIP's temperature), or that none uses, which are not
+    trained: a unit of their own; without a ``family`` it has none."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, family: Family | None) -> None:
         super().__init__()
+        names = () if family is None else family.loose
         self._owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-        for owner, name in self._owners:
-            self.register_parameter(name, getattr(owner, name))
+        for nth, (owner, name) in enumerate(self._owners):
+            self.register_parameter(str(nth), getattr(owner, name))
+        for name in () if family is None else family.unused:
+            model.get_parameter(name).requires_grad_(False)
 
     def place(self) -> None:
         """Let the modules around the layers see what this holds."""
-        for owner, name in self._owners:
-            setattr(owner, name, getattr(self, name))
+        for nth, (owner, name) in enumerate(self._owners):
+            setattr(owner, name, getattr(self, str(nth)))

@@ -70,7 +70,7 @@ class WholeStage(Stage):
                 module.forward = Zeros(module, lambda: self.compute_dtype)
         owned = self._owned()
         self._paths, self._tables = paths_of(self, owned), tables_of(self, owned)
-        object.__setattr__(self, "bare", Bare(self.model, self.family.bare if self.is_last else ()))
+        object.__setattr__(self, "bare", Bare(self.model, self.family if self.is_last else None))
         self.masks, self._before = AlikeMasks(), ALONE
         for module in model.modules():
             if id(module) not in owned:

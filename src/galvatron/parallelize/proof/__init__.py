@@ -6,5 +6,6 @@ outputs by a thousandth, and trains on.
 """
 
 from .structures import Proof, is_known, prove, proved_structures, refuse_unproved
+from .truth import is_other
 
-__all__ = ["Proof", "is_known", "prove", "proved_structures", "refuse_unproved"]
+__all__ = ["Proof", "is_known", "is_other", "prove", "proved_structures", "refuse_unproved"]

@@ -12,10 +12,10 @@ from galvatron.core.errors import ConfigError
 from galvatron.core.known import known_family
 from galvatron.core.model import ModelSpec
 from galvatron.models import Family, family_of, spec_of, structure_key, task_of, twin_config, twin_model
-from galvatron.models.failures import said
+from galvatron.models.failures import told
 from galvatron.models.recognise import recognise
 
-from .truth import Truth
+from .truth import Truth, is_other
 from .ways import TP, alone, between_threads, in_stages
 
 KV_HEADS = (2, 1)
@@ -45,7 +45,7 @@ def prove(config: PretrainedConfig) -> Proof:
         try:
             _proofs[key] = _proof(config, family)
         except Exception as failure:  # of any kind: foreign models are built and described
-            _proofs[key] = Proof(whole=f"it fails with {said(failure)}")
+            _proofs[key] = Proof(whole=told(failure))
     return _proofs[key]
 
 
@@ -109,9 +109,11 @@ def _proof(config: PretrainedConfig, family: Family) -> Proof:
             whole = truth.problem() or (None if family.asks_for_attention else truth.by_default(twin, family))
             pp = truth.against(in_stages, twin, family) if whole is None else None
         if pp is not None:
-            whole = whole or (pp if len(family.stacks) == 1 else truth.against(alone, twin, family))
+            whole = whole or truth.against(alone, twin, family)
         if tp is None and whole is None and _is_allowed(spec_of(twin_model(twin), family=family)):
             tp, compared = truth.against(between_threads, twin, family), True
+    if any(found is not None and is_other(found) for found in (whole, pp, tp)) and truth.varies(twin):
+        whole = "it draws random numbers that are no dropout, so that no two runs of it are alike"
     if tp is None and not compared:
         tp = "its cuts divide by no number"
     return Proof(whole, tp, pp)

@@ -11,15 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from galvatron.core.errors import ConfigError
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.models import Family, task_of, twin_model
-from galvatron.models.failures import said
+from galvatron.models.failures import told
 from galvatron.models.sizes import CLASSES, WORDS
 from galvatron.models.twin import run_twin, twin_inputs
 
 TOLERANCE = 1e-4
 """Of a unit's largest gradient; what is right differs by 1e-6 of it, the smallest wrong found by 1e-2."""
 ROWS, SEQ_LEN = 2, 16
+DIFFERS = ("the loss is", "the gradient of", "has a gradient")
+"""What sentences of a wrong result say."""
+RUNS = 3
+"""Of what may draw random numbers: of few tokens it seldom comes to the same in all."""
 Gradients = dict[str, Tensor]
 """By name of the parameter."""
 Way = Callable[[PretrainedConfig, Family], tuple[float, Gradients]]
@@ -48,6 +53,10 @@ class Truth:
             loss = ROWS * model(**inputs, return_loss=True).loss
         else:
             logits = run_twin(model, inputs)
+            if logits.shape[:-1] != labels.shape:
+                raise ConfigError(
+                    f"it gives logits of {list(logits.shape[:-1])} for labels of {list(labels.shape)}: of other tokens"
+                )
             loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
         loss.backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -59,12 +68,16 @@ class Truth:
             return "its loss or gradients are not finite"
         return None if any(bool(g.any()) for g in self.gradients.values()) else "it has no gradients"
 
+    def varies(self, twin: PretrainedConfig) -> bool:
+        """Whether the twin comes to something else when it runs again."""
+        return not all(math.isclose(Truth.of(twin).loss, self.loss, rel_tol=1e-6) for _ in range(RUNS))
+
     def against(self, way: Way, twin: PretrainedConfig, family: Family) -> str | None:
         """What differs in another way to run the twin, as a sentence."""
         try:
             loss, gradients = way(twin, family)
         except Exception as failure:  # of any kind: a foreign model runs there
-            return f"it fails with {said(failure)}"
+            return told(failure)
         if abs(loss - self.loss) > TOLERANCE * abs(self.loss):
             return f"the loss is {loss:.6g}, not {self.loss:.6g}"
         return self._wrong_gradient(gradients)
@@ -90,6 +103,11 @@ class Truth:
         if more := sorted(name for name in gradients.keys() - self.gradients.keys() if bool(gradients[name].any())):
             return f"{more[0]} has a gradient, which it has not in the whole twin"
         return None
+
+
+def is_other(found: str) -> bool:
+    """Whether what was found is that results differ."""
+    return any(text in found for text in DIFFERS)
 
 
 def _unit(name: str) -> str:
