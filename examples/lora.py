@@ -1,7 +1,7 @@
-"""LoRA from a checkpoint to peft: make quickstart && python examples/lora.py
+"""LoRA from a checkpoint to peft: `python examples/lora.py`.
 
-Teaches the quickstart's model to write docstrings as Python's library does, then loads what was trained as peft and
-transformers do.  Another model's directory may be given as an argument.
+Teaches the quickstart's model (which is trained first, if need be) to write docstrings as Python's library does, then
+loads what was trained as peft and transformers do.  Another model's directory may be given as an argument.
 """
 
 import ast
@@ -31,6 +31,8 @@ def galvatron(*words):
     subprocess.run([sys.executable, "-m", "galvatron", *words], check=True)
 
 
+if len(sys.argv) == 1 and not Path(BASE).exists():
+    galvatron("run", str(JOB.with_name("quickstart.toml")))
 OUT.mkdir(parents=True, exist_ok=True)
 (OUT / "docstrings.txt").write_text("".join(docstrings()))
 job = JOB.read_text().replace("runs/quickstart/exported/step-000300", str(Path(BASE).resolve()))
