@@ -29,7 +29,15 @@ from galvatron.plan import LayerStrategy, Plan
 sys.path.insert(0, str(measure.TESTS))
 from unit.profiles import make_hardware, make_model, make_spec
 
-SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4), ("zero_bubble", 1))
+SCHEDULES = (
+    ("gpipe", 1),
+    ("1f1b", 1),
+    ("interleaved", 2),
+    ("interleaved", 3),
+    ("interleaved", 4),
+    ("zero_bubble", 1),
+    ("zero_bubble", 3),
+)
 LAYERS_PER_CHUNK = 2
 SEQ_LEN = 64
 BALANCED_LATENCY_S = 1e-7  # the ends' own few collectives then take no time beside a layer's milliseconds

@@ -146,6 +146,10 @@ PLANS: dict[str, tuple[str, Plan]] = {
             num_microbatches=8,
         ),
     ),
+    "zero bubble in chunks": (
+        "llama",
+        plan([ALONE] * 8, ALONE, layers_per_stage=(1,) * 8, schedule="zero_bubble", model_chunks=2, num_microbatches=8),
+    ),
     "moments in host memory": (
         "qwen2",
         plan([*(s.model_copy(update=HOST) for s in (ZERO3, DP4, MIXED2)), TP4], DP4_HOST),

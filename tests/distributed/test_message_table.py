@@ -6,6 +6,7 @@ second a byte, and a model that takes no time: its seconds are then messages, or
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from functools import cache
@@ -24,6 +25,7 @@ from galvatron.cost.stages import Stage, messages_s, replicated_s, stages_of
 from galvatron.models import build_spec, random_inputs
 from galvatron.parallelize import init_world, parallelize
 from galvatron.plan import LayerStrategy, Plan, copies
+from galvatron.plan.schedules import actions
 from galvatron.testing.messages import Message, Messages
 from galvatron.testing.models import Variant
 from galvatron.testing.plans import random_plans, usual_length
@@ -96,18 +98,28 @@ def costed(variant: str, plan: Plan, capacity_factor: float | None = None) -> li
 
 
 def vectors_that_came_before(plan: Plan, spec: ModelSpec, stage: int) -> int:
-    """Under zero bubble stage p's first weight pass brings p microbatches' norms and biases too, and its last p none.
+    """Under zero bubble a stage's first weight passes bring more than one microbatch's norms and biases, its last none.
 
     The cost model, which does not know of a unit in which stage it is, takes all weight passes as equal.
     """
     if plan.schedule != "zero_bubble":
         return 0
     sent, kinds = 0, spec.kind_of_layers()
-    for layer in plan.chunk_layers(stage):
-        strategy = plan.layers[layer]
-        vectors = [p.local_shape(strategy.tp) for p in kinds[layer].parameters if p.trainable and len(p.shape) == 1]
-        sent += 4 * sum(map(math.prod, vectors)) * (strategy.zero >= 2 and strategy.dp_replicate == 1)
-    return sent * min(stage, plan.num_microbatches - 1)
+    for chunk in range(plan.model_chunks):
+        of_chunk = 0
+        for layer in plan.chunk_layers(stage, chunk):
+            strategy = plan.layers[layer]
+            vectors = [p.local_shape(strategy.tp) for p in kinds[layer].parameters if p.trainable and len(p.shape) == 1]
+            of_chunk += 4 * sum(map(math.prod, vectors)) * (strategy.zero >= 2 and strategy.dp_replicate == 1)
+        sent += of_chunk * passes_without(plan, stage, chunk)
+    return sent
+
+
+def passes_without(plan: Plan, stage: int, chunk: int) -> int:
+    """Weight passes of a chunk with no backward since its last one."""
+    order = actions(plan.schedule, plan.pp, stage, plan.num_microbatches, plan.model_chunks)
+    kinds = [action.kind for action in order if action.chunk == chunk and action.kind != "forward"]
+    return sum(a == b == "weight" for a, b in itertools.pairwise(kinds))
 
 
 def shared_bytes(plan: Plan, spec: ModelSpec) -> dict[tuple[int, ...], int]:
@@ -182,6 +194,17 @@ def check(pool: Pool, variant: str, plan: Plan, capacity_factor: float | None = 
     found = pool.run(sent, variant, plan, capacity_factor, world_size=plan.world_size)
     for stage, own in enumerate(expected):
         assert totals(found[stage * plan.stage_size]) == own, f"stage {stage} of\n{plan.describe()}"
+
+
+def test_messages_of_weight_passes_in_chunks(pool: Pool) -> None:
+    """Shards whose norms come before, with and after the weight passes that reduce them."""
+    two, three = (LayerStrategy.model_validate({"dp_shard": 2, "zero": zero}) for zero in (2, 3))
+    plan = Plan(
+        model="llama", world_size=4, layers_per_stage=(2, 1, 1, 1), schedule="zero_bubble", model_chunks=2,
+        num_microbatches=4, global_batch_size=16, seq_len=16, embedding=two, layers=(two, three, three, two, two),
+        head=two,
+    )  # fmt: skip
+    check(pool, "llama", plan)
 
 
 @pytest.mark.parametrize(("variant", "world_size", "index"), SAMPLES)

@@ -213,6 +213,7 @@ SCHEDULES: dict[str, Plan] = {
     "zero bubble, 4 stages": plan_for(ALONE, (1, 2, 1, 1), 5, "zero_bubble"),
     "interleaved, 2 stages of 2 ranks": plan_for(TP2, (1, 2, 1, 1), 2, "interleaved", 2),
     "interleaved, 4 stages": plan_for(ALONE, (1,) * 8, 4, "interleaved", 2),
+    "zero bubble, 2 stages of 2 chunks": plan_for(TP2, (1, 2, 1, 1), 4, "zero_bubble", 2),
 }
 
 

@@ -108,6 +108,29 @@ def test_replicas_whose_weight_passes_come_after_two_backwards(sweep: Sweep) -> 
     assert report.ok, report.explain()
 
 
+@pytest.mark.parametrize(("sizes", "m"), [((2, 1, 1, 1), 4), ((1, 1, 1, 2), 2)])
+def test_weight_passes_of_two_chunks(sweep: Sweep, sizes: tuple[int, ...], m: int) -> None:
+    """Every ZeRO stage, replicas, recompute and tensor parallelism, in chunks of unequal sizes."""
+    tensor, plain = LayerStrategy(tp=2), LayerStrategy(dp_replicate=2)
+    one, two, three = (LayerStrategy.model_validate({"dp_shard": 2, "zero": zero}) for zero in (1, 2, 3))
+    again = three.model_copy(update={"recompute": "full"})
+    plan = Plan(
+        model="llama",
+        world_size=4,
+        layers_per_stage=sizes,
+        schedule="zero_bubble",
+        model_chunks=2,
+        num_microbatches=m,
+        global_batch_size=4 * m,
+        seq_len=16,
+        embedding=two,
+        layers=(one, tensor.model_copy(update={"recompute": "selective"}), again, plain, three)[:: 1 if m > 2 else -1],
+        head=two,
+    )
+    report = sweep.parity("llama", plan)
+    assert report.ok, report.explain()
+
+
 def test_a_compiled_layer_that_no_gradient_passes(sweep: Sweep) -> None:
     """The compiler once failed on its recompute, which has nothing to serve."""
     one = LayerStrategy()

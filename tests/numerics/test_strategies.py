@@ -32,6 +32,7 @@ STRATEGIES = (
     "1f1b",
     "interleaved",
     "zero_bubble",
+    "chunked_zero_bubble",
 )
 OFTEN_MIXED = ("ulysses", "ring")
 """What random plans have in most of their layers: alone for two variants."""
@@ -44,7 +45,7 @@ WHOLE = [name for name in NAMES if name not in SAMPLED]
 IN_TURN = 4
 """Strategies of two ranks that a variant goes through beside tensor parallelism: each is of three variants or four."""
 NEEDS_FOUR = {"hsdp1", "hsdp2", "hsdp3"}
-ONE_STACK = {"interleaved", "zero_bubble"}
+ONE_STACK = {"interleaved", "zero_bubble", "chunked_zero_bubble"}
 SOME = ["1f1b", "zero3", "selective"]
 
 

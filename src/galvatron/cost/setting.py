@@ -154,16 +154,16 @@ class Setting:
 
         1F1B and GPipe: all of it; v model chunks: 1 / v (Narayanan et al. 2021, 2.2).  Zero bubble, with forward,
         backward and weight pass taken as equal: the first two without the weight passes that fill the bubble (what a
-        unit's own times say beyond that is in ``UnitTimes.work_s``).
+        unit's own times say beyond that is in ``UnitTimes.work_s``), of a chunk.
         """
         if self.schedule == "zero_bubble":
-            return (2 - self.weights_in_bubble) / 3
+            return (2 - self.weights_in_bubble) / (3 * self.model_chunks)
         return 1 / self.model_chunks
 
     @property
     def weights_in_bubble(self) -> float:
-        """Weight passes that a zero-bubble schedule has for each other stage's bubble: 1 from m = pp on."""
-        return min(1.0, (self.num_microbatches - 1) / (self.pp - 1)) if self.pp > 1 else 1.0
+        """Weight passes that a zero-bubble schedule has for each other stage's bubble: 1 from m v = pp on."""
+        return min(1.0, (self.num_microbatches * self.model_chunks - 1) / (self.pp - 1)) if self.pp > 1 else 1.0
 
     @property
     def slots(self) -> float:
@@ -176,7 +176,7 @@ class Setting:
 
         1 but for the zero bubble, whose fill leaves out weight gradients alone.
         """
-        fill = 1.0 if self.schedule == "zero_bubble" else self.fill
+        fill = 1 / self.model_chunks
         return (self.num_microbatches + fill * (self.pp - 1)) / self.slots
 
     def gathers_twice(self, unit: UnitName, layers: range | None = None) -> bool:
@@ -217,7 +217,7 @@ class Setting:
         Where messages travel beside compute, interleaving has enough microbatches in flight to hide all but those
         of the fill.
         """
-        hidden = self.schedule == "interleaved" and self.overlaps
+        hidden = self.model_chunks > 1 and self.overlaps
         return transfer_s * (self.pp / self.slots if hidden else self.whole_fill)
 
     @property

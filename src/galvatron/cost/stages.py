@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+
 from galvatron.core.model import ENDS, UnitName
 from galvatron.plan.plan import LayerStrategy, Plan
-from galvatron.plan.schedules import InFlight, in_flight
+from galvatron.plan.schedules import InFlight, held_at_once, in_flight
 
 from .between import joined_times, layouts, sides_s, without_tied
 from .communication import redistribution_s, transfer_s
@@ -67,6 +69,12 @@ class Chunk:
         alive = self.in_flight.alive * self.beside_bytes
         return alive + sum(int(unit.held_bytes(self.in_flight)) for unit in self.memories)
 
+    @cached_property
+    def each_bytes(self) -> tuple[int, int]:
+        """Of one microbatch: while it is alive, and while its weight pass waits."""
+        alive = self.beside_bytes + sum(int(unit.activation_bytes) for unit in self.memories)
+        return alive, sum(int(unit.waiting_bytes) for unit in self.memories)
+
     @property
     def sure_bytes(self) -> int:
         """What of that is surely alive at once."""
@@ -76,9 +84,19 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stage:
-    """The chunks of one stage."""
+    """The chunks of one stage, and the ``moments`` at which several may hold the most (``plan.schedules``)."""
 
     chunks: tuple[Chunk, ...]
+    moments: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """Of all microbatches in flight, at the fullest moment."""
+        if not self.moments:
+            return sum(chunk.activation_bytes for chunk in self.chunks)
+        alive, waiting = np.array([chunk.each_bytes for chunk in self.chunks], dtype=np.int64).T
+        held = np.array(self.moments, dtype=np.int64)
+        return int((held[..., 0] @ alive + held[..., 1] @ waiting).max())
 
     @cached_property
     def times(self) -> tuple[UnitTimes, ...]:
@@ -149,7 +167,14 @@ def stages_of(plan: Plan, setting: Setting, *, joined: bool = True) -> tuple[Sta
         memories = (*of_joints, *memories[has_whole:])
         own = held[entry // plan.pp]
         chunks.append(Chunk(units, times, memories, moved_s, transferred_s, beside, sent, own, layers))
-    return tuple(Stage(tuple(chunks[stage :: plan.pp])) for stage in range(plan.pp))
+    outside = plan.num_microbatches, plan.model_chunks
+    return tuple(
+        Stage(
+            tuple(chunks[stage :: plan.pp]),
+            held_at_once(plan.schedule, plan.pp, stage, *outside) if plan.model_chunks > 1 else (),
+        )
+        for stage in range(plan.pp)
+    )
 
 
 def _units(plan: Plan, setting: Setting, entry: int) -> Units:

@@ -146,14 +146,14 @@ def stage_prediction(plan: Plan, setting: Setting, stage: Stage) -> StagePredict
     """
     units = stage.memories
     resident = sum(int(unit.resident_bytes) for unit in units)
-    activations = sum(chunk.activation_bytes for chunk in stage.chunks)
+    activations = stage.activation_bytes
     workspace = max(int(unit.transient_bytes) for unit in units) + sum(chunk.sent_bytes for chunk in stage.chunks)
     gradients = sum(int(unit.gradient_bytes) for unit in units)
     tensors = resident + activations + workspace
     # gradients meet all the activations in flight only if an earlier microbatch has left them behind
     meets = plan.num_microbatches > max(chunk.in_flight.alive for chunk in stage.chunks)
-    # chunks reach their most at different times, so that of several chunks only one's is sure
-    sure = max(chunk.sure_bytes for chunk in stage.chunks)
+    # of several chunks the fullest moment is known, but sure is only what one of them holds
+    sure = min(max(chunk.sure_bytes for chunk in stage.chunks), activations)
     runtime = runtime_bytes(setting, tensors)
     return StagePrediction(
         parameter_bytes=sum(int(unit.parameter_bytes) for unit in units),

@@ -80,13 +80,14 @@ class UnitTimes:
         after it, so a step waits for that of all pp stages.
 
         Under zero bubble a stage adds forward + backward - weight, less what of the weight passes of others fits
-        beside its forwards (ZB-H1, Qi et al. 2024, for passes of unequal length); its reductions delay no other stage.
+        beside its forwards (ZB-H1, Qi et al. 2024, for passes of unequal length), in chunks of a model that of one; its
+        reductions delay no other stage.
         """
         microbatch_s, in_series_s = self.forward_s + self.backward_s, self.delayed_s
         at_once_s = self.first_s + self.replicated_s + self.tied_s + self.optimizer_s
         if setting.schedule == "zero_bubble":
             hidden_s = setting.weights_in_bubble * np.minimum(self.weight_s, self.forward_s)
-            fill_s = microbatch_s - self.weight_s - hidden_s
+            fill_s = (microbatch_s - self.weight_s - hidden_s) / setting.model_chunks
             # stages end together, so that of those which reduce after their message none does so while another computes
             at_once_s, in_series_s = at_once_s + self.reductions_s + self.delayed_s, 0.0 * self.delayed_s
         else:

@@ -182,8 +182,8 @@ class Plan(FileRecord):
     """A whole run: the pipeline, the batch and every layer's strategy.
 
     ``layers_per_stage`` counts layers in the order of the forward pass.  An interleaved schedule cuts the model into
-    ``model_chunks`` chunks a stage: chunk c of stage p is entry c x pp + p.  ``what_if`` names what the runtime
-    cannot run; such a plan is for planning alone.
+    ``model_chunks`` chunks a stage, and zero bubble may: chunk c of stage p is entry c x pp + p.  ``what_if`` names
+    what the runtime cannot run yet; such a plan is for planning alone.
     """
 
     FORMAT: ClassVar[str] = "galvatron.plan"

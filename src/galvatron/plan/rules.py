@@ -102,16 +102,17 @@ def check_runnable(plan: Plan) -> None:
 
 def check_schedule(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: int) -> str | None:
     """The first rule that the outside of a plan breaks, as a sentence; None if it breaks none."""
-    if (schedule == "interleaved") != (model_chunks > 1):
+    if (schedule == "interleaved" and model_chunks == 1) or (schedule in ("gpipe", "1f1b") and model_chunks > 1):
         return (
-            f"model_chunks={model_chunks} goes with schedule=interleaved alone, got {schedule}; "
-            "use interleaved with 2 or more chunks, or set model_chunks to 1"
+            f"model_chunks={model_chunks} does not go with schedule={schedule}; use interleaved with 2 or more chunks, "
+            "zero_bubble with any number, or set model_chunks to 1"
         )
-    if schedule == "interleaved" and pp == 1:
-        return "schedule=interleaved needs 2 or more stages, got pp=1; use 1f1b, or divide the layers over more stages"
-    if schedule == "interleaved" and num_microbatches % pp:
+    chunked = f"schedule={schedule} with model_chunks={model_chunks}"
+    if model_chunks > 1 and pp == 1:
+        return f"{chunked} needs 2 or more stages, got pp=1; use 1f1b, or divide the layers over more stages"
+    if model_chunks > 1 and num_microbatches % pp:
         return (
-            f"num_microbatches={num_microbatches} must be a multiple of pp={pp} under schedule=interleaved; "
+            f"num_microbatches={num_microbatches} must be a multiple of pp={pp} under {chunked}; "
             f"choose {pp}, {2 * pp}, {3 * pp} or another multiple"
         )
     return None

@@ -5,6 +5,7 @@ Takes a schedule, its degrees and a stage; gives actions.  Knows nothing of seco
 
 from __future__ import annotations
 
+from collections import deque
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -30,9 +31,10 @@ def actions(schedule: Schedule, pp: int, stage: int, num_microbatches: int, mode
     GPipe: all forwards, then all backwards.  1F1B (PipeDream-flush, Narayanan et al. 2021): warm up with as
     many forwards as stages follow, then one forward and one backward in turn, then drain.  Fewer microbatches
     than stages are allowed.  Interleaved 1F1B (ibid., 2.2): the same over chunks, pp microbatches at a time.
-    Zero bubble (ZB-H1, Qi et al. 2024): 1F1B whose stage p puts off gradients of parameters by p microbatches.
+    Zero bubble (ZB-H1, Qi et al. 2024): 1F1B, interleaved where there are chunks, whose stage p puts off gradients of
+    parameters by p passes.
     """
-    if schedule == "interleaved":
+    if model_chunks > 1:
         turns = [(turn, chunk) for turn in range(0, num_microbatches, pp) for chunk in range(model_chunks)]
         forwards = [Action("forward", turn + i, chunk) for turn, chunk in turns for i in range(pp)]
         backwards = [Action("backward", turn + i, model_chunks - 1 - chunk) for turn, chunk in turns for i in range(pp)]
@@ -42,7 +44,7 @@ def actions(schedule: Schedule, pp: int, stage: int, num_microbatches: int, mode
         backwards = [Action("backward", i) for i in range(num_microbatches)]
         warmup = num_microbatches if schedule == "gpipe" else min(pp - stage - 1, num_microbatches)
     if schedule == "zero_bubble":
-        return _zero_bubble(forwards, backwards, warmup, stage)
+        return _zero_bubble(forwards, backwards, warmup, stage, model_chunks)
     steady = [action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair]
     return forwards[:warmup] + steady + backwards[len(forwards) - warmup :]
 
@@ -52,15 +54,20 @@ def turns_at_once(schedule: Schedule, num_microbatches: int) -> bool:
     return schedule != "gpipe" or num_microbatches == 1
 
 
-def _zero_bubble(forwards: list[Action], backwards: list[Action], warmup: int, delay: int) -> list[Action]:
-    """1F1B's order; the weight pass of microbatch i follows the backward of i + ``delay``, the last ones the end."""
-    order, m = forwards[:warmup], len(forwards)
+def _zero_bubble(
+    forwards: list[Action], backwards: list[Action], warmup: int, delay: int, model_chunks: int
+) -> list[Action]:
+    """The order without weight passes, and one whenever more than ``delay`` wait, the rest at the end.
+
+    That of the chunk of which most wait, so that no chunk ever keeps much.
+    """
+    order, waiting = forwards[:warmup], [deque[Action]() for _ in range(model_chunks)]
     for i, backward in enumerate(backwards):
-        order += forwards[warmup + i : warmup + i + 1]
-        order.append(backward)
+        order += [*forwards[warmup + i : warmup + i + 1], backward]
+        waiting[backward.chunk].append(Action("weight", backward.microbatch, backward.chunk))
         if i >= delay:
-            order.append(Action("weight", i - delay))
-    return order + [Action("weight", i) for i in range(max(m - delay, 0), m)]
+            order.append(max(reversed(waiting), key=len).popleft())
+    return order + [weight for of_chunk in reversed(waiting) for weight in of_chunk]
 
 
 def forwards(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: int = 1) -> list[Action]:
@@ -91,6 +98,27 @@ def in_flight(
         return (InFlight(num_microbatches if schedule == "gpipe" else min(num_microbatches, pp - stage)),)
     # what is in flight repeats every round of pp microbatches, so a few rounds see the most there is
     return _counted_in_flight(schedule, pp, stage, min(num_microbatches, 4 * pp), model_chunks)
+
+
+@lru_cache(maxsize=4096)
+def held_at_once(
+    schedule: Schedule, pp: int, stage: int, num_microbatches: int, model_chunks: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """What all chunks of ``stage`` hold together, at every moment that may be the fullest.
+
+    A moment has of every chunk how many microbatches are alive and how many wait (see ``InFlight``).
+    """
+    held = [[0, 0] for _ in range(model_chunks)]
+    moments: dict[tuple[tuple[int, int], ...], None] = {}
+    # as in ``in_flight``, a few rounds of pp microbatches see all there is
+    for kind, _, chunk in actions(schedule, pp, stage, min(num_microbatches, 4 * pp), model_chunks):
+        if kind == "weight":
+            held[chunk][1] -= 1
+            continue
+        held[chunk][0] += 1 if kind == "forward" else -1
+        held[chunk][1] += kind == "backward" and schedule == "zero_bubble"
+        moments[tuple((alive, waiting) for alive, waiting in held)] = None
+    return tuple(moments)
 
 
 @lru_cache(maxsize=4096)

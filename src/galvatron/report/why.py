@@ -150,7 +150,8 @@ def _proof(result: SearchResult) -> Iterator[str]:
         yield (
             f"replayed, the plan takes {format_seconds(result.prediction.step_time_s)}, {abs(apart):.0%} "
             f"{'more' if apart > 0 else 'less'} than that best: the additive model only approximates how stages wait "
-            "for each other, and leaves out what is done where stacks meet; the bound is of that model alone"
+            "for each other, and leaves out what is done where stacks meet and what chunks gain by putting weight "
+            "passes off; the bound is of that model alone"
         )
     yield (
         f"{counted(counts.tasks, 'combination')} of batch, stages, microbatches and schedule, up to "

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model import Precision, ReduceDtype
 from galvatron.core.model_profile import ModelProfile
 from galvatron.cost.setting import Setting
-from galvatron.plan.plan import Plan, Proof
+from galvatron.plan.plan import Plan, Proof, Schedule
 
 from .baselines import FAMILIES
 from .checks import check_question
@@ -54,9 +54,10 @@ def search(
 ) -> SearchResult:
     """Find the fastest plan that fits.
 
-    Exact for the additive objective over the whole space; the ``num_candidates`` best tasks' plans are replayed
-    and the fastest replay is chosen.  An interrupt (KeyboardInterrupt) or the time limit ends the search with the best
-    plan so far, or with the first that is found quickly where there is none yet.
+    Exact for the additive objective over the whole space; the ``num_candidates`` best tasks' plans are replayed, each
+    under other schedules of the same chunks too, and the fastest replay is chosen.  An interrupt (KeyboardInterrupt) or
+    the time limit ends the search with the best plan so far, or with the first that is found quickly where there is
+    none yet.
 
     Args:
         model_profile: measured at ``seq_len`` and ``precision``, which default to the profile's own.
@@ -81,6 +82,8 @@ def search(
         InfeasibleError: no plan fits the memory limit, or none divides the batch.
     """
     start, patience, limits = time.process_time(), Patience.of(gap, time_limit_s), limits or Limits()
+    if model_profile.fp8:  # whose products have no backward in two passes
+        limits = replace(limits, forbid=limits.forbid | {"zero_bubble"})
     batches = [global_batch_size] if isinstance(global_batch_size, int) else sorted(set(global_batch_size))
     check_question(model_profile, hardware_profile, batches, limits)
     setting = Setting(
@@ -196,13 +199,18 @@ def _replayed(job: Job, found: _Found, num_candidates: int) -> list[Plan]:
     """The candidates, fastest replay first.
 
     Few microbatches may all be in flight: 1F1B's plan under GPipe then has the same additive objective, and
-    where receiving blocks the replay may tell them apart.
+    where receiving blocks the replay may tell them apart.  An interleaved plan may have room to put weight passes off,
+    which shortens its bubble: what chunks hold at once is less than what each holds at most, which is all that the
+    additive model can add up.
     """
     plans = [job.predicted(*item) for item in found.solved[:num_candidates]]
-    if job.limits.allows("schedule", "gpipe"):
-        twins = [p for p in plans if p.schedule == "1f1b" and p.pp > 1 and 1 < p.num_microbatches <= 2 * p.pp]
-        gpipe = [job.with_prediction(p.model_copy(update={"schedule": "gpipe"})) for p in twins]
-        plans += [plan for plan in gpipe if predicted(plan).peak_memory_bytes <= job.limit]
+    few = [p for p in plans if p.schedule == "1f1b" and p.pp > 1 and 1 < p.num_microbatches <= 2 * p.pp]
+    chunked = [p for p in plans if p.schedule == "interleaved" and job.limits.space not in FAMILIES]
+    twins: list[tuple[Schedule, list[Plan]]] = [("gpipe", few), ("zero_bubble", chunked)]
+    for schedule, alike in twins:
+        if job.limits.allows("schedule", schedule):
+            others = [job.with_prediction(p.model_copy(update={"schedule": schedule})) for p in alike]
+            plans += [plan for plan in others if predicted(plan).peak_memory_bytes <= job.limit]
     return _distinct(sorted(plans, key=_rank))
 
 

@@ -36,10 +36,13 @@ def tasks(world_size: int, num_layers: int, batch_sizes: Sequence[int], limits: 
     """Every task that can differ.
 
     Without a pipeline there is nothing to schedule.  GPipe has 1F1B's objective and holds no fewer microbatches, so
-    it is searched where 1F1B is not allowed.
+    it is searched where 1F1B is not allowed; zero bubble in chunks holds more than interleaved 1F1B and takes less, and
+    is searched where that is not allowed (else the replay looks at it, ``engine``).
     """
     schedules: list[tuple[Schedule, int]] = [("1f1b", 1)]
-    schedules += [("interleaved", v) for v in range(2, MAX_CHUNKS + 1)] + [("zero_bubble", 1)]
+    schedules += [("interleaved", v) for v in range(2, MAX_CHUNKS + 1)]
+    alone = not limits.allows("schedule", "interleaved")
+    schedules += [("zero_bubble", v) for v in range(1, MAX_CHUNKS + 1 if alone else 2)]
     if not limits.allows("schedule", "1f1b"):
         schedules.insert(0, ("gpipe", 1))
     for batch, pp in itertools.product(batch_sizes, divisors(world_size)):

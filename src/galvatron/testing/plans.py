@@ -34,7 +34,7 @@ def random_plans(spec: ModelSpec, world_size: int, count: int, seed: int, seq_le
 
     Pipeline depths (1 to 4, as far as they divide the world) and schedules are dealt in turn, in an order drawn for
     the model and the world, so that few plans cover them all; lengths and number of chunks, microbatches (1 to 8, also
-    fewer than stages, but where interleaved) and the strategy of the embedding, each layer and the head are drawn; of
+    fewer than stages, but in chunks) and the strategy of the embedding, each layer and the head are drawn; of
     one unit in four moments are in host memory.
     """
     seq_len = seq_len or usual_length(spec)
@@ -46,7 +46,8 @@ def random_plans(spec: ModelSpec, world_size: int, count: int, seed: int, seq_le
     plans: dict[Plan, None] = {}
     while len(plans) < count:
         pp, schedule, most_chunks = next(deals)
-        chunks = rng.randint(2, most_chunks) if schedule == "interleaved" else 1
+        fewest = {"interleaved": 2, "zero_bubble": 1}.get(schedule)
+        chunks = rng.randint(fewest, most_chunks) if fewest else 1
         plans[_hosted(hosting, _random_plan(rng, spec, world_size, pp, schedule, chunks, seq_len), spec)] = None
     return list(plans)
 
@@ -73,7 +74,7 @@ def pure_plans(spec: ModelSpec, world_size: int, seq_len: int | None = None) -> 
 
     Names: dp, the levels of recompute (with data parallelism), zero1, zero2, zero3, tp, ulysses, ring, offload (with
     zero 3), experts (dealt out); hsdp1, hsdp2, hsdp3 (replicas of shards) from 4 devices on; every schedule (up to 4
-    uneven stages, interleaved ones of 2 chunks, data parallel within) from 2 on.
+    uneven stages, interleaved ones of 2 chunks, data parallel within) from 2 on, and chunked_zero_bubble (of 2 chunks).
     """
     world, seq_len = world_size, seq_len or usual_length(spec)
     zeros: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
@@ -97,18 +98,26 @@ def pure_plans(spec: ModelSpec, world_size: int, seq_len: int | None = None) -> 
     deepest: dict[Schedule, int] = {name: pp for pp, name, _ in _pipelines(spec, world) if pp > 1}
     for schedule, pp in deepest.items():
         stage = LayerStrategy(dp_replicate=world // pp)
-        plans[schedule] = _uniform_plan(spec, stage, world, seq_len, pp, schedule)
+        chunks = 2 if schedule == "interleaved" else 1
+        plans[schedule] = _uniform_plan(spec, stage, world, seq_len, pp, schedule, chunks)
+        if schedule == "interleaved":
+            plans["chunked_zero_bubble"] = _uniform_plan(spec, stage, world, seq_len, pp, "zero_bubble", chunks)
     return plans
 
 
 def _uniform_plan(
-    spec: ModelSpec, strategy: LayerStrategy, world_size: int, seq_len: int, pp: int = 1, schedule: Schedule = "1f1b"
+    spec: ModelSpec,
+    strategy: LayerStrategy,
+    world_size: int,
+    seq_len: int,
+    pp: int = 1,
+    schedule: Schedule = "1f1b",
+    chunks: int = 1,
 ) -> Plan:
     cut = strategy.ulysses * strategy.cp
     ends = strategy.model_copy(update={"recompute": "none", "ulysses": cut, "cp": 1, "ep": 1})
     if spec.ends == "whole" and cut > 1:
         ends = LayerStrategy(tp=strategy.tp, dp_replicate=strategy.dp * cut)
-    chunks = 2 if schedule == "interleaved" else 1
     entries = pp * chunks
     plan = Plan(
         model=spec.name,
@@ -136,7 +145,7 @@ def _random_plan(
     embedding = rng.choice(choices["embedding"])
     head = embedding if spec.ends_alike else rng.choice(choices["head"])
     layers = tuple(rng.choice(choices[kind.name]) for kind in spec.kind_of_layers())
-    rounds = pp if schedule == "interleaved" else 1
+    rounds = pp if chunks > 1 else 1
     most = 1 if spec.task == "contrast" else MAX_MICROBATCHES // rounds
     num_microbatches = rounds * rng.randint(1, most)
     micro_batch_size = math.lcm(*(strategy.dp for strategy in (embedding, *layers, head))) * rng.randint(1, 2)

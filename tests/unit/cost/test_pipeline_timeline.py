@@ -116,6 +116,23 @@ def test_a_zero_bubble_step_is_m_microbatches_and_what_weight_passes_cannot_fill
     assert max(event.end_s for event in events) == pytest.approx(m * sum(passes) + bubble)
 
 
+@pytest.mark.parametrize("passes", [(1, 1, 1), (1, 1.2, 1.1), (1, 2, 1)])
+@pytest.mark.parametrize("chunks", [2, 3, 6])
+@pytest.mark.parametrize(("pp", "m"), [(2, 4), (4, 8), (4, 16), (8, 16)])
+def test_chunks_divide_the_bubble_that_weight_passes_leave(
+    pp: int, m: int, chunks: int, passes: tuple[float, float, float]
+) -> None:
+    forward, backward, weight = passes
+    columns = ([seconds] * pp * chunks for seconds in passes)
+    end = max(event.end_s for event in timeline(Pipeline("zero_bubble", pp, m, *columns)))
+    bubble = (pp - 1) * (forward + backward - min(forward, weight))
+    whole = m * chunks * sum(passes)
+    if weight <= forward:
+        assert end == pytest.approx(whole + bubble)
+    else:
+        assert whole + 0.9 * bubble < end <= whole + bubble
+
+
 @pytest.mark.parametrize("chunks", [2, 3])
 @pytest.mark.parametrize(("pp", "m"), [(2, 4), (4, 8), (4, 4)])
 def test_interleaving_divides_the_bubble_by_its_chunks(pp: int, m: int, chunks: int) -> None:

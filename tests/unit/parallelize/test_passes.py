@@ -23,6 +23,7 @@ from galvatron.plan.schedules import Action, actions, forwards
 PIPELINES: list[tuple[Schedule, int, int, int]] = [
     *((schedule, pp, m, 1) for schedule in ("1f1b", "zero_bubble") for pp, m in ((2, 1), (3, 2), (5, 7))),
     *(("interleaved", pp, rounds * pp, v) for pp in (2, 3, 4) for rounds in (1, 3) for v in (2, 3)),
+    *(("zero_bubble", pp, rounds * pp, v) for pp in (2, 3, 4) for rounds in (1, 3) for v in (2, 3)),
     ("interleaved", 2, 6, 4),
     ("interleaved", 7, 14, 2),
 ]

@@ -12,7 +12,7 @@ from galvatron.core.errors import PlanError
 from galvatron.core.model import Cut, LayerKind, ModelSpec, ParameterSpec, UnitSpec
 from galvatron.plan import LayerStrategy, Plan, check_runnable
 from galvatron.plan.rules import check_cuts
-from galvatron.plan.schedules import Action, actions, in_flight
+from galvatron.plan.schedules import Action, actions, held_at_once, in_flight
 
 ZERO3 = LayerStrategy(tp=2, dp_shard=2, zero=3)
 SPEC = ModelSpec(
@@ -88,7 +88,15 @@ def test_runs_of_layers_must_follow_each_other() -> None:
         ({"num_microbatches": 8}, "dp_shard x dp_replicate = 2 must divide the microbatch of 1 sequence;"),
         (
             {"layers_per_stage": (2, 2), "schedule": "interleaved", "model_chunks": 2},
-            "schedule=interleaved needs 2 or more stages, got pp=1",
+            "schedule=interleaved with model_chunks=2 needs 2 or more stages, got pp=1",
+        ),
+        (
+            {"layers_per_stage": (1,) * 4, "schedule": "zero_bubble", "model_chunks": 2, "num_microbatches": 1},
+            "num_microbatches=1 must be a multiple of pp=2 under schedule=zero_bubble with model_chunks=2; choose 2, 4",
+        ),
+        (
+            {"layers_per_stage": (1,) * 4, "schedule": "gpipe", "model_chunks": 2},
+            "model_chunks=2 does not go with schedule=gpipe; use interleaved",
         ),
         ({"seq_len": 66}, "tp=4 must divide seq_len=66; choose 1, 2"),
         ({"embedding": LayerStrategy(tp=4, recompute="full")}, "recompute=full is for layers"),
@@ -182,6 +190,25 @@ def test_interleaving_holds_no_fewer_activations_than_1f1b(pp: int, chunks: int)
         held = in_flight("interleaved", pp, stage, m, chunks)
         (plain,) = in_flight("1f1b", pp, stage, m)
         assert sum(size * count.alive for size, count in zip(sizes, held, strict=True)) >= layers * plain.alive
+
+
+@pytest.mark.parametrize("pp", [2, 4, 8])
+@pytest.mark.parametrize("chunks", [2, 3, 6])
+def test_putting_weight_passes_off_holds_no_more_than_the_first_stage_without(pp: int, chunks: int) -> None:
+    """Passes of all chunks at once, alive or waiting; a few rounds of microbatches see the most that there is."""
+    first = max(sum(alive for alive, _ in moment) for moment in held_at_once("interleaved", pp, 0, 8 * pp, chunks))
+    for stage in range(pp):
+        order = actions("zero_bubble", pp, stage, 8 * pp, chunks)
+        held = list(itertools.accumulate({"forward": 1, "backward": 0, "weight": -1}[a.kind] for a in order))
+        moments = held_at_once("zero_bubble", pp, stage, 8 * pp, chunks)
+        assert max(held) == max(sum(map(sum, moment)) for moment in moments) <= first
+        assert held[-1] == 0
+        apart = in_flight("zero_bubble", pp, stage, 8 * pp, chunks)
+        for of_chunk, own in zip(zip(*moments, strict=True), apart, strict=True):
+            for alive, waiting in of_chunk:  # whichever takes more bytes
+                assert alive <= own.alive
+                assert alive + waiting <= own.alive + own.waiting
+                assert waiting <= own.waiting + own.turned
 
 
 def test_every_rank_has_rows_of_the_vocabulary() -> None:

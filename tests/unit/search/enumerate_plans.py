@@ -259,7 +259,7 @@ def every_task(model: ModelProfile, hardware: HardwareProfile, batch: int, choic
             continue
         if model.spec.task == "contrast" and m > 1:
             continue
-        if (schedule == "interleaved" and m % pp) or (m == 1 and schedule in ("interleaved", "zero_bubble")):
+        if (chunks > 1 and m % pp) or (m == 1 and schedule in ("interleaved", "zero_bubble")):
             continue
         args = (model, hardware, pp, m, batch, model.seq_len, model.precision, "fp32", schedule, chunks, choice.runtime)
         yield Setting(*args)  # type: ignore[arg-type]

@@ -100,6 +100,8 @@ def choice_of(on: list[str], schedules: list[tuple[str, int]]) -> Choice:
     values["zero"] = (0, 1, 2, 3) if "zero" in on else (0,)
     values["recompute"] = ("none", *(level for level in RECOMPUTES[1:] if level in on))
     values["offload"] = OFFLOADS if "offload" in on else OFFLOADS[:1]
+    if ("zero_bubble", 1) in schedules and ("interleaved", 2) not in schedules:
+        schedules = [*schedules, ("zero_bubble", 2)]  # which is searched where interleaving is not
     return Choice(values, tuple(schedules))
 
 

@@ -251,6 +251,23 @@ def test_tasks_leave_out_what_cannot_differ() -> None:
     assert [task.schedule for task in gpipe] == ["gpipe", "gpipe"]
     chunks = [t.model_chunks for t in every_task(4, 4, Limits("all")) if t.schedule == "interleaved"]
     assert chunks == [2, 2]
+    alone = every_task(4, 4, Limits("all", forbid=frozenset({"interleaved"})))
+    assert {t.model_chunks for t in alone if t.schedule == "zero_bubble"} == {1, 2}
+
+
+def test_weight_passes_of_an_interleaved_plan_are_put_off_where_that_fits() -> None:
+    model = make_model(make_spec(8), flops_per_s=1e9)
+
+    def chunked(limit: int, *forbidden: str, model: ModelProfile = model) -> Plan:
+        limits = Limits(fix={"pp": 2, "num_microbatches": 4}, forbid=frozenset({"1f1b", *forbidden}))
+        return find(limit, model=model, hardware=make_hardware(2), limits=limits, baselines=False).plan
+
+    plain, twin = chunked(2**34, "zero_bubble"), chunked(2**34)
+    assert (plain.schedule, twin.schedule) == ("interleaved", "zero_bubble")
+    assert twin == plain.model_copy(update={"schedule": "zero_bubble", "prediction": twin.prediction})
+    assert step_s(twin) < step_s(plain)
+    assert chunked(2**34, model=model.model_copy(update={"fp8": True})).schedule == "interleaved"
+    check_runnable(twin)
 
 
 def test_too_little_memory_says_how_much_would_do() -> None:

@@ -60,7 +60,7 @@ def test_random_plans_cover_what_they_promise() -> None:
 def test_pure_plans_by_name() -> None:
     alone = {"dp", "selective", "mlp", "linears", "full"}
     assert set(pure_plans(_spec(), 1)) == alone
-    names = alone | {"zero1", "zero2", "zero3", "tp", "ulysses", "ring", "offload", *SCHEDULES}
+    names = alone | {"zero1", "zero2", "zero3", "tp", "ulysses", "ring", "offload", *SCHEDULES, "chunked_zero_bubble"}
     assert set(pure_plans(_spec(), 2)) == names
     eight = pure_plans(_spec(heads=8), 8)
     assert {"hsdp1", "hsdp2", "hsdp3"} < set(eight)

@@ -116,7 +116,7 @@ class Driver:
         if backward:
             order += [Action("backward", 0, action.chunk) for action in reversed(order)]
         if backward and self.plan.schedule == "zero_bubble":
-            order.append(Action("weight", 0))
+            order += [Action("weight", 0, chunk) for chunk in reversed(range(len(self.chunks)))]
         self._run(order, microbatch)
         self._free_gathered()
         if backward:
