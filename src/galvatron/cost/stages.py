@@ -14,7 +14,7 @@ import numpy as np
 
 from galvatron.core.model import ENDS, UnitName
 from galvatron.plan.plan import LayerStrategy, Plan
-from galvatron.plan.schedules import InFlight, held_at_once, in_flight
+from galvatron.plan.schedules import InFlight, held_at_once, in_flight, on_their_way
 
 from .between import joined_times, layouts, sides_s, without_tied
 from .communication import redistribution_s, transfer_s
@@ -34,8 +34,8 @@ class Chunk:
     ``redistribution_s``: one microbatch's, one way; a chunk's first unit redistributes what its neighbour sent.
     ``transfer_s``: the message into the chunk.  ``beside_bytes``: what a microbatch in flight keeps beyond its units'
     activations: the output, until the backward (the next profile does not count it), and what layers share, of which
-    every chunk but the first makes its own.  ``sent_bytes``: the gradient of the chunk's input, which may still be on
-    its way while the next microbatch passes.  ``memories``: of its units, and of what joins stacks (``cost.joints``).
+    every chunk but the first makes its own.  ``sent_bytes``: the gradients of the chunk's inputs that may still be on
+    their way while later microbatches pass.  ``memories``: of its units, and of what joins stacks (``cost.joints``).
     """
 
     units: Units
@@ -154,7 +154,8 @@ def stages_of(plan: Plan, setting: Setting, *, joined: bool = True) -> tuple[Sta
             shared_bytes(setting) * (tables if entry else tables - 1)
         )  # the embedding counts them whole
         transferred_s = transfer_s(setting, units[0][0], sent_degree) if entry else 0.0
-        sent = setting.entering_bytes(units[0][0]) if entry else 0
+        ahead = on_their_way(plan.pp, plan.model_chunks)
+        sent = ahead * setting.entering_bytes(units[0][0]) if entry else 0
         held = in_flight(plan.schedule, plan.pp, entry % plan.pp, plan.num_microbatches, plan.model_chunks)
         seeing = [plan.layers[i] for i in layers if setting.model.spec.kind_of_layers()[i].sees_side]
         degrees, ungathered = ({s.sequence_degree for s in seeing if s.tp <= most} for most in (plan.stage_size, 1))

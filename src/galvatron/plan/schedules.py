@@ -76,6 +76,15 @@ def forwards(schedule: Schedule, pp: int, num_microbatches: int, model_chunks: i
     return [action for action in order if action.kind == "forward"]
 
 
+def on_their_way(pp: int, model_chunks: int) -> int:
+    """How many gradients of a chunk's inputs may have left it and not have come, before the next one is waited for.
+
+    A stage in chunks is ahead of the one that takes them by up to some pp / 2 passes; if it waited for each, it would
+    lose what its chunks gain.  [Derived: replays of equal passes, pp from 2 to 32, see the test of ``cost.pipeline``.]
+    """
+    return 1 if model_chunks == 1 else -(-(pp // 2 + 2) // model_chunks)
+
+
 class InFlight(NamedTuple):
     """The most microbatches that a chunk holds something of at once.
 

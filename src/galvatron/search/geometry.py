@@ -28,7 +28,7 @@ from galvatron.cost.memory import shared_bytes
 from galvatron.cost.setting import Setting
 from galvatron.cost.strategies import Floats, Ints, Strategies
 from galvatron.plan.plan import LayerStrategy
-from galvatron.plan.schedules import InFlight, in_flight
+from galvatron.plan.schedules import InFlight, in_flight, on_their_way
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,12 +232,13 @@ class Geometry:
         ``neighbours``: for every chunk, the kind of its first layer and of the layer that follows it.
         """
         last, received_s, beside = self.setting.model_chunks - 1, 0.0, 0
+        ahead = on_their_way(self.pp, self.setting.model_chunks)
         for chunk, (first, after) in enumerate(neighbours):
             entry = chunk * self.pp + stage
             held = self._held[stage][chunk].alive
             if entry > 0:
                 received_s += self._received[first]
-                beside += held * self._shared_bytes + self._entering_bytes[first]
+                beside += held * self._shared_bytes + self._entering_bytes[first] * ahead
             if entry < last * self.pp + self.pp - 1:
                 received_s += self._received[after]
                 beside += held * self._entering_bytes[after]

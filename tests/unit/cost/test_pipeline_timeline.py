@@ -9,6 +9,7 @@ import pytest
 
 from galvatron.cost.pipeline import Event, Pipeline, timeline
 from galvatron.plan.plan import Schedule
+from galvatron.plan.schedules import on_their_way
 
 
 def times(events: tuple[Event, ...], stage: int) -> list[tuple[str, int, float, float]]:
@@ -170,3 +171,21 @@ def test_stages_work_on_one_thing_at_a_time_and_after_their_input() -> None:
         for e in own:
             source = (stage - 1 if e.kind == "forward" else stage + 1, e.kind, e.microbatch)
             assert e.start_s >= ends.get(source, -0.1) + 0.1 - 1e-12
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zero_bubble"])
+@pytest.mark.parametrize(("pp", "chunks"), [(2, 2), (2, 6), (4, 2), (4, 3), (8, 2), (8, 5), (16, 2), (16, 6), (32, 3)])
+@pytest.mark.parametrize("input_s", [0.8, 1.0, 1.2])
+def test_no_stage_waits_for_a_gradient_to_be_taken(schedule: Schedule, pp: int, chunks: int, input_s: float) -> None:
+    entries, splits = pp * chunks, schedule == "zero_bubble"
+    weights = [2 - input_s] * entries if splits else []
+    backward = [input_s if splits else 2.0] * entries
+    events = timeline(Pipeline(schedule, pp, 4 * pp, [1.0] * entries, backward, weights))
+    backwards = {(e.microbatch, e.chunk * pp + e.stage): e for e in events if e.kind == "backward"}
+    changes: dict[int, list[tuple[float, int]]] = {stage: [] for stage in range(pp)}
+    for (microbatch, entry), sender in backwards.items():
+        if entry > 0:
+            taken_s = backwards[microbatch, entry - 1].start_s
+            changes[entry % pp] += [(round(sender.end_s, 6), 1), (round(taken_s, 6), -1)]
+    most = [max(itertools.accumulate(n for _, n in sorted(of_stage))) for of_stage in changes.values()]
+    assert max(most) <= on_their_way(pp, chunks) * chunks

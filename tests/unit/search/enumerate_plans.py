@@ -27,7 +27,7 @@ from galvatron.plan.axes import divisors
 from galvatron.plan.hetu import inexpressible_strategy
 from galvatron.plan.plan import LayerStrategy
 from galvatron.plan.rules import check_strategy
-from galvatron.plan.schedules import InFlight, in_flight
+from galvatron.plan.schedules import InFlight, in_flight, on_their_way
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ def plans_of(setting: Setting, choice: Choice) -> Iterator[tuple[Any, Any]]:
                 first, after = costs.kinds[entries[e][0]], costs.units[entries[e][-1] + 2]
                 if e > 0:
                     work = work + setting.received_s(transfer_s(setting, first))
-                    bytes_ = bytes_ + held[e // pp].alive * shared_bytes(setting) + setting.entering_bytes(first)
+                    gradients = on_their_way(pp, chunks) * setting.entering_bytes(first)
+                    bytes_ = bytes_ + held[e // pp].alive * shared_bytes(setting) + gradients
                 bytes_ = bytes_ + joined(costs, entries[e], held[e // pp].alive)
                 if e < len(entries) - 1:
                     work = work + setting.received_s(transfer_s(setting, after))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from galvatron.plan.schedules import Action
+from galvatron.plan.schedules import Action, on_their_way
 
 from ..losses.balance import Balance
 from ..processes.grid import Grid, Neighbour
@@ -93,7 +93,8 @@ class Messages:
     """Messages of one step: hidden states forward, with what later layers need beside them, their gradients backward.
 
     What was sent is held until it has surely left: a chunk's outputs until their gradients arrive (they are needed so
-    long anyway), a gradient until the next one is sent.  Counts of routers (``losses.balance``) follow each.
+    long anyway), gradients until as many later ones are sent as may be ``on_their_way``.  Counts of routers
+    (``losses.balance``) follow each.
 
     Attributes:
         balance: whose counts travel; None where no backward follows.
@@ -145,7 +146,8 @@ class Messages:
     def _send_gradients(self, border: Border, gradients: Outputs) -> None:
         """Send the gradients of a chunk's inputs back; called from within the backward."""
         before = self._before
-        if self._gradients:
+        plan = self.grid.plan
+        if len(self._gradients) == on_their_way(plan.pp, plan.model_chunks) * plan.model_chunks:
             for work, _ in self._gradients.popleft():
                 work.wait()
         self._gradients.append([self._send(gradient, before.rank, before.backward) for gradient in gradients])
