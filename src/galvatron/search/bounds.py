@@ -62,6 +62,30 @@ class StageBound:
         return by_ends(self.bound_s, self.bound_s.shape[1] - 1)
 
 
+def first_alike(bounds: list[StageBound]) -> list[int]:
+    """For every stage the first one whose segments are the same: of those between the ends, with as much in flight."""
+    first: dict[tuple[UnitClass, ...], int] = {}
+    between = range(1, len(bounds) - 1)
+    return [first.setdefault(b.shape.classes, at) if at in between else at for at, b in enumerate(bounds)]
+
+
+def of_any(bounds: list[StageBound]) -> StageBound:
+    """The bound of the segments of any of some stages that are alike."""
+    one, *others = bounds
+    for other in others:
+        new, had, has = other.shape.allowed & ~one.shape.allowed, one.shape, other.shape
+        shape = replace(
+            had,
+            allowed=had.allowed | new,
+            counts=np.where(new[..., None], has.counts, had.counts),
+            received_s=np.where(new, has.received_s, had.received_s),
+            beside_bytes=np.where(new, has.beside_bytes, had.beside_bytes),
+        )
+        levels, least = np.minimum(one.level_s, other.level_s), np.minimum(one.bound_s, other.bound_s)
+        one = replace(one, shape=shape, level_s=levels, bound_s=least)
+    return one
+
+
 class Bounds:
     """The bounds of spaces that have the layers of one space and some of its ends.
 

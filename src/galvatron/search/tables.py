@@ -19,7 +19,7 @@ from galvatron.cost.strategies import Floats, Ints
 from galvatron.plan.plan import LayerStrategy
 
 from .borders import ANY, MOST, Borders
-from .bounds import StageBound
+from .bounds import StageBound, first_alike, of_any
 from .chains import StageChains
 from .layers import FEW_EFFORT, FULL_EFFORT, Effort, Grown, TooManyLabels, grow
 from .patience import ENDLESS, Patience
@@ -55,6 +55,9 @@ class TaskSolver:
         self.at_most, self.merged, self.bound_s = at_most, False, math.inf
         self.allowed_s = most_work_s(self.geometry, self.bounds, at_most * ROUNDING)
         self.most_s = self.allowed_s
+        self._first = first_alike(bounds) if self.geometry.rows > 1 else list(range(len(bounds)))
+        self._alike = {first: [at for at, other in enumerate(self._first) if other == first] for first in self._first}
+        self._of_any = {first: of_any([bounds[at] for at in alike]) for first, alike in self._alike.items()}
 
     def solve(self) -> Solution | None:
         """The best plan of what is left; None when there is none."""
@@ -98,7 +101,9 @@ class TaskSolver:
         return min((s for s in (exact, free) if s is not None), key=lambda s: s.value)
 
     def _solve_with(self, borders: Borders, effort: Effort) -> Solution | None:
-        self.most_s = list(self.allowed_s)  # chains that pay for borders may take more than others
+        # chains that pay for borders may take more than others
+        widest = {first: np.max([self.allowed_s[at] for at in alike], axis=0) for first, alike in self._alike.items()}
+        self.most_s = [widest[first] for first in self._first]
         bounds: list[Tables] = []
         grown: list[Found] = []
         exits: list[Ints] = []
@@ -136,7 +141,7 @@ class TaskSolver:
         return np.unique(np.concatenate([self._chains_of(stage).layouts for stage in range(len(self.bounds))]))
 
     def _chains_of(self, stage: int) -> StageChains:
-        return StageChains(self.space, stage, self.bounds[stage], self.most_s[stage])
+        return StageChains(self.space, stage, self._of_any[self._first[stage]], self.most_s[stage])
 
     def _divided(self, tables: list[Tables], borders: Borders, last: Ints) -> Division | None:
         """The best division, for every way in which hidden states may come back from the last stage to the first."""
@@ -158,11 +163,12 @@ class TaskSolver:
         return best
 
     def _stage(self, stage: int, entries: Ints, borders: Borders, effort: Effort) -> Found:
-        """By (row, k) the chains of one stage's segments.
+        """By (row, k) the chains of the segments of one stage, and of those that are alike.
 
         Parts with other ends have the stages between them too: what was found where no less was allowed is found here.
         """
-        kept, asked, most_s = self.bounds[stage].kept, (effort, borders.key, entries.tobytes()), self.most_s[stage]
+        kept, most_s = self.bounds[self._first[stage]].kept, self.most_s[stage]
+        asked = effort, borders.key, entries.tobytes()
         found: Found
         if kept and kept[0] == asked and (kept[1] >= most_s).all():
             found, merged = kept[2:]
@@ -178,7 +184,7 @@ class TaskSolver:
         found: Found = {}
         merged, self.most_s[stage] = False, self.most_s[stage].copy()  # which what is found tightens
         chains = self._chains_of(stage)
-        for level in np.argsort(self.bounds[stage].level_s.min(axis=(1, 2)), kind="stable").tolist():
+        for level in np.argsort(chains.bound.level_s.min(axis=(1, 2)), kind="stable").tolist():
             for members in chains.alike(level):
                 self.patience.check()
                 chain = chains.chain(level, members, entries, borders, effort)
