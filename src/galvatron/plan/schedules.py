@@ -80,9 +80,10 @@ def on_their_way(pp: int, model_chunks: int) -> int:
     """How many gradients of a chunk's inputs may have left it and not have come, before the next one is waited for.
 
     A stage in chunks is ahead of the one that takes them by up to some pp / 2 passes; if it waited for each, it would
-    lose what its chunks gain.  [Derived: replays of equal passes, pp from 2 to 32, see the test of ``cost.pipeline``.]
+    lose what its chunks gain.  All of its chunks together have as many as all but one: nothing precedes the first
+    stage's first.  [Derived: replays of equal passes, pp from 2 to 32, see the test of ``cost.pipeline``.]
     """
-    return 1 if model_chunks == 1 else -(-(pp // 2 + 2) // model_chunks)
+    return 1 if model_chunks == 1 else -(-(pp // 2 + 2) // (model_chunks - 1))
 
 
 class InFlight(NamedTuple):

@@ -71,6 +71,7 @@ def notes_of(rank: int, order: list[Action], pp: int, chunks: int, monkeypatch: 
     around = chunks > 1
     before, after = (Neighbour((rank + step) % pp, *groups(rank, step, pp)) for step in (-1, 1))  # type: ignore[arg-type]
     grid: Any = SimpleNamespace(
+        plan=SimpleNamespace(pp=pp, model_chunks=chunks),
         world=SimpleNamespace(device=torch.device("cpu")),
         before=before if rank or around else None,
         after=after if rank < pp - 1 or around else None,

@@ -147,7 +147,7 @@ class Messages:
         """Send the gradients of a chunk's inputs back; called from within the backward."""
         before = self._before
         plan = self.grid.plan
-        if len(self._gradients) == on_their_way(plan.pp, plan.model_chunks) * plan.model_chunks:
+        if len(self._gradients) == on_their_way(plan.pp, plan.model_chunks) * max(plan.model_chunks - 1, 1):
             for work, _ in self._gradients.popleft():
                 work.wait()
         self._gradients.append([self._send(gradient, before.rank, before.backward) for gradient in gradients])
