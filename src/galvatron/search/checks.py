@@ -41,6 +41,8 @@ def check_question(model: ModelProfile, hardware: HardwareProfile, batches: Sequ
     ep = limits.fix.get("ep")
     if isinstance(ep, int) and ep > 1 and not any(kind.num_experts for kind in model.spec.layers):
         raise ConfigError(f"ep={ep} deals out experts and {model.spec.name} has none; leave ep out")
+    if model.fp8 and limits.fix.get("schedule") == "zero_bubble":
+        raise ConfigError("fp8 products have no backward in two passes, as schedule=zero_bubble has; leave one out")
     pp = limits.fix.get("pp")
     if isinstance(pp, int) and pp > model.spec.num_layers:
         raise ConfigError(f"pp={pp} must not exceed the model's {model.spec.num_layers} layers; lower pp")

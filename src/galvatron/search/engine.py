@@ -82,10 +82,10 @@ def search(
         InfeasibleError: no plan fits the memory limit, or none divides the batch.
     """
     start, patience, limits = time.process_time(), Patience.of(gap, time_limit_s), limits or Limits()
-    if model_profile.fp8:  # whose products have no backward in two passes
-        limits = replace(limits, forbid=limits.forbid | {"zero_bubble"})
     batches = [global_batch_size] if isinstance(global_batch_size, int) else sorted(set(global_batch_size))
     check_question(model_profile, hardware_profile, batches, limits)
+    if model_profile.fp8:  # whose products have no backward in two passes
+        limits = replace(limits, forbid=limits.forbid | {"zero_bubble"})
     setting = Setting(
         model_profile,
         hardware_profile,

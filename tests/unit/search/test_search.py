@@ -270,6 +270,13 @@ def test_weight_passes_of_an_interleaved_plan_are_put_off_where_that_fits() -> N
     check_runnable(twin)
 
 
+def test_float8_products_have_no_zero_bubble() -> None:
+    model = make_model(make_spec(4)).model_copy(update={"fp8": True})
+    fixed = Limits.parse(fix=["schedule=zero_bubble"])
+    with pytest.raises(ConfigError, match="fp8 products have no backward in two passes"):
+        search(model, make_hardware(4), global_batch_size=8, limits=fixed)
+
+
 def test_too_little_memory_says_how_much_would_do() -> None:
     with pytest.raises(InfeasibleError, match=r"needs (\S+ MiB) on stage \d, .* too much; allow \1, ") as failure:
         find(4 * 2**20)
