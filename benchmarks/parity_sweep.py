@@ -5,7 +5,8 @@
 Random plans are dealt the modes in turn: fp32, fp16 and bf16 against one process in the same precision (models without
 jumps, see ``Variant.config``), and compiled layers in fp32 against one that compiles nothing.  Writes JSON: for every
 variant, world and mode the number of plans that hold, the worst error of each kind, the largest error of a gradient by
-plan, and each plan that fails with what was found; and as Markdown beside it who holds under which technique.
+plan, each plan that fails with what was found, and each that another draw decided, for one process itself was off
+float64 (``testing.parity.decided``); and as Markdown beside it who holds under which technique.
 Ends with exit code 1 if any fails.
 """
 
@@ -61,15 +62,15 @@ def arguments() -> argparse.Namespace:
 
 def check(
     sweep: Sweep, variant: str, mode: str, plan: Plan, recipe: Recipe, engine: str
-) -> tuple[dict[str, float], str | None]:
-    """Worst errors, and what was wrong if anything was."""
+) -> tuple[dict[str, float], str | None, list[str]]:
+    """Worst errors, what was wrong if anything was, and what draws decided nothing."""
     compiled = mode == COMPILED
     plan = plan if compiled else plan.model_copy(update={"precision": mode})
     try:
         report = sweep.parity(variant, plan, recipe, engine=engine if compiled else None)
     except WorkerError as failure:
-        return {}, str(failure)
-    return report.worst, None if report.ok else report.explain()
+        return {}, str(failure), []
+    return report.worst, None if report.ok else report.explain(), [str(own) for own in report.undecided]
 
 
 def cases(
@@ -91,12 +92,14 @@ def rows(sweep: Sweep, variant: str, world_size: int, chosen: list[Case], engine
     for mode in sorted({case[1] for case in chosen}):
         own = [case for case in chosen if case[1] == mode]
         worst = dict.fromkeys(KINDS, 0.0)
-        failures, gradients = [], {}
+        failures, gradients, undecided = [], {}, {}
         start = time.perf_counter()
         for name, _, plan, recipe in own:
-            errors, found = check(sweep, variant, mode, plan, recipe, engine)
+            errors, found, own = check(sweep, variant, mode, plan, recipe, engine)
             worst = {kind: max(worst[kind], errors.get(kind, 0.0)) for kind in worst}
             gradients[name] = None if found else errors["gradient"]
+            if own:
+                undecided[name] = own
             if found:
                 failures.append({"plan_name": name, "found": found, "plan": json.loads(plan.to_json())})
         yield {
@@ -108,6 +111,7 @@ def rows(sweep: Sweep, variant: str, world_size: int, chosen: list[Case], engine
             "worst": {kind: error if math.isfinite(error) else None for kind, error in worst.items()},
             "gradient_errors": gradients,
             "elapsed_s": time.perf_counter() - start,
+            "undecided_draws": undecided,
             "failures": failures,
         }
 

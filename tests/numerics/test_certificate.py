@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing import ParityReport, Pool, Recipe, parity
 from galvatron.testing.compare import Deviation
 from galvatron.testing.models import tiny_config, tiny_model
-from galvatron.testing.parity import decided, parity_with
+from galvatron.testing.parity import DRAWS, decided, parity_with
 from galvatron.testing.reference import Reference, Tensors, train_reference
 
 ONE = LayerStrategy(tp=2)
@@ -29,12 +31,27 @@ PLAN = Plan(
     layers=(ONE, LayerStrategy(dp_shard=2, zero=3)),
     head=ONE,
 )
+Drawn = Callable[[int, bool], Path]
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     return train_reference(tiny_model("llama", num_hidden_layers=2), 4, 8, Recipe(num_steps=2))
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Drawn:
+    """The references of draws, in float32 and in float64."""
+
+    def path(draw: int, exact: bool) -> Path:
+        found = tmp_path / f"{draw}-{exact}.pt"
+        if not found.exists():
+            model = tiny_model("llama", num_hidden_layers=2)
+            train_reference(model, 4, 8, Recipe(num_steps=1, seed=draw), exact=exact).save(found)
+        return found
+
+    return path
 
 
 def _verdict(reference: Reference, pool: Pool, folder: Path) -> ParityReport:
@@ -73,16 +90,50 @@ def test_a_reference_in_float64_is_met(pool: Pool, tmp_path: Path) -> None:
     ],
 )
 def test_float64_decides_where_float32_fails_narrowly(
-    error: float, against_float64: float, precision: Precision, ok: bool
+    drawn: Drawn, error: float, against_float64: float, precision: Precision, ok: bool
 ) -> None:
-    def held(exact: bool) -> ParityReport:
-        found = against_float64 if exact else error
-        deviation = Deviation(kind="gradient", name=NAME, step=0, rank=0, precision=precision, error=found)
-        return ParityReport(plan=PLAN, deviations=(deviation,))
+    def held(path: Path) -> ParityReport:
+        return _report(against_float64 if path == drawn(0, True) else error, precision)
 
-    report = decided(held, PLAN.model_copy(update={"precision": precision}))
-    assert (report.ok, report.exact) == (ok, ok)
+    report = decided(drawn, held, precision)
+    assert (report.ok, report.exact, report.undecided) == (ok, ok, ())
     assert report.worst["gradient"] == (against_float64 if ok else error)
+
+
+@pytest.mark.parametrize(("wrong_draws", "ok"), [((0,), True), ((0, 1), False), ((0, 1, 2), False)])
+def test_a_draw_on_which_one_process_is_not_sure_decides_nothing(
+    drawn: Drawn, wrong_draws: tuple[int, ...], ok: bool
+) -> None:
+    """Only draw 0's reference is off its float64."""
+    (step,) = Reference.load(drawn(0, False)).steps
+    _change(drawn(0, False), steps=(dataclasses.replace(step, gradients=_nudged(step.gradients)),))
+
+    def held(path: Path) -> ParityReport:
+        return _report(0.05 if path in {drawn(draw, False) for draw in wrong_draws} else 1e-6)
+
+    report = decided(drawn, held, "fp32")
+    assert report.ok == ok
+    assert [(own.kind, own.name, own.step) for own in report.undecided] == [("gradient", NAME, 0)]
+    assert f"one process itself is off float64: gradient of {NAME} in step 0" in report.explain()
+
+
+def test_a_plan_that_no_draw_decides_fails(drawn: Drawn) -> None:
+    for draw in range(DRAWS):
+        _change(drawn(draw, False), final_loss=0.0)
+    report = decided(drawn, lambda path: _report(0.05), "fp32")
+    assert not report.ok
+    assert len(report.undecided) == DRAWS - 1
+
+
+def _change(path: Path, **changes: Any) -> None:
+    reference = Reference.load(path)
+    path.unlink()  # its tensors stay mapped
+    dataclasses.replace(reference, **changes).save(path)
+
+
+def _report(error: float, precision: Precision = "fp32") -> ParityReport:
+    deviation = Deviation(kind="gradient", name=NAME, step=0, rank=0, precision=precision, error=error)
+    return ParityReport(plan=PLAN, deviations=(deviation,))
 
 
 @pytest.mark.parametrize("kind", ["parameter", "exp_avg", "exp_avg_sq"])

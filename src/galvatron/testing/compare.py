@@ -140,6 +140,30 @@ def worth_reporting(deviations: Iterable[Deviation]) -> Iterator[Deviation]:
     yield from tolerable.values()
 
 
+def own_error(reference: Reference, exact: Reference) -> Deviation:
+    """The worst error, by its tolerance, of one process' run against the same steps in float64."""
+
+    def off(kind: str, name: str, step: int, values: Any, truth: Any) -> Deviation:
+        wide = torch.as_tensor(truth).double()
+        difference = (torch.as_tensor(values).double() - wide).abs().max().item()
+        error = _relative(difference, wide.abs().max().item())
+        return Deviation(kind=kind, name=name, step=step, rank=0, precision=reference.precision, error=error)
+
+    def found() -> Iterator[Deviation]:
+        for index, (step, truth) in enumerate(zip(reference.steps, exact.steps, strict=True)):
+            yield off("loss", "", index, step.loss, truth.loss)
+            yield off("grad_norm", "", index, step.grad_norm, truth.grad_norm)
+            for name, gradient in step.gradients.items():
+                yield off("gradient", name, index, gradient, truth.gradients[name])
+        for name, average in reference.exp_avg.items():
+            yield off("parameter", name, -1, reference.parameters[name], exact.parameters[name])
+            yield off("exp_avg", name, -1, average, exact.exp_avg[name])
+            yield off("exp_avg_sq", name, -1, reference.exp_avg_sq[name], exact.exp_avg_sq[name])
+        yield off("final_loss", "", -1, reference.final_loss, exact.final_loss)
+
+    return max(found(), key=lambda own: own.error / own.tolerance)
+
+
 def _train_step(
     model: ParallelModel, optimizer: torch.optim.AdamW, step: Step, index: int, max_grad_norm: float | None
 ) -> tuple[list[Deviation], list[float]]:

@@ -5,7 +5,7 @@ Takes variants and plans; gives reports.  Used by the tests and by ``benchmarks/
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -50,17 +50,18 @@ class Sweep:
     ) -> ParityReport:
         """``testing.parity`` of the variant of that name (in halves the smooth one); WorkerError where a rank fails."""
 
-        def held(exact: bool) -> ParityReport:
-            path = self._reference(variant, plan, recipe or self.recipe, exact=exact)
-            return parity_with(path, plan, self.pool, engine=engine)
+        recipe = recipe or self.recipe
 
-        return decided(held, plan)
+        def reference(draw: int, exact: bool) -> Path:
+            return self._reference(variant, plan, replace(recipe, seed=recipe.seed + draw), exact=exact)
+
+        return decided(reference, lambda path: parity_with(path, plan, self.pool, engine=engine), plan.precision)
 
     def _reference(self, variant: str, plan: Plan, recipe: Recipe, *, exact: bool) -> Path:
         heads = heads_for(plan.world_size)
         clip = recipe.max_grad_norm
         name = f"{variant}-{heads}-{plan.global_batch_size}x{plan.seq_len}-{clip}-{recipe.num_steps}-{recipe.seed}"
-        path = self.folder / f"{name}-{'fp64' if exact else plan.precision}.pt"
+        path = self.folder / f"{name}-{plan.precision}{'-exact' if exact else ''}.pt"
         if not path.exists():
             model = Variant.named(variant).model(heads, recipe.seed, smooth=plan.precision != "fp32")
             reference = train_reference(
