@@ -95,11 +95,11 @@ def rows(sweep: Sweep, variant: str, world_size: int, chosen: list[Case], engine
         failures, gradients, undecided = [], {}, {}
         start = time.perf_counter()
         for name, _, plan, recipe in own:
-            errors, found, own = check(sweep, variant, mode, plan, recipe, engine)
+            errors, found, unsure = check(sweep, variant, mode, plan, recipe, engine)
             worst = {kind: max(worst[kind], errors.get(kind, 0.0)) for kind in worst}
             gradients[name] = None if found else errors["gradient"]
-            if own:
-                undecided[name] = own
+            if unsure:
+                undecided[name] = unsure
             if found:
                 failures.append({"plan_name": name, "found": found, "plan": json.loads(plan.to_json())})
         yield {
