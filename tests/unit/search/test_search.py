@@ -24,7 +24,8 @@ from galvatron.search.bounds import lower_bounds_s, stage_bounds
 from galvatron.search.builder import SpaceBuilder
 from galvatron.search.layers import LITTLE_EFFORT, Effort
 from galvatron.search.smallest import smallest
-from galvatron.search.solve import parts, solve
+from galvatron.search.solution import Solution
+from galvatron.search.solve import _solve_near, parts, solve
 from galvatron.search.tables import TaskSolver
 from galvatron.search.tasks import Task, tasks
 from unit.profiles import make_hardware, make_model, make_spec
@@ -372,7 +373,16 @@ def test_a_first_guess_of_the_optimum_changes_nothing(seed: int) -> None:
 
 
 @pytest.mark.parametrize("gap", [1e-3, 1e-6])
-def test_long_chains_are_solved_as_nearly_as_is_said(gap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("excess", [0.0, 5e-7, 0.05])
+def test_long_chains_are_solved_as_nearly_as_is_said(
+    gap: float, excess: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much worse than the best the plan is that a little effort begins with, and if nothing more is shown."""
+
+    def solve_near(*given: Any) -> Solution | None:
+        near = _solve_near(*given)
+        return None if near is None else dataclasses.replace(near, value=near.value * (1 + excess))
+
     model = make_model(make_spec(6, hidden=256, ffn=768, vocab=300), seq_len=2048, flops_per_s=2e11, seed=5)
     job = Setting(model, make_hardware(4, "cuda", seed=5, memory_bytes=2**40), 1, 1, 8, 2048, model.precision, "fp32")
     spaces = SpaceBuilder(job, Limits("all"), 2**40)
@@ -384,6 +394,9 @@ def test_long_chains_are_solved_as_nearly_as_is_said(gap: float, monkeypatch: py
             with monkeypatch.context() as patched:
                 patched.setattr("galvatron.search.solve.LONG", 0)
                 patched.setattr("galvatron.search.solve.GOOD", gap)
+                if excess:
+                    patched.setattr("galvatron.search.solve._solve_near", solve_near)
+                    patched.setattr("galvatron.search.solve.WHOLE_EFFORT", Effort(1, 1, 1, bounds=True, whole=True))
                 long = solve(space)
             assert long.solution is not None
             assert optimum <= long.solution.value * (1 + 1e-12) <= long.lower_bound_s * (1 + gap) * (1 + 1e-9)
