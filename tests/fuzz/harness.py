@@ -23,7 +23,9 @@ LIMIT_CPU_S = 20.0
 """Of the processor, so that a busy machine makes nothing of it."""
 MORE_MEMORY_BYTES = 6 * 2**30
 MAX_SENTENCE = 1500
-ABSURD = re.compile(r"(?<![\w.])-\d[\d.,]* ?(?:B|[KMGTP]iB|s|ms|µs|TFLOP/s|tokens/s)\b|\b(?:nan|inf)\b", re.IGNORECASE)
+ABSURD = re.compile(
+    r"(?<![\w.])-\d[\d.,]* ?(?:B|[KMGTP]iB|s|ms|µs|TFLOP/s|(?:sample|token)s/s)\b|\b(?:nan|inf)\b", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

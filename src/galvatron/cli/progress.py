@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from galvatron.core.units import format_bytes, format_seconds
+from galvatron.core.units import format_bytes, format_rate, format_seconds
 from galvatron.train.interface import Reporter
 
 from .console import console, say
@@ -26,6 +26,7 @@ LINES = 12  # of steps, over a whole run
 ROWS = (
     "steps",
     "loss",
+    "samples/s",
     "tokens/s",
     "step time, predicted",
     "step time, measured",
@@ -100,8 +101,8 @@ def describe_step(metrics: StepMetrics) -> str:
     promise = f" (predicted {format_seconds(predicted)})" if predicted is not None else ""
     dropped = f"  {metrics.dropped_choices:,} choices dropped" if metrics.dropped_choices else ""
     return (
-        f"step {metrics.step:>5}  loss {metrics.loss:.3f}  {metrics.tokens_per_s:,.0f} tokens/s  "
-        f"{format_seconds(metrics.step_time_s)} a step{promise}{dropped}"
+        f"step {metrics.step:>5}  loss {metrics.loss:.3f}  {format_rate(metrics.samples_per_s)} samples/s, "
+        f"{format_rate(metrics.tokens_per_s)} tokens/s  {format_seconds(metrics.step_time_s)} a step{promise}{dropped}"
     )
 
 
@@ -125,7 +126,8 @@ def _cells(steps: list[StepMetrics]) -> list[str]:
     return [
         f"{steps[0].step} to {last.step}",
         f"{steps[0].loss:.3f} to {last.loss:.3f}",
-        f"{statistics.median(step.tokens_per_s for step in settled):,.0f}",
+        format_rate(statistics.median(step.samples_per_s for step in settled)),
+        format_rate(statistics.median(step.tokens_per_s for step in settled)),
         _or_dash(last.predicted_step_time_s, format_seconds),
         format_seconds(time_s),
         _error(last.predicted_step_time_s, time_s),

@@ -82,6 +82,11 @@ def format_seconds(seconds: float) -> str:
     raise AssertionError("unreachable")
 
 
+def format_rate(per_s: float) -> str:
+    """How many a second for people: ``39412.3`` → ``"39,412"``, ``9.4876`` → ``"9.49"``."""
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+
+
 def counted(count: int, word: str) -> str:
     """``1 sequence``, ``2 sequences``, ``4 microbatches``."""
     return f"{count} {plural(count, word)}"

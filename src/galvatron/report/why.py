@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from galvatron.core.units import counted, format_bytes, format_seconds
+from galvatron.core.units import counted, format_bytes, format_rate, format_seconds
 from galvatron.plan.plan import Plan
 from galvatron.search.baselines import FAMILIES
 from galvatron.search.result import SearchResult, Shortfall, predicted
@@ -51,9 +51,10 @@ def basis(result: SearchResult) -> str:
 def explain_prediction(plan: Plan, basis: str = "predicted") -> str:
     """What a predicted plan promises: step time and memory with their parts."""
     prediction = predicted(plan)
-    tokens_per_s = plan.global_batch_size * plan.seq_len / prediction.step_time_s
+    samples_per_s = plan.global_batch_size / prediction.step_time_s
+    rates = f"{format_rate(samples_per_s)} samples/s, {format_rate(samples_per_s * plan.seq_len)} tokens/s"
     engine = ", layers compiled" if prediction.compiled else ""
-    lines = [f"Step time {format_seconds(prediction.step_time_s)}, {tokens_per_s:,.0f} tokens/s ({basis}{engine})"]
+    lines = [f"Step time {format_seconds(prediction.step_time_s)}, {rates} ({basis}{engine})"]
     for name, seconds in sorted(prediction.parts_s.items(), key=lambda part: -part[1]):
         share = seconds / prediction.step_time_s
         if share >= NOTICEABLE:

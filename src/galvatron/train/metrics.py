@@ -22,16 +22,18 @@ MAX_EXPONENT = 700  # of what a float can hold
 class StepMetrics(Record):
     """One step.  ``step`` counts from 1; rates are of the whole world; predictions are None without one.
 
-    ``tokens_per_s`` = tokens of the batch / ``step_time_s``; ``model_flops_per_s`` counts forward + backward
-    without recompute (``ModelSpec.flops_per_token``); ``mfu`` = ``model_flops_per_s`` / (world size × measured
-    matrix-multiply rate of a device); ``peak_memory_bytes`` is the fullest rank's (see ``PeakMemory``); ``loss_scale``
-    is fp16's, as the step's gradients were made; ``dropped_choices`` counts those beyond their experts' capacity.
+    ``samples_per_s`` = samples of the batch / ``step_time_s``, ``tokens_per_s`` alike (an image's tokens are patches);
+    ``model_flops_per_s`` counts forward + backward without recompute (``ModelSpec.flops_per_token``); ``mfu`` =
+    ``model_flops_per_s`` / (world size × measured matrix-multiply rate of a device); ``peak_memory_bytes`` is the
+    fullest rank's (see ``PeakMemory``); ``loss_scale`` is fp16's, as the step's gradients were made;
+    ``dropped_choices`` counts those beyond their experts' capacity.
     """
 
     step: int
     loss: float
     grad_norm: float
     lr: float
+    samples_per_s: float
     tokens_per_s: float
     step_time_s: float
     predicted_step_time_s: float | None

@@ -165,7 +165,8 @@ class Trainer:
         peak_bytes: int,
         dropped_choices: int | None = None,
     ) -> StepMetrics:
-        tokens_per_s = self.section.global_batch_size * self.section.seq_len / seconds
+        samples_per_s = self.section.global_batch_size / seconds
+        tokens_per_s = samples_per_s * self.section.seq_len
         flops_per_s = tokens_per_s * self.model.spec.flops_per_token(self.section.seq_len)
         peak_flops_per_s = None if self.device_flops_per_s is None else self.device_flops_per_s * world_size()
         prediction = self.plan.prediction
@@ -176,6 +177,7 @@ class Trainer:
             lr=lr,
             loss_scale=None if scale is None else scale.scale,
             dropped_choices=dropped_choices,
+            samples_per_s=samples_per_s,
             tokens_per_s=tokens_per_s,
             step_time_s=seconds,
             predicted_step_time_s=None if prediction is None else prediction.step_time_s,

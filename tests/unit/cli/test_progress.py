@@ -15,6 +15,7 @@ def metrics(step: int, step_time_s: float = 0.2, predicted: float | None = 0.25)
         loss=5.0 - step / 10,
         grad_norm=1.0,
         lr=1e-3,
+        samples_per_s=7.8125,
         tokens_per_s=1000.0,
         step_time_s=step_time_s,
         predicted_step_time_s=predicted,
@@ -28,8 +29,8 @@ def metrics(step: int, step_time_s: float = 0.2, predicted: float | None = 0.25)
 @pytest.mark.parametrize(
     ("predicted", "text"),
     [
-        (0.25, "step     7  loss 4.300  1,000 tokens/s  200 ms a step (predicted 250 ms)"),
-        (None, "step     7  loss 4.300  1,000 tokens/s  200 ms a step"),
+        (0.25, "step     7  loss 4.300  7.81 samples/s, 1,000 tokens/s  200 ms a step (predicted 250 ms)"),
+        (None, "step     7  loss 4.300  7.81 samples/s, 1,000 tokens/s  200 ms a step"),
     ],
 )
 def test_a_step_is_one_line(predicted: float | None, text: str) -> None:

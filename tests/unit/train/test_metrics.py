@@ -11,8 +11,8 @@ from galvatron.train.metrics import METRICS_FILE, MetricsLog, StepMetrics, read_
 
 def row(step: int) -> StepMetrics:
     return StepMetrics(
-        step=step, loss=2.5, grad_norm=1.0, lr=1e-3, tokens_per_s=10.0, step_time_s=0.1, predicted_step_time_s=None,
-        peak_memory_bytes=5, predicted_peak_memory_bytes=7, mfu=None, model_flops_per_s=1.0,
+        step=step, loss=2.5, grad_norm=1.0, lr=1e-3, samples_per_s=1.0, tokens_per_s=10.0, step_time_s=0.1,
+        predicted_step_time_s=None, peak_memory_bytes=5, predicted_peak_memory_bytes=7, mfu=None, model_flops_per_s=1.0,
     )  # fmt: skip
 
 

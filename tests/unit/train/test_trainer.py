@@ -86,6 +86,7 @@ def test_loss_falls_and_everything_is_reported_in_order(tmp_path: Path) -> None:
     ]  # fmt: skip
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
     assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["tokens_per_s"] == pytest.approx(8 * rows[0]["samples_per_s"])
     assert rows[0]["tokens_per_s"] == pytest.approx(32 / rows[0]["step_time_s"])
     assert rows[0]["mfu"] == pytest.approx(rows[0]["model_flops_per_s"] / 1e12)
     assert result.steps == 5
