@@ -2,6 +2,7 @@
 
     GalvatronError
     ├── ConfigError        a job file, option or model configuration is wrong
+    │   └── UnfitError     a type of model is none that galvatron trains; carries the rule
     ├── ProfileError       a profile is missing, malformed or lacks a measurement
     ├── InfeasibleError    no plan fits; carries the tightest constraint
     ├── PlanError          a plan breaks a rule of its model, its batch or its world
@@ -24,6 +25,23 @@ class GalvatronError(Exception):
 
 class ConfigError(GalvatronError):
     """A job file, option or model configuration is wrong."""
+
+
+class UnfitError(ConfigError):
+    """A type of model is none that galvatron trains.
+
+    Attributes:
+        rule: what is so of this type, as of others.
+        detail: what was seen of this one.
+    """
+
+    def __init__(self, model_type: str, rule: str, remedy: str, detail: str = "") -> None:
+        super().__init__(model_type, rule, remedy, detail)  # with which it is made again in another process
+        self.model_type, self.rule, self.remedy, self.detail = model_type, rule, remedy, detail
+
+    def __str__(self) -> str:
+        seen = f" ({self.detail})" if self.detail else ""
+        return f"model_type={self.model_type!r} {self.rule}{seen}; {self.remedy}"
 
 
 class ProfileError(GalvatronError):

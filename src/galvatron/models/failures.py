@@ -7,8 +7,6 @@ import traceback
 from galvatron.core.errors import GalvatronError
 
 MAX_MESSAGE = 200
-FAILS = "it fails with "
-"""How a sentence of a foreign error begins."""
 
 
 def said(failure: Exception) -> str:
@@ -22,11 +20,6 @@ def said(failure: Exception) -> str:
     if _modules(failure)[-1:] == _ours(failure)[-1:] != []:
         return where(failure)
     return f"{type(failure).__name__} ({lines[0][:MAX_MESSAGE] if lines else 'no message'})"
-
-
-def told(failure: Exception) -> str:
-    """The same as a sentence."""
-    return said(failure) if isinstance(failure, GalvatronError) else f"{FAILS}{said(failure)}"
 
 
 def where(failure: Exception) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from galvatron.core.errors import ConfigError
+from galvatron.core.errors import UnfitError
 
 from .tasks import auto_class, for_task, task_of
 
@@ -24,14 +24,15 @@ def image_shape(config: PretrainedConfig, rows: int) -> tuple[torch.dtype, tuple
     """The dtype and shape of a batch of images: [rows, channels, height, width].
 
     Raises:
-        ConfigError: the config does not say how large they are.
+        UnfitError: the config does not say how large they are.
     """
     seen = getattr(config, "vision_config", config)
     size = getattr(seen, "image_size", None)
     if size is None:
-        raise ConfigError(
-            f"model_type={config.model_type!r} has no image_size in its config: it takes images of any size, or "
-            "patches; choose a type whose images are of one size"
+        raise UnfitError(
+            config.model_type,
+            "has no image_size in its config: it takes images of any size, or patches",
+            "choose a type whose images are of one size",
         )
     height, width = (size, size) if isinstance(size, int) else size
     return torch.float32, (rows, getattr(seen, "num_channels", COLOURS), height, width)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from galvatron.core.errors import ConfigError
+from galvatron.core.errors import UnfitError
 from galvatron.core.tasks import Task
 
 from .grids import Grids, random_sides, usual_sides
@@ -23,7 +23,7 @@ def input_shapes(
     """The dtype and shape of every input that a model cannot do without: ids [rows, seq_len], images, sounds.
 
     Raises:
-        ConfigError: the config does not say of what sizes they are.
+        UnfitError: the config does not say of what sizes they are.
     """
     ids = (torch.int64, (rows, seq_len))
     if task == "image_classification":
@@ -33,9 +33,10 @@ def input_shapes(
     if task == "speech_to_text":
         bins, positions = (getattr(config, name, None) for name in SOUND_SIZES)
         if bins is None or positions is None:
-            raise ConfigError(
-                f"model_type={config.model_type!r} does not have {' and '.join(SOUND_SIZES)} in its config: it takes "
-                "other sounds than Whisper; choose a type that takes its"
+            raise UnfitError(
+                config.model_type,
+                f"does not have {' and '.join(SOUND_SIZES)} in its config: it takes other sounds than Whisper",
+                "choose a type that takes its",
             )
         frames = (torch.float32, (rows, bins, 2 * positions))
         return {"input_features": frames, "decoder_input_ids": ids}

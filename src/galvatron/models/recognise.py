@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from galvatron.core.errors import ConfigError, GalvatronError
+from galvatron.core.errors import GalvatronError, UnfitError
 from galvatron.core.family import Experts, Family, Logits, Region, Stack
 from galvatron.core.tasks import TOKEN_TASKS
 
@@ -29,6 +29,7 @@ from .towers import OwnWay, tower_of
 from .trace import Trace, traced
 from .twin import is_factor, twin_config, twin_inputs, twin_model
 
+REMEDY = "galvatron trains chains of layers between an embedding and a head"
 MAX_REASON = 200
 FEATURE_LAYER = "vision_feature_layer"
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn")
@@ -39,7 +40,7 @@ def recognise(config: PretrainedConfig) -> Family:
     """The family of ``config``'s type and flags.
 
     Raises:
-        ConfigError: it is no chain of equal layers between one embedding and one head, in words.
+        UnfitError: it is no chain of equal layers between one embedding and one head, in words.
     """
     model, trace = _watched(config)
     for name in trace.ignored:
@@ -49,7 +50,7 @@ def recognise(config: PretrainedConfig) -> Family:
     except OwnWay as way:
         raise _unlike(config, str(way)) from None
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what chains of layers have
-        raise _unlike(config, f"is built in a way that is not known ({where(error)})") from None
+        raise _unlike(config, "is built in a way that is not known", where(error)) from None
 
 
 def _watched(config: PretrainedConfig) -> tuple[PreTrainedModel, Trace]:
@@ -65,11 +66,11 @@ def _watched(config: PretrainedConfig) -> tuple[PreTrainedModel, Trace]:
         lacks = f"does not run on {' and '.join(inputs)} as other models take them"
         return model, traced(model, inputs)
     except ImportError as error:
-        raise _unlike(config, f"needs a package that is not installed ({_reason(error)})") from None
+        raise _unlike(config, "needs a package that is not installed", _reason(error)) from None
     except GalvatronError:
         raise
     except Exception as error:  # of any kind: a foreign model is built and run
-        raise _unlike(config, f"{lacks} ({_reason(error)})") from None
+        raise _unlike(config, lacks, _reason(error)) from None
 
 
 def _reason(error: Exception) -> str:
@@ -254,10 +255,8 @@ def _is_causal(trace: Trace, stack: nn.ModuleList) -> bool:
     return not bool(gradient[:, 1:].any())
 
 
-def _unlike(config: PretrainedConfig, why: str) -> ConfigError:
-    return ConfigError(
-        f"model_type={config.model_type!r} {why}; galvatron trains chains of layers between an embedding and a head"
-    )
+def _unlike(config: PretrainedConfig, rule: str, detail: str = "") -> UnfitError:
+    return UnfitError(config.model_type, rule, REMEDY, detail)
 
 
 def _around(

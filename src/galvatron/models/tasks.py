@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from galvatron.core.errors import ConfigError
+from galvatron.core.errors import ConfigError, UnfitError
 from galvatron.core.tasks import Task, check_head
 from galvatron.internals import model_mapping, model_types
 
@@ -43,7 +43,7 @@ def task_of(config: PretrainedConfig) -> Task:
     """What the model of ``config`` is trained for.
 
     Raises:
-        ConfigError: transformers has no model of this type for any task, or its architecture has a head of none.
+        UnfitError: transformers has no model of this type for any task, or its architecture has a head of none.
     """
     named = (getattr(config, "architectures", None) or [""])[0]
     possible = {task: model for task in CLASSES if (model := _class_for(config, task)) is not None}
@@ -53,10 +53,8 @@ def task_of(config: PretrainedConfig) -> Task:
     check_head(named)
     usual = [task for task in possible if _suits(config, task)]
     if not usual:
-        raise ConfigError(
-            f"model_type={config.model_type!r} has no model for any task in transformers ({', '.join(CLASSES)}); "
-            "choose another type"
-        )
+        rule, tasks = "has no model for any task in transformers", ", ".join(CLASSES)
+        raise UnfitError(config.model_type, rule, "choose another type", tasks)
     return usual[0]
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from galvatron.core.errors import ConfigError
+from galvatron.core.errors import UnfitError
 from galvatron.internals import call_attention
 
 from .grids import Grids, shrink_grids
@@ -96,12 +96,13 @@ def twin_config(config: PretrainedConfig, kv_heads: int = 2, *, keep_images: boo
     their size.
 
     Raises:
-        ConfigError: it gives layers sizes of their own.
+        UnfitError: it gives layers sizes of their own.
     """
     if getattr(config, "is_heterogeneous", False):
-        raise ConfigError(
-            f"model_type={config.model_type!r} gives layers sizes of their own in its config, by per_layer_config; "
-            "choose a type whose layers are alike"
+        raise UnfitError(
+            config.model_type,
+            "gives layers sizes of their own in its config, by per_layer_config",
+            "choose a type whose layers are alike",
         )
     twin = copy.deepcopy(config)
     if hasattr(twin, "output_router_logits"):

@@ -6,23 +6,20 @@ known for.
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from transformers import PretrainedConfig
 
-from galvatron.core.errors import GalvatronError
 from galvatron.core.family import Family
 from galvatron.core.records import Record
 from galvatron.core.tasks import Task
 from galvatron.models import family_of, task_of
-from galvatron.models.failures import FAILS, said
 from galvatron.models.types import usual_config
 
-from .proof import is_other, prove
+from .proof import Finding, prove
 
 Lacking = Literal["pp", "tp", "ulysses", "ring"]
-ACROSS: tuple[Lacking, Lacking] = ("ulysses", "ring")
+OUTCOMES = {"fails": "fails", "differs": "computes something else"}
 
 
 class Verdict(Record):
@@ -47,10 +44,9 @@ def judge(model_type: str, transformers: str) -> Verdict:
         config = usual_config(model_type)
         task = task_of(config)
         lacks, found = _lacking(config, family_of(config))
-    except GalvatronError as refusal:
-        lacks, found = None, [_rule_of(refusal)]
     except Exception as failure:  # of any kind: foreign configs are read
-        lacks, found = None, [("has a config that cannot be read", said(failure))]
+        refusal = Finding.of(failure)
+        lacks, found = None, [(refusal.rule or "has a config that cannot be read", refusal.detail)]
     return Verdict(
         model_type=model_type,
         task=task,
@@ -71,35 +67,18 @@ def _lacking(config: PretrainedConfig, family: Family) -> tuple[tuple[Lacking, .
     proof = prove(config)
     if proof.whole is not None:
         return None, [_reason("driven by galvatron it", proof.whole)]
-    lacks: list[Lacking] = []
-    reasons: list[Reason] = []
-    if len(family.stacks) > 1:
-        lacks.append("ring")
-        reasons.append(("several stacks", ""))
-    if proof.pp is not None:
-        lacks.append("pp")
-        reasons.append(_reason("in stages it", proof.pp))
-    if proof.tp is not None:
-        lacks.append("tp")
-        reasons.append(_reason("cut in two it", proof.tp))
-    if not family.asks_for_attention:
-        lacks += ACROSS
-        reasons.append(("attends by itself", ""))
-    return tuple(dict.fromkeys(lacks)), reasons
+    several = Finding("unfit", "several stacks") if len(family.stacks) > 1 else None
+    by_itself = None if family.asks_for_attention else Finding("unfit", "attends by itself")
+    checks: list[tuple[tuple[Lacking, ...], str, Finding | None]] = [
+        (("ring",), "", several),
+        (("pp",), "in stages it", proof.pp),
+        (("tp",), "cut in two it", proof.tp),
+        (("ulysses", "ring"), "", by_itself),
+    ]
+    lacks = dict.fromkeys(name for names, _, found in checks if found is not None for name in names)
+    return tuple(lacks), [_reason(way, found) for _, way, found in checks if found is not None]
 
 
-def _reason(way: str, found: str) -> Reason:
+def _reason(way: str, found: Finding) -> Reason:
     """What a proof found of a way to run a model."""
-    if found.startswith(FAILS):
-        return f"{way} fails", found.removeprefix(FAILS)
-    if not is_other(found):
-        return found, ""
-    rule, _, seen = found.rpartition(": ")
-    return rule or f"{way} computes something else", seen
-
-
-def _rule_of(refusal: GalvatronError) -> Reason:
-    """The rule of a sentence alone, without the type that it names and the remedy, and what it says in brackets."""
-    rule = re.sub(r"^model_type='[^']*' ", "", str(refusal).rpartition("; ")[0])
-    rule, _, detail = rule.partition(" (")
-    return rule, detail.removesuffix(")")
+    return found.rule or f"{way} {OUTCOMES[found.kind]}", found.detail

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig
 
-from galvatron.core.errors import ConfigError, PlanError
+from galvatron.core.errors import ConfigError, PlanError, UnfitError
 from galvatron.models import build_spec, family_of, meta_model, spec_of, structure_key, twin_config
 from galvatron.models.types import usual_config
-from galvatron.parallelize.proof import Proof, prove
+from galvatron.parallelize.proof import Finding, Proof, prove
 from galvatron.plan import LayerStrategy, Plan
 
 
@@ -98,7 +98,8 @@ def test_states_that_are_changed_between_layers_are_whole_there_and_in_one_stage
     proof = prove(config)
     assert (proof.whole, proof.tp) == (None, None)
     assert proof.pp is not None
-    assert "the loss is" in proof.pp
+    assert proof.pp.kind == "differs"
+    assert "the loss is" in proof.pp.detail
 
 
 def test_parameters_that_a_task_does_not_use_are_held_and_not_trained() -> None:
@@ -116,21 +117,26 @@ def test_parameters_that_a_task_does_not_use_are_held_and_not_trained() -> None:
         ("minicpmv4_6", "does not look at pixel_values without further inputs beside them"),
         ("mobilebert", "multiplies by cls.predictions.dense.weight outside of the module that has it"),
         ("resnet", "has no image_size in its config: it takes images of any size, or patches"),
-        ("moonshine", "does not have num_mel_bins and max_source_positions in its config"),
+        (
+            "moonshine",
+            "does not have num_mel_bins and max_source_positions in its config: it takes other sounds than Whisper",
+        ),
         ("timm_wrapper", "needs a package that is not installed"),
         ("gemma4_text", "gives layers sizes of their own in its config, by per_layer_config"),
         ("llava_next", "does not run on input_ids and pixel_values as other models take them"),
     ],
 )
 def test_what_is_refused_is_told_by_a_rule(model_type: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"^model_type='{model_type}' {reason}"):
+    with pytest.raises(UnfitError, match=f"^model_type='{model_type}' {reason}") as refusal:
         family_of(usual_config(model_type))
+    assert refusal.value.rule == reason
 
 
 def test_noise_that_is_no_dropout_is_refused() -> None:
     quiet, noisy = (AutoConfig.for_model("mixtral", router_jitter_noise=noise) for noise in (0.0, 0.1))
     assert structure_key(quiet) != structure_key(noisy)
-    assert prove(noisy).whole == "it draws random numbers that are no dropout, so that no two runs of it are alike"
+    rule = "it draws random numbers that are no dropout, so that no two runs of it are alike"
+    assert prove(noisy).whole == Finding("unfit", rule)
 
 
 def test_masks_that_say_what_causality_says_are_needless() -> None:

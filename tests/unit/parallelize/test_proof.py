@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 from transformers import AutoConfig
 
-from galvatron.core.errors import ConfigError
+from galvatron.core.errors import ConfigError, UnfitError
 from galvatron.core.family import Family
 from galvatron.models import family_of
 from galvatron.models.failures import said
 from galvatron.models.heads import heads_in
-from galvatron.parallelize.proof import Proof, prove, refuse_unproved, structures
+from galvatron.parallelize.proof import Finding, Proof, prove, refuse_unproved, structures
 from galvatron.parallelize.proof.truth import Truth
 from galvatron.testing.models import tiny_config
 
@@ -53,7 +54,8 @@ def test_a_wrong_layout_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _planted(family.model_copy(update={"stacks": (cut,)}), monkeypatch)
     assert found.whole is None
     assert found.tp is not None
-    assert "the loss is" in found.tp
+    assert found.tp.kind == "differs"
+    assert found.tp.detail.startswith("the loss is")
 
 
 def test_lost_soft_caps_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,10 +72,10 @@ def test_lost_soft_caps_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_be_compared_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structures, "_is_allowed", lambda spec: False)
-    assert _planted(family_of(tiny_config("llama")), monkeypatch).tp == "its cuts divide by no number"
+    assert _planted(family_of(tiny_config("llama")), monkeypatch).tp == Finding("unfit", "its cuts divide by no number")
     nothing = Truth(1.0, {})
-    assert nothing.problem() == "it has no gradients"
-    assert Truth(float("nan"), {}).problem() == "its loss or gradients are not finite"
+    assert nothing.problem() == Finding("unfit", "it has no gradients")
+    assert Truth(float("nan"), {}).problem() == Finding("unfit", "its loss or gradients are not finite")
 
 
 def test_an_eager_attention_unlike_that_by_default_is_named() -> None:
@@ -81,13 +83,44 @@ def test_an_eager_attention_unlike_that_by_default_is_named() -> None:
     assert prove(AutoConfig.for_model("falcon")).whole is None
     whole = prove(AutoConfig.for_model("falcon", alibi=True)).whole
     assert whole is not None
-    assert whole.startswith("its eager attention is not its attention by SDPA: the loss is ")
+    assert whole.kind == "differs"
+    assert str(whole).startswith("its eager attention is not its attention by SDPA: the loss is ")
 
 
 def test_a_gradient_that_the_whole_has_not_is_named() -> None:
     one = torch.ones(1)
     found = Truth(1.0, {"a": one}).against(lambda *_: (1.0, {"a": one, "b": one}), None, None)  # type: ignore[arg-type]
-    assert found == "b has a gradient, which it has not in the whole twin"
+    assert found == Finding("differs", detail="b has a gradient, which it has not in the whole twin")
+
+
+@pytest.mark.parametrize(
+    ("failure", "finding", "sentence"),
+    [
+        (
+            ValueError("the loss is odd: the gradient of it"),
+            Finding("fails", detail="ValueError (the loss is odd: the gradient of it)"),
+            "it fails with ValueError (the loss is odd: the gradient of it)",
+        ),
+        (ConfigError("the loss is 1; give 2"), Finding("unfit", "the loss is 1; give 2"), "the loss is 1; give 2"),
+        (UnfitError("x", "has a; b: c (d)", "mend it", "e; f"), Finding("unfit", "has a; b: c (d)", "e; f"), None),
+    ],
+)
+def test_an_error_is_no_other_result_whatever_it_says(
+    failure: Exception, finding: Finding, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> tuple[float, dict[str, torch.Tensor]]:
+        raise failure
+
+    monkeypatch.setattr(structures, "between_threads", fails)
+    monkeypatch.setattr(Truth, "varies", lambda *_: True)  # what differs would be put down to that
+    found = _planted(family_of(tiny_config("llama")), monkeypatch)
+    assert found == Proof(tp=finding)
+    assert str(found.tp) == (sentence or "has a; b: c (d) (e; f)")
+
+
+def test_what_a_type_is_unfit_by_is_told_in_other_processes_too() -> None:
+    told = pickle.loads(pickle.dumps(UnfitError("x", "has no a", "choose another", "b; c")))
+    assert (str(told), told.rule, told.detail) == ("model_type='x' has no a (b; c); choose another", "has no a", "b; c")
 
 
 def test_what_is_no_such_chain_is_refused_in_words() -> None:

@@ -5,7 +5,7 @@ training uses, and compares losses and every gradient.  All parameters are rando
 outputs by a thousandth, and trains on.
 """
 
+from .finding import Finding
 from .structures import Proof, is_known, prove, proved_structures, refuse_unproved
-from .truth import is_other
 
-__all__ = ["Proof", "is_known", "is_other", "prove", "proved_structures", "refuse_unproved"]
+__all__ = ["Finding", "Proof", "is_known", "prove", "proved_structures", "refuse_unproved"]

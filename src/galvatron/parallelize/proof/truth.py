@@ -14,15 +14,14 @@ from transformers import PretrainedConfig
 from galvatron.core.errors import ConfigError
 from galvatron.core.tasks import TOKEN_TASKS
 from galvatron.models import Family, task_of, twin_model
-from galvatron.models.failures import told
 from galvatron.models.sizes import CLASSES, WORDS
 from galvatron.models.twin import run_twin, twin_inputs
+
+from .finding import Finding
 
 TOLERANCE = 1e-4
 """Of a unit's largest gradient; what is right differs by 1e-6 of it, the smallest wrong found by 1e-2."""
 ROWS, SEQ_LEN = 2, 16
-DIFFERS = ("the loss is", "the gradient of", "has a gradient")
-"""What sentences of a wrong result say."""
 RUNS = 3
 """Of what may draw random numbers: of few tokens it seldom comes to the same in all."""
 Gradients = dict[str, Tensor]
@@ -62,36 +61,38 @@ class Truth:
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return Truth(loss.item(), found)
 
-    def problem(self) -> str | None:
-        """Why nothing can be compared with it, as a sentence."""
+    def problem(self) -> Finding | None:
+        """Why nothing can be compared with it."""
         if not (math.isfinite(self.loss) and all(bool(g.isfinite().all()) for g in self.gradients.values())):
-            return "its loss or gradients are not finite"
-        return None if any(bool(g.any()) for g in self.gradients.values()) else "it has no gradients"
+            return Finding("unfit", "its loss or gradients are not finite")
+        return None if any(bool(g.any()) for g in self.gradients.values()) else Finding("unfit", "it has no gradients")
 
     def varies(self, twin: PretrainedConfig) -> bool:
         """Whether the twin comes to something else when it runs again."""
         return not all(math.isclose(Truth.of(twin).loss, self.loss, rel_tol=1e-6) for _ in range(RUNS))
 
-    def against(self, way: Way, twin: PretrainedConfig, family: Family) -> str | None:
-        """What differs in another way to run the twin, as a sentence."""
+    def against(self, way: Way, twin: PretrainedConfig, family: Family) -> Finding | None:
+        """What is wrong with another way to run the twin."""
         try:
             loss, gradients = way(twin, family)
         except Exception as failure:  # of any kind: a foreign model runs there
-            return told(failure)
-        if abs(loss - self.loss) > TOLERANCE * abs(self.loss):
-            return f"the loss is {loss:.6g}, not {self.loss:.6g}"
-        return self._wrong_gradient(gradients)
+            return Finding.of(failure)
+        differing = self._differing(loss, gradients)
+        return Finding("differs", detail=differing) if differing else None
 
-    def by_default(self, twin: PretrainedConfig, family: Family) -> str | None:
-        """What differs in SDPA, as a sentence: a type that attends by itself runs eagerly, unlike in transformers."""
+    def by_default(self, twin: PretrainedConfig) -> Finding | None:
+        """What differs in SDPA: a type that attends by itself runs eagerly, unlike in transformers."""
         try:
             usual = Truth.of(twin, "sdpa")
         except ValueError:  # it has none
             return None
-        found = self.against(lambda *_: (usual.loss, dict(usual.gradients)), twin, family)
-        return found and f"its eager attention is not its attention by SDPA: {found}"
+        differing = self._differing(usual.loss, usual.gradients)
+        return Finding("differs", "its eager attention is not its attention by SDPA", differing) if differing else None
 
-    def _wrong_gradient(self, gradients: Gradients) -> str | None:
+    def _differing(self, loss: float, gradients: Mapping[str, Tensor]) -> str:
+        """What is another, as a sentence; "" if nothing is."""
+        if abs(loss - self.loss) > TOLERANCE * abs(self.loss):
+            return f"the loss is {loss:.6g}, not {self.loss:.6g}"
         largest: dict[str, float] = {}
         for name, wanted in self.gradients.items():
             largest[_unit(name)] = max(float(wanted.abs().max()), largest.get(_unit(name), 0.0))
@@ -102,12 +103,7 @@ class Truth:
                 return f"the gradient of {name} is off by {error / max(scale, 1e-30):.2g} of its unit's largest"
         if more := sorted(name for name in gradients.keys() - self.gradients.keys() if bool(gradients[name].any())):
             return f"{more[0]} has a gradient, which it has not in the whole twin"
-        return None
-
-
-def is_other(found: str) -> bool:
-    """Whether what was found is that results differ."""
-    return any(text in found for text in DIFFERS)
+        return ""
 
 
 def _unit(name: str) -> str:

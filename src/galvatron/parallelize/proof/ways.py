@@ -41,28 +41,29 @@ def in_stages(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients]
     spec = spec_of(twin_model(twin), family=family)
     ends = spec.num_layers - 1
     stages = [_prepared(twin, family, range(i, i + 1), ends=(i == 0, i == ends)) for i in range(spec.num_layers)]
+    _connect(stages)
+    last = stages[-1]
+    if family.head is not None:
+        fuse_loss(last.last_modules[-1], spec.head.parameters[-1], ALONE, last.early_gradient)
+    if isinstance(last, WholeStage):
+        last.end_at_head()
+    outputs, found = None, Gradients()
+    for stage in stages[:-1]:
+        outputs = _run(stage, inputs, received=outputs)
+    loss = _loss(last, inputs, labels, outputs)
+    for stage in stages:
+        for name, path, _ in _named(spec, stage):
+            _add(found, name, stage.model.get_parameter(path).grad)
+    return loss, found
+
+
+def _connect(stages: Sequence[Stage]) -> None:
     for stage in stages:
         if isinstance(stage, WholeStage):
             _see_sides(stage)
             stage.meet_neighbours(lambda _: ALONE)
         elif not stage.is_first:
             stage.receive_in(stage.layer(stage.layers.start))
-    last = stages[-1]
-    if family.head is not None:
-        fuse_loss(last.last_modules[-1], spec.head.parameters[-1], ALONE, last.early_gradient)
-    if isinstance(last, WholeStage):
-        last.end_at_head()
-    outputs = None
-    for stage in stages[:-1]:
-        outputs = _run(stage, inputs, received=outputs)
-    share = _run(last, inputs, labels, outputs)
-    assert isinstance(share, Tensor)
-    share.backward()
-    found: Gradients = {}
-    for stage in stages:
-        for name, path, _ in _named(spec, stage):
-            _add(found, name, stage.model.get_parameter(path).grad)
-    return share.item(), found
 
 
 def _see_sides(stage: WholeStage) -> None:
@@ -78,12 +79,17 @@ def alone(twin: PretrainedConfig, family: Family) -> tuple[float, Gradients]:
     """All of it on one rank, by the modules that training uses."""
     spec = spec_of(twin_model(twin), family=family)
     stage = _cut_stage(twin, family, spec, ALONE, dict(twin_model(twin).named_parameters()))
-    inputs, labels = batch_of(twin)
-    share = _run(stage, inputs, labels)
+    loss = _loss(stage, *batch_of(twin))
+    found = {name: stage.model.get_parameter(path).grad for name, path, _ in _named(spec, stage)}
+    return loss, {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def _loss(stage: Stage, inputs: dict[str, Tensor], labels: Tensor, received: Tensor | Outputs | None = None) -> float:
+    """What a last stage comes to; its backward leaves the gradients."""
+    share = _run(stage, inputs, labels, received)
     assert isinstance(share, Tensor)
     share.backward()
-    found = {name: stage.model.get_parameter(path).grad for name, path, _ in _named(spec, stage)}
-    return share.item(), {name: gradient for name, gradient in found.items() if gradient is not None}
+    return share.item()
 
 
 def _run(
@@ -106,17 +112,10 @@ def between_threads(twin: PretrainedConfig, family: Family) -> tuple[float, Grad
     """All layers, cut between threads that meet at every collective."""
     spec = spec_of(twin_model(twin), family=family)
     values = dict(twin_model(twin).named_parameters())
-    ranks, found, loss = Lockstep(TP), Gradients(), 0.0
+    ranks, found = Lockstep(TP), Gradients()
     stages = [_cut_stage(twin, family, spec, AxisGroup(ranks, (TP,), rank), values) for rank in range(TP)]
     inputs, labels = batch_of(twin)
-
-    def run(rank: int) -> float:
-        share = _run(stages[rank], inputs, labels)
-        assert isinstance(share, Tensor)
-        share.backward()
-        return share.item()
-
-    loss = sum(ranks.run(run))
+    loss = sum(ranks.run(lambda rank: _loss(stages[rank], inputs, labels)))
     for rank, stage in enumerate(stages):
         for name, path, parameter in _named(spec, stage):
             gradient = stage.model.get_parameter(path).grad
@@ -148,37 +147,50 @@ def _cut_stage(
 ) -> Stage:
     """One rank's part of a whole twin, with its part of ``values``."""
     stage = _prepared(twin, family, range(spec.num_layers), ends=(True, True))
-    model = stage.model
-    is_whole = isinstance(stage, WholeStage)
-    tables = stage.tables
-    for table in tables:
-        cut_embedding(table, spec.embedding.parameters[0], tp, whole=is_whole)
-        table.weight = tables[0].weight
-    for positions in stage.position_tables():
-        length = SEQ_LEN // tp.size
-        cut_positions(positions, (range(tp.rank * length, (tp.rank + 1) * length),))
     groups = [replace(tp, filling=_filling(spec, kind, tp.size)) for kind in spec.kind_of_layers()]
-    for index, kind in enumerate(spec.kind_of_layers()):
-        layer = stage.layer(index)
-        stack = stage.chain[index].stack
-        cut_layer(layer, regions_in(layer, stack), kind, groups[index], experts_in(layer, stack))
-        attend_across(layer, Context(tp=groups[index]))
+    _cut_tables(stage, spec, tp)
+    _cut_layers(stage, spec, groups)
     stage.head_tp = tp
     if family.head is not None:
-        head = stage.last_modules[-1]
-        shrink(model, tuple(stage.placed(p) for p in spec.head.parameters if p.cut is not None), tp)
-        if spec.tied_embeddings:
-            head.weight = tables[0].weight
-        fuse_loss(head, spec.head.parameters[-1], tp, stage.early_gradient)
+        _cut_head(stage, spec, tp)
     if isinstance(stage, WholeStage):
         _meet_whole(stage, groups)
-    with torch.no_grad():
-        for name, path, parameter in _named(spec, stage):
-            local = model.get_parameter(path)
-            for piece in pieces_of(parameter, tp.size, tp.rank, 1, 0):
-                whole = box(values[name], piece.global_offset, piece.size)
-                box(local, piece.local_offset, piece.size).copy_(whole)
+    _take(stage, spec, tp, values)
     return stage
+
+
+def _cut_tables(stage: Stage, spec: ModelSpec, tp: AxisGroup) -> None:
+    for table in stage.tables:
+        cut_embedding(table, spec.embedding.parameters[0], tp, whole=isinstance(stage, WholeStage))
+        table.weight = stage.tables[0].weight
+    length = SEQ_LEN // tp.size
+    for positions in stage.position_tables():
+        cut_positions(positions, (range(tp.rank * length, (tp.rank + 1) * length),))
+
+
+def _cut_layers(stage: Stage, spec: ModelSpec, groups: Sequence[AxisGroup]) -> None:
+    for index, kind in enumerate(spec.kind_of_layers()):
+        layer, stack = stage.layer(index), stage.chain[index].stack
+        cut_layer(layer, regions_in(layer, stack), kind, groups[index], experts_in(layer, stack))
+        attend_across(layer, Context(tp=groups[index]))
+
+
+def _cut_head(stage: Stage, spec: ModelSpec, tp: AxisGroup) -> None:
+    head = stage.last_modules[-1]
+    shrink(stage.model, tuple(stage.placed(p) for p in spec.head.parameters if p.cut is not None), tp)
+    if spec.tied_embeddings:
+        head.weight = stage.tables[0].weight
+    fuse_loss(head, spec.head.parameters[-1], tp, stage.early_gradient)
+
+
+@torch.no_grad()
+def _take(stage: Stage, spec: ModelSpec, tp: AxisGroup, values: Mapping[str, Tensor]) -> None:
+    """Give a rank its part of the ``values`` of all parameters."""
+    for name, path, parameter in _named(spec, stage):
+        local = stage.model.get_parameter(path)
+        for piece in pieces_of(parameter, tp.size, tp.rank, 1, 0):
+            whole = box(values[name], piece.global_offset, piece.size)
+            box(local, piece.local_offset, piece.size).copy_(whole)
 
 
 def _filling(spec: ModelSpec, kind: LayerKind, degree: int) -> Filling | None:
