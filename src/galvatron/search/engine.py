@@ -14,7 +14,7 @@ from galvatron.core.hardware import HardwareProfile
 from galvatron.core.model import Precision, ReduceDtype
 from galvatron.core.model_profile import ModelProfile
 from galvatron.cost.setting import Setting
-from galvatron.plan.plan import Plan, Proof, Schedule
+from galvatron.plan.plan import Plan, Proof
 
 from .baselines import FAMILIES
 from .checks import check_question
@@ -27,6 +27,7 @@ from .rivals import best_of_family, infeasible, shortfall_of_family, unlimited
 from .solution import Solution
 from .solve import Solved, solve
 from .space import Space
+from .twins import stage_layers, twins
 
 NUM_CANDIDATES, FEWEST_CANDIDATES = 8, 3
 RUNNER_UP = 0.1
@@ -196,22 +197,16 @@ def _solve_family(job: Job, name: str) -> _Found:
 
 
 def _replayed(job: Job, found: _Found, num_candidates: int) -> list[Plan]:
-    """The candidates, fastest replay first.
-
-    Few microbatches may all be in flight: 1F1B's plan under GPipe then has the same additive objective, and
-    where receiving blocks the replay may tell them apart.  An interleaved plan may have room to put weight passes off,
-    which shortens its bubble: what chunks hold at once is less than what each holds at most, which is all that the
-    additive model can add up.
-    """
+    """The candidates, fastest replay first; of those that differ by schedule or chunks alone the fastest that fits."""
     plans = [job.predicted(*item) for item in found.solved[:num_candidates]]
-    few = [p for p in plans if p.schedule == "1f1b" and p.pp > 1 and 1 < p.num_microbatches <= 2 * p.pp]
-    chunked = [p for p in plans if p.schedule == "interleaved" and job.limits.space not in FAMILIES]
-    twins: list[tuple[Schedule, list[Plan]]] = [("gpipe", few), ("zero_bubble", chunked)]
-    for schedule, alike in twins:
-        if job.limits.allows("schedule", schedule):
-            others = [job.with_prediction(p.model_copy(update={"schedule": schedule})) for p in alike]
-            plans += [plan for plan in others if predicted(plan).peak_memory_bytes <= job.limit]
+    others = [twin for plan in plans for twin in twins(plan, job.setting.model.spec) if _is_allowed(job, twin)]
+    plans += [p for p in map(job.with_prediction, others) if predicted(p).peak_memory_bytes <= job.limit]
     return _distinct(sorted(plans, key=_rank))
+
+
+def _is_allowed(job: Job, twin: Plan) -> bool:
+    in_family = job.limits.space not in FAMILIES or twin.model_chunks == 1
+    return in_family and job.limits.allows("schedule", twin.schedule)
 
 
 @dataclass
@@ -283,9 +278,9 @@ def _rank(plan: Plan) -> tuple[float, int, bool]:
 
 
 def _distinct(ranked: Sequence[Plan]) -> list[Plan]:
-    """Without those that differ from a better one by their schedule alone."""
+    """Without those that differ from a better one by their schedule or their chunks' layers alone."""
     seen: dict[tuple[object, ...], Plan] = {}
     for plan in ranked:
-        key = (plan.global_batch_size, plan.num_microbatches, plan.layers_per_stage, *plan.strategies())
-        seen.setdefault(key, plan)
+        outside = plan.global_batch_size, plan.num_microbatches, plan.model_chunks, plan.embedding, plan.head
+        seen.setdefault((*outside, *stage_layers(plan)), plan)
     return list(seen.values())
