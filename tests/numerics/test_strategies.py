@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from galvatron.core.model import Precision
+from galvatron.plan import LayerStrategy, Plan
 from galvatron.testing.models import SAMPLED, VARIANTS
-from galvatron.testing.plans import pure_plans
+from galvatron.testing.plans import SEQ_LEN, pure_plans
 from galvatron.testing.reference import Recipe
 from galvatron.testing.sweep import Sweep, variant_spec
 
@@ -149,4 +150,22 @@ def test_a_sharded_stage_between_decoders_hands_on_what_is_no_view(sweep: Sweep)
     sharded = plan.layers[2].model_copy(update={"dp_replicate": 1, "dp_shard": 2, "zero": 2})
     layers = (*plan.layers[:2], sharded, plan.layers[3])
     report = sweep.parity("t5", plan.model_copy(update={"layers_per_stage": (2, 1, 1), "layers": layers}))
+    assert report.ok, report.explain()
+
+
+def test_convolutions_before_a_table_that_is_not_trained_are_gathered(sweep: Sweep) -> None:
+    """FSDP2 waits for a gradient of what ran last in the embedding: of Whisper's first stage alone the positions."""
+    sharded = LayerStrategy(dp_shard=2, zero=3)
+    plan = Plan(
+        model="whisper",
+        world_size=4,
+        layers_per_stage=(1, 3),
+        num_microbatches=2,
+        global_batch_size=8,
+        seq_len=SEQ_LEN,
+        embedding=sharded,
+        layers=(sharded,) * 4,
+        head=sharded,
+    )
+    report = sweep.parity("whisper", plan)
     assert report.ok, report.explain()

@@ -60,9 +60,11 @@ from .processes import (
     reduce_scatter,
 )
 from .sharding import (
+    begin_backward,
     end_backward,
     forget_forwards,
     gathered_buffers,
+    is_in_forward,
     local_part,
     materialise_shards,
     reduce_gradients,
@@ -101,6 +103,7 @@ __all__ = [
     "attend_backward",
     "attend_by_bounds",
     "attends_by_bounds",
+    "begin_backward",
     "call_attention",
     "called_attention",
     "changes_in_place",
@@ -116,6 +119,7 @@ __all__ = [
     "hooks",
     "is_compiled",
     "is_in_backward",
+    "is_in_forward",
     "keep_graphs",
     "keep_made",
     "leave_out_advice",

@@ -57,6 +57,16 @@ def reduce_gradients(unit: FSDPModule, *, fill: bool) -> None:
         group.post_backward()
 
 
+def is_in_forward(unit: FSDPModule) -> bool:
+    """Whether modules of a group have run in this forward, but not all."""
+    return bool(unit._get_fsdp_state()._modules_to_run_forward)
+
+
+def begin_backward(unit: FSDPModule, gradient: torch.Tensor) -> None:
+    """What FSDP2 does when the ``gradient`` of what ``unit`` gave is there: gather it; nothing if it has been done."""
+    unit._get_fsdp_state()._pre_backward(gradient)
+
+
 def end_backward(root: FSDPModule) -> None:
     """What FSDP2 does at the end of a backward of ``root``: reduce what a unit has not, wait for all reductions."""
     root._get_fsdp_state()._root_post_backward_final_callback()

@@ -73,6 +73,33 @@ def shard_unit(
     # gloo has no pre-multiplied sum; with factor 1 a sum is what is meant anyway
     face.set_force_sum_reduction_for_comms(True)
     face.set_gradient_divide_factor(1.0)
+    if len(unit.modules) > 1:
+        _gather_without_last(unit)
+
+
+def _gather_without_last(unit: ShardedUnit) -> None:
+    """Gather the unit for the backward also where the last of its modules gives nothing with a gradient.
+
+    FSDP2 gathers a group when the gradient of what its last module gave is there; after Whisper's convolutions comes a
+    table of positions that is not trained.
+    """
+    face, waits = _face(unit), [False]
+
+    def gather(waited: list[bool], gradient: Tensor) -> None:
+        if waited[0]:
+            internals.begin_backward(face, gradient)
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal waits
+        outputs = [leaf for leaf in internals.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if internals.is_in_forward(face):
+            for each in outputs:
+                each.register_hook(partial(gather, waits))
+        else:
+            waits[0], waits = not outputs, [False]
+
+    for module in unit.modules:
+        module.register_forward_hook(hook)
 
 
 def _owned_output(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
