@@ -83,6 +83,23 @@ class Goal:
     least_s: Floats
     least_held: Ints
 
+    def most(self, prices: Floats) -> Floats:
+        """most[j, λ]: the most of work + λ · peak after j units that leaves the goal in reach."""
+        return self.most_s + prices * self.room - self.least_s
+
+    @property
+    def rooms(self) -> Ints:
+        """rooms[j]: the most that j units may hold with the transient."""
+        return self.room - self.least_held
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far labels may go: ``most[λ]`` of work + λ · peak, and ``room`` for the peak."""
+
+    most: Floats
+    room: int
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -112,6 +129,21 @@ class Chain:
             return done == 1
         starts = (0, *self.starts)
         return done - 1 not in starts or bool(self.entries[0, starts.index(done - 1)] != ANY)
+
+    @cached_property
+    def reaches(self) -> list[Reach]:
+        """reaches[j]: after j layers, what leaves any goal of as many or more in reach."""
+        most = np.full((max(self.goals) + 1, len(self.prices)), -np.inf)
+        room = np.full(len(most), np.iinfo(np.int64).min)
+        for k, goal in self.goals.items():
+            np.maximum(most[: k + 1], goal.most(self.prices)[: k + 1], out=most[: k + 1])
+            np.maximum(room[: k + 1], goal.rooms[: k + 1], out=room[: k + 1])
+        return [Reach(*at) for at in zip(most, room.tolist(), strict=True)]
+
+    def reach_of_head(self, k: int) -> Reach:
+        """After the head that follows ``k`` layers."""
+        goal = self.goals[k]
+        return Reach(goal.most(self.prices)[k + 1], int(goal.rooms[k + 1]))
 
     @cached_property
     def critical(self) -> int:
@@ -167,22 +199,22 @@ def grow(chain: Chain) -> Grown:
     labels = Labels(np.arange(count), layout, np.zeros(count), zero, zero, zero, zero)
     grown = Grown(chain, [], {}, {}, {}, {})
     if chain.embedding is not None:
-        labels = _step(grown, labels, chain.embedding, 0, chain.goals)
+        labels = _step(grown, labels, chain.embedding, 0, chain.reaches[0])
         grown.history.append((chain.embedding, labels))
     for j, unit in enumerate(chain.layers, start=1):
-        goals = {k: goal for k, goal in chain.goals.items() if k >= j}
         if j - 1 in chain.starts:
             labels = _in_next_chunk(chain, labels, 1 + chain.starts.index(j - 1))
-        labels = _step(grown, labels, unit, j, goals)
+        labels = _step(grown, labels, unit, j, chain.reaches[j])
         grown.history.append((unit, labels))
-        if j in goals:
+        if j in chain.goals:
             ends, end = labels, None
             if chain.head is not None:
-                ends = end = grown.ends[j] = _step(grown, labels, chain.head, j + 1, {j: goals[j]})
-            grown.work_s[j], grown.label[j] = grown.bound_s[j], _ = _table(chain, ends, goals[j].room)
+                ends = end = grown.ends[j] = _step(grown, labels, chain.head, j + 1, chain.reach_of_head(j))
+            room = chain.goals[j].room
+            grown.work_s[j], grown.label[j] = grown.bound_s[j], _ = _table(chain, ends, room)
             if grown.merged and chain.effort.bounds:
                 held, rank = grown.true_bytes(end)
-                grown.work_s[j], grown.label[j] = _table(chain, replace(ends, held=held, rank=rank), goals[j].room)
+                grown.work_s[j], grown.label[j] = _table(chain, replace(ends, held=held, rank=rank), room)
     return grown
 
 
@@ -192,10 +224,10 @@ def _in_next_chunk(chain: Chain, labels: Labels, chunk: int) -> Labels:
     return replace(labels, entry=chain.borders.after(labels.entry, labels.layout), layout=chain.entries[first, chunk])
 
 
-def _step(grown: Grown, before: Labels, unit: int, done: int, goals: dict[int, Goal]) -> Labels:
+def _step(grown: Grown, before: Labels, unit: int, done: int, reach: Reach) -> Labels:
     """The labels of all chains ``before`` plus one option of ``unit``, after which ``done`` layers are done."""
     chain = grown.chain
-    (found, excess), most = _extended(chain, before, unit, done, goals), chain.effort.of_each(len(chain.layers))
+    (found, excess), most = _extended(chain, before, unit, done, reach), chain.effort.of_each(len(chain.layers))
     if len(found) > FEW_LABELS:
         near = near_front(found, chain.num_layouts)
         found, excess = _at_most(grown, found.take(near), excess[near], MAX_CANDIDATES * most)
@@ -218,26 +250,21 @@ def _at_most(grown: Grown, labels: Labels, excess: Floats, most: int) -> tuple[L
     return labels.take(kept), excess[kept]
 
 
-def _extended(chain: Chain, before: Labels, unit: int, done: int, goals: dict[int, Goal]) -> tuple[Labels, Floats]:
-    """Every label with every option of ``unit`` that leaves a goal in reach, and how far its dual bound is beyond.
+def _extended(chain: Chain, before: Labels, unit: int, done: int, reach: Reach) -> tuple[Labels, Floats]:
+    """Every label with every option of ``unit`` that is within ``reach``, and how far its dual bound is beyond.
 
     One price is tried on all pairs, that which leaves least to spare; the others on the pairs that pass it.
     """
-    own, prices = chain.classes[unit], chain.prices
-    room = max(goal.room - int(goal.least_held[done]) for goal in goals.values())
-    most = np.max([goal.most_s + prices * goal.room - goal.least_s[done] for goal in goals.values()], axis=0)
-    first = chain.critical
+    own, prices, first = chain.classes[unit], chain.prices, chain.critical
     work = before.work_s[:, None] + own.options.work_s
     if chain.moves_into(done):
         work += own.moves_s[:, own.options.layout][before.layout]
     peak = np.maximum(chain.transients[before.rank][:, None], chain.transients[own.rank])
     peak += before.held[:, None]
     peak += own.held
-    parent, option = np.nonzero((work + prices[first] * peak <= most[first]) & (peak <= room))
+    parent, option = np.nonzero((work + prices[first] * peak <= reach.most[first]) & (peak <= reach.room))
     work, peak = work[parent, option], peak[parent, option]
-    excess = np.full(len(work), -np.inf)
-    for price, limit in zip(prices, most, strict=True):
-        np.maximum(excess, work + price * peak - limit, out=excess)
+    excess = (work + np.multiply.outer(prices, peak) - reach.most[:, None]).max(axis=0)
     within = np.flatnonzero(excess <= 0)
     parent, option = parent[within], option[within]
     held, rank = before.held[parent] + own.held[option], np.maximum(before.rank[parent], own.rank[option])
