@@ -22,7 +22,7 @@ from .checks.agreement import check_agreement
 from .checks.model import check_model
 from .checks.surroundings import check_surroundings
 from .cutting import balance_of, cut, loads_of, router_biases, stages_of
-from .holding import chunk_of, units_of
+from .holding import chunk_of
 from .layers.attention import use_attention
 from .layers.capacity import Capacity, check_capacity
 from .layers.compile import LayerCompiler, compiles
@@ -82,7 +82,7 @@ def parallelize(
     compiled = compiles(compile, asked.world.device, asked.spec)
     stages = _cut_stages(asked, grid, capacity, compiled=compiled, fp8=fp8)
     parts = [part for stage in stages for part in parts_of(stage, asked.spec, grid)]
-    chunks = tuple(chunk_of(stage, list(units_of(stage, asked.spec, grid)), grid) for stage in stages)
+    chunks = tuple(chunk_of(stage, asked.spec, grid) for stage in stages)
     for stage in stages:
         if isinstance(stage, WholeStage):
             stage.end_at_head()

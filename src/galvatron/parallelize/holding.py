@@ -60,9 +60,11 @@ class Unit:
         return (self,) if self.inner is None else (self, self.inner)
 
 
-def chunk_of(stage: Stage, units: list[Unit], grid: Grid) -> Chunk:
+def chunk_of(stage: Stage, spec: ModelSpec, grid: Grid) -> Chunk:
     """``stage`` with memory for what this rank holds of its parameters."""
-    sharded = _shard(stage, units, grid)
+    units = list(units_of(stage, spec, grid))
+    sends_back = not stage.is_first and spec.trains_before(stage.layers.start)
+    sharded = _shard(stage, units, grid, 0 if sends_back else _first_trained(units))
     every = [unit for outer in units for unit in outer.both]
     _materialise(stage, [unit for unit in every if unit.strategy.zero], grid.world.device)
     unsharded = tuple(_unsharded(unit, grid) for unit in every if not unit.strategy.zero)
@@ -88,8 +90,17 @@ def _place(later: Later, sharded: tuple[ShardedUnit, ...]) -> tuple[ShardedUnit,
     return tuple(waiting.values())
 
 
-def _shard(stage: Stage, units: list[Unit], grid: Grid) -> tuple[ShardedUnit, ...]:
-    """Hand the units that are sharded to FSDP2, then the whole stage if there are any."""
+def _first_trained(units: list[Unit]) -> int:
+    """Which unit is the first that has something to train."""
+    trained = (any(p.requires_grad for module in unit.modules for p in module.parameters()) for unit in units)
+    return next((index for index, trains in enumerate(trained) if trains), 0)
+
+
+def _shard(stage: Stage, units: list[Unit], grid: Grid, reached: int) -> tuple[ShardedUnit, ...]:
+    """Hand the units that are sharded to FSDP2, then the whole stage if there are any.
+
+    The backward goes back to unit ``reached``; what is before it is not gathered then.
+    """
     head = stage.last_modules[-1]
     turns = stage.is_last and turns_at_once(grid.plan.schedule, grid.plan.num_microbatches)
 
@@ -107,16 +118,17 @@ def _shard(stage: Stage, units: list[Unit], grid: Grid) -> tuple[ShardedUnit, ..
             shard_unit(sharded_of(unit), grid.mesh(unit.strategy), policy, ignored=whole.intersection(_inside(unit)))
     forward, backward = (
         [unit for outer in order if not outer.is_idle for unit in outer.both if unit is outer or unit.strategy.zero]
-        for order in (units, units[::-1])
+        for order in (units, units[reached:][::-1])
     )
     for order, prefetch in ((forward, prefetch_in_forward), (backward, prefetch_in_backward)):
         for before, after in itertools.pairwise(order):
             if before.strategy.zero == after.strategy.zero == 3:
                 prefetch(sharded_of(before), sharded_of(after))
-    sharded = [sharded_of(unit) for unit in backward if unit.strategy.zero]
+    sharded = tuple(sharded_of(unit) for unit in forward if unit.strategy.zero)
     if sharded:
-        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole.union(stage.elsewhere), sharded[-1])
-    return tuple(sharded_of(unit) for unit in forward if unit.strategy.zero)
+        last = next((sharded_of(unit) for unit in reversed(backward) if unit.strategy.zero), sharded[0])
+        shard_root(stage, grid.mesh(LayerStrategy(tp=grid.plan.stage_size)), whole.union(stage.elsewhere), last)
+    return sharded
 
 
 def _inside(unit: Unit) -> set[nn.Parameter]:
