@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from galvatron.core.model import ENDS, UnitName
 from galvatron.cost.strategies import Floats, Ints
@@ -121,17 +123,10 @@ class StageChains:
         for k in sorted({k for _, k in members}):
             rows = [row for row, length in members if length == k]
             units = [*layers[:k], *([ends["head"]] if "head" in ends else [])]
-            least_s, least_held = (
-                np.zeros((len(units) + 1, len(bound.prices))),
-                np.zeros(len(units) + 1, dtype=np.int64),
-            )
-            for j in range(len(units) - 1, -1, -1):
-                least_s[j] = least_s[j + 1] + bound.least_s[level, units[j]]
-                least_held[j] = least_held[j + 1] + bound.least_held[level, units[j]]
+            least_s, least_held = _sums_from(bound.least_s[level, units]), _sums_from(bound.least_held[level, units])
             most_s = max(float(self.most_s[row, k] - bound.shape.received_s[row, k]) for row in rows)
-            goals[k] = Goal(
-                self.space.usable_bytes - int(bound.shape.beside_bytes[rows[0], k]), most_s, least_s, least_held
-            )
+            room = self.space.usable_bytes - int(bound.shape.beside_bytes[rows[0], k])
+            goals[k] = Goal(room, most_s, least_s, least_held)
         return goals
 
     def _options(self, level: int, at: int, goals: dict[int, Goal], ends: dict[UnitName, int]) -> Options:
@@ -151,3 +146,8 @@ class StageChains:
             kept &= options.work_s + price * peak <= limit
         options = options.take(np.flatnonzero(kept))
         return options.take(undominated_options(options, unit.in_flight, len(self.space.layouts)))
+
+
+def _sums_from(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """sums[j] of the values from j on; 0 after the last."""
+    return np.cumsum(np.concatenate((values, np.zeros_like(values[:1])))[::-1], axis=0)[::-1]

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from galvatron.cost.strategies import Floats, Ints
 
@@ -69,14 +70,22 @@ def undominated(labels: Labels, num_layouts: int) -> Ints:
         return order
     held, rank, group = labels.held[order], labels.rank[order], group[order]
     lowered = held - group * (int(held.max() - held.min()) + 1)  # all of a group are below all of the groups before it
+    levels = np.flatnonzero(np.bincount(rank))
+    if len(levels) == 1:
+        return np.sort(order[_lowest_yet(lowered)])
     kept = np.zeros(len(order), dtype=bool)
-    for level in np.flatnonzero(np.bincount(rank)):
+    for level in levels:
         # of this rank stay those that hold less than all faster ones of their group that are left at lower ranks
         rivals = np.flatnonzero(kept | (rank == level))
-        values = lowered[rivals]
-        first = np.concatenate(([True], values[1:] < np.minimum.accumulate(values)[:-1]))
-        kept[rivals] = np.where(rank[rivals] == level, first, True)
+        kept[rivals] = np.where(rank[rivals] == level, _lowest_yet(lowered[rivals]), True)
     return np.sort(order[kept])
+
+
+def _lowest_yet(values: Ints) -> npt.NDArray[np.bool_]:
+    """Which values are below all before them."""
+    lowest = np.ones(len(values), dtype=np.bool_)
+    np.less(values[1:], np.minimum.accumulate(values[:-1]), out=lowest[1:])
+    return lowest
 
 
 def fastest(labels: Labels, transients: Ints, num_layouts: int, most: int) -> tuple[Ints, Ints, Ints]:

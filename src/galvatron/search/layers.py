@@ -72,6 +72,11 @@ class ClassOptions:
     rank: Ints
     moves_s: Floats
 
+    @cached_property
+    def moved_s(self) -> Floats:
+        """moved_s[layout before, option]."""
+        return self.moves_s[:, self.options.layout]
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -258,18 +263,22 @@ def _extended(chain: Chain, before: Labels, unit: int, done: int, reach: Reach) 
     own, prices, first = chain.classes[unit], chain.prices, chain.critical
     work = before.work_s[:, None] + own.options.work_s
     if chain.moves_into(done):
-        work += own.moves_s[:, own.options.layout][before.layout]
+        work += own.moved_s[before.layout]
     peak = np.maximum(chain.transients[before.rank][:, None], chain.transients[own.rank])
     peak += before.held[:, None]
     peak += own.held
-    parent, option = np.nonzero((work + prices[first] * peak <= reach.most[first]) & (peak <= reach.room))
-    work, peak = work[parent, option], peak[parent, option]
-    excess = (work + np.multiply.outer(prices, peak) - reach.most[:, None]).max(axis=0)
-    within = np.flatnonzero(excess <= 0)
-    parent, option = parent[within], option[within]
+    excess = prices[first] * peak
+    excess += work
+    excess -= reach.most[first]
+    parent, option = np.nonzero((excess <= 0) & (peak <= reach.room))
+    work, excess = work[parent, option], excess[parent, option]
+    if len(prices) > 1:
+        excess = (work + np.multiply.outer(prices, peak[parent, option]) - reach.most[:, None]).max(axis=0)
+        within = np.flatnonzero(excess <= 0)
+        parent, option, work, excess = parent[within], option[within], work[within], excess[within]
     held, rank = before.held[parent] + own.held[option], np.maximum(before.rank[parent], own.rank[option])
     layout = own.options.layout[option]
-    return Labels(before.entry[parent], layout, work[within], held, rank, parent, option), excess[within]
+    return Labels(before.entry[parent], layout, work, held, rank, parent, option), excess
 
 
 def undominated_options(options: Options, in_flight: InFlight, num_layouts: int) -> Ints:
