@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from galvatron.core.errors import CheckpointError
-from galvatron.core.units import format_bytes
+from galvatron.core.units import counted, format_bytes
 
 from .console import say
 from .options import examples
@@ -53,7 +53,7 @@ def _damage(directory: Path) -> str | None:
         return f"{directory} is damaged: {', '.join(damage[:SHOWN])}{more}; resume from another checkpoint"
     versions = ", ".join(f"{name} {version}" for name, version in run.run.versions.items())
     say(
-        f"{directory} is whole: step {run.step:,} by {run.world_size} processes ({versions}), "
+        f"{directory} is whole: step {run.step:,} by {counted(run.world_size, 'process')} ({versions}), "
         f"{len(index.tensors):,} tensors, {format_bytes(index.num_bytes)} in {len(index.files)} files"
     )
     return None

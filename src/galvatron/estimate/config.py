@@ -43,7 +43,8 @@ def spec_of_config(config: Mapping[str, Any], name: str, task: Task | None = Non
     types = {*FAMILIES, *(known.family.model_type for known in known_families().values())}
     if not isinstance(model_type, str) or model_type not in types:
         raise ConfigError(
-            f"model_type={shown(model_type)} has no shapes here; choose one of {', '.join(sorted(types))}"
+            f"model_type={shown(model_type)} has no shapes here, only {', '.join(sorted(types))}; profile the model "
+            "instead, which reads its code"
         )
     task = task or task_named(config)
     found = known_family(model_type, task)

@@ -137,9 +137,10 @@ def check_strategy(
 def check_degrees(strategy: LayerStrategy, unit: UnitName, stage_size: int) -> str | None:
     """Whether the degrees fill a stage and are products of its axes, and fit this kind of unit."""
     if strategy.num_devices != stage_size:
+        has = counted(stage_size, "device")
         return (
-            f"the degrees of ({strategy}) multiply to {strategy.num_devices} but a stage has {stage_size} devices; "
-            "change tp, dp_shard or dp_replicate"
+            f"the degrees of ({strategy}) multiply to {strategy.num_devices} but a stage has {has}; "
+            "change tp, ulysses, cp, dp_shard or dp_replicate"
         )
     axes, stacked = StageAxes(stage_size), 1
     for name in ("tp", "ulysses", "cp", "dp_shard", "dp_replicate"):

@@ -77,10 +77,12 @@ def infeasible(job: Job) -> InfeasibleError:
         return InfeasibleError(why_empty(job.setting, job.limits, job.batches), constraint="divisibility")
     plan, peak = short.plan, job.limit + short.bytes_short
     what, wider = (f"no plan of space={name}", "widen it with space=runtime, ") if name in FAMILIES else ("no plan", "")
+    has_room = peak <= job.setting.hardware.device.memory_bytes
+    allow = f"allow {enough_bytes(peak)}, " if has_room else ""
     return InfeasibleError(
         f"{what} fits in {format_bytes(job.limit)} a device: the smallest (pp={plan.pp}, "
         f"num_microbatches={plan.num_microbatches}; {plan.layers[0]}) needs {enough_bytes(peak)} on stage "
-        f"{short.stage}, {format_bytes(short.bytes_short)} too much; allow {enough_bytes(peak)}, "
+        f"{short.stage}, {format_bytes(short.bytes_short)} too much; {allow}"
         f"take more devices, {wider}or lower global_batch_size or seq_len",
         constraint=f"memory of stage {short.stage}",
         needed_bytes=peak,

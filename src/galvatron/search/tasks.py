@@ -35,9 +35,10 @@ class Task:
 def tasks(world_size: int, num_layers: int, batch_sizes: Sequence[int], limits: Limits) -> Iterator[Task]:
     """Every task that can differ.
 
-    Without a pipeline there is nothing to schedule.  GPipe has 1F1B's objective and holds no fewer microbatches, so
-    it is searched where 1F1B is not allowed; zero bubble in chunks holds more than interleaved 1F1B and takes less, and
-    is searched where that is not allowed (else the replay looks at it, ``engine``).
+    Without a pipeline there is nothing to schedule, so one stage is no answer where a schedule or chunks are asked for.
+    GPipe has 1F1B's objective and holds no fewer microbatches, so it is searched where 1F1B is not allowed; zero
+    bubble in chunks holds more than interleaved 1F1B and takes less, and is searched where that is not allowed (else
+    the replay looks at it, ``engine``).
     """
     schedules: list[tuple[Schedule, int]] = [("1f1b", 1)]
     schedules += [("interleaved", v) for v in range(2, MAX_CHUNKS + 1)]
@@ -45,8 +46,9 @@ def tasks(world_size: int, num_layers: int, batch_sizes: Sequence[int], limits: 
     schedules += [("zero_bubble", v) for v in range(1, MAX_CHUNKS + 1 if alone else 2)]
     if not limits.allows("schedule", "1f1b"):
         schedules.insert(0, ("gpipe", 1))
+    asks = limits.fix.get("schedule", "1f1b") != "1f1b" or limits.fix.get("model_chunks", 1) != 1
     for batch, pp in itertools.product(batch_sizes, divisors(world_size)):
-        if pp > num_layers or not limits.allows("pp", pp):
+        if pp > num_layers or not limits.allows("pp", pp) or (asks and pp == 1):
             continue
         for m in divisors(batch):
             if not limits.allows("num_microbatches", m):

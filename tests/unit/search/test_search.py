@@ -278,6 +278,24 @@ def test_float8_products_have_no_zero_bubble() -> None:
         search(model, make_hardware(4), global_batch_size=8, limits=fixed)
 
 
+@pytest.mark.parametrize("asked", ["schedule=zero_bubble", "schedule=gpipe", "schedule=interleaved", "model_chunks=2"])
+def test_a_schedule_that_is_asked_for_is_a_pipeline_s(asked: str) -> None:
+    """One stage has none, however fast it would be."""
+    plan = find(None, limits=Limits.parse(fix=[asked])).plan
+    assert plan.pp > 1
+    name, value = asked.split("=")
+    assert str(getattr(plan, name)) == value
+    with pytest.raises(InfeasibleError, match="fix pp=1 together leave no plan"):
+        find(None, limits=Limits.parse(fix=[asked, "pp=1"]))
+
+
+def test_memory_that_no_device_has_is_no_remedy() -> None:
+    small = HARDWARE.device.model_copy(update={"memory_bytes": 4 * 2**20})
+    hardware = HARDWARE.model_copy(update={"device": small})
+    with pytest.raises(InfeasibleError, match="too much; take more devices"):
+        find(4 * 2**20, hardware=hardware)
+
+
 def test_too_little_memory_says_how_much_would_do() -> None:
     with pytest.raises(InfeasibleError, match=r"needs (\S+ MiB) on stage \d, .* too much; allow \1, ") as failure:
         find(4 * 2**20)

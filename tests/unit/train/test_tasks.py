@@ -647,3 +647,28 @@ def test_an_image_of_any_size_takes_the_tokens_that_its_processor_makes(kind: An
     tokens = (batch["input_ids"] == 6).sum(dim=1)
     assert torch.equal(tokens, batch["image_grid_thw"].prod(dim=1) // 4)
     assert len(set(tokens.tolist())) > 2
+
+
+def test_greys_of_sixteen_bits_keep_their_shades() -> None:
+    ramp_16 = (np.arange(16, dtype=np.uint16) * 4096).reshape(4, 4)
+    opened = np.asarray(picture_of(Image.fromarray(ramp_16), "png").open())
+    assert opened.shape == (4, 4, 3)
+    assert (opened == (ramp_16 >> 8)[..., None]).all()
+    with pytest.raises(DataError, match="mode F, whose white is not known; make them 8 or 16 bits"):
+        picture_of(Image.fromarray(ramp_16.astype(np.float32)), "tiff").open()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparent_colours_is_read_without_a_warning() -> None:
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    file = io.BytesIO()
+    image.save(file, "png", transparency=b"\xff\x80")
+    opened = Picture("a.png", file.getvalue).open()
+    assert opened.getpixel((0, 0)) == (200, 100, 50)
+
+
+def picture_of(image: Image.Image, kind: str) -> Picture:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return Picture("a." + kind, file.getvalue)

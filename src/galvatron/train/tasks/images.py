@@ -41,7 +41,7 @@ class Picture(Medium):
 
     def open_all(self) -> list[Any]:
         """All in RGB.  Raises DataError if one cannot be read."""
-        return self._look(lambda image: image.convert("RGB"))
+        return self._look(_in_colour)
 
     def sizes(self) -> list[tuple[int, int]]:
         """How wide and high each is, in pixels.  Raises DataError if one cannot be read."""
@@ -54,6 +54,19 @@ class Picture(Medium):
             return [see(Image.open(BytesIO(read()))) for read in (self.read, *self.more)]
         except Exception as error:  # decoders raise what they like
             raise DataError(f"{self.where} is no image that can be read ({error}); mend or remove it") from None
+
+
+def _in_colour(image: Any) -> Any:
+    """``image``, of PIL, in RGB: of 16 bits a pixel the upper eight, which PIL itself takes where there are colours."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {image.mode}, whose white is not known; make them 8 or 16 bits")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # what PIL advises for palettes
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from galvatron.core.errors import DataError
+from galvatron.core.units import counted
 
 from ..rows import IGNORED_LABEL
 
@@ -55,8 +56,9 @@ class SpanRows:
         names = [f"<extra_id_{number}>" for number in range(self._spans)]
         known = tokenizer.get_vocab()
         if missing := [name for name in names if name not in known]:
+            spans = counted(self._spans, "span")
             raise DataError(
-                f"rows of {seq_len} tokens have {self._spans} spans, but the tokenizer lacks {missing[0]}; give T5's, "
+                f"rows of {seq_len} tokens have {spans}, but the tokenizer lacks {missing[0]}; give T5's, "
                 "add sentinels or lower seq_len"
             )
         self._sentinels = np.array([known[name] for name in names])
